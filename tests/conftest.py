@@ -1,0 +1,51 @@
+"""Shared test tools: load a script as a module, run it as a person would, find the optional real data."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"      # optional folder with real metadata and images, beside the checkout
+
+
+def load_script(name):
+    """Import a script by its path below the project root, e.g. load_script("pretrain/gmml.py")."""
+    path = ROOT / name
+    module_name = "script_" + name.removesuffix(".py").replace("/", "_")
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[module_name]
+
+
+def run_script(name, *args, nproc=1, timeout=300, cwd=ROOT, **env):
+    """Run a script in a subprocess (under torchrun if nproc > 1); returns the CompletedProcess with text output."""
+    launcher = [sys.executable]
+    if nproc > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    return subprocess.run(launcher + [str(ROOT / name), *map(str, args)], cwd=cwd, timeout=timeout,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def assert_user_error(result, *fragments):
+    """A user's mistake: exit code 2, one line starting with 'error:', no traceback, nothing else on stderr."""
+    assert result.returncode == 2, (result.returncode, result.stdout[-2000:], result.stderr[-2000:])
+    assert "Traceback" not in result.stderr, result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: "), result.stderr
+    for fragment in fragments:
+        assert fragment in line, f"{fragment!r} not in {line!r}"
+
+
+@pytest.fixture
+def shared():
+    """The folder of real metadata and images; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real data folder {SHARED} is absent")
+    return SHARED
