@@ -19,7 +19,7 @@ def fail(message):
 # --- begin copy: metric definitions ---
 # Throughout: y is 0/1 [n, K], p float [n, K] in [0, 1]; a row is an image, a column a label; NaN: undefined.
 def mean_over_labels(values, variant="corrected"):
-    """Mean of the defined values over the last axis; "paper" leaves out zeros as well. NaN if none is left."""
+    """Mean of the defined values over the last axis; "paper" leaves out zeros too. NaN if none is left."""
     used = values > 0 if variant == "paper" else ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.where(used, values, 0).sum(-1) / used.sum(-1)
@@ -62,7 +62,7 @@ def fnr(y, p, threshold):
 
 
 def oracle_auc(y, p, fractions, variant="corrected", how="replace"):
-    """AUC per label, float [Q, K], after an expert saw the most uncertain images, and the share seen, float [Q].
+    """AUC per label, float [Q, K], after an expert saw the most uncertain images; the share seen, float [Q].
 
     For each fraction q the floor(n q) images of smallest u = mean over labels of |p - 0.5|, in stable order
     of (u, row), take their true labels as probabilities; how="drop" leaves them out (rejection). "corrected"
