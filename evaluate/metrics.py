@@ -68,12 +68,14 @@ def oracle_auc(y, p, fractions, variant="corrected", how="replace"):
     of (u, row), take their true labels as probabilities; how="drop" leaves them out (rejection). "corrected"
     starts each q from the untouched p, "paper" from what the q before left, so that its referrals add up.
     """
-    values, shares, referred = [], [], np.zeros(len(p), bool)
+    values, shares, referred, order = [], [], np.zeros(len(p), bool), None
     for q in fractions:
+        if variant == "paper" or order is None:
+            u = np.abs(np.where(referred[:, None], y, p) - 0.5).mean(1)
+            order = np.argsort(u, kind="stable")
         if variant == "corrected":
             referred = np.zeros(len(p), bool)
-        u = np.abs(np.where(referred[:, None], y, p) - 0.5).mean(1)
-        referred[np.argsort(u, kind="stable")[:int(len(p) * q)]] = True
+        referred[order[:int(len(p) * q)]] = True
         kept = ~referred if how == "drop" else slice(None)
         values.append(auc(y[kept], np.where(referred[:, None], y, p)[kept], variant))
         shares.append(referred.mean())
@@ -128,14 +130,12 @@ def auc_draws(y, p, patient, draws, chunk=128):
     return values
 
 
-def ratio_draws(numerator, denominator, patient, draws, chunk=128):
-    """Sum of numerator over sum of denominator (float [n, M] each) in every resample, float [B, M]."""
-    images = np.arange(len(patient))
-    by_patient = csr_matrix((np.ones(len(patient)), (patient, images)), (draws.shape[1], len(patient)))
-    over, under = by_patient @ numerator, by_patient @ denominator
-    with np.errstate(invalid="ignore"):
-        return np.concatenate([(weight @ over) / (weight @ under) for weight in (
-            draws[start:start + chunk].astype(float) for start in range(0, len(draws), chunk))])
+def sum_draws(columns, patient, draws, chunk=128):
+    """Column sums of every resample, float [B, M], for columns float [n, M]: rates are ratios of such sums."""
+    shape, images = (draws.shape[1], len(patient)), np.arange(len(patient))
+    by_patient = csr_matrix((np.ones(len(patient)), (patient, images)), shape) @ columns
+    return np.concatenate([draws[start:start + chunk].astype(float) @ by_patient
+                           for start in range(0, len(draws), chunk)])
 
 
 def interval(draws, value=None, influence=None, level=0.95):
