@@ -82,7 +82,7 @@ def oracle_auc(y, p, fractions, variant="corrected", how="replace"):
     return np.array(values), np.array(shares)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def resample_counts(size, resamples, seed):
     """How often each of `size` units is drawn in every bootstrap resample, uint8 [B, size], read-only."""
     rng = np.random.default_rng(seed)
@@ -134,8 +134,10 @@ def sum_draws(columns, patient, draws, chunk=128):
     """Column sums of every resample, float [B, M], for columns float [n, M]: rates are ratios of such sums."""
     shape, images = (draws.shape[1], len(patient)), np.arange(len(patient))
     by_patient = csr_matrix((np.ones(len(patient)), (patient, images)), shape) @ columns
-    return np.concatenate([draws[start:start + chunk].astype(float) @ by_patient
-                           for start in range(0, len(draws), chunk)])
+    sums = np.empty((len(draws), columns.shape[1]))
+    for start in range(0, len(draws), chunk):
+        sums[start:start + chunk] = draws[start:start + chunk].astype(float) @ by_patient
+    return sums
 
 
 def interval(draws, value=None, influence=None, level=0.95):

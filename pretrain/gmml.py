@@ -522,8 +522,8 @@ def load_backbone(model, config, weights_dir="weights"):
                     import torchvision
                     state = torchvision.models.get_model(name, weights="IMAGENET1K_V1").state_dict()
             except Exception as problem:                                    # no network raises what it likes
-                fail(f"cannot download {source}'s weights of {name} ({type(problem).__name__}); fetch them on a "
-                     f"machine that can into {weights_dir}/{name}.pth or .safetensors, or use --init FILE")
+                fail(f"cannot download {source}'s weights of {name} ({type(problem).__name__}); fetch them "
+                     f"elsewhere into {weights_dir}/{name}.pth or .safetensors, or use --init FILE")
     else:
         state = read_weights(init, config["init_key"])
     state, wanted, notes = timm_names(state), model.state_dict(), []
