@@ -324,38 +324,41 @@ def crop_boxes(u, height, width, scale, ratio=(3 / 4, 4 / 3)):
     return top, left, h, w
 
 
-def resample_matrix(start, length, in_size, out_size):
-    """Antialiased bicubic resampling (as Pillow's) of [start, start + length) as matrices [B, out, in]."""
+def resample_matrix(start, length, in_size, out_size, cubic=True):
+    """Antialiased bicubic or bilinear resampling (Pillow's) of [start, start + length): [B, out, in]."""
     scale = (length / out_size)[:, None, None]                              # source pixels a target pixel
     source = torch.arange(in_size, device=start.device) + 0.5
     target = torch.arange(out_size, device=start.device)[:, None] + 0.5
     offset = source - start[:, None, None]
     t = ((offset - target * scale) / scale.clamp_min(1)).abs_().clamp_(max=2)
-    weights = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
+    if cubic:
+        weights = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
+    else:
+        weights = (1 - t).clamp_(min=0)
     weights = weights * ((offset > 0) & (offset < length[:, None, None]))  # nothing outside the box
     return weights / weights.sum(-1, keepdim=True)
 
 
-def crop_resize(images, boxes, flip, size):
+def crop_resize(images, boxes, flip, size, cubic=True):
     """Cut, stretch to size x size and mirror a batch: two matrix products an image, no loop.
 
     Args: images uint8 [B, C, H, W]; boxes: top, left, height, width, each [B]; flip bool [B].
     Returns: float32 [B, C, size, size], 0-255, unrounded.
     """
     top, left, h, w = (side.to(images.device, torch.float32, non_blocking=True) for side in boxes)
-    rows = resample_matrix(top, h, images.shape[2], size)
-    columns = resample_matrix(left, w, images.shape[3], size)
+    rows = resample_matrix(top, h, images.shape[2], size, cubic)
+    columns = resample_matrix(left, w, images.shape[3], size, cubic)
     columns = torch.where(flip.to(images.device, non_blocking=True)[:, None, None], columns.flip(1), columns)
     return (rows[:, None] @ images.float() @ columns.mT[:, None]).clamp_(0, 255)
 
 
-def random_resized_crop(images, u, scale, size):
+def random_resized_crop(images, u, scale, size, cubic=True):
     """Random resized crop and flip of a batch, or a list of images of any size, from uniforms [B, N_CROP]."""
     if isinstance(images, list):
-        return torch.cat([random_resized_crop(image[None], row[None], scale, size)
+        return torch.cat([random_resized_crop(image[None], row[None], scale, size, cubic)
                           for image, row in zip(images, u)])
     boxes = crop_boxes(u, images.shape[2], images.shape[3], scale)
-    return crop_resize(images, boxes, u[:, 22] < 0.5, size)
+    return crop_resize(images, boxes, u[:, 22] < 0.5, size, cubic)
 # --- end copy: crops ---
 
 
