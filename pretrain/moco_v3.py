@@ -1,0 +1,772 @@
+"""MoCo-v3: momentum contrast for vision transformers (Chen, Xie, He, arXiv:2104.02057).
+
+Two views of an image go through an encoder and through its momentum average; each query has to find the
+key of its own image among the keys of the whole batch.
+
+    torchrun --nproc_per_node=4 pretrain/moco_v3.py --exp c.10-moco_v3   one row of experiments.yaml on 4 GPUs
+    python pretrain/moco_v3.py --manifest my/manifest.csv --out my/run    your own images, one process
+    python pretrain/moco_v3.py --variant paper --epochs 10                any key of a row is a flag
+
+Reads   manifest.csv (+ images.npy beside it; without it the images named in `path` are read from disk).
+Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, run.json.
+Killed or stopped, the same command continues where it left off; SIGTERM saves first and exits with code 75.
+With --micro-batch every pass of that many images has batch-norm statistics of its own; the keys are always
+those of the global batch.
+"""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import fcntl
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+DEFAULTS = dict(
+    strategy="moco_v3",             # what this script does; a row with another strategy is refused
+    arch="vit_small_patch16_224",   # any timm vision transformer with a CLS token
+    model_args={"num_heads": 12},   # of timm.create_model; the publication's ViT-S has 12 heads, timm's 6
+    in_chans=1,                     # 1 or 3; grey images are repeated to 3
+    img_size=224,                   # pixels
+    mean=None, std=None,            # of pixels in 0..1; none: 0.485 / 0.229, in 3 channels ImageNet's
+    init="random",                  # random | timm | timm:NAME | a checkpoint file
+    init_key=None,                  # which weights of the file (teacher, student, ...); none: the usual one
+    channel_adapt="average",  # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate | duplicate_mean
+    dataset="nih_pretrain",         # folder below --data with the packed images
+    samples=None,                   # use the first so many images of the split; none: all
+    epochs=300, warmup_epochs=10,
+    batch=256,                      # images an optimiser step, over all processes together
+    lr=5e-4, min_lr=0.0,            # peak for a batch of 256 (scaled by batch / 256) and end of the cosine
+    wd=0.04,                        # weight decay of all parameters, biases and norms too
+    seed=0,
+    variant="corrected",            # paper: temperature 1, the default of the released fork
+    temperature=None,               # of the softmax; none: 0.2 as published, 1 in the paper face
+    ema=0.99,                       # momentum of the key encoder, by a cosine to 1
+    hidden_dim=4096, out_dim=256,   # widths of projector and predictor
+    stop_grad_conv1=True,           # the patch projection stays as it was initialised
+    crop_scale=[0.08, 1.0],         # area of the random resized crops
+)
+
+# --- begin copy: error ---
+def fail(message):
+    """A mistake the user can mend: one sentence on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+# --- end copy: error ---
+
+
+# --- begin copy: distributed ---
+def init_distributed(device):
+    """Join the processes torchrun started (plain python is one process); returns rank, world size, device."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            fail("--device cuda, but PyTorch sees no GPU here; use --device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1, device
+    # gloo beside nccl: small agreements between the processes need no GPU synchronisation
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def any_process(flag):
+    """True in every process if `flag` is true in one of them."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def mean_over_processes(value):
+    """The mean of a tensor over all processes (of its own where there is one)."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def catch_sigterm():
+    """SIGTERM (SLURM: before the time limit) sets `stop["now"]`: save at the end of the step, leave."""
+    stop = {"now": False}
+    signal.signal(signal.SIGTERM, lambda *_: stop.update(now=True))
+    return stop
+
+
+def autocast(device):
+    """Mixed precision on a GPU (bf16 where it is native, else fp16 with a loss scaler); fp32 on the CPU."""
+    cuda = device.type == "cuda"
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    half = torch.bfloat16 if bf16 else torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=cuda and not bf16)
+    return lambda: torch.autocast(device.type, dtype=half, enabled=cuda), scaler
+# --- end copy: distributed ---
+
+
+# --- begin copy: experiment row ---
+def cast(value, default, name):
+    """Give a value from YAML or the command line the type of its default (None: as YAML reads it)."""
+    if default is None or value is None:
+        return value
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        if isinstance(default, int) and float(value) != int(float(value)):
+            raise ValueError
+        if isinstance(default, (list, dict)) and not isinstance(value, type(default)):
+            raise ValueError
+        return type(default)(float(value) if isinstance(default, int) else value)
+    except (ValueError, TypeError, KeyError):
+        fail(f"{name} is {value!r}; expected {type(default).__name__} such as {default!r}")
+
+
+def experiment_row(parser, defaults, section):
+    """Parse the command line and resolve the row: script defaults < YAML defaults < YAML row < flags.
+
+    What a row says of the pre-training or the fine-tuning alone stands below its key `section`.
+    Returns (args, config): config has the keys of `defaults` and "exp"; args.row is the row as written.
+    """
+    import yaml
+    for key, value in defaults.items():
+        parser.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"default {value!r}")
+    args = vars(parser.parse_args())
+    flags = {key: args.pop(key) for key in list(args) if key in defaults}
+    config, exp, file = copy.deepcopy(defaults), args["exp"], args["experiments"]
+    args["row"] = {}
+    if exp is not None:
+        try:
+            table = yaml.safe_load(Path(file).read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+            fail(f"{file} cannot be read as YAML: {' '.join(str(problem).split())}")
+        if exp not in table or exp == "defaults":
+            near = difflib.get_close_matches(exp, [str(key) for key in table if key != "defaults"], n=3)
+            fail(f"{file} has no experiment '{exp}'" + (f"; nearest: {', '.join(near)}" if near else ""))
+        args["row"] = {**(table.get("defaults") or {}), **(table[exp] or {})}
+        known = [*defaults, "about", "pretrain", "finetune"]
+        for where in ("defaults", exp):
+            row = table.get(where) or {}
+            for key, value in {**row, **(row.get(section) or {})}.items():
+                if key in ("about", "pretrain", "finetune"):
+                    continue
+                if key not in defaults:
+                    near = difflib.get_close_matches(key, known, n=1) or ["no known key"]
+                    fail(f"{file} row '{where}': unknown key '{key}'; nearest: {near[0]}")
+                config[key] = cast(value, defaults[key], f"{file} row '{where}': {key}")
+    for key, text in flags.items():
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            fail(f"--{key} {text!r} cannot be read as a YAML value")
+        config[key] = cast(text if isinstance(defaults[key], str) else value, defaults[key], f"--{key}")
+    if "img_size" in config["model_args"]:
+        config["img_size"] = config["model_args"]["img_size"]
+    if config["in_chans"] not in (1, 3):
+        fail(f"in_chans is {config['in_chans']}; expected 1 or 3")
+    rgb = config["in_chans"] == 3
+    config["mean"] = config["mean"] or ([0.485, 0.456, 0.406] if rgb else [0.485])
+    config["std"] = config["std"] or ([0.229, 0.224, 0.225] if rgb else [0.229])
+    for key in ("mean", "std"):
+        values = config[key] if isinstance(config[key], list) else [config[key]]
+        config[key] = [float(value) for value in values] * (config["in_chans"] // len(values) or 1)
+        if len(config[key]) != config["in_chans"]:
+            fail(f"{key} has {len(values)} values for {config['in_chans']} channels")
+    return argparse.Namespace(**args), {"exp": exp, **config}
+# --- end copy: experiment row ---
+
+
+# --- begin copy: packed images ---
+def read_manifest(manifest, split, samples=None):
+    """Rows of a manifest.csv whose `split` is one of the comma-separated names (or `all`), in its order.
+
+    The index of the returned frame are the row numbers of the file, which are those of images.npy.
+    """
+    if not Path(manifest).is_file():
+        fail(f"{manifest} does not exist; pack the dataset (data_prep/pack.py) or name another --manifest")
+    try:
+        table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
+    except (ValueError, UnicodeDecodeError) as problem:
+        fail(f"{manifest} cannot be read as CSV: {' '.join(str(problem).split())}")
+    if "path" not in table:
+        fail(f"{manifest} has no column 'path'; its columns are {', '.join(table.columns[:8])}")
+    table.attrs["n_rows"] = len(table)
+    if "split" in table and split != "all":
+        kept = table[table["split"].isin(split.split(","))]
+        if kept.empty:
+            fail(f"{manifest} has no rows of split '{split}'; only {', '.join(sorted(set(table['split'])))}")
+        table = kept
+    if samples is not None and samples > len(table):
+        fail(f"{manifest} has {len(table)} rows of split '{split}', fewer than samples={samples}")
+    return table if samples is None else table.iloc[:samples]
+
+
+class ImageSource:
+    """Images of manifest rows as uint8 batches on the device.
+
+    Packed (images.npy beside the manifest): a gather, from GPU memory if it fits, else from the mapped file.
+    Not packed: files are decoded by `workers` threads and may differ in size; a batch is then a list.
+    """
+
+    def __init__(self, manifest, rows, in_chans, device, workers=4):
+        folder, self.rows = Path(manifest).parent, rows.index.to_numpy()
+        self.in_chans, self.device = in_chans, device
+        self.pool, self.ahead = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
+        self.packed = None
+        if (folder / "images.npy").is_file():
+            try:
+                self.packed = np.load(folder / "images.npy", mmap_mode="r")
+            except (ValueError, EOFError, OSError) as problem:
+                fail(f"{folder / 'images.npy'} is not a NumPy array file ({problem}); pack the dataset again")
+            n_rows = rows.attrs["n_rows"]
+            if self.packed.dtype != np.uint8 or self.packed.ndim not in (3, 4) or len(self.packed) != n_rows:
+                fail(f"{folder / 'images.npy'} holds {self.packed.dtype} {self.packed.shape}, "
+                     f"but {manifest} has {n_rows} rows; pack the dataset again")
+            if device.type == "cuda" and self.packed.nbytes < torch.cuda.mem_get_info(device)[0] // 3:
+                self.packed = torch.from_numpy(np.ascontiguousarray(self.packed[self.rows])).to(device)
+                self.rows = np.arange(len(self.rows))
+        else:
+            pack = folder / "pack.json"
+            root = Path(json.loads(pack.read_text()).get("raw", folder)) if pack.is_file() else folder
+            self.files = [root / path for path in rows["path"]]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, indices):
+        """indices: int64 array [B] into the selected rows -> uint8 [B, C, H, W], or a list of [C, H, W]."""
+        if self.packed is None:
+            return [image.to(self.device) for image in self.pool.map(self.read, indices)]
+        rows = self.rows[indices]
+        if isinstance(self.packed, torch.Tensor):
+            images = self.packed[torch.from_numpy(rows).to(self.device)]
+        else:
+            order = np.argsort(rows, kind="stable")             # ascending reads from the mapped file
+            images = torch.empty((len(rows), *self.packed.shape[1:]), dtype=torch.uint8)
+            images.numpy()[order] = self.packed[rows[order]]
+            if self.device.type == "cuda":
+                images = images.pin_memory().to(self.device, non_blocking=True)
+        return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+
+    def read(self, index):
+        path = self.files[index]
+        try:
+            with Image.open(path) as image:
+                if image.mode.startswith("I;16"):  # convert("L") would clip at 255 instead of scaling
+                    image = Image.fromarray((np.asarray(image, np.float32) / 257 + 0.5).astype(np.uint8))
+                grey = image.mode in ("1", "L", "LA", "I", "F") or self.in_chans == 1
+                pixels = np.array(image.convert("L" if grey else "RGB"))
+        except (OSError, SyntaxError, ValueError) as problem:
+            fail(f"{path} cannot be read as an image ({problem}); pack.py sorts such files out")
+        return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
+
+    def prefetch(self, plans):
+        """Yield each plan (a tuple beginning with indices) with its batch; the next is gathered meanwhile."""
+        waiting = None
+        for plan in plans:
+            waiting, ready = (plan, self.ahead.submit(self.batch, plan[0])), waiting
+            if ready is not None:
+                yield ready[0], ready[1].result()
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+
+
+def epoch_order(n, seed, epoch):
+    """The order in which epoch `epoch` visits n images: the same in every process."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def step_generator(seed, step, stream=0, device="cpu"):
+    """A generator made from (seed, step, stream) alone: any process count and any resume draw the same."""
+    state = np.random.SeedSequence([seed, step, stream]).generate_state(2)
+    return torch.Generator(device).manual_seed(int(state[0]) << 31 ^ int(state[1]))
+# --- end copy: packed images ---
+
+
+# --- begin copy: crops ---
+N_CROP = 23     # uniforms a random resized crop and flip consume: 10 areas, 10 aspect ratios, top, left, flip
+
+
+def crop_boxes(u, height, width, scale, ratio=(3 / 4, 4 / 3)):
+    """Boxes of torchvision's RandomResizedCrop: ten tries, then the central crop of admissible aspect.
+
+    Args: u uniform in [0, 1) [B, >= 22]; height, width of the images; scale: area range as a fraction.
+    Returns: top, left, height, width of each box, integers [B] (float tensors on the device of u).
+    """
+    area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
+    aspect = torch.exp(math.log(ratio[0]) + u[:, 10:20] * (math.log(ratio[1]) - math.log(ratio[0])))
+    w, h = torch.sqrt(area * aspect).round(), torch.sqrt(area / aspect).round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    w, h, fits = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
+    centre_w = min(width, round(height * ratio[1]))
+    centre_h = min(height, round(width / ratio[0]))
+    w, h = torch.where(fits, w, centre_w), torch.where(fits, h, centre_h)
+    top = torch.where(fits, (u[:, 20] * (height - h + 1)).floor(), ((height - h) / 2).round())
+    left = torch.where(fits, (u[:, 21] * (width - w + 1)).floor(), ((width - w) / 2).round())
+    return top, left, h, w
+
+
+def resample_matrix(start, length, in_size, out_size, cubic=True):
+    """Antialiased bicubic or bilinear resampling (Pillow's) of [start, start + length): [B, out, in]."""
+    scale = (length / out_size)[:, None, None]                              # source pixels a target pixel
+    source = torch.arange(in_size, device=start.device) + 0.5
+    target = torch.arange(out_size, device=start.device)[:, None] + 0.5
+    offset = source - start[:, None, None]
+    t = ((offset - target * scale) / scale.clamp_min(1)).abs_().clamp_(max=2)
+    if cubic:
+        weights = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
+    else:
+        weights = (1 - t).clamp_(min=0)
+    weights = weights * ((offset > 0) & (offset < length[:, None, None]))  # nothing outside the box
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def crop_resize(images, boxes, flip, size, cubic=True):
+    """Cut, stretch to size x size and mirror a batch: two matrix products an image, no loop.
+
+    Args: images uint8 [B, C, H, W]; boxes: top, left, height, width, each [B]; flip bool [B].
+    Returns: float32 [B, C, size, size], 0-255, unrounded.
+    """
+    top, left, h, w = (side.to(images.device, torch.float32, non_blocking=True) for side in boxes)
+    rows = resample_matrix(top, h, images.shape[2], size, cubic)
+    columns = resample_matrix(left, w, images.shape[3], size, cubic)
+    columns = torch.where(flip.to(images.device, non_blocking=True)[:, None, None], columns.flip(1), columns)
+    return (rows[:, None] @ images.float() @ columns.mT[:, None]).clamp_(0, 255)
+
+
+def random_resized_crop(images, u, scale, size, cubic=True):
+    """Random resized crop and flip of a batch, or a list of images of any size, from uniforms [B, N_CROP]."""
+    if isinstance(images, list):
+        return torch.cat([random_resized_crop(image[None], row[None], scale, size, cubic)
+                          for image, row in zip(images, u)])
+    boxes = crop_boxes(u, images.shape[2], images.shape[3], scale)
+    return crop_resize(images, boxes, u[:, 22] < 0.5, size, cubic)
+# --- end copy: crops ---
+
+
+# --- begin copy: colour and blur ---
+N_COLOUR = 11   # uniforms: apply jitter, 4 strengths, 4 order keys, apply blur, blur width
+
+
+def shift_hue(rgb, turn):
+    """Turn the hue of RGB images [B, 3, H, W] in 0..1 by `turn` [B, 1, 1] of a full circle (HSV)."""
+    value, chroma = rgb.amax(1), rgb.amax(1) - rgb.amin(1)
+    r, g, b = rgb.unbind(1)
+    safe = chroma.clamp_min(1e-8)
+    sixth = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
+    sixth = torch.where(value == r, (g - b) / safe, sixth)
+    k = (torch.tensor([5.0, 3.0, 1.0], device=rgb.device).view(1, 3, 1, 1) + (sixth + 6 * turn)[:, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def luminance(x):
+    """Grey value [B, 1, H, W] of images [B, C, H, W]."""
+    weights = x.new_tensor([0.299, 0.587, 0.114])
+    return x if x.shape[1] == 1 else torch.einsum("bchw,c->bhw", x, weights)[:, None]
+
+
+def colour_jitter(x, u, strength, p):
+    """Brightness, contrast, saturation and hue in random order, for a share p of the images.
+
+    Args: x float [B, C, H, W], 0-255; u uniform [B, >= 9] on the CPU (known there: no synchronisation);
+    strength: (brightness, contrast, saturation, hue). Grey images have neither saturation nor hue.
+    """
+    order = u[:, 5:9].argsort(1)
+    for place in range(4):
+        for op in range(4 if x.shape[1] == 3 else 2):
+            chosen = ((u[:, 0] < p) & (order[:, place] == op)).nonzero()[:, 0]
+            if len(chosen) == 0 or strength[op] == 0:
+                continue
+            amount = (2 * u[chosen, 1 + op] - 1) * strength[op]             # U(-strength, strength)
+            amount = amount.to(x.device, non_blocking=True).view(-1, 1, 1, 1)
+            chosen = chosen.to(x.device, non_blocking=True)
+            part = x[chosen]
+            if op == 3:
+                part = shift_hue(part / 255, amount[:, 0]) * 255
+            else:                       # away from black, from the mean grey, from each pixel's grey
+                grey = luminance(part) if op else torch.zeros_like(amount)
+                grey = grey.mean((1, 2, 3), keepdim=True) if op == 1 else grey
+                part = (grey + (1 + amount) * (part - grey)).clamp_(0, 255)
+            x = x.index_copy(0, chosen, part)
+    return x
+
+
+def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
+    """Blur a share p of the images x [B, C, H, W] with width U(sigma) pixels; u uniform [B, 2] on the CPU."""
+    chosen = (u[:, 0] < p).nonzero()[:, 0]
+    if len(chosen) == 0:
+        return x
+    width = (sigma[0] + u[chosen, 1] * (sigma[1] - sigma[0])).to(x.device, non_blocking=True).view(-1, 1, 1)
+    chosen = chosen.to(x.device, non_blocking=True)
+    part = x[chosen]
+    for _ in range(2):                                                      # rows, then columns
+        place = torch.arange(part.shape[2], device=x.device, dtype=x.dtype)
+        weights = torch.exp(-0.5 * ((place[:, None] - place) / width) ** 2)
+        part = ((weights / weights.sum(-1, keepdim=True))[:, None] @ part).mT
+    return x.index_copy(0, chosen, part)
+# --- end copy: colour and blur ---
+
+
+# --- begin copy: normalise ---
+def normalise(x, config):
+    """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey images are repeated."""
+    mean, std = (x.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    if x.shape[1] > config["in_chans"]:
+        x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return (x / 255 - mean) / std                               # one grey channel broadcasts to three
+# --- end copy: normalise ---
+
+
+# --- begin copy: strong views ---
+N_VIEW = N_CROP + N_COLOUR + 2  # uniforms a view consumes: crop, colour and blur, greyscale, solarise
+
+
+def strong_view(images, u, crop_scale, size, blur, solarise, config):
+    """Crop and flip, jitter (0.4, 0.4, 0.2, 0.1; p 0.8), greyscale (p 0.2), blur, solarise; normalised.
+
+    Args: images uint8 [B, C, H, W] or a list; u uniform [B, N_VIEW] on the CPU; blur, solarise: their shares.
+    Returns: float [B, in_chans, size, size].
+    """
+    x = random_resized_crop(images, u, crop_scale, size)
+    u = u[:, N_CROP:]
+    x = colour_jitter(x, u, strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
+    grey, solarised = (u[:, N_COLOUR:] < u.new_tensor([0.2, solarise])).T.to(x.device)[..., None, None, None]
+    x = torch.where(grey, luminance(x), x)
+    x = gaussian_blur(x, u[:, 9:], p=blur)
+    x = torch.where(solarised & (x >= 128), 255 - x, x)
+    return normalise(x, config)
+# --- end copy: strong views ---
+
+
+# --- begin copy: weights ---
+def read_weights(file, key=None):
+    """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept."""
+    try:
+        if str(file).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            state = load_file(file)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's, MoCo's arguments
+                state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{file} does not exist")
+    except Exception as problem:  # whatever a broken or hostile file raises
+        fail(f"{file} is not a plain tensor checkpoint ({' '.join(str(problem).split())[:120]})")
+    for name in [key] if key else ["teacher", "student", "model", "state_dict", "net"]:
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+            break
+    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)} \
+        if isinstance(state, dict) else {}
+    if not state:
+        fail(f"{file} holds no weights" + (f" under '{key}'" if key else ""))
+    return state
+
+
+def timm_names(state):
+    """Rename a state dict to timm's keys: wrappers' prefixes stripped, pre-training heads left out."""
+    for prefix in ("module.", "student.", "base_encoder.", "backbone.", "encoder."):
+        inner = {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)}
+        state = inner or state
+    heads = ("head.", "fc.", "rec_head.", "cls_head.", "projection", "last_layer", "decoder.", "predictor.",
+             "momentum_encoder.", "mask_token")
+    buffers = ("relative_position_index", "attn_mask")                      # older timm and Swin store these
+    state = {name: value for name, value in state.items()
+             if not name.startswith(heads) and not name.endswith(buffers)}
+    if "layers.0.downsample.reduction.weight" in state:  # Swin's release: one stage earlier
+        shift = lambda name: name.split(".")
+        state = {".".join(["layers", str(int(shift(name)[1]) + 1), *shift(name)[2:]])
+                 if ".downsample." in name else name: value for name, value in state.items()}
+    return state
+
+
+def fit_channels(kernel, in_chans, how):
+    """First convolution [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
+    if kernel.shape[1] == in_chans:
+        return kernel
+    if in_chans == 1:
+        return kernel.mean(1, keepdim=True) if how == "average" else kernel.sum(1, keepdim=True)
+    return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
+
+
+def fit_positions(value, wanted):
+    """Position embeddings [1, 1 + h*h, D] or bias tables [(2w-1)^2, heads] on another grid, bicubic."""
+    table = value.ndim == 2
+    grid = value if table else value[0]
+    n_extra = 0 if table else len(grid) - math.isqrt(len(grid)) ** 2        # CLS row: untouched
+    old, new = math.isqrt(len(grid) - n_extra), math.isqrt(wanted[0 if table else 1] - n_extra)
+    image = grid[n_extra:].float().T.reshape(1, -1, old, old)
+    image = F.interpolate(image, size=(new, new), mode="bicubic", align_corners=False)
+    resized = torch.cat([grid[:n_extra], image[0].flatten(1).T.to(grid.dtype)])
+    return resized if table else resized[None]
+
+
+def load_backbone(model, config, weights_dir="weights"):
+    """Fill a timm model from config["init"]; returns one line saying what was loaded, adapted and left out.
+
+    init: "random"; "timm" or "timm:NAME" or "torchvision" (their own download, or weights_dir/NAME.pth or
+    .safetensors where there is no network); a file of timm, torchvision, DINO, MoCo-v3, SiT, SimMIM or ours.
+    """
+    init, adapt = config["init"], config["channel_adapt"]
+    if init == "random":
+        return "random initialisation"
+    if adapt not in ("average", "sum", "duplicate", "duplicate_mean"):
+        fail(f"channel_adapt is '{adapt}'; expected average, sum, duplicate or duplicate_mean")
+    source, _, name = init.partition(":")
+    if source in ("timm", "torchvision"):
+        name = name or config["arch"]
+        local = [path for path in sorted(Path(weights_dir).glob(f"{name}*"))
+                 if path.suffix in (".pth", ".pt", ".safetensors")]
+        if local:
+            state = read_weights(local[0], config["init_key"])
+            init = f"{init} ({local[0]})"
+        else:
+            try:
+                if source == "timm":
+                    state = timm.create_model(name, pretrained=True).state_dict()
+                else:
+                    import torchvision
+                    state = torchvision.models.get_model(name, weights="IMAGENET1K_V1").state_dict()
+            except Exception as problem:                                    # no network raises what it likes
+                fail(f"cannot download {source}'s weights of {name} ({type(problem).__name__}); fetch them "
+                     f"elsewhere into {weights_dir}/{name}.pth or .safetensors, or use --init FILE")
+    else:
+        state = read_weights(init, config["init_key"])
+    state, wanted, notes = timm_names(state), model.state_dict(), []
+    loaded, misfits = {}, []
+    for name, target in wanted.items():
+        value = state.pop(name, None)
+        if value is None or name.startswith(("head.", "fc.")):
+            continue
+        if name in ("patch_embed.proj.weight", "conv1.weight") and value.shape[1] != target.shape[1]:
+            how = adapt if target.shape[1] > 1 or adapt == "sum" else "average"
+            how = how if target.shape[1] == 1 or how.startswith("duplicate") else "duplicate"
+            notes.append(f"{name} {value.shape[1]} -> {target.shape[1]} channels ({how})")
+            value = fit_channels(value, target.shape[1], how)
+        if value.shape != target.shape and name.endswith(("pos_embed", "relative_position_bias_table")):
+            notes.append(f"{name} {tuple(value.shape)} -> {tuple(target.shape)}")
+            value = fit_positions(value, target.shape)
+        if value.shape != target.shape:
+            misfits.append(f"{name} {tuple(value.shape)} instead of {tuple(target.shape)}")
+        loaded[name] = value
+    if misfits:
+        fail(f"{init} does not fit {config['arch']}: {misfits[0]}, {len(misfits)} misfits in all")
+    absent = [name for name in wanted if name not in loaded and not name.startswith(("head.", "fc."))]
+    if absent:
+        fail(f"{init} fills {len(loaded)} of the {len(loaded) + len(absent)} tensors of {config['arch']}; "
+             f"the first absent one is {absent[0]}")
+    model.load_state_dict(loaded, strict=False)  # heads stay as they are: checked above
+    left = f"; left out {', '.join(sorted(state)[:3])}{' ...' if len(state) > 3 else ''}" if state else ""
+    return f"loaded {len(loaded)} tensors from {init}" + "".join(f"; {note}" for note in notes) + left
+# --- end copy: weights ---
+
+
+# --- begin copy: schedule ---
+def cosine(step, n_steps, start, end, n_warm=0):
+    """Value at `step`: linear warm-up 0 to start (reached in its last step), then a cosine to end."""
+    if step < n_warm:
+        return start * step / max(1, n_warm - 1)
+    return end + (start - end) * (1 + math.cos(math.pi * (step - n_warm) / max(1, n_steps - n_warm))) / 2
+
+
+def decay_groups(model):
+    """Two parameter groups: tensors of two or more dimensions (weight decay), biases and norms (none)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [dict(params=[p for p in trained if p.ndim > 1]), dict(params=[p for p in trained if p.ndim <= 1])]
+
+
+def clip_each(parameters, largest):
+    """Scale down the gradient of each parameter tensor whose norm exceeds `largest` (each its own)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    factors = [(largest / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(gradients)]
+    torch._foreach_mul_(gradients, factors)
+# --- end copy: schedule ---
+
+
+# --- begin copy: checkpoint ---
+def save_atomic(content, path):
+    """torch.save under a temporary name, flush, rename: a crash leaves the old file or the new one."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as problem:
+        part.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {problem.strerror}; the last complete checkpoint is untouched")
+
+
+def open_run(out, config, resume, main):
+    """Create the run folder, lock it (the main process alone), and return the state to resume from, or None.
+
+    The lock is held on the folder itself and goes with the process, however that ends.
+    """
+    out = Path(out)
+    if main:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            open_run.lock = os.open(out, os.O_RDONLY)
+            fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (out / "run.json.part").write_text(json.dumps(dict(
+                command=sys.argv, config=config, python=platform.python_version(), torch=torch.__version__,
+                timm=timm.__version__, numpy=np.__version__, host=platform.node(),
+                device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                commit=subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+                                      capture_output=True, text=True).stdout.strip()), indent=1))
+            os.replace(out / "run.json.part", out / "run.json")
+        except BlockingIOError:
+            fail(f"{out} is in use by another run; wait for it or choose another --out")
+        except OSError as problem:
+            fail(f"cannot write into {out}: {problem.strerror}; choose another --out")
+        for part in out.glob("*.part"):
+            part.unlink()
+    last = out / "last.pt"
+    if resume == "never" or not last.is_file():
+        if main and (out / "log.jsonl").exists():
+            (out / "log.jsonl").unlink()
+        return None
+    try:
+        state = torch.load(last, map_location="cpu", weights_only=True)
+    except Exception as problem:  # a damaged file raises what it likes
+        fail(f"{last} cannot be read ({' '.join(str(problem).split())[:120]}); --resume never starts anew")
+    changed = [key for key in config if state["config"].get(key) != config[key]]
+    if changed:
+        key = changed[0]
+        fail(f"{last} was made with {key}={state['config'].get(key)!r}, now it is {config[key]!r}; "
+             "--resume never starts anew, another --out keeps both")
+    if main and (out / "log.jsonl").exists():  # lines after the checkpoint come again
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+        (out / "log.jsonl.part").write_text("".join(lines))
+        os.replace(out / "log.jsonl.part", out / "log.jsonl")
+    return state
+# --- end copy: checkpoint ---
+
+
+# --- begin copy: progress ---
+class Progress:
+    """Means of the loss terms since the last line, as a line on the terminal and one in log.jsonl."""
+
+    def __init__(self, out, n_steps, step, images_a_step, main, meter=None):
+        self.out, self.n_steps, self.images_a_step, self.main = out, n_steps, images_a_step, main
+        self.sums = dict(meter or {})  # name -> sum, on the device: no waiting
+        self.first, self.seen, self.begun = step, step, time.time()
+
+    def add(self, **terms):
+        for name, value in {**terms, "n": 1}.items():
+            self.sums[name] = self.sums.get(name, 0) + (value.detach() if torch.is_tensor(value) else value)
+
+    def means(self):
+        """Plain numbers of the means so far; stops the run where the loss is no longer a number."""
+        sums = {name: float(value) for name, value in self.sums.items()}
+        means = {name: value / sums["n"] for name, value in sums.items() if name != "n"}
+        if not math.isfinite(means.get("loss", 0)):
+            fail(f"the loss is {means['loss']} after step {self.seen}; {self.out}/last.pt is the last good "
+                 "checkpoint; try a lower lr or a longer warm-up")
+        return means
+
+    def meter(self):
+        self.means()
+        return {name: float(value) for name, value in self.sums.items()}
+
+    def line(self, step, epoch, **facts):
+        """Write the line of `step` (steps done so far)."""
+        self.seen = step
+        means, elapsed = self.means(), time.time() - self.begun
+        rate = (step - self.first) * self.images_a_step / max(elapsed, 1e-9)
+        left = int((self.n_steps - step) * elapsed / max(1, step - self.first))
+        self.sums = {}
+        if not self.main:
+            return
+        entry = dict(step=step, epoch=epoch, **means, **facts, img_per_s=round(rate, 1), time=time.time())
+        with open(Path(self.out) / "log.jsonl", "a") as log:
+            log.write(json.dumps(entry) + "\n")
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **facts}.items())
+        days = f"{left // 86400} d " if left >= 86400 else ""
+        print(f"epoch {epoch}  step {step}/{self.n_steps}  {terms}  {rate:,.0f} img/s  "
+              f"eta {days}{left % 86400 // 3600:02}:{left % 3600 // 60:02}:{left % 60:02}", flush=True)
+# --- end copy: progress ---
+
+
+# --- begin copy: sync batch norm ---
+class MeanOverProcesses(torch.autograd.Function):
+    """mean_over_processes with its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return mean_over_processes(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return mean_over_processes(gradient.clone())
+
+
+class SyncBatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d with the statistics of all processes (equal shares of the batch), on the CPU as on GPUs."""
+
+    def forward(self, x):
+        """x [B, D] -> [B, D] of the same dtype; statistics in fp32."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        mean = MeanOverProcesses.apply(x.float().mean(0))
+        centred = x.float() - mean
+        var = MeanOverProcesses.apply(centred.square().mean(0))
+        with torch.no_grad():
+            n = len(x) * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        y = centred * (var + self.eps).rsqrt()
+        return (y * self.weight + self.bias if self.affine else y).to(x.dtype)
+# --- end copy: sync batch norm ---
+
+
+# --- begin copy: momentum teacher ---
+@torch.no_grad()
+def update_teacher(teacher, student, momentum):
+    """teacher <- momentum * teacher + (1 - momentum) * student, every parameter; buffers stay its own."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+# --- end copy: momentum teacher ---
+
+
+# --- begin copy: contrastive loss ---
+def gather_rows(x, world_size):
+    """Rows [b, D] of all processes as [B, D], no gradient; process r holds rows r, r + world_size, ..."""
+    if world_size == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def info_nce(queries, keys, own, temperature):
+    """Mean over queries of -log softmax(q . k / temperature) at the query's own key, times 2 temperature.
+
+    Args: queries [b, D] and keys [B, D], of any length; own: row of each query's key, int64 [b].
+    Source: MoCo v3 (arXiv:2104.02057), algorithm 1.
+    """
+    logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
+    return 2 * temperature * F.cross_entropy(logits, own)
+# --- end copy: contrastive loss ---
+
+
