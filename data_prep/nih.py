@@ -1,7 +1,7 @@
 """NIH ChestX-ray14 -> index.csv: 112,120 frontal radiographs of 30,805 patients, 14 labels from reports.
 
 Wang et al., "ChestX-ray8", arXiv:1705.02315. Free use: cite the paper, link to the download, name the NIH
-Clinical Center as provider. 45 GB of PNG from https://nihcc.app.box.com/v/ChestXray-NIHCC (12 archives), or by
+Clinical Center as provider. 45 GB of PNG: https://nihcc.app.box.com/v/ChestXray-NIHCC (12 archives), or
     kaggle datasets download -d nih-chest-xrays/data -p raw/nih --unzip
 The study's Xray14_{train,val,test}_official.txt: https://github.com/jlianglab/BenchmarkTransferLearning
 
@@ -11,7 +11,7 @@ The study's Xray14_{train,val,test}_official.txt: https://github.com/jlianglab/B
 Reads Data_Entry_2017*.csv and the lists; images lie in images/, images_001/images/ ... images_012/images/,
 images-224/ or in the root. Writes split train | val | test by the lists; without a train and a val list, the
 official train_val list is cut by a seeded draw of patients, marked as fallback. With --pretrain it writes the
-sample alone: the study's 100,000 are more than the 86,524 of train and val, so test images are among them, and
+sample alone: the study's 100,000 are more than the 86,524 of train and val, so test images are among them;
 their number is printed and stored.
 """
 
@@ -94,8 +94,8 @@ def count(text):
 def sample(pool, rest, n, seed, remedy="ask for fewer with --n-pretrain, or for `all`"):
     """The pre-training sample: `pool` sorted by path, one seeded permutation, its first n rows in order.
 
-    So the samples of one seed are nested. They become split `pretrain`, followed by `rest`; rows of `pool` not
-    drawn are left out. n = 0 draws nothing and returns every row as it is.
+    So the samples of one seed are nested. They become split `pretrain`, followed by `rest`; what is not
+    drawn is left out. n = 0 draws nothing and returns every row as it is.
     """
     if n is not None and not 0 <= n <= len(pool):
         fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; {remedy}")
@@ -151,7 +151,7 @@ def write_index(table, source, args, notes=(), may_share=False, **facts):
 
 
 def draw_validation(patients, n, seed):
-    """Patients of a validation set of n images: shuffled, each taken while it fits, so the last close the gap.
+    """Patients of a validation set of n images: shuffled, each taken if it fits, so the last close the gap.
 
     patients: the patient of every image. Fewer than n images only where no patient is small enough.
     """
@@ -191,7 +191,7 @@ def assign_splits(table, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--raw", type=Path, default="raw/nih", help="the unpacked download (%(default)s)")
+    parser.add_argument("--raw", type=Path, default="raw/nih", help="the download (%(default)s)")
     parser.add_argument("--out", type=Path, help="index (data/nih/index.csv or data/nih_pretrain/index.csv)")
     parser.add_argument("--require-files", action="store_true", help="refuse absent images")
     for split in ("train", "val", "test"):
