@@ -448,7 +448,7 @@ def read_weights(file, key=None):
     except FileNotFoundError:
         fail(f"{file} does not exist")
     except Exception as problem:  # whatever a broken or hostile file raises
-        fail(f"{file} is not a plain tensor checkpoint ({str(problem).splitlines()[0][:120]})")
+        fail(f"{file} is not a plain tensor checkpoint ({' '.join(str(problem).split())[:120]})")
     for name in [key] if key else ["teacher", "student", "model", "state_dict", "net"]:
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
@@ -627,7 +627,7 @@ def open_run(out, config, resume, main):
     try:
         state = torch.load(last, map_location="cpu", weights_only=True)
     except Exception as problem:  # a damaged file raises what it likes
-        fail(f"{last} cannot be read ({str(problem).splitlines()[0][:120]}); --resume never starts anew")
+        fail(f"{last} cannot be read ({' '.join(str(problem).split())[:120]}); --resume never starts anew")
     changed = [key for key in config if state["config"].get(key) != config[key]]
     if changed:
         key = changed[0]

@@ -1,0 +1,508 @@
+"""Facts about pretrain/gmml.py and the blocks other training scripts copy from it."""
+
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+import torchvision.transforms.functional as tv
+from conftest import ROOT, assert_user_error, load_script, run_script
+from PIL import Image, ImageEnhance
+
+gmml = load_script("pretrain/gmml.py")
+TINY = ["--model_args", '{"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}',
+        "--device", "cpu", "--log-steps", 1, "--warmup_epochs", 1]
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """60 grey 40 x 40 images of smooth random blobs, packed."""
+    folder = tmp_path_factory.mktemp("pack")
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (60, 5, 5), dtype=np.uint8)
+    images = np.stack([np.array(Image.fromarray(c).resize((40, 40), Image.BICUBIC)) for c in coarse])
+    np.save(folder / "images.npy", images)
+    pd.DataFrame({"path": [f"{i}.png" for i in range(60)], "split": "pretrain"}).to_csv(folder / "manifest.csv", index=False)
+    return folder / "manifest.csv"
+
+
+def config_of(**changes):
+    return {**gmml.DEFAULTS, "mean": [0.485], "std": [0.229], "exp": None, **changes}
+
+
+# Corruption
+
+def masks_by_a_loop(u, fraction, side, align):
+    """The definition of block masking, one image and one block at a time."""
+    masks = np.zeros((len(u), side, side), bool)
+    for mask, blocks, target in zip(masks, u.numpy(), fraction.numpy()):
+        for top, left, height, width in blocks:
+            if mask.sum() >= target * side * side:
+                break
+            top, left = (int(np.floor(np.float32(v) * (side - align))) for v in (top, left))
+            h, w = (align + int(np.floor(np.float32(v) * (int(0.3 * side) - align))) for v in (height, width))
+            if align > 1:
+                top, left, h, w = top // align * align, left // align * align, round(h / align) * align, round(w / align) * align
+            mask[top:top + h, left:left + w] = True
+    return masks
+
+
+@pytest.mark.parametrize("side, align", [(224, 1), (64, 1), (224, 16), (64, 8)])
+def test_block_masks_equal_a_loop_over_blocks(side, align):
+    generator = torch.Generator().manual_seed(side + align)
+    u = torch.rand(12, gmml.n_blocks_for(0.75), 4, generator=generator)
+    fraction = torch.rand(12, generator=generator) * 0.5 + 0.25
+    assert (gmml.block_masks(u, fraction, side, align).numpy() == masks_by_a_loop(u, fraction, side, align)).all()
+
+
+def test_mask_fractions_have_the_stated_distribution():
+    n, side = 600, 224
+    generator = torch.Generator().manual_seed(1)
+    zeros = torch.zeros(n, 1, side, side)
+    u, blocks = torch.rand(n, 2, generator=generator), torch.rand(n, gmml.n_blocks_for(0.75), 4, generator=generator)
+    fraction = torch.cat([gmml.corrupt(zeros[:50], zeros[:50], zeros[:50], u[i:i + 50], blocks[i:i + 50])[1].double().mean((1, 2))
+                          for i in range(0, n, 50)])
+    replaced = u[:, 0] < 0.5
+    # 4 standard errors of the mean with the stated standard deviations
+    assert abs(fraction[~replaced].mean() - 0.632) < 4 * 0.072 / math.sqrt(n / 2)
+    assert abs(fraction[replaced].mean() - 0.314) < 4 * 0.013 / math.sqrt(n / 2)
+    assert 0.060 < fraction[~replaced].std() < 0.084 and 0.009 < fraction[replaced].std() < 0.017
+    assert (fraction[replaced] >= 0.3).all() and (fraction[replaced] <= 0.3 + 67 * 67 / side ** 2).all()
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.75, 0.9])
+def test_enough_blocks_are_drawn_to_reach_every_target(fraction):
+    u = torch.rand(100, gmml.n_blocks_for(fraction), 4, generator=torch.Generator().manual_seed(2))
+    reached = gmml.block_masks(u, torch.full((100,), fraction), 64).float().mean((1, 2))
+    assert (reached >= fraction).all()
+
+
+def test_corruption_takes_noise_or_donor_in_the_mask_and_nothing_outside():
+    generator = torch.Generator().manual_seed(3)
+    clean, donor, noise = (torch.randn(8, 3, 64, 64, generator=generator) for _ in range(3))
+    u, blocks = torch.rand(8, 2, generator=generator), torch.rand(8, 186, 4, generator=generator)
+    corrupted, masks = gmml.corrupt(clean, donor, noise, u, blocks)
+    for i in range(8):
+        fill = donor[i] if u[i, 0] < 0.5 else noise[i]
+        assert torch.equal(corrupted[i][:, masks[i]], fill[:, masks[i]])
+        assert torch.equal(corrupted[i][:, ~masks[i]], clean[i][:, ~masks[i]])
+
+
+def test_masked_l1_equals_a_loop_over_pixels():
+    generator = torch.Generator().manual_seed(4)
+    recon, clean = (torch.randn(2, 3, 5, 6, generator=generator) for _ in range(2))
+    masks = torch.rand(2, 5, 6, generator=generator) < 0.4
+    total, n = 0.0, 0
+    for b in range(2):
+        for c in range(3):
+            for y in range(5):
+                for x in range(6):
+                    if masks[b, y, x]:
+                        total, n = total + abs(float(recon[b, c, y, x]) - float(clean[b, c, y, x])), n + 1
+    loss_sum, count = gmml.masked_l1(recon, clean, masks)
+    assert count == n and abs(float(loss_sum) - total) < 1e-4
+
+
+def test_donor_pixels_are_the_other_images_own_view():
+    config = config_of(batch=6, img_size=40, arch="")
+    images = torch.randint(0, 256, (6, 1, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    plan = gmml.plan_step(config, np.arange(6), 0, 0, 1)
+    clean, corrupted, masks = gmml.make_views(images[plan[0]], plan, config, 0, 1, torch.device("cpu"))
+    for number, view in enumerate(plan[1]):
+        for place, donor in zip(view["replaced"], view["donors"]):
+            row = 6 * number + place
+            assert torch.allclose(corrupted[row][:, masks[row]], clean[6 * number + donor][:, masks[row]], atol=1e-5)
+
+
+# Views
+
+@pytest.mark.parametrize("box", [(0, 0, 100, 80), (10, 7, 61, 40), (3, 50, 20, 28), (40, 5, 33, 70)])
+def test_crop_resize_equals_pillows_bicubic_resize_of_the_box(box):
+    rng = np.random.default_rng(6)
+    noise = Image.fromarray(rng.integers(0, 256, (25, 20), dtype=np.uint8)).resize((80, 100), Image.BILINEAR)
+    top, left, h, w = box
+    for flip in (False, True):
+        wanted = noise.crop((left, top, left + w, top + h)).resize((48, 48), Image.BICUBIC)
+        wanted = np.array(wanted, np.float32)[:, ::-1] if flip else np.array(wanted, np.float32)
+        got = gmml.crop_resize(torch.from_numpy(np.array(noise))[None, None], [torch.tensor([float(v)]) for v in box],
+                               torch.tensor([flip]), 48)[0, 0].numpy()
+        assert np.abs(got - wanted).mean() <= 0.5 and np.abs(got - wanted).max() <= 1.5   # Pillow rounds twice
+
+
+def test_crop_boxes_follow_torchvisions_algorithm():
+    u = torch.rand(400, 23, generator=torch.Generator().manual_seed(7))
+    for height, width, scale in ((64, 64, (0.05, 1.0)), (50, 90, (0.4, 1.0)), (20, 90, (0.9, 1.0))):
+        tops, lefts, hs, ws = gmml.crop_boxes(u, height, width, scale)
+        for row, top, left, h, w in zip(u.tolist(), tops, lefts, hs, ws):
+            for attempt in range(10):
+                area = height * width * (scale[0] + row[attempt] * (scale[1] - scale[0]))
+                aspect = math.exp(math.log(3 / 4) + row[10 + attempt] * (math.log(4 / 3) - math.log(3 / 4)))
+                bw, bh = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+                if 0 < bw <= width and 0 < bh <= height:
+                    assert abs(bh - h) <= 1 and abs(bw - w) <= 1                            # float32 rounding at .5
+                    assert 0 <= top <= height - h and 0 <= left <= width - w
+                    assert abs(top - math.floor(row[20] * (height - bh + 1))) <= 1
+                    break
+            else:                                                                           # torchvision's fallback
+                assert (h, w) == ((height, round(height * 4 / 3)) if width / height > 4 / 3 else (height, width))
+                assert abs(left - (width - w) // 2) <= 1
+
+
+@pytest.mark.parametrize("op, enhance", [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)])
+def test_jitter_equals_pillows_enhancers(op, enhance):
+    rgb = np.random.default_rng(8).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+    u = torch.full((1, 11), 0.5)
+    u[0, 0], u[0, 1 + op] = 0.0, 0.9
+    strength = [0.0] * 4
+    strength[op] = 0.4
+    got = gmml.colour_jitter(torch.from_numpy(rgb).permute(2, 0, 1)[None].float(), u, strength, p=1)
+    wanted = np.array(enhance(Image.fromarray(rgb)).enhance(1 + 0.8 * 0.4), np.float32)
+    assert np.abs(got[0].permute(1, 2, 0).numpy() - wanted).max() <= 1.5                    # Pillow works in integers
+
+
+def test_hue_shift_equals_torchvisions():
+    rgb = torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(9))
+    for turn in (-0.3, 0.01, 0.2):
+        got = gmml.shift_hue(rgb, torch.full((2, 1, 1), turn))
+        assert torch.allclose(got, tv.adjust_hue(rgb, turn), atol=1e-4)
+
+
+def test_jitter_leaves_out_images_and_keeps_grey_grey():
+    x = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(10)) * 255
+    u = torch.rand(40, 11, generator=torch.Generator().manual_seed(11))
+    changed = (gmml.colour_jitter(x, u, (0.4, 0.4, 0.4, 0.1), p=0.3) != x).flatten(1).any(1)
+    assert torch.equal(changed, u[:, 0] < 0.3)
+
+
+def test_blur_equals_a_gaussian_filter():
+    from scipy.ndimage import gaussian_filter
+    x = torch.rand(2, 1, 40, 40, dtype=torch.float32, generator=torch.Generator().manual_seed(12)) * 255
+    u = torch.tensor([[0.0, 0.5], [0.9, 0.5]])
+    got = gmml.gaussian_blur(x, u, p=0.5)
+    wanted = gaussian_filter(x[0, 0].double().numpy(), 0.1 + 0.5 * 1.9, truncate=12)
+    assert np.abs(got[0, 0].numpy() - wanted)[8:-8, 8:-8].max() < 1e-2 and torch.equal(got[1], x[1])
+
+
+# Network, schedule, optimiser
+
+@pytest.mark.parametrize("in_chans, total, backbone, head", [(3, 22_404_099, 21_665_664, 738_435), (1, 22_010_881, 21_469_056, 541_825)])
+def test_parameter_counts_at_default_size(in_chans, total, backbone, head):
+    vit = timm.create_model("vit_small_patch16_224", num_classes=0, in_chans=in_chans)
+    model = gmml.GMML(vit, in_chans)
+    counts = [sum(p.numel() for p in module.parameters()) for module in (model, model.backbone, model.rec_head)]
+    assert counts == [total, backbone, head]
+    assert [block + 1 for block in model.recon_blocks] == [6, 8, 10, 12]
+
+
+def test_reconstruction_reads_the_block_mean_before_the_norm():
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_small_patch16_224", num_classes=0, in_chans=1, img_size=32, patch_size=8,
+                            embed_dim=48, depth=4, num_heads=3).eval()
+    model = gmml.GMML(vit, 1, [1, 3]).eval()
+    outputs = {}
+    for number in (0, 2):
+        vit.blocks[number].register_forward_hook(lambda _, __, output, number=number: outputs.update({number: output}))
+    x = torch.randn(2, 1, 32, 32)
+    got = model(x)
+    tokens = vit.norm((outputs[0] + outputs[2]) / 2)[:, 1:]
+    patches = model.rec_head.mlp(tokens) @ model.rec_head.convTrans.weight.flatten(1)       # [B, 16, 64]
+    wanted = patches.view(2, 4, 4, 8, 8).permute(0, 1, 3, 2, 4).reshape(2, 1, 32, 32) + model.rec_head.convTrans.bias
+    assert torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_schedule_at_its_corner_points():
+    lr = [gmml.cosine(step, 100, 1e-4, 1e-6, 10) for step in range(100)]
+    assert lr[0] == 0 and lr[9] == lr[10] == 1e-4
+    assert np.allclose(lr[:10], np.linspace(0, 1e-4, 10))
+    assert math.isclose(lr[55], (1e-4 + 1e-6) / 2) and lr[99] > 1e-6
+    assert math.isclose(lr[99], 1e-6 + (1e-4 - 1e-6) * (1 + math.cos(math.pi * 89 / 90)) / 2)
+    assert np.allclose([gmml.cosine(step, 100, 0.04, 0.4) for step in (0, 50)], [0.04, 0.22])
+
+
+def test_clipping_is_per_tensor_as_in_a_loop():
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (2, 2))]
+    for parameter, size in zip(parameters, (10.0, 0.1, 3.5)):
+        parameter.grad = torch.randn_like(parameter) * size
+    wanted = [p.grad * min(1.0, 3.0 / (float(p.grad.norm()) + 1e-6)) for p in parameters]
+    gmml.clip_each(parameters, 3.0)
+    assert all(torch.allclose(p.grad, w) for p, w in zip(parameters, wanted))
+
+
+def test_decay_spares_vectors_only():
+    vit = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+    decayed, spared = ({id(p) for p in group["params"]} for group in gmml.decay_groups(vit))
+    for name, parameter in vit.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim > 1) != (id(parameter) in spared), name
+
+
+# Weights of other makers
+
+def vit(in_chans=3, img_size=32, **changes):
+    args = dict(img_size=img_size, patch_size=8, embed_dim=48, depth=2, num_heads=3) | changes
+    return timm.create_model("vit_small_patch16_224", num_classes=0, in_chans=in_chans, **args)
+
+
+@pytest.mark.parametrize("container, prefix, key", [
+    ("model", "", None), ("state_dict", "module.", None), ("teacher", "module.backbone.", None),
+    ("student", "backbone.", "student"), ("state_dict", "module.base_encoder.", None), ("model", "encoder.", None)])
+def test_every_key_style_loads_to_identical_features(tmp_path, container, prefix, key):
+    torch.manual_seed(1)
+    source, target = vit().eval(), vit().eval()
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    wrapper = "module." if prefix.startswith("module.") else ""
+    state |= {wrapper + "rec_head.mlp.0.weight": torch.zeros(2), wrapper + "momentum_encoder.norm.weight": torch.ones(48)}
+    torch.save({container: state, "epoch": 3, "args": __import__("argparse").Namespace(lr=1)}, tmp_path / "other.pth")
+    gmml.load_backbone(target, config_of(init=str(tmp_path / "other.pth"), init_key=key))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(source(x), target(x))
+
+
+@pytest.mark.parametrize("adapt, factor", [("sum", 1.0), ("average", 1 / 3)])
+def test_channel_adaptation_3_to_1_on_grey_input(tmp_path, adapt, factor):
+    source = vit(3)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    target = vit(1)
+    gmml.load_backbone(target, config_of(init=str(tmp_path / "w.pth"), channel_adapt=adapt))
+    grey = torch.randn(2, 1, 32, 32)
+    bias = source.patch_embed.proj.bias[:, None, None]
+    wanted = source.patch_embed.proj(grey.expand(-1, 3, -1, -1)) - bias
+    assert torch.allclose(target.patch_embed.proj(grey) - bias, wanted * factor, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapt, factor", [("duplicate_mean", 1.0), ("duplicate", 3.0), ("average", 3.0)])
+def test_channel_adaptation_1_to_3_on_grey_input(tmp_path, adapt, factor):
+    source = vit(1)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    target = vit(3)
+    gmml.load_backbone(target, config_of(init=str(tmp_path / "w.pth"), channel_adapt=adapt))
+    grey = torch.randn(2, 1, 32, 32)
+    bias = source.patch_embed.proj.bias[:, None, None]
+    assert torch.allclose(target.patch_embed.proj(grey.expand(-1, 3, -1, -1)) - bias,
+                          (source.patch_embed.proj(grey) - bias) * factor, atol=1e-5)
+
+
+def test_position_embeddings_are_resampled_bicubically_and_cls_is_kept(tmp_path):
+    source, target = vit(img_size=32), vit(img_size=48)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    assert "pos_embed" in gmml.load_backbone(target, config_of(init=str(tmp_path / "w.pth")))
+    wanted = timm.layers.resample_abs_pos_embed(source.pos_embed, [6, 6], interpolation="bicubic", antialias=False)
+    assert torch.allclose(target.pos_embed, wanted, atol=1e-6)
+    assert torch.equal(target.pos_embed[:, 0], source.pos_embed[:, 0])
+
+
+def test_incomplete_misfitting_hostile_and_absent_checkpoints_are_refused(tmp_path, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+
+    whole = vit().state_dict()
+    torch.save({k: v for k, v in whole.items() if "blocks.1" not in k}, tmp_path / "part.pth")
+    torch.save(vit(embed_dim=96).state_dict(), tmp_path / "wide.pth")
+    (tmp_path / "hostile.pth").write_bytes(pickle.dumps({"model": Hostile()}))
+    (tmp_path / "empty.pth").write_bytes(b"")
+    for name, fragment in (("part", "fills"), ("wide", "does not fit"), ("hostile", "plain tensor"), ("empty", "plain tensor"),
+                           ("none", "does not exist")):
+        with pytest.raises(SystemExit) as stop:
+            gmml.load_backbone(vit(), config_of(init=str(tmp_path / f"{name}.pth")))
+        assert stop.value.code == 2 and fragment in capsys.readouterr().err
+    assert not (tmp_path / "owned").exists()
+
+
+def test_timm_weights_without_a_network_name_the_file_to_provide(tmp_path, capsys, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(gmml.timm, "create_model", offline)
+    with pytest.raises(SystemExit):
+        gmml.load_backbone(None, config_of(init="timm"), weights_dir=tmp_path)
+    assert f"{tmp_path}/vit_small_patch16_224.pth" in capsys.readouterr().err
+
+
+# Whole runs
+
+def start(pack, out, *flags):
+    return run_script("pretrain/gmml.py", "--manifest", pack, "--out", out, *TINY, *flags)
+
+
+def weights(file):
+    return torch.load(file, weights_only=True)["model"]
+
+
+def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path):
+    flags = ["--batch", 12, "--steps", 5, "--epochs", 4, "--lr", 0.02, "--drop_path", 0, "--in_chans", 3]
+    runs = dict(one=[], micro=["--micro-batch", 5])
+    for name, more in runs.items():
+        assert start(pack, tmp_path / name, *flags, *more).returncode == 0
+    for nproc in (2, 3):
+        result = run_script("pretrain/gmml.py", "--manifest", pack, "--out", tmp_path / f"{nproc}", *TINY, *flags, nproc=nproc)
+        assert result.returncode == 0, result.stderr
+    one, begin = weights(tmp_path / "one/last.pt"), None
+    assert max(float(v.abs().max()) for v in one.values()) > 0.02
+    for name in ("micro", "2", "3"):
+        other = weights(tmp_path / name / "last.pt")
+        assert max(float((one[key] - other[key]).abs().max()) for key in one) <= 1e-5, name
+        logs = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").open()] for run in ("one", name)]
+        assert np.allclose(*logs, rtol=1e-5), name
+
+
+def test_a_killed_run_continues_to_the_same_bytes(pack, tmp_path):
+    flags = ["--batch", 10, "--epochs", 6, "--lr", 0.002, "--save-minutes", 0, "--picture-epochs", 2]
+    assert start(pack, tmp_path / "whole", *flags).returncode == 0
+    command = [sys.executable, ROOT / "pretrain/gmml.py", "--manifest", pack, "--out", tmp_path / "cut", *TINY, *flags]
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = tmp_path / "cut/log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 8):                          # in the second epoch
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut/backbone.pt").exists()
+    result = start(pack, tmp_path / "cut", *flags)
+    assert result.returncode == 0 and "steps 0 to" not in result.stdout, result.stderr
+    for name in ("backbone.pt", "recon_0002.png", "recon_0006.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    logs = [[{k: v for k, v in json.loads(line).items() if k not in ("time", "img_per_s")}
+             for line in (tmp_path / run / "log.jsonl").open()] for run in ("whole", "cut")]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 37))
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+
+
+def test_sigterm_saves_and_leaves_with_its_own_code(pack, tmp_path):
+    command = [sys.executable, ROOT / "pretrain/gmml.py", "--manifest", pack, "--out", tmp_path, *TINY, "--batch", 10, "--epochs", 2000]
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "log.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 75
+    step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+    lines = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()]
+    assert lines == list(range(1, step + 1))
+
+
+def test_backbone_loads_strictly_into_timm_without_this_project(pack, tmp_path):
+    assert start(pack, tmp_path / "run", "--batch", 20, "--steps", 1).returncode == 0
+    code = ("import sys, timm, torch; c = torch.load(sys.argv[1], weights_only=True); "
+            "m = timm.create_model(c['arch'], in_chans=c['in_chans'], num_classes=0, **c['model_args']); "
+            "m.load_state_dict(c['model'], strict=True); print(m(torch.zeros(1, 1, 32, 32)).shape[1])")
+    result = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path / "run/backbone.pt")], cwd=tmp_path,
+                            capture_output=True, text=True)
+    assert result.stdout.strip() == "48", result.stderr
+
+
+def test_the_copied_file_alone_trains_on_image_files_of_any_size(tmp_path):
+    shutil.copy(ROOT / "pretrain/gmml.py", tmp_path / "gmml.py")
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(50, 40), (33, 70), (64, 64), (40, 41)]):
+        Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    Image.fromarray(rng.integers(0, 65536, (40, 40)).astype(np.uint16)).save(tmp_path / "4.png")
+    pd.DataFrame({"path": [f"{i}.png" for i in range(5)]}).to_csv(tmp_path / "manifest.csv", index=False)
+    result = subprocess.run([sys.executable, "gmml.py", "--manifest", "manifest.csv", "--out", "run", "--batch", "5",
+                             "--epochs", "2", *map(str, TINY)], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and (tmp_path / "run/backbone.pt").exists(), result.stderr
+
+
+def test_16_bit_files_are_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 100, 300, 30000, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    (tmp_path / "manifest.csv").write_text("path\nx.png\n")
+    rows = gmml.read_manifest(tmp_path / "manifest.csv", "pretrain")
+    source = gmml.ImageSource(tmp_path / "manifest.csv", rows, 1, torch.device("cpu"))
+    assert source.batch(np.array([0]))[0].flatten().tolist() == np.round(values[0] / 65535 * 255).tolist()
+
+
+def test_samples_are_the_first_rows_of_the_split(tmp_path):
+    (tmp_path / "manifest.csv").write_text("path,split\na,train\nb,pretrain\nc,pretrain\nd,pretrain\n")
+    rows = gmml.read_manifest(tmp_path / "manifest.csv", "pretrain", 2)
+    assert rows["path"].tolist() == ["b", "c"] and rows.index.tolist() == [1, 2]
+
+
+def in_process(monkeypatch, capsys, *argv):
+    """Run main() here (fast) and return what the user sees of a mistake."""
+    monkeypatch.setattr(sys, "argv", ["gmml.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        gmml.main()
+    error = capsys.readouterr().err.strip().splitlines()
+    return stop.value.code, error[-1]
+
+
+def test_user_mistakes_get_one_sentence(pack, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.yaml"
+    rows.write_text('"1": {in_chans: 1, pretrain: {dropp: 0.5}}\n"2": {pretrain: {strategy: dino}}\n"3": {in_chan: 3}\n'
+                    '"4": {pretrain: {epochs: many}}\n"5": {pretrain: {strategy: gmml}}\n')
+    (tmp_path / "broken.yaml").write_text("a: [")
+    (tmp_path / "file").write_text("")
+    short = tmp_path / "short"
+    short.mkdir()
+    shutil.copy(pack, short)
+    np.save(short / "images.npy", np.zeros((59, 8, 8), np.uint8))
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    shutil.copy(pack, torn)
+    (torn / "images.npy").write_bytes(b"\x93NUMPY\x01")
+    (tmp_path / "nopath.csv").write_text("image\nx\n")
+    exp = ["--experiments", rows, "--exp"]
+    cases = [
+        ([*exp, "1"], "unknown key 'dropp'; nearest: drop"),
+        ([*exp, "2"], "run pretrain/dino.py"),
+        ([*exp, "3"], "unknown key 'in_chan'; nearest: in_chans"),
+        ([*exp, "4"], "epochs is 'many'; expected int"),
+        ([*exp, "6"], "no experiment '6'"),
+        (["--experiments", tmp_path / "broken.yaml", "--exp", "1"], "cannot be read as YAML"),
+        (["--lr", "fast"], "--lr is 'fast'"),
+        (["--in_chans", 2], "in_chans is 2"),
+        (["--mean", "[0.5, 0.5]"], "mean has 2 values for 1 channels"),
+        (["--manifest", tmp_path / "none.csv", *TINY, "--out", tmp_path / "o"], "none.csv does not exist"),
+        (["--manifest", tmp_path / "nopath.csv", *TINY, "--out", tmp_path / "o"], "no column 'path'"),
+        (["--manifest", pack, "--split", "train", *TINY, "--out", tmp_path / "o"], "no rows of split 'train'; only pretrain"),
+        (["--manifest", pack, *TINY, "--out", tmp_path / "o"], "fewer than one batch of 256"),
+        (["--manifest", pack, *TINY, "--samples", 61, "--out", tmp_path / "o"], "fewer than samples=61"),
+        (["--manifest", short / "manifest.csv", *TINY, "--out", tmp_path / "o"], "has 60 rows; pack the dataset again"),
+        (["--manifest", torn / "manifest.csv", *TINY, "--out", tmp_path / "o"], "not a NumPy array file"),
+        (["--manifest", pack, *TINY, "--batch", 20, "--out", tmp_path / "file/run"], "cannot write into"),
+    ]
+    for argv, fragment in cases:
+        code, line = in_process(monkeypatch, capsys, *argv)
+        assert code == 2 and line.startswith("error: ") and fragment in line, (argv, line)
+
+
+def test_two_runs_never_share_a_folder_and_processes_divide_the_batch(pack, tmp_path):
+    result = run_script("pretrain/gmml.py", "--manifest", pack, "--out", tmp_path, *TINY, "--batch", 9, nproc=2)
+    assert result.returncode != 0 and "2 processes do not divide the global batch of 9" in result.stderr
+    import fcntl
+    lock = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert_user_error(start(pack, tmp_path, "--batch", 10), "in use by another run")
+    os.close(lock)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(pack, tmp_path):
+    flags = ["--batch", 10, "--epochs", 4, "--save-minutes", 0]
+    assert start(pack, tmp_path, *flags, "--steps", 3).returncode == 0
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    state["model"]["rec_head.convTrans.bias"] += float("nan")
+    torch.save(state, tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
+    assert_user_error(start(pack, tmp_path, *flags), "the loss is nan", "last good")
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_another_configuration_is_not_resumed(pack, tmp_path):
+    assert start(pack, tmp_path, "--batch", 10, "--steps", 1).returncode == 0
+    assert_user_error(start(pack, tmp_path, "--batch", 10, "--steps", 2, "--lr", "2e-4"), "lr=0.0001, now it is 0.0002")
+
+
+def test_the_loss_falls(pack, tmp_path):
+    assert start(pack, tmp_path, "--batch", 20, "--epochs", 40, "--lr", "1e-2", "--log-steps", 3).returncode == 0
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").open()]
+    # predicting the mean grey of every image costs about the first value; half of that needs the neighbours
+    assert losses[-1] < 0.75 * losses[0], losses
