@@ -44,7 +44,7 @@ DEFAULTS = dict(
     in_chans=1,                     # 1 or 3; grey images are repeated to 3
     img_size=224,                   # pixels
     mean=None, std=None,            # of pixels in 0..1; none: 0.485 / 0.229, in 3 channels ImageNet's
-    init="random",                  # random | timm | timm:NAME | torchvision | a checkpoint file
+    init="random",                  # random | timm[:NAME] | torchvision | exp:KEY | a checkpoint file
     init_key=None,                  # which weights of the file (teacher, student, ...); none: the usual one
     channel_adapt="average",  # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate | duplicate_mean
     dataset="nih_pretrain",         # folder below --data with the packed images
@@ -502,7 +502,8 @@ def load_backbone(model, config, weights_dir="weights"):
     """Fill a timm model from config["init"]; returns one line saying what was loaded, adapted and left out.
 
     init: "random"; "timm" or "timm:NAME" or "torchvision" (their own download, or weights_dir/NAME.pth or
-    .safetensors where there is no network); a file of timm, torchvision, DINO, MoCo-v3, SiT, SimMIM or ours.
+    .safetensors where there is no network); "exp:KEY", what another row's pre-training made; or a file of timm,
+    torchvision, DINO, MoCo-v3, SiT, SimMIM or ours.
     """
     init, adapt = config["init"], config["channel_adapt"]
     if init == "random":
@@ -510,6 +511,8 @@ def load_backbone(model, config, weights_dir="weights"):
     if adapt not in ("average", "sum", "duplicate", "duplicate_mean"):
         fail(f"channel_adapt is '{adapt}'; expected average, sum, duplicate or duplicate_mean")
     source, _, name = init.partition(":")
+    if source == "exp":
+        init = f"runs/{name}/pretrain/backbone.pt"
     if source in ("timm", "torchvision"):
         name = name or config["arch"]
         local = [path for path in sorted(Path(weights_dir).glob(f"{name}*"))

@@ -1,0 +1,183 @@
+#!/usr/bin/env bash
+# The whole study as a chain of commands a person could type: prepare, pack, pre-train, fine-tune, predict, metrics, report.
+#
+#   bash run_all.sh --demo               everything in miniature on drawn stand-ins: no download, no GPU, some minutes
+#   bash run_all.sh --exp 3.4,2.2        these rows of experiments.yaml, with the data they need
+#   bash run_all.sh                      every row of the study (--exp all: and the controls), resumable, over days
+#
+#   --raw DIR     raw downloads, one folder a dataset (default raw)    --data DIR   packed data (default data)
+#   --out DIR     where runs/ and results/ go (default .)              --nproc N    processes (default: the GPUs here)
+#   --dry-run     print the exact commands and run nothing             --plan       cost and inputs of every row
+#
+# A stage is skipped when its output is there and was made by the same command, row and inputs. Stopped or killed, run
+# it again. PYTHON=python bash run_all.sh ... uses an environment that has the packages already.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage_error() { echo "error: $1; bash run_all.sh --help lists the options" >&2; exit 2; }
+demo=0 exp="" raw="" data="" out="." nproc="" dry=0 plan=0
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --demo) demo=1 ;;
+    --dry-run) dry=1 ;;
+    --plan) plan=1 ;;
+    --exp | --raw | --data | --out | --nproc)
+      [ $# -ge 2 ] || usage_error "$1 needs a value"
+      declare "${1#--}=$2"; shift ;;
+    -h | --help) sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "$0"; exit 0 ;;
+    *) usage_error "unknown option $1" ;;
+  esac
+  shift
+done
+[ -z "$nproc" ] && nproc=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+[ "${nproc:-0}" -ge 1 ] 2>/dev/null || { [ "${nproc:-0}" = 0 ] && nproc=1; } || usage_error "--nproc is $nproc, not a number"
+. tests/setup_env.sh
+
+if [ "$plan" = 1 ]; then exec "$PYTHON" evaluate/plan.py ${exp:+--exp "$exp"} ${data:+--data "$data"}; fi
+
+# The chain, worked out from experiments.yaml: one line a stage with name, output, key (a hash of command, row and
+# inputs) and command, tab-separated.
+stages=$("$PYTHON" - "$demo" "$exp" "$raw" "$data" "$out" "$nproc" <<'PY'
+import difflib, hashlib, json, shlex, sys
+import yaml
+
+demo, chosen, raw, data, out, nproc = sys.argv[1:]
+demo, nproc = demo == "1", int(nproc)
+raw, data = raw or ("data/demo/raw" if demo else "raw"), data or ("data/demo" if demo else "data")
+runs, results = f"{out}/runs".removeprefix("./"), f"{out}/results{'/demo' if demo else ''}".removeprefix("./")
+python, torchrun = "$PYTHON", f"$PYTHON -m torch.distributed.run --standalone --nproc_per_node={nproc}"
+table = yaml.safe_load(open("experiments.yaml"))
+defaults = table.pop("defaults")
+if demo and not chosen:
+    chosen = [key for key in table if key.startswith("demo.")]
+elif chosen in ("", "all"):
+    chosen = [key for key in table if not key.startswith("demo.") and (chosen == "all" or not key.startswith("c."))]
+else:
+    chosen = chosen.split(",")
+
+READERS = {     # packed folder: reader and its flags, packing flags
+    "nih": ("nih", "", ""),
+    "nih_pretrain": ("nih", "--pretrain all", ""),
+    "nih_pretrain_trainval": ("nih", "--pretrain trainval --n-pretrain all", ""),
+    "nih_pretrain_original": ("nih", "--pretrain all", "--size original"),
+    "mimic_cxr": ("mimic_cxr", "--n-pretrain 250000", ""),
+    "mimic_cxr_supervised": ("mimic_cxr", "--views frontal --labelled-only", ""),
+    "chexpert": ("chexpert", "", "--splits val,test"),
+    "padchest": ("padchest", "", ""),
+    "vindr_cxr": ("vindr_cxr", "", "--splits test"),
+    "covidx_ct": ("covidx_ct", "", "--splits pretrain"),
+    "oct": ("oct", "", "--splits pretrain"),
+    "imagenet": ("imagenet", "", "--splits pretrain --channels 3"),
+}
+TESTS = {"nih_val": ("nih", "val"), "nih_test": ("nih", "test"), "vindr_test": ("vindr_cxr", "test"),
+         "padchest": ("padchest", "test"), "chexpert_test": ("chexpert", "test"), "chexpert_valid": ("chexpert", "val")}
+keys = {}       # output -> key of the stage that makes it
+
+
+def stage(name, output, command, inputs=(), row=None, launcher=python):
+    """Print a stage once; its key covers the command, the row and the keys of its inputs, not the launcher."""
+    if output not in keys:
+        facts = [command, row, [keys[file] for file in inputs]]
+        keys[output] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        print(name, output, keys[output], f"{launcher} {command}", sep="\t")
+    return output
+
+
+def packed(folder, size):
+    reader, flags, packing = READERS[folder]
+    if demo:            # the stand-ins are small: their whole pre-training split is the sample
+        flags = "--n-pretrain all" if "pretrain" in flags + packing else ""
+    here, inputs = f"{data}/{folder}", []
+    if demo:
+        inputs = [stage("demo data", f"{raw}/demo.json", f"data_prep/demo.py --out {raw}")]
+    index = stage(f"{folder} index", f"{here}/index.csv",
+                  f"data_prep/{reader}.py --raw {raw}/{reader} --out {here}/index.csv {flags}".strip(), inputs)
+    packing = packing if "--size" in packing else f"--size {size} {packing}"
+    return stage(f"{folder} pack", f"{here}/manifest.csv",
+                 f"data_prep/pack.py --index {index} --raw {raw}/{reader} --out {here} {packing}".strip(), [index])
+
+
+def size_of(row, part):
+    return (row.get(part) or {}).get("img_size") or row.get("img_size") or (row.get("model_args") or {}).get("img_size", 224)
+
+
+def row_of(exp):
+    if exp not in table:
+        near = difflib.get_close_matches(exp, table, n=3)
+        sys.exit(f"error: experiments.yaml has no experiment '{exp}'" + (f"; nearest: {', '.join(near)}" if near else ""))
+    return table[exp]
+
+
+def start(exp, row):
+    """Flag and input file of a row's starting weights, where another row makes them."""
+    init = row.get("init", defaults.get("init", "random"))
+    if init.startswith("exp:"):
+        backbone = pretrain(init[4:])
+        return f" --init {backbone}", [backbone]
+    return "", []
+
+
+def pretrain(exp):
+    row = row_of(exp)
+    part = row["pretrain"]
+    flag, inputs = start(exp, row)
+    inputs = inputs + [packed(part["dataset"], 224 if not demo else size_of(row, "pretrain"))]
+    folder = f"{runs}/{exp}/pretrain"
+    row = {key: value for key, value in {**defaults, **row}.items() if key not in ("finetune", "about")}
+    return stage(f"{exp} pretrain", f"{folder}/backbone.pt",
+                 f"pretrain/{part['strategy']}.py --exp {exp} --data {data} --out {folder}{flag}", inputs, row,
+                 torchrun if nproc > 1 else python)
+
+
+predictions = []
+for exp in chosen:
+    row = row_of(exp)
+    if row.get("pretrain"):
+        backbone = pretrain(exp)
+        flag, inputs = f" --init {backbone}", [backbone]
+    else:
+        flag, inputs = start(exp, row)
+    size = size_of(row, "finetune") if demo else 224
+    inputs = inputs + [packed("nih", size)]
+    seeds = {**defaults["finetune"], **(row.get("finetune") or {})}["seeds"]
+    facts = {key: value for key, value in {**defaults, **row}.items() if key not in ("pretrain", "about")}
+    last = stage(f"{exp} finetune", f"{runs}/{exp}/finetune/seed{seeds[-1]}/classifier.pt",
+                 f"finetune/classify.py --exp {exp} --data {data} --out {runs}/{exp}/finetune{flag}", inputs, facts,
+                 torchrun if nproc > 1 else python)
+    packs = {folder: packed(folder, size) for folder, _ in TESTS.values()}
+    sets = " ".join(f"--set {name}={packs[folder]}:{split}" for name, (folder, split) in TESTS.items())
+    for seed in seeds:
+        folder = f"{runs}/{exp}/predictions/seed{seed}"
+        predictions.append(stage(
+            f"{exp} predict seed {seed}", f"{folder}/chexpert_valid.csv",
+            f"evaluate/predict.py --checkpoint {runs}/{exp}/finetune/seed{seed}/classifier.pt {sets} --out {folder}",
+            [last, *packs.values()], None, torchrun if nproc > 1 else python))
+
+files = " ".join(f"{prediction.rsplit('/', 1)[0]}/{name}.csv" for prediction in predictions for name in TESTS if name != "nih_val")
+metrics = stage("metrics", f"{results}/metrics.csv", f"evaluate/metrics.py {files} --out {results}/metrics.csv", predictions)
+title = " --title 'Demo: drawn stand-in data and stand-in weights'" if demo else ""
+stage("report", f"{results}/report.html", f"evaluate/report.py --metrics {metrics} --out {results} --runs {runs}{title}", [metrics])
+PY
+) || { echo "$stages" >&2; exit 2; }
+
+shorten() { if [ ${#1} -gt 600 ]; then echo "${1:0:600} ..."; else echo "$1"; fi; }
+count=$(wc -l <<<"$stages") number=0 begun=$SECONDS
+while IFS=$'\t' read -r name output key command <&3; do
+  number=$((number + 1))
+  if [ "$dry" = 1 ]; then echo "${command//\$PYTHON/$PYTHON}"; continue; fi
+  if [ -e "$output" ] && [ "$(cat "$output.done" 2>/dev/null)" = "$key" ]; then
+    echo "[$number/$count] $name: complete"
+    continue
+  fi
+  log="$out/runs/logs/${name// /_}.log"
+  mkdir -p "$(dirname "$log")" "$(dirname "$output")"
+  echo "[$number/$count] $name: $(shorten "${command//\$PYTHON/$PYTHON}")"
+  code=0
+  eval "$command" 2>&1 | tee "$log" | sed 's/^/    /' || code=${PIPESTATUS[0]}
+  if [ "$code" != 0 ]; then
+    echo "error: stage '$name' failed with exit code $code; its log is $log; its command: ${command//\$PYTHON/$PYTHON}" >&2
+    exit "$code"
+  fi
+  echo "$key" > "$output.done"
+done 3<<<"$stages"
+[ "$dry" = 1 ] || echo "all $count stages complete after $((SECONDS - begun)) s; the report: $(tail -n 1 <<<"$stages" | cut -f 2)"
