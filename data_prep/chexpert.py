@@ -10,8 +10,8 @@ Test split of Glocker et al.: chexpert_split_2021_08_20.csv of https://github.co
 
 Reads valid.csv, train.csv, the split and, where there is one, the demographics (for `race`). Images lie in
 CheXpert-v1.0/, CheXpert-v1.0-small/ or the parts of the full release ("CheXpert-v1.0 batch 2 (train 1)/"),
-whatever release the column Path names. Writes split val (202 frontal images of 200 patients) and test; train if asked.
-"""
+whatever release the column Path names. Writes split val (202 frontal images of 200 patients) and test, and
+train if asked. Labels are 1, 0, -1 (uncertain) and blank (not mentioned)."""
 
 import argparse
 import gzip
@@ -201,7 +201,7 @@ def main():
     parser.add_argument("--out", type=Path, default="data/chexpert/index.csv", help="the index (%(default)s)")
     parser.add_argument("--require-files", action="store_true", help="refuse absent images")
     parser.add_argument("--views", choices=["frontal", "all"], default="frontal", help="(%(default)s)")
-    parser.add_argument("--splits", default="val,test", help="of train,val,test (%(default)s); train is marked\n"
+    parser.add_argument("--splits", default="val,test", help="of train,val,test (val,test); train is marked\n"
                         "in the split file or, where test is not asked for, the whole train.csv")
     parser.add_argument("--split-file", type=Path, help="chexpert_split_2021_08_20.csv (row numbers) or\n"
                         "CheXpert_test_Glocker.csv (test rows); else looked for below --raw")
