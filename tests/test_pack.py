@@ -1,0 +1,723 @@
+"""Packing: the bytes of every kind of file, the reasons of every kind of rejection, and a pack that survives anything."""
+
+import csv
+import fcntl
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from conftest import ROOT, assert_user_error, load_script, run_script
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import (ExplicitVRLittleEndian, JPEGLosslessSV1, MPEG2MPML, RLELossless, SecondaryCaptureImageStorage,
+                         generate_uid)
+
+pack = load_script("data_prep/pack.py")
+RNG = np.random.default_rng(7)
+QUICK = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+# ---- small real files ----
+
+def noise(height, width, high=256, dtype=np.uint8):
+    return RNG.integers(0, high, (height, width)).astype(dtype)
+
+
+def save(path, pixels, mode=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+def dataset(pixels, photometric="MONOCHROME2", bits=None, **elements):
+    """A minimal DICOM dataset around an integer array [H, W]."""
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID = SecondaryCaptureImageStorage, generate_uid(entropy_srcs=["pack"])
+    ds.Rows, ds.Columns = pixels.shape
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, photometric
+    ds.BitsAllocated = 8 * pixels.itemsize
+    ds.BitsStored = bits or ds.BitsAllocated
+    ds.HighBit, ds.PixelRepresentation = ds.BitsStored - 1, int(pixels.dtype.kind == "i")
+    ds.PixelData = pixels.tobytes()
+    for name, value in elements.items():
+        setattr(ds, name, value)
+    return ds
+
+
+def dicom(path, pixels, *args, **elements):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset(pixels, *args, **elements).save_as(path, enforce_file_format=True)
+    return path
+
+
+def lut(values, first, bits):
+    item = Dataset()
+    item.LUTDescriptor = [len(values), first, bits]
+    item.add_new("LUTData", "OW", np.asarray(values, np.uint16).tobytes())
+    return pydicom.Sequence([item])
+
+
+def grey(path, **options):
+    """The 8-bit pixels of a file as the packer sees them."""
+    return np.asarray(pack.read_image(path, **options)[0])
+
+
+def write_index(path, rows):
+    """rows: paths, or dicts with further columns."""
+    rows = [row if isinstance(row, dict) else {"path": row} for row in rows]
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def run_pack(folder, *options, out="out", **env):
+    return run_script("data_prep/pack.py", "--index", folder / "index.csv", "--raw", folder / "raw",
+                      "--out", folder / out, "--workers", 2, "--size", 16, *options, **env)
+
+
+def contents(folder):
+    """{file name: hash} of everything in a folder."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def mixed(folder, n=12):
+    """A raw folder with good images of several kinds and one bad one of several kinds, and its index."""
+    raw = folder / "raw"
+    for i in range(n):
+        save(raw / f"a/{i:03}.png", noise(20 + i, 33))
+    save(raw / "grey16.png", noise(30, 20, 65536, np.uint16))
+    save(raw / "twelve.png", noise(30, 20, 4096, np.uint16))
+    save(raw / "colour.jpg", RNG.integers(0, 256, (40, 20, 3)).astype(np.uint8))
+    dicom(raw / "one.dicom", noise(25, 31, 4096, np.uint16), "MONOCHROME1", 12)
+    (raw / "copy.png").write_bytes((raw / "a/000.png").read_bytes())
+    (raw / "empty.png").touch()
+    save(raw / "flat.png", np.full((9, 9), 7, np.uint8))
+    (raw / "cut.png").write_bytes((raw / "grey16.png").read_bytes()[:700])
+    paths = sorted(str(path.relative_to(raw)) for path in raw.rglob("*.*"))
+    rows = [{"path": path, "patient": f"{i:03}", "split": "train" if i % 3 else "val", "Mass": str(i % 2)}
+            for i, path in enumerate([*paths, "absent.png", "a/001.png", "../index.csv"])]
+    write_index(folder / "index.csv", rows)
+    return rows
+
+
+# ---- pixels ----
+
+def test_16_bit_values_are_rounded_or_cut_as_the_fraction_says():
+    values = np.arange(65536, dtype=np.uint16)
+    exact = [(2 * 255 * x + 65535) // (2 * 65535) for x in range(65536)]        # nearest integer to 255 x / 65535
+    assert pack.to_grey8(values).tolist() == exact
+    cut = pack.to_grey8(values, "paper").tolist()
+    for x in range(0, 65536, 97):
+        assert cut[x] == int(np.float32(x) / np.float32(65535) * np.float32(255)), x
+    assert 0.49 < np.mean(np.array(exact) != cut) < 0.51                        # one level apart on half of all values
+
+
+def test_16_bit_png_is_scaled_where_pillow_would_clip(tmp_path):
+    values = np.array([[0, 100, 300], [30000, 65000, 65535]], np.uint16)
+    path = save(tmp_path / "x.png", values)
+    assert grey(path).tolist() == [[0, 0, 1], [117, 253, 255]]
+    assert grey(path, variant="paper").tolist() == [[0, 0, 1], [116, 252, 255]]
+    assert grey(save(tmp_path / "x.tif", values)).tolist() == [[0, 0, 1], [117, 253, 255]]
+    _, facts = pack.read_image(path)
+    assert facts == {"sixteen_bit": True, "sixteen_bit_below_4096": False}
+
+
+def luma(rgb):
+    """ITU-R 601 in Pillow's fixed point."""
+    r, g, b = (np.asarray(rgb)[..., i].astype(np.int64) for i in range(3))
+    return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif"])
+def test_8_bit_grey_is_unchanged(tmp_path, suffix):
+    pixels = noise(21, 34)
+    assert (grey(save(tmp_path / f"x.{suffix}", pixels)) == pixels).all()
+
+
+def test_colour_palette_and_alpha_become_luma_without_compositing(tmp_path):
+    rgb = RNG.integers(0, 256, (12, 17, 3)).astype(np.uint8)
+    rgba = np.dstack([rgb, noise(12, 17)])
+    assert (grey(save(tmp_path / "rgb.png", rgb)) == luma(rgb)).all()
+    assert (grey(save(tmp_path / "rgba.png", rgba)) == luma(rgb)).all()
+    assert (grey(save(tmp_path / "la.png", rgba[..., 2:])) == rgba[..., 2]).all()
+    palette = Image.fromarray(noise(12, 17, 5), "L").convert("P")
+    palette.putpalette(rgb.reshape(-1)[:15].tolist())
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert (grey(tmp_path / "p.png") == luma(np.asarray(palette.convert("RGB")))).all()
+
+
+def test_one_bit_is_black_and_white(tmp_path):
+    bits = noise(9, 13, 2).astype(bool)
+    assert (grey(save(tmp_path / "x.png", bits)) == np.where(bits, 255, 0)).all()
+
+
+def test_cmyk_jpeg_is_read_by_ink(tmp_path):
+    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))                          # magenta and yellow ink: red
+    cmyk.paste((255, 255, 0, 0), (8, 0, 16, 16))                                # cyan and magenta: blue
+    found = grey(save(tmp_path / "x.jpg", cmyk, quality=100))
+    assert abs(int(found[0, 0]) - 76) <= 2 and abs(int(found[0, 15]) - 29) <= 2     # 0.299 * 255, 0.114 * 255; JPEG
+
+
+def test_a_png_named_jpeg_and_an_exif_orientation_change_nothing(tmp_path):
+    pixels = noise(8, 11)
+    (tmp_path / "x.JPEG").write_bytes(save(tmp_path / "x.png", pixels).read_bytes())
+    assert (grey(tmp_path / "x.JPEG") == pixels).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                            # turn by 90 degrees
+    assert grey(save(tmp_path / "y.jpg", pixels, exif=exif)).shape == (8, 11)
+
+
+def test_a_colour_pack_keeps_colour_and_repeats_grey(tmp_path):
+    rgb = RNG.integers(0, 256, (5, 6, 3)).astype(np.uint8)
+    assert (grey(save(tmp_path / "rgb.png", np.dstack([rgb, noise(5, 6)])), channels=3) == rgb).all()
+    pixels = noise(5, 6)
+    assert (grey(save(tmp_path / "l.png", pixels), channels=3) == pixels[..., None]).all()
+    deep = save(tmp_path / "deep.png", noise(5, 6, 65536, np.uint16))
+    assert (grey(deep, channels=3) == grey(deep)[..., None]).all()
+
+
+def test_stretch_maps_each_images_own_percentiles(tmp_path):
+    values = noise(50, 40, 3000, np.uint16) + np.uint16(500)
+    low, high = np.percentile(values, [0.5, 99.5])
+    expected = [[round(255 * min(max((float(v) - low) / (high - low), 0), 1)) for v in row] for row in values]
+    assert grey(save(tmp_path / "x.png", values), stretch=True).tolist() == expected
+    flat = np.full((50, 40), 90, np.uint8)
+    flat[0, 0] = 100                                                            # both percentiles are 90
+    assert grey(save(tmp_path / "y.png", flat), stretch=True).max() == 255
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear", "hamming", "box"])
+def test_a_wide_image_is_squeezed_not_turned(resample):
+    pixels = np.zeros((30, 90), np.uint8)
+    pixels[:, 60:] = 240                                                        # bright on the right
+    small = np.asarray(pack.fit(Image.fromarray(pixels), 9, resample)).astype(int)
+    assert small.shape == (9, 9) and (small[:, 7:] > 230).all() and (small[:, :5] < 10).all()
+    if resample == "box":                                                       # the mean over each 10 x 10/3 cell
+        exact = pixels.repeat(3, 0).reshape(9, 10, 9, 10).mean((1, 3))
+        assert np.abs(small - exact).max() <= 1
+
+
+def test_keep_aspect_pads_with_black():
+    padded = np.asarray(pack.fit(Image.fromarray(np.full((4, 8), 200, np.uint8)), 8, keep_aspect=True))
+    assert padded.tolist() == [[0] * 8] * 2 + [[200] * 8] * 4 + [[0] * 8] * 2
+
+
+# ---- DICOM ----
+
+def windowed(values, center, width):
+    """PS3.3 C.11.2.1.2.1, pixel by pixel, to 0..255."""
+    def one(x):
+        if x <= center - 0.5 - (width - 1) / 2:
+            return 0
+        if x > center - 0.5 + (width - 1) / 2:
+            return 255
+        return round(((x - (center - 0.5)) / (width - 1) + 0.5) * 255)
+    return [[one(float(x)) for x in row] for row in values]
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_the_first_window_is_applied_and_monochrome1_inverted_once(tmp_path, photometric):
+    pixels = noise(20, 30, 4096, np.uint16)
+    path = dicom(tmp_path / "x", pixels, photometric, 12, WindowCenter=[1800, 50], WindowWidth=[2000, 10])
+    expected = np.array(windowed(pixels, 1800, 2000))
+    assert (grey(path) == (255 - expected if photometric == "MONOCHROME1" else expected)).all()
+    assert pack.read_image(path)[1] == {"monochrome1": photometric == "MONOCHROME1"}
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_without_window_the_percentiles_span_the_range(tmp_path, photometric):
+    pixels = noise(60, 50, 900, np.uint16) + np.uint16(77)
+    low, high = np.percentile(pixels, [0.5, 99.5])
+    expected = np.rint(np.clip((pixels - low) / (high - low), 0, 1) * 255)
+    found = grey(dicom(tmp_path / "x.dcm", pixels, photometric, 10))
+    assert (found == (255 - expected if photometric == "MONOCHROME1" else expected)).all()
+
+
+def test_rescale_comes_before_the_window_even_with_a_negative_slope(tmp_path):
+    pixels = noise(20, 30, 2000, np.int16) - np.int16(1000)
+    for slope in (2.5, -2.5):
+        path = dicom(tmp_path / "x.dcm", pixels, RescaleSlope=slope, RescaleIntercept=-24, WindowCenter=40,
+                     WindowWidth=400)
+        assert (grey(path) == windowed(pixels * slope - 24, 40, 400)).all()
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_a_voi_lut_is_looked_up_entry_by_entry(tmp_path, bits):
+    entries = np.linspace(2 ** bits - 1, 0, 3000).round().astype(int)           # long, and falling: a negative
+    pixels = noise(20, 30, 4096, np.uint16)
+    path = dicom(tmp_path / "x.dcm", pixels, "MONOCHROME2", 12, VOILUTSequence=lut(entries, 100, bits), WindowCenter=9,
+                 WindowWidth=9)
+    expected = [[round(entries[min(max(int(x) - 100, 0), 2999)] / (2 ** bits - 1) * 255) for x in row] for row in pixels]
+    assert grey(path).tolist() == expected
+
+
+def test_a_modality_lut_is_looked_up_first(tmp_path):
+    entries = RNG.integers(0, 65536, 256)
+    pixels = noise(20, 30)
+    path = dicom(tmp_path / "x.dcm", pixels, ModalityLUTSequence=lut(entries, 0, 16), WindowCenter=30000, WindowWidth=40000)
+    assert grey(path).tolist() == windowed(entries[pixels], 30000, 40000)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_black_and_outside_the_percentiles(tmp_path, photometric):
+    inside = noise(40, 30, 500, np.int16) + np.int16(300)
+    pixels = np.pad(inside, 10, constant_values=-2000)
+    path = dicom(tmp_path / "x.dcm", pixels, photometric, PixelPaddingValue=-2000)
+    bare = grey(dicom(tmp_path / "y.dcm", inside, photometric))
+    assert (grey(path) == np.pad(bare, 10, constant_values=0)).all()
+
+
+def test_the_paper_face_is_raw_over_maximum_cut(tmp_path):
+    pixels = noise(20, 30, 3000, np.uint16)
+    path = dicom(tmp_path / "x.dcm", pixels, "MONOCHROME1", 12, WindowCenter=100, WindowWidth=10)
+    assert grey(path, dicom="paper").tolist() == [[int(int(x) / int(pixels.max()) * 255) for x in row] for row in pixels]
+
+
+def test_every_lossless_syntax_gives_the_bytes_of_the_uncompressed_file():
+    plain = grey(get_testdata_file("MR_small.dcm"))
+    for name in ("MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm",
+                 "MR_small_bigendian.dcm", "MR_small_implicit.dcm", "MR_small_expb.dcm"):
+        assert (grey(get_testdata_file(name)) == plain).all(), name
+
+
+@pytest.mark.parametrize("name", ["JPEG2000.dcm", "JPGExtended.dcm", "693_J2KI.dcm", "CT_small.dcm", "image_dfl.dcm",
+                                  "JPEGLSNearLossless_16.dcm", "J2K_pixelrep_mismatch.dcm", "examples_overlay.dcm"])
+def test_pydicoms_own_files_look_as_pydicom_and_the_window_formula_say(name):
+    ds = pydicom.dcmread(get_testdata_file(name))
+    values = ds.pixel_array * float(ds.get("RescaleSlope", 1)) + float(ds.get("RescaleIntercept", 0))
+    if "WindowCenter" in ds:
+        center, width = (float(np.ravel(ds[key].value)[0]) for key in ("WindowCenter", "WindowWidth"))
+        expected = np.clip((values - (center - 0.5)) / (width - 1) + 0.5, 0, 1) * 255
+    else:
+        low, high = np.percentile(values[ds.pixel_array != ds.get("PixelPaddingValue")], [0.5, 99.5])
+        expected = np.clip((values - low) / (high - low), 0, 1) * 255
+    expected = np.where(ds.pixel_array == ds.get("PixelPaddingValue"), 0, np.rint(expected))
+    assert np.abs(grey(get_testdata_file(name)) - expected).max() <= 1          # halves may round either way
+    assert np.mean(grey(get_testdata_file(name)) != expected) < 1e-3
+
+
+def jpeg_lossless(pixels, bits):
+    """ITU-T T.81 process 14, predictor 1, with a table of 17 five-bit codes: the syntax chest X-ray archives use."""
+    height, width = pixels.shape
+    out = []
+    for y in range(height):
+        for x in range(width):
+            before = pixels[y, x - 1] if x else pixels[y - 1, x] if y else 1 << (bits - 1)
+            difference = int(pixels[y, x]) - int(before)
+            size = abs(difference).bit_length()
+            out.append(f"{size:05b}")
+            if size:
+                out.append(f"{(difference if difference > 0 else difference - 1) & ((1 << size) - 1):0{size}b}")
+    stream = "".join(out)
+    stream += "1" * (-len(stream) % 8)
+    data = int(stream, 2).to_bytes(len(stream) // 8, "big").replace(b"\xff", b"\xff\x00")
+    frame = bytes([bits, *height.to_bytes(2, "big"), *width.to_bytes(2, "big"), 1, 1, 0x11, 0])
+    huffman = bytes([0] + [17 if length == 5 else 0 for length in range(1, 17)] + list(range(17)))
+    segments = [(0xC3, frame), (0xC4, huffman), (0xDA, bytes([1, 1, 0, 1, 0, 0]))]
+    return (b"\xff\xd8" + b"".join(b"\xff" + bytes([mark]) + (len(body) + 2).to_bytes(2, "big") + body
+                                   for mark, body in segments) + data + b"\xff\xd9")
+
+
+def test_jpeg_lossless_and_rle_give_the_stored_values_back(tmp_path):
+    pixels = noise(24, 37, 4096, np.uint16)
+    plain = grey(dicom(tmp_path / "plain.dcm", pixels, "MONOCHROME1", 12))
+    ds = dataset(pixels, "MONOCHROME1", 12, PixelData=encapsulate([jpeg_lossless(pixels, 12)]))
+    ds["PixelData"].is_undefined_length = True
+    ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    ds.save_as(tmp_path / "lossless.dicom", enforce_file_format=True)
+    assert (grey(tmp_path / "lossless.dicom") == plain).all()
+    ds = dataset(pixels, "MONOCHROME1", 12)
+    ds.compress(RLELossless)
+    ds.save_as(tmp_path / "rle", enforce_file_format=True)                      # known by its preamble alone
+    assert (grey(tmp_path / "rle") == plain).all()
+
+
+def test_a_dicom_file_without_preamble_is_known_by_its_extension(tmp_path):
+    pixels = noise(10, 12, 256)
+    ds = dataset(pixels)
+    del ds.file_meta
+    ds.save_as(tmp_path / "bare.dcm", implicit_vr=True, little_endian=True)
+    assert (grey(tmp_path / "bare.dcm") == grey(dicom(tmp_path / "full.dcm", pixels))).all()
+
+
+# ---- rejection ----
+
+def bomb(path):
+    Image.new("1", (30000, 10000)).save(path)                                   # 300 million pixels in some 40 kB
+
+
+def frames(path):
+    images = [Image.fromarray(noise(8, 8)) for _ in range(3)]
+    images[0].save(path, save_all=True, append_images=images[1:])
+
+
+BAD = {     # name: (how to make it, what the reason starts with)
+    "empty.png": (lambda path: path.touch(), "zero bytes"),
+    "empty.dcm": (lambda path: path.touch(), "zero bytes"),
+    "text.png": (lambda path: path.write_text("<html>404</html>"), "wrong type"),
+    "text.dcm": (lambda path: path.write_text("not a dicom file at all, just words " * 9), "wrong type"),
+    "folder.png": (lambda path: path.mkdir(), "wrong type: not a regular file"),
+    "pipe.png": (os.mkfifo, "wrong type: not a regular file"),
+    "drawing.eps": (lambda path: save(path, noise(9, 9)), "wrong type"),
+    "float.tif": (lambda path: save(path, noise(9, 9).astype(np.float32)), "wrong type: floating-point"),
+    "deep.tif": (lambda path: save(path, noise(9, 9, 2 ** 30, np.int32)), "wrong type: more than 16 bits"),
+    "flat.png": (lambda path: save(path, np.full((90, 80), 7, np.uint8)), "all-constant"),
+    "flat.dcm": (lambda path: dicom(path, np.full((9, 8), 7, np.uint8)), "all-constant"),
+    "dark.png": (lambda path: save(path, noise(40, 40, 100, np.uint16)), "all-constant"),     # below one grey level
+    "colour.png": (lambda path: save(path, np.full((90, 80, 3), (1, 2, 3), np.uint8)), "all-constant"),
+    "film.gif": (frames, "multi-frame: 3 frames"),
+    "film.tif": (frames, "multi-frame: 3 frames"),
+    "film.dcm": (lambda path: dicom(path, noise(8, 8), NumberOfFrames=2), "multi-frame: 2 frames"),
+    "bomb.png": (bomb, "too large"),
+    "bomb.dcm": (lambda path: dicom(path, noise(8, 8), Rows=60000, Columns=60000), "too large"),
+    "huge.dcm": (lambda path: os.truncate(dicom(path, noise(8, 8)), 2 << 30), "too large"),      # a hole in the file
+    "short.dcm": (lambda path: dicom(path, noise(8, 8), Rows=9), "truncated or unreadable"),
+    "film.mpeg.dcm": (lambda path: relabelled(path, MPEG2MPML), "unsupported transfer syntax: MPEG2"),
+    "window.dcm": (lambda path: dicom(path, noise(8, 8), WindowCenter=1, WindowWidth=0), "truncated or unreadable"),
+}
+
+
+def relabelled(path, syntax):
+    ds = dataset(noise(8, 8), PixelData=encapsulate([b"\0" * 64]))
+    ds["PixelData"].is_undefined_length = True
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.save_as(path, enforce_file_format=True)
+
+
+CONFIG = {"channels": 1, "variant": "corrected", "dicom": "display", "stretch": False, "size": 8, "resample": "bicubic",
+          "keep_aspect": False}
+
+
+def reason(root, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pack.pack_row(path, None, {**CONFIG, "raw": str(root)})[0].get("reason")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_rejected_with_its_reason(tmp_path, name):
+    make, expected = BAD[name]
+    make(tmp_path / name)
+    assert reason(tmp_path, name).startswith(expected)
+
+
+def test_colour_and_deep_dicom_files_are_of_the_wrong_type():
+    for name in ("examples_rgb_color.dcm", "examples_palette.dcm", "rtdose_1frame.dcm", "rtplan.dcm"):
+        path = Path(get_testdata_file(name))
+        assert reason(path.parent, path.name).startswith("wrong type"), name
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "16", "tif", "bmp", "dcm"])
+def test_a_file_cut_anywhere_is_rejected(tmp_path, kind):
+    if kind == "dcm":
+        path = dicom(tmp_path / "x.dcm", noise(60, 50, 4096, np.uint16))
+    else:
+        path = save(tmp_path / f"x.{'png' if kind == '16' else kind}",
+                    noise(60, 50, 65536, np.uint16) if kind == "16" else noise(60, 50))
+    whole = path.read_bytes()
+    assert reason(tmp_path, path.name) is None
+    for share in (0.002, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98):
+        path.write_bytes(whole[:int(len(whole) * share)])
+        assert reason(tmp_path, path.name).startswith(("truncated or unreadable", "wrong type", "zero bytes")), share
+
+
+@QUICK
+@given(kind=st.sampled_from(["x.png", "x.jpg", "x.gif", "x.tif", "x.bmp", "x.dcm", "MR_small_RLE.dcm"]),
+       changes=st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 255)), min_size=1, max_size=6))
+def test_no_damage_to_a_file_escapes_the_packer(tmp_path, kind, changes):
+    """Changed bytes either still decode or become a reason; nothing else comes out."""
+    path, pixels = tmp_path / kind, np.arange(144, dtype=np.uint8).reshape(12, 12)
+    if kind == "MR_small_RLE.dcm":
+        path.write_bytes(Path(get_testdata_file(kind)).read_bytes())
+    elif kind == "x.dcm":
+        dicom(path, pixels.astype(np.uint16), WindowCenter=100, WindowWidth=100)
+    else:
+        save(path, pixels)
+    damaged = bytearray(path.read_bytes())
+    for position, value in changes:
+        damaged[position % len(damaged)] = value
+    path.write_bytes(damaged)
+    found = reason(tmp_path, path.name)
+    assert found is None or "\n" not in found and " at 0x" not in found
+
+
+def test_a_missing_decoder_is_named(tmp_path):
+    """A package that cannot be imported is as good as absent."""
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide/sitecustomize.py").write_text("import sys; sys.modules['pylibjpeg'] = None\n")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/x.dcm").write_bytes(Path(get_testdata_file("MR_small_jpeg_ls_lossless.dcm")).read_bytes())
+    save(tmp_path / "raw/y.png", noise(9, 9))
+    write_index(tmp_path / "index.csv", ["x.dcm", "y.png"])
+    assert run_pack(tmp_path, PYTHONPATH=str(tmp_path / "hide")).returncode == 0
+    (row,) = table(tmp_path / "out/rejected.csv")
+    assert row["reason"].startswith("unsupported transfer syntax: JPEG-LS Lossless") and "pylibjpeg-libjpeg" in row["reason"]
+
+
+# ---- paths ----
+
+def test_nothing_outside_the_raw_root_is_read(tmp_path):
+    root, outside = tmp_path / "raw", tmp_path / "private"
+    good = save(root / "in/x.png", noise(9, 9))
+    secret = save(outside / "x.png", noise(9, 9))
+    (root / "link.png").symlink_to(secret)
+    (root / "links").symlink_to(outside)
+    (root / "loop").symlink_to("loop")
+    (root / "alias.png").symlink_to("in/x.png")
+    for path in ("../private/x.png", "in/../../private/x.png", str(secret), str(good), "in/../in/x.png", "link.png",
+                 "links/x.png"):
+        assert reason(root, path) == "outside the raw root", path
+    for path in ("loop", "nothing.png", "in/x.png/deeper", "in\0/x.png", "x" * 300, "nan", "raw/in/x.png"):
+        assert reason(root, path).startswith(("missing", "truncated or unreadable")), path
+    for path in ("", "  "):
+        assert reason(root, path) == "no path"
+    assert reason(root, "alias.png") is None and reason(root, "in//x.png") is None
+
+
+OPENED = []
+sys.addaudithook(lambda event, args: OPENED.append(args[0]) if event == "open" else None)
+
+
+@QUICK
+@given(parts=st.lists(st.sampled_from(["..", ".", "", "in", "links", "private", "x.png", "link.png", " ", "é", "\0", "~",
+                                       "\\", "C:", "\n"]), max_size=6), absolute=st.booleans())
+def test_no_path_whatever_leads_out_of_the_root(tmp_path, parts, absolute):
+    root, outside = tmp_path / "raw", tmp_path / "private"
+    if not root.exists():
+        save(root / "in/x.png", noise(9, 9))
+        (root / "link.png").symlink_to(save(outside / "x.png", noise(9, 9)))
+        (root / "links").symlink_to(outside)
+    OPENED.clear()
+    found = reason(root, "/" * absolute + "/".join(parts))
+    opened = [str(path) for path in OPENED if str(path).startswith(str(tmp_path))]
+    assert all(os.path.realpath(path) == str(root / "in/x.png") for path in opened)
+    assert found is not None or opened
+
+
+CELLS = st.sampled_from(["path", "split", "x.png", "nan", "", " ", "1", "-1", "é", '"', "'", ",", "\n", "\r\n", "\r", "\0",
+                         "\ufeff", "a,b", "../x", "/etc/passwd", "\u2028", "9" * 40])
+
+
+@QUICK
+@given(text=st.lists(CELLS, max_size=30).map("".join), encoding=st.sampled_from(["utf-8", "latin-1", "utf-16"]),
+       good=st.booleans())
+def test_any_index_gives_rows_or_one_sentence(tmp_path, capsys, text, encoding, good):
+    index = tmp_path / "index.csv"
+    index.write_bytes(("path,split\n" * good + text).encode(encoding, "replace"))
+    try:
+        rows = list(pack.index_rows(index))
+    except SystemExit as stop:
+        message = capsys.readouterr().err
+        assert stop.code == 2 and message.startswith(f"error: {index}") and message.count("\n") == 1
+    else:
+        for row, _ in rows:
+            assert reason(tmp_path, row["path"]) is not None
+
+
+# ---- the command ----
+
+def test_the_pack_is_what_the_contract_says(tmp_path):
+    rows = mixed(tmp_path)
+    result = run_pack(tmp_path)
+    assert result.returncode == 0, result.stderr
+    out = tmp_path / "out"
+    assert sorted(contents(out)) == ["duplicates.csv", "images.npy", "manifest.csv", "pack.json", "rejected.csv"]
+    images = np.load(out / "images.npy", mmap_mode="r")
+    rejected = {row["path"]: row["reason"] for row in table(out / "rejected.csv")}
+    first = {row["path"]: i + 2 for i, row in reversed(list(enumerate(rows)))}
+    assert rejected.pop("a/001.png") == f"duplicate path: first in row {first['a/001.png']}"
+    assert rejected.pop("cut.png").startswith("truncated or unreadable: ")
+    assert rejected == {"absent.png": "missing", "empty.png": "zero bytes", "flat.png": "all-constant",
+                        "../index.csv": "outside the raw root"}
+    kept = [row for row in rows[:-2] if row["path"] not in {*rejected, "cut.png"}]
+    assert table(out / "manifest.csv") == kept                                  # same columns, cells and order
+    assert images.shape == (len(kept), 16, 16) and images.dtype == np.uint8
+    for row, image in zip(kept, images):
+        expected = pack.read_image(tmp_path / "raw" / row["path"])[0].resize((16, 16), Image.Resampling.BICUBIC)
+        assert (np.asarray(expected) == image).all(), row["path"]
+    np.save(tmp_path / "again.npy", images)
+    assert (tmp_path / "again.npy").read_bytes() == (out / "images.npy").read_bytes()
+    assert table(out / "duplicates.csv") == [{"path": "copy.png", "duplicate_of": "a/000.png"}]
+    summary = json.loads((out / "pack.json").read_text())
+    assert summary["mean"] == pytest.approx(images.mean() / 255, abs=1e-12)
+    assert summary["std"] == pytest.approx(images.std() / 255, abs=1e-12)
+    expected = {"dataset": "out", "size": 16, "channels": 1, "N": len(kept), "rejected": 6, "raw": str(tmp_path / "raw"),
+                "index_sha256": hashlib.sha256((tmp_path / "index.csv").read_bytes()).hexdigest(), "dicom": "display",
+                "resample": "bicubic", "variant": "corrected", "monochrome1": 1, "sixteen_bit": 2,
+                "sixteen_bit_below_4096": 1, "duplicates": 1, "upscaled": 0, "splits": []}
+    assert {key: summary[key] for key in expected} == expected
+    assert "1 MONOCHROME1 files, inverted" in result.stdout and "\r" not in result.stdout
+
+
+def test_the_number_of_workers_changes_no_byte_and_running_again_does_nothing(tmp_path):
+    mixed(tmp_path)
+    for out, workers in (("one", 1), ("two", 2), ("three", 3)):
+        assert run_pack(tmp_path, "--workers", workers, "--variant", "paper", out=out).returncode == 0
+    names = {"one": '"dataset": "one"', "two": '"dataset": "two"', "three": '"dataset": "three"'}
+    for out, name in names.items():                                             # all that may differ
+        text = (tmp_path / out / "pack.json").read_text()
+        (tmp_path / out / "pack.json").write_text(text.replace(name, '"dataset": "x"'))
+    one = contents(tmp_path / "one")
+    assert one == contents(tmp_path / "two") == contents(tmp_path / "three")
+    summary = json.loads((tmp_path / "one/pack.json").read_text())
+    assert (summary["variant"], summary["dicom"]) == ("paper", "paper")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
+    again = run_pack(tmp_path, "--workers", 2, "--variant", "paper", out="one")
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
+
+
+def test_other_settings_are_refused_by_name_and_overwrite_packs_anew(tmp_path):
+    mixed(tmp_path)
+    assert run_pack(tmp_path).returncode == 0
+    before = contents(tmp_path / "out")
+    assert_user_error(run_pack(tmp_path, "--resample", "box"), "resample", "'bicubic'", "'box'", "--overwrite")
+    assert_user_error(run_pack(tmp_path, "--dicom", "paper"), "dicom")
+    assert contents(tmp_path / "out") == before
+    with open(tmp_path / "index.csv", "a") as file:
+        file.write("more.png,9,train,1\n")
+    assert_user_error(run_pack(tmp_path), "index_sha256")
+    assert run_pack(tmp_path, "--channels", 3, "--overwrite").returncode == 0
+    assert np.load(tmp_path / "out/images.npy", mmap_mode="r").shape[1:] == (16, 16, 3)
+
+
+def test_original_size_validates_without_packing(tmp_path):
+    mixed(tmp_path)
+    assert run_pack(tmp_path, "--size", "original", "--splits", "train").returncode == 0
+    out = tmp_path / "out"
+    assert sorted(contents(out)) == ["duplicates.csv", "manifest.csv", "pack.json", "rejected.csv"]
+    kept = table(out / "manifest.csv")
+    assert {row["split"] for row in kept + []} == {"train"}
+    pixels = np.concatenate([grey(tmp_path / "raw" / row["path"]).ravel() for row in kept])
+    summary = json.loads((out / "pack.json").read_text())
+    assert summary["size"] == "original" and summary["N"] == len(kept) and summary["splits"] == ["train"]
+    assert summary["mean"] == pytest.approx(pixels.mean() / 255, abs=1e-12)
+    assert summary["std"] == pytest.approx(pixels.std() / 255, abs=1e-12)
+    assert "nothing to do" in run_pack(tmp_path, "--size", "original", "--splits", "train").stdout
+
+
+def test_twelve_bit_values_in_sixteen_bits_are_warned_of(tmp_path):
+    paths = [save(tmp_path / f"raw/{i}.png", noise(9, 9, 4096, np.uint16)).name for i in range(3)]
+    write_index(tmp_path / "index.csv", paths)
+    assert "3 of 3 16-bit files stay below 4096" in run_pack(tmp_path).stdout
+    stretched = run_pack(tmp_path, "--stretch", out="stretched")
+    assert "4096" not in stretched.stdout and np.load(tmp_path / "stretched/images.npy").max() == 255
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path):
+    save(tmp_path / "raw/a b é.png", noise(9, 9))
+    (tmp_path / "index.csv").write_bytes("\ufeffpath,split,\"No, finding\"\r\na b é.png,val,\"1\"\r\n".encode())
+    assert run_pack(tmp_path).returncode == 0
+    assert (tmp_path / "out/manifest.csv").read_bytes() == "path,split,\"No, finding\"\na b é.png,val,1\n".encode()
+
+
+def test_mistakes_are_one_sentence(tmp_path):
+    def attempt(index, *options):
+        (tmp_path / "index.csv").write_bytes(index)
+        return run_pack(tmp_path, *options)
+
+    save(tmp_path / "raw/x.png", noise(9, 9))
+    assert_user_error(attempt(b""), "index.csv row 1", "path")
+    assert_user_error(attempt(b"file,split\nx.png,val\n"), "file,split")
+    assert_user_error(attempt(b"path,Mass,Mass\nx.png,1,1\n"), "path,Mass,Mass")
+    assert_user_error(attempt(b"path,split\n"), "no rows")
+    assert_user_error(attempt(b"path,split\nx.png,val\n", "--splits", "train"), "train", "val")
+    assert_user_error(attempt(b"path,split\nx.png,val\nx.png\n"), "row 3")
+    assert_user_error(attempt(b"path,split\nx.png,val,1\n"), "row 2")
+    assert_user_error(attempt("path\né.png\n".encode("latin-1")), "UTF-8")
+    assert_user_error(attempt(b"path\ny.png\nx.png\nz.png\n", "--require-files"), "2 of 3", "y.png")
+    assert_user_error(attempt(b"path\ny.png\n"), "none of its rows", "missing", "rejected.csv")
+    assert table(tmp_path / "out/rejected.csv") == [{"path": "y.png", "reason": "missing"}]
+    assert sorted(contents(tmp_path / "out")) == ["rejected.csv"]
+    assert_user_error(attempt(b"path\nx.png\n", "--size", "big"), "--size")
+    assert_user_error(attempt(b"path\nx.png\n", "--size", "0"), "--size")
+    assert_user_error(attempt(b"path\nx.png\n", "--workers", "0"), "--workers")
+    assert_user_error(attempt(b"path\nx.png\n", "--index", tmp_path / "no.csv"), "no.csv", "No such file")
+    assert_user_error(attempt(b"path\nx.png\n", "--raw", tmp_path / "no"), "no such folder")
+    assert_user_error(attempt(b"path\nx.png\n", "--out", "/proc/pack"), "/proc/pack")
+    assert_user_error(run_script("data_prep/pack.py"), "--index")
+    (tmp_path / "other").mkdir()
+    write_index(tmp_path / "other/manifest.csv", ["x.png"])
+    assert_user_error(attempt(b"path\nx.png\n", "--out", tmp_path / "other"), "manifest.csv", "--overwrite")
+    assert_user_error(attempt(b"path\nx.png\n", "--out", tmp_path / "other", "--index", tmp_path / "other/manifest.csv",
+                              "--overwrite"), "overwrite this index")
+    assert (tmp_path / "other/manifest.csv").exists()
+
+
+# ---- trust ----
+
+def start(folder, out, setup="", **popen):
+    """The command in the background, committing after every row; `setup` is Python run before it."""
+    code = f"import os, signal, sys, pack; pack.COMMIT_SECONDS = 0\n{setup}\npack.main()"
+    args = ["--index", folder / "index.csv", "--raw", folder / "raw", "--out", folder / out, "--workers", 2, "--size", 16]
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "data_prep")}, **popen)
+
+
+def until(condition, process):
+    """Wait for a state on disk; False if the process ended before."""
+    while not condition():
+        if process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def test_killed_at_any_step_on_disk_the_same_command_ends_in_the_same_bytes(tmp_path):
+    """Kill before the k-th fsync, rename or removal, for every k there is."""
+    mixed(tmp_path, 1)
+    assert start(tmp_path, "whole").wait() == 0
+    dying = """
+calls = 0
+def counted(call):
+    def run(*args, **kw):
+        global calls
+        calls += 1
+        if calls == {k}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kw)
+    return run
+os.fsync, os.replace, os.unlink = map(counted, (os.fsync, os.replace, os.unlink))
+pack.COMMIT_SECONDS = 0.02
+"""
+    (tmp_path / "cut").mkdir()
+    kills = 0
+    for k in range(1, 60):
+        out = tmp_path / "cut/whole"
+        process = start(tmp_path, "cut/whole", dying.format(k=k))
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL), process.stderr.read()
+        if code == 0:
+            break
+        kills += 1
+        process = start(tmp_path, "cut/whole")
+        assert process.wait() == 0, process.stderr.read()
+        assert contents(out) == contents(tmp_path / "whole"), k
+        for path in out.iterdir():
+            path.unlink()
+    assert kills >= 9       # two files synced, three tables and pack.json synced and renamed, images.npy synced, renamed
