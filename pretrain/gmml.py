@@ -143,7 +143,8 @@ def experiment_row(parser, defaults, section):
     """Parse the command line and resolve the row: script defaults < YAML defaults < YAML row < flags.
 
     What a row says of the pre-training or the fine-tuning alone stands below its key `section`.
-    Returns (args, config): config has the keys of `defaults` and "exp"; args.row is the row as written.
+    Returns (args, config): config has the keys of `defaults` and "exp"; args.row is the row as written,
+    args.flags are the keys given on the command line.
     """
     import yaml
     for key, value in defaults.items():
@@ -151,7 +152,7 @@ def experiment_row(parser, defaults, section):
     args = vars(parser.parse_args())
     flags = {key: args.pop(key) for key in list(args) if key in defaults}
     config, exp, file = copy.deepcopy(defaults), args["exp"], args["experiments"]
-    args["row"] = {}
+    args.update(row={}, flags=flags)
     if exp is not None:
         try:
             table = yaml.safe_load(Path(file).read_text()) or {}
@@ -160,7 +161,7 @@ def experiment_row(parser, defaults, section):
         if exp not in table or exp == "defaults":
             near = difflib.get_close_matches(exp, [str(key) for key in table if key != "defaults"], n=3)
             fail(f"{file} has no experiment '{exp}'" + (f"; nearest: {', '.join(near)}" if near else ""))
-        args["row"] = {**(table.get("defaults") or {}), **(table[exp] or {})}
+        args["row"] = table[exp] or {}
         known = [*defaults, "about", "pretrain", "finetune"]
         for where in ("defaults", exp):
             row = table.get(where) or {}
@@ -177,6 +178,11 @@ def experiment_row(parser, defaults, section):
         except yaml.YAMLError:
             fail(f"--{key} {text!r} cannot be read as a YAML value")
         config[key] = cast(text if isinstance(defaults[key], str) else value, defaults[key], f"--{key}")
+    return argparse.Namespace(**args), fit_to_channels({"exp": exp, **config})
+
+
+def fit_to_channels(config):
+    """Check in_chans and give mean and std one value a channel; an image size among model_args counts."""
     if "img_size" in config["model_args"]:
         config["img_size"] = config["model_args"]["img_size"]
     if config["in_chans"] not in (1, 3):
@@ -189,7 +195,7 @@ def experiment_row(parser, defaults, section):
         config[key] = [float(value) for value in values] * (config["in_chans"] // len(values) or 1)
         if len(config[key]) != config["in_chans"]:
             fail(f"{key} has {len(values)} values for {config['in_chans']} channels")
-    return argparse.Namespace(**args), {"exp": exp, **config}
+    return config
 # --- end copy: experiment row ---
 
 
@@ -253,7 +259,9 @@ class ImageSource:
     def batch(self, indices):
         """indices: int64 array [B] into the selected rows -> uint8 [B, C, H, W], or a list of [C, H, W]."""
         if self.packed is None:
-            return [image.to(self.device) for image in self.pool.map(self.read, indices)]
+            images = list(self.pool.map(self.read, indices))
+            channels = max(len(image) for image in images)                  # grey and colour may be mixed
+            return [image.expand(channels, -1, -1).to(self.device) for image in images]
         rows = self.rows[indices]
         if isinstance(self.packed, torch.Tensor):
             images = self.packed[torch.from_numpy(rows).to(self.device)]
@@ -278,14 +286,21 @@ class ImageSource:
         return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
 
     def prefetch(self, plans):
-        """Yield each plan (a tuple beginning with indices) with its batch; the next is gathered meanwhile."""
-        waiting = None
-        for plan in plans:
-            waiting, ready = (plan, self.ahead.submit(self.batch, plan[0])), waiting
-            if ready is not None:
-                yield ready[0], ready[1].result()
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+        """Yield each plan (a tuple beginning with indices) of a generator with its batch.
+
+        The next plan and batch are made by a thread in the meantime.
+        """
+        def fetch():
+            plan = next(plans, None)
+            return plan, None if plan is None else self.batch(plan[0])
+
+        waiting = self.ahead.submit(fetch)
+        while True:
+            plan, images = waiting.result()
+            if plan is None:
+                return
+            waiting = self.ahead.submit(fetch)
+            yield plan, images
 
 
 def epoch_order(n, seed, epoch):
@@ -468,8 +483,8 @@ def timm_names(state):
     heads = ("head.", "fc.", "rec_head.", "cls_head.", "projection", "last_layer", "decoder.", "predictor.",
              "momentum_encoder.", "mask_token")
     buffers = ("relative_position_index", "attn_mask")                      # older timm and Swin store these
-    state = {name: value for name, value in state.items()
-             if not name.startswith(heads) and not name.endswith(buffers)}
+    state = {name: value for name, value in state.items() if not name.endswith(buffers)
+             and (name.startswith("head.norm.") or not name.startswith(heads))}      # ConvNeXt's last norm
     if "layers.0.downsample.reduction.weight" in state:  # Swin's release: one stage earlier
         shift = lambda name: name.split(".")
         state = {".".join(["layers", str(int(shift(name)[1]) + 1), *shift(name)[2:]])
@@ -496,6 +511,12 @@ def fit_positions(value, wanted):
     image = F.interpolate(image, size=(new, new), mode="bicubic", align_corners=False)
     resized = torch.cat([grid[:n_extra], image[0].flatten(1).T.to(grid.dtype)])
     return resized if table else resized[None]
+
+
+def prefixes(model, key):
+    """How the tensors of a timm model's "first_conv" or "classifier" begin."""
+    names = model.pretrained_cfg.get(key) or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def load_backbone(model, config, weights_dir="weights"):
@@ -533,12 +554,12 @@ def load_backbone(model, config, weights_dir="weights"):
     else:
         state = read_weights(init, config["init_key"])
     state, wanted, notes = timm_names(state), model.state_dict(), []
-    loaded, misfits = {}, []
+    heads, first, loaded, misfits = prefixes(model, "classifier"), prefixes(model, "first_conv"), {}, []
     for name, target in wanted.items():
         value = state.pop(name, None)
-        if value is None or name.startswith(("head.", "fc.")):
+        if value is None or name.startswith(heads):
             continue
-        if name in ("patch_embed.proj.weight", "conv1.weight") and value.shape[1] != target.shape[1]:
+        if name.startswith(first) and value.ndim == 4 and value.shape[1] != target.shape[1]:
             how = adapt if target.shape[1] > 1 or adapt == "sum" else "average"
             how = how if target.shape[1] == 1 or how.startswith("duplicate") else "duplicate"
             notes.append(f"{name} {value.shape[1]} -> {target.shape[1]} channels ({how})")
@@ -551,7 +572,7 @@ def load_backbone(model, config, weights_dir="weights"):
         loaded[name] = value
     if misfits:
         fail(f"{init} does not fit {config['arch']}: {misfits[0]}, {len(misfits)} misfits in all")
-    absent = [name for name in wanted if name not in loaded and not name.startswith(("head.", "fc."))]
+    absent = [name for name in wanted if name not in loaded and not name.startswith(heads)]
     if absent:
         fail(f"{init} fills {len(loaded)} of the {len(loaded) + len(absent)} tensors of {config['arch']}; "
              f"the first absent one is {absent[0]}")
@@ -729,51 +750,50 @@ def n_blocks_for(fraction):
 
 
 def block_masks(u, fraction, side, align=1):
-    """Union of random blocks, taken one after the other until the masked fraction reaches the target.
+    """Random blocks, one after the other, until the masked fraction of the image reaches its target.
 
     Top and left are uniform in [0, side - align), height and width in [align, 0.3 side), cut at the border.
+    A block is small: painting a hundred of them on the CPU is cheaper than one pass over the image per block.
 
-    Args: u uniform [B, K, 4]; fraction: target of each image [B]; side, align: in pixels.
+    Args: u uniform [B, K, 4] on the CPU; fraction: target of each image [B]; side, align: in pixels.
     Returns: bool [B, side, side], True = corrupted. Source: GMML (arXiv:2205.14986) and its released code.
     """
-    largest = int(0.3 * side)
     begin = (u[..., :2] * (side - align)).floor()
-    size = align + (u[..., 2:] * (largest - align)).floor()
+    size = align + (u[..., 2:] * (int(0.3 * side) - align)).floor()
     if align > 1:
         begin, size = (begin / align).floor() * align, (size / align).round() * align
-    pixel = torch.arange(side, device=u.device)
-    inside = (pixel >= begin[..., None]) & (pixel < (begin + size)[..., None])              # [B, K, 2, side]
-    mask = torch.zeros(len(u), side, side, dtype=torch.bool, device=u.device)
-    wanted = fraction * side * side
-    bit = 1 << torch.arange(62, device=u.device)  # a block is one bit of an int64:
-    for word in inside.split(62, dim=1):  # all blocks in one pass
-        rows, columns = (word * bit[:word.shape[1], None, None]).sum(1).unbind(1)           # [B, side] each
-        covering = rows[:, :, None] & columns[:, None, :]  # which blocks cover a pixel
-        covering = torch.where(mask, 0, covering)
-        first = torch.log2((covering & -covering).clamp(min=1).double()).long()  # the earliest of them
-        new = torch.zeros(len(u), 63, device=u.device)                              # pixels a block adds
-        new[:, 1:].scatter_add_(1, first.flatten(1), (covering != 0).flatten(1).float())
-        before = mask.sum((1, 2))[:, None] + new.cumsum(1)[:, :-1]                  # covered before it
-        used = before < wanted[:, None]
-        mask |= (covering != 0) & used.gather(1, first.flatten(1)).view_as(mask)
-    return mask
+    boxes = torch.cat([begin, begin + size], 2).int().tolist()
+    masks = np.zeros((len(u), side, side), bool)
+    for mask, image_boxes, target in zip(masks, boxes, (fraction * side * side).tolist()):
+        covered = 0
+        for top, left, bottom, right in image_boxes:
+            if covered >= target:
+                break
+            block = mask[top:bottom, left:right]
+            covered += block.size - np.count_nonzero(block)
+            block[:] = True
+    return torch.from_numpy(masks)
 
 
-def corrupt(clean, donor, noise, u, blocks, drop=0.75, replace=0.3, align=1):
-    """GMML's corruption: blocks of noise, or (every second image, on average) blocks of another image.
+def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
+    """Masks of GMML's two corruptions: every image is either dropped into or replaced, with equal chance.
 
     Args:
-        clean, donor, noise: float [B, C, S, S]; donor is used only where u[:, 0] < 0.5.
-        u: uniform [B, 2]: replace or drop, and where in U(min(0.5, drop), drop) the dropped fraction lies.
-        blocks: uniform [B, K, 4], K = n_blocks_for(drop).
-    Returns: corrupted [B, C, S, S] and masks bool [B, S, S], True = corrupted.
+        u: uniform [B, 2]: replace if u[:, 0] < 0.5; where in U(min(0.5, drop), drop) the dropped fraction lies.
+        blocks: uniform [B, K, 4], K = n_blocks_for(the larger of drop and replace).
+    Returns: masks bool [B, side, side], True = corrupted, and replaced bool [B].
     """
-    replaced = u[:, 0] < 0.5
-    least = min(0.5, drop)
+    replaced, least = u[:, 0] < 0.5, min(0.5, drop)
     fraction = torch.where(replaced, replace, least + (drop - least) * u[:, 1])
-    masks = block_masks(blocks, fraction, clean.shape[-1], align)
-    fill = torch.where(replaced[:, None, None, None], donor, noise)
-    return torch.where(masks[:, None], fill, clean), masks
+    return block_masks(blocks, fraction, side, align), replaced
+
+
+def corrupt(clean, donor, noise, masks, replaced):
+    """Overwrite masked pixels: by the donor's pixels of the same place where `replaced`, else by noise.
+
+    Args: clean, donor, noise float [B, C, S, S]; masks bool [B, S, S]; replaced bool [B].
+    """
+    return torch.where(masks[:, None], torch.where(replaced[:, None, None, None], donor, noise), clean)
 
 
 def masked_l1(recon, clean, masks):
@@ -789,19 +809,20 @@ def plan_step(config, order, step, rank, world_size):
 
     Donor images of the replacement may belong to another process: they are gathered and cropped here again,
     which costs little and lets any number of processes do the same step.
-    Returns: image indices [own, donors of view 1, donors of view 2], and one dict of uniforms a view.
+    Returns: image indices [own, donors of view 1, donors of view 2], one dict a view, the step.
     """
     generator = step_generator(config["seed"], step)
     batch, views = config["batch"], []
     own = torch.arange(rank, batch, world_size)
+    n_blocks = n_blocks_for(max(config["drop"], config["replace"]))
     for _ in range(2):
-        crop, colour, corruption, blocks = (torch.rand(batch, *shape, generator=generator) for shape in (
-            [N_CROP], [N_COLOUR], [3], [n_blocks_for(max(config["drop"], config["replace"])), 4]))
-        replaced = (corruption[own, 0] < 0.5).nonzero()[:, 0]
+        crop, colour, corruption, blocks = (torch.rand(batch, *shape, generator=generator)
+                                            for shape in ([N_CROP], [N_COLOUR], [3], [n_blocks, 4]))
+        masks, replaced = draw_masks(corruption[own], blocks[own], config["img_size"],
+                                     config["drop"], config["replace"], config["align"])
         donors = (corruption[own[replaced], 2] * batch).long()
-        views.append(dict(crop=crop[own], colour=colour[own], corruption=corruption[own], blocks=blocks[own],
-                          replaced=replaced, donors=donors, donor_crop=crop[donors],
-                          donor_colour=colour[donors]))
+        views.append(dict(crop=crop[own], colour=colour[own], masks=masks, replaced=replaced, donors=donors,
+                          donor_crop=crop[donors], donor_colour=colour[donors]))
     needed = torch.cat([own, views[0]["donors"], views[1]["donors"]])
     begin = step % (len(order) // batch) * batch
     return order[begin:begin + batch][needed.numpy()], views, step
@@ -826,11 +847,9 @@ def make_views(images, plan, config, rank, world_size, device):
         end = begin + len(view["donors"])
         if end > begin:
             donors = augment(images[begin:end], view["donor_crop"], view["donor_colour"], config)
-            places = view["replaced"].to(device, non_blocking=True)
-            donor = noise.index_copy(0, places, donors)
-        u, blocks = (view[key].to(device, non_blocking=True) for key in ("corruption", "blocks"))
-        results.append((clean, *corrupt(clean, donor, noise, u, blocks,
-                                        config["drop"], config["replace"], config["align"])))
+            donor = noise.index_copy(0, view["replaced"].nonzero()[:, 0].to(device, non_blocking=True), donors)
+        masks, replaced = (view[key].to(device, non_blocking=True) for key in ("masks", "replaced"))
+        results.append((clean, corrupt(clean, donor, noise, masks, replaced), masks))
         begin = end
     return (torch.cat(parts) for parts in zip(*results))
 
