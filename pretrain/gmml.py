@@ -523,8 +523,8 @@ def load_backbone(model, config, weights_dir="weights"):
     """Fill a timm model from config["init"]; returns one line saying what was loaded, adapted and left out.
 
     init: "random"; "timm" or "timm:NAME" or "torchvision" (their own download, or weights_dir/NAME.pth or
-    .safetensors where there is no network); "exp:KEY", what another row's pre-training made; or a file of timm,
-    torchvision, DINO, MoCo-v3, SiT, SimMIM or ours.
+    .safetensors where there is no network); "exp:KEY", what another row's pre-training made; or a file of
+    timm, torchvision, DINO, MoCo-v3, SiT, SimMIM or ours.
     """
     init, adapt = config["init"], config["channel_adapt"]
     if init == "random":
@@ -779,7 +779,7 @@ def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
     """Masks of GMML's two corruptions: every image is either dropped into or replaced, with equal chance.
 
     Args:
-        u: uniform [B, 2]: replace if u[:, 0] < 0.5; where in U(min(0.5, drop), drop) the dropped fraction lies.
+        u: uniform [B, 2]: replace if u[:, 0] < 0.5; u[:, 1]: where in min(0.5, drop)...drop the fraction lies.
         blocks: uniform [B, K, 4], K = n_blocks_for(the larger of drop and replace).
     Returns: masks bool [B, side, side], True = corrupted, and replaced bool [B].
     """
@@ -847,7 +847,8 @@ def make_views(images, plan, config, rank, world_size, device):
         end = begin + len(view["donors"])
         if end > begin:
             donors = augment(images[begin:end], view["donor_crop"], view["donor_colour"], config)
-            donor = noise.index_copy(0, view["replaced"].nonzero()[:, 0].to(device, non_blocking=True), donors)
+            places = view["replaced"].nonzero()[:, 0].to(device, non_blocking=True)
+            donor = noise.index_copy(0, places, donors)
         masks, replaced = (view[key].to(device, non_blocking=True) for key in ("masks", "replaced"))
         results.append((clean, corrupt(clean, donor, noise, masks, replaced), masks))
         begin = end

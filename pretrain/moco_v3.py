@@ -46,7 +46,7 @@ DEFAULTS = dict(
     in_chans=1,                     # 1 or 3; grey images are repeated to 3
     img_size=224,                   # pixels
     mean=None, std=None,            # of pixels in 0..1; none: 0.485 / 0.229, in 3 channels ImageNet's
-    init="random",                  # random | timm | timm:NAME | a checkpoint file
+    init="random",                  # random | timm[:NAME] | exp:KEY | a checkpoint file
     init_key=None,                  # which weights of the file (teacher, student, ...); none: the usual one
     channel_adapt="average",  # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate | duplicate_mean
     dataset="nih_pretrain",         # folder below --data with the packed images
@@ -143,7 +143,8 @@ def experiment_row(parser, defaults, section):
     """Parse the command line and resolve the row: script defaults < YAML defaults < YAML row < flags.
 
     What a row says of the pre-training or the fine-tuning alone stands below its key `section`.
-    Returns (args, config): config has the keys of `defaults` and "exp"; args.row is the row as written.
+    Returns (args, config): config has the keys of `defaults` and "exp"; args.row is the row as written,
+    args.flags are the keys given on the command line.
     """
     import yaml
     for key, value in defaults.items():
@@ -151,7 +152,7 @@ def experiment_row(parser, defaults, section):
     args = vars(parser.parse_args())
     flags = {key: args.pop(key) for key in list(args) if key in defaults}
     config, exp, file = copy.deepcopy(defaults), args["exp"], args["experiments"]
-    args["row"] = {}
+    args.update(row={}, flags=flags)
     if exp is not None:
         try:
             table = yaml.safe_load(Path(file).read_text()) or {}
@@ -160,7 +161,7 @@ def experiment_row(parser, defaults, section):
         if exp not in table or exp == "defaults":
             near = difflib.get_close_matches(exp, [str(key) for key in table if key != "defaults"], n=3)
             fail(f"{file} has no experiment '{exp}'" + (f"; nearest: {', '.join(near)}" if near else ""))
-        args["row"] = {**(table.get("defaults") or {}), **(table[exp] or {})}
+        args["row"] = table[exp] or {}
         known = [*defaults, "about", "pretrain", "finetune"]
         for where in ("defaults", exp):
             row = table.get(where) or {}
@@ -177,6 +178,11 @@ def experiment_row(parser, defaults, section):
         except yaml.YAMLError:
             fail(f"--{key} {text!r} cannot be read as a YAML value")
         config[key] = cast(text if isinstance(defaults[key], str) else value, defaults[key], f"--{key}")
+    return argparse.Namespace(**args), fit_to_channels({"exp": exp, **config})
+
+
+def fit_to_channels(config):
+    """Check in_chans and give mean and std one value a channel; an image size among model_args counts."""
     if "img_size" in config["model_args"]:
         config["img_size"] = config["model_args"]["img_size"]
     if config["in_chans"] not in (1, 3):
@@ -189,7 +195,7 @@ def experiment_row(parser, defaults, section):
         config[key] = [float(value) for value in values] * (config["in_chans"] // len(values) or 1)
         if len(config[key]) != config["in_chans"]:
             fail(f"{key} has {len(values)} values for {config['in_chans']} channels")
-    return argparse.Namespace(**args), {"exp": exp, **config}
+    return config
 # --- end copy: experiment row ---
 
 
@@ -253,7 +259,9 @@ class ImageSource:
     def batch(self, indices):
         """indices: int64 array [B] into the selected rows -> uint8 [B, C, H, W], or a list of [C, H, W]."""
         if self.packed is None:
-            return [image.to(self.device) for image in self.pool.map(self.read, indices)]
+            images = list(self.pool.map(self.read, indices))
+            channels = max(len(image) for image in images)                  # grey and colour may be mixed
+            return [image.expand(channels, -1, -1).to(self.device) for image in images]
         rows = self.rows[indices]
         if isinstance(self.packed, torch.Tensor):
             images = self.packed[torch.from_numpy(rows).to(self.device)]
@@ -278,14 +286,21 @@ class ImageSource:
         return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
 
     def prefetch(self, plans):
-        """Yield each plan (a tuple beginning with indices) with its batch; the next is gathered meanwhile."""
-        waiting = None
-        for plan in plans:
-            waiting, ready = (plan, self.ahead.submit(self.batch, plan[0])), waiting
-            if ready is not None:
-                yield ready[0], ready[1].result()
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+        """Yield each plan (a tuple beginning with indices) of a generator with its batch.
+
+        The next plan and batch are made by a thread in the meantime.
+        """
+        def fetch():
+            plan = next(plans, None)
+            return plan, None if plan is None else self.batch(plan[0])
+
+        waiting = self.ahead.submit(fetch)
+        while True:
+            plan, images = waiting.result()
+            if plan is None:
+                return
+            waiting = self.ahead.submit(fetch)
+            yield plan, images
 
 
 def epoch_order(n, seed, epoch):
@@ -448,7 +463,8 @@ def strong_view(images, u, crop_scale, size, blur, solarise, config):
     x = random_resized_crop(images, u, crop_scale, size)
     u = u[:, N_CROP:]
     x = colour_jitter(x, u, strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
-    grey, solarised = (u[:, N_COLOUR:] < u.new_tensor([0.2, solarise])).T.to(x.device)[..., None, None, None]
+    chosen = (u[:, N_COLOUR:] < u.new_tensor([0.2, solarise])).to(x.device, non_blocking=True)
+    grey, solarised = chosen.T[..., None, None, None]                       # [B, 1, 1, 1] each
     x = torch.where(grey, luminance(x), x)
     x = gaussian_blur(x, u[:, 9:], p=blur)
     x = torch.where(solarised & (x >= 128), 255 - x, x)
@@ -489,8 +505,8 @@ def timm_names(state):
     heads = ("head.", "fc.", "rec_head.", "cls_head.", "projection", "last_layer", "decoder.", "predictor.",
              "momentum_encoder.", "mask_token")
     buffers = ("relative_position_index", "attn_mask")                      # older timm and Swin store these
-    state = {name: value for name, value in state.items()
-             if not name.startswith(heads) and not name.endswith(buffers)}
+    state = {name: value for name, value in state.items() if not name.endswith(buffers)
+             and (name.startswith("head.norm.") or not name.startswith(heads))}      # ConvNeXt's last norm
     if "layers.0.downsample.reduction.weight" in state:  # Swin's release: one stage earlier
         shift = lambda name: name.split(".")
         state = {".".join(["layers", str(int(shift(name)[1]) + 1), *shift(name)[2:]])
@@ -519,11 +535,18 @@ def fit_positions(value, wanted):
     return resized if table else resized[None]
 
 
+def prefixes(model, key):
+    """How the tensors of a timm model's "first_conv" or "classifier" begin."""
+    names = model.pretrained_cfg.get(key) or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
 def load_backbone(model, config, weights_dir="weights"):
     """Fill a timm model from config["init"]; returns one line saying what was loaded, adapted and left out.
 
     init: "random"; "timm" or "timm:NAME" or "torchvision" (their own download, or weights_dir/NAME.pth or
-    .safetensors where there is no network); a file of timm, torchvision, DINO, MoCo-v3, SiT, SimMIM or ours.
+    .safetensors where there is no network); "exp:KEY", what another row's pre-training made; or a file of
+    timm, torchvision, DINO, MoCo-v3, SiT, SimMIM or ours.
     """
     init, adapt = config["init"], config["channel_adapt"]
     if init == "random":
@@ -531,6 +554,8 @@ def load_backbone(model, config, weights_dir="weights"):
     if adapt not in ("average", "sum", "duplicate", "duplicate_mean"):
         fail(f"channel_adapt is '{adapt}'; expected average, sum, duplicate or duplicate_mean")
     source, _, name = init.partition(":")
+    if source == "exp":
+        init = f"runs/{name}/pretrain/backbone.pt"
     if source in ("timm", "torchvision"):
         name = name or config["arch"]
         local = [path for path in sorted(Path(weights_dir).glob(f"{name}*"))
@@ -551,12 +576,12 @@ def load_backbone(model, config, weights_dir="weights"):
     else:
         state = read_weights(init, config["init_key"])
     state, wanted, notes = timm_names(state), model.state_dict(), []
-    loaded, misfits = {}, []
+    heads, first, loaded, misfits = prefixes(model, "classifier"), prefixes(model, "first_conv"), {}, []
     for name, target in wanted.items():
         value = state.pop(name, None)
-        if value is None or name.startswith(("head.", "fc.")):
+        if value is None or name.startswith(heads):
             continue
-        if name in ("patch_embed.proj.weight", "conv1.weight") and value.shape[1] != target.shape[1]:
+        if name.startswith(first) and value.ndim == 4 and value.shape[1] != target.shape[1]:
             how = adapt if target.shape[1] > 1 or adapt == "sum" else "average"
             how = how if target.shape[1] == 1 or how.startswith("duplicate") else "duplicate"
             notes.append(f"{name} {value.shape[1]} -> {target.shape[1]} channels ({how})")
@@ -569,7 +594,7 @@ def load_backbone(model, config, weights_dir="weights"):
         loaded[name] = value
     if misfits:
         fail(f"{init} does not fit {config['arch']}: {misfits[0]}, {len(misfits)} misfits in all")
-    absent = [name for name in wanted if name not in loaded and not name.startswith(("head.", "fc."))]
+    absent = [name for name in wanted if name not in loaded and not name.startswith(heads)]
     if absent:
         fail(f"{init} fills {len(loaded)} of the {len(loaded) + len(absent)} tensors of {config['arch']}; "
              f"the first absent one is {absent[0]}")
@@ -769,4 +794,255 @@ def info_nce(queries, keys, own, temperature):
     return 2 * temperature * F.cross_entropy(logits, own)
 # --- end copy: contrastive loss ---
 
+# --- begin copy: feature spread ---
+def feature_std(features):
+    """Spread of unit features [b, D] over the batch of all processes: 1 in all directions, 0 collapsed.
 
+    The root of the summed variances of the D components, which for unit vectors is sqrt(1 - |mean|^2).
+    """
+    mean = mean_over_processes(F.normalize(features.float(), dim=1).mean(0))
+    return (1 - mean.square().sum()).clamp_min(0).sqrt()
+# --- end copy: feature spread ---
+
+
+def sincos_positions(rows, columns, dim):
+    """Fixed position embeddings [1, 1 + rows * columns, dim]; the CLS token's is zero.
+
+    The row stands in the first half of the channels, the column in the second, each as sines, then cosines.
+    """
+    frequency = 10000 ** (-torch.arange(dim // 4) / (dim // 4))
+    place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))                 # [N, 2]
+    angle = place[..., None] * frequency                                                    # [N, 2, dim / 4]
+    grid = torch.cat([angle.sin(), angle.cos()], 2).flatten(1)                              # [N, dim]
+    return torch.cat([torch.zeros(1, dim), grid])[None]
+
+
+def make_backbone(config):
+    """The vision transformer of MoCo-v3: fixed positions, patch projection frozen at its random start.
+
+    Weights of `init` take the place of both; they stay fixed all the same. Returns: backbone, a note on them.
+    """
+    kwargs = dict(img_size=config["img_size"]) | config["model_args"]
+    vit = timm.create_model(config["arch"], num_classes=0, in_chans=config["in_chans"], **kwargs)
+    rows, columns = vit.patch_embed.grid_size if hasattr(vit, "patch_embed") else (0, 0)
+    if getattr(vit, "pos_embed", None) is None or vit.pos_embed.shape[1] != 1 + rows * columns:
+        fail(f"arch {config['arch']} is no vision transformer with a CLS token and absolute positions")
+    if vit.embed_dim % 4:
+        fail(f"{config['arch']} has {vit.embed_dim} channels; sin-cos positions need a multiple of 4")
+    vit.init_weights("moco")                        # Xavier, with q, k and v as three layers
+    kernel = vit.patch_embed.proj.weight
+    bound = math.sqrt(6 / (kernel[0].numel() + vit.embed_dim))
+    nn.init.uniform_(kernel, -bound, bound)
+    nn.init.zeros_(vit.patch_embed.proj.bias)
+    vit.pos_embed.data.copy_(sincos_positions(rows, columns, vit.embed_dim))
+    note = load_backbone(vit, config)
+    vit.pos_embed.requires_grad_(False)
+    vit.patch_embed.proj.requires_grad_(not config["stop_grad_conv1"])
+    return vit, note
+
+
+def mlp(*sizes):
+    """Linear layers without bias, each with batch norm, ReLU between; the last norm has no affine part."""
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(n_in, n_out, bias=False), SyncBatchNorm(n_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-2], SyncBatchNorm(sizes[-1], affine=False))
+
+
+class Encoder(nn.Module):
+    """Backbone and projector: the part of the network that the momentum encoder averages."""
+
+    def __init__(self, backbone, hidden_dim, out_dim):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = mlp(backbone.num_features, hidden_dim, hidden_dim, out_dim)
+
+    def forward(self, views):
+        """views [V, B, C, S, S] -> projections [V, B, out_dim], CLS features [V, B, D]; norms see a view."""
+        features = self.backbone(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        return torch.stack([self.projector(view) for view in features]), features
+
+
+class MoCo(nn.Module):
+    """The trained network: encoder and predictor."""
+
+    def __init__(self, backbone, hidden_dim=4096, out_dim=256):
+        super().__init__()
+        self.base_encoder = Encoder(backbone, hidden_dim, out_dim)
+        self.predictor = mlp(out_dim, hidden_dim, out_dim)
+
+    def forward(self, views):
+        """views [V, B, C, S, S] -> queries [V, B, out_dim]."""
+        return torch.stack([self.predictor(view) for view in self.base_encoder(views)[0]])
+
+
+def symmetric_loss(queries, keys, own, temperature):
+    """Queries [2, b, D] of view 1 against keys [2, B, D] of view 2, and the reverse; own: see info_nce."""
+    return sum(info_nce(q, k, own, temperature) for q, k in zip(queries, keys.flip(0)))
+
+
+@torch.no_grad()
+def retrieval(queries, keys, own, temperature):
+    """How view 1 finds its keys: entropy of the softmax over them (log B at chance) and top-1 accuracy."""
+    logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
+    entropy = torch.special.entr(logits.softmax(1)).sum(1).mean()
+    return entropy, (logits.argmax(1) == own).float().mean()
+
+
+def plan_step(config, order, step, rank, world_size):
+    """Own images of a step and the uniforms of their two views [2, b, N_VIEW], drawn for the global batch."""
+    uniforms = torch.rand(2, config["batch"], N_VIEW, generator=step_generator(config["seed"], step))
+    begin = step % (len(order) // config["batch"]) * config["batch"]
+    return order[begin + rank:begin + config["batch"]:world_size], uniforms[:, rank::world_size], step
+
+
+def make_views(images, uniforms, config):
+    """Two views [2, b, C, S, S]: the first always blurred; the second rarely blurred, sometimes solarised."""
+    return torch.stack([strong_view(images, u, config["crop_scale"], config["img_size"], *shares, config)
+                        for u, shares in zip(uniforms, [(1.0, 0.0), (0.1, 0.2)])])
+
+
+def train(config, args, rank, world_size, device):
+    """Pre-train. All random numbers of a step depend on (seed, step) alone: a resumed run is the same run."""
+    torch.manual_seed(config["seed"])
+    backbone, note = make_backbone(config)
+    model = MoCo(backbone, config["hidden_dim"], config["out_dim"]).to(device)
+    momentum_encoder = copy.deepcopy(model.base_encoder).requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config["lr"], weight_decay=config["wd"], fused=True)
+    temperature = config["temperature"] or (1.0 if config["variant"] == "paper" else 0.2)
+    amp, scaler = autocast(device)
+
+    rows = read_manifest(args.manifest, args.split, config["samples"])
+    source = ImageSource(args.manifest, rows, config["in_chans"], device, args.workers)
+    steps_an_epoch = len(source) // config["batch"]
+    if steps_an_epoch == 0:
+        fail(f"{args.manifest} has {len(source)} images of split '{args.split}', "
+             f"fewer than one batch of {config['batch']}")
+    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    last_step = min(n_steps, args.steps or n_steps)
+
+    state = open_run(args.out, config, args.resume, rank == 0)
+    begun = state["step"] if state else 0
+    if state:
+        model.load_state_dict(state["model"])
+        momentum_encoder.load_state_dict(state["momentum_encoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    progress = Progress(args.out, last_step, begun, config["batch"], rank == 0, state and state["meter"])
+    if rank == 0:
+        print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {len(source):,} images; "
+              f"steps {begun} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
+    net = model
+    if world_size > 1:
+        net = nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    own = torch.arange(rank, config["batch"], world_size, device=device)    # rows of the global batch
+    micro = args.micro_batch or len(own)
+    if len(own) % micro or micro * world_size < 2:
+        fail(f"--micro-batch {micro} and {len(own)} images a process: batch norm needs passes of equal size "
+             "and more than one image")
+    parts = [slice(begin, begin + micro) for begin in range(0, len(own), micro)]
+    stop, saved, out = catch_sigterm(), time.time(), Path(args.out)
+
+    def plans():
+        for step in range(begun, last_step):
+            if step == begun or step % steps_an_epoch == 0:
+                order = epoch_order(len(source), config["seed"], step // steps_an_epoch)
+            yield plan_step(config, order, step, rank, world_size)
+
+    def save(step):
+        epoch = step // steps_an_epoch
+        facts = dict(config=config, exp=config["exp"], seed=config["seed"], step=step, epoch=epoch)
+        save_atomic(dict(model=model.state_dict(), momentum_encoder=momentum_encoder.state_dict(),
+                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                         meter=progress.meter(), **facts), out / "last.pt")
+        if step == last_step:
+            weights = {name: value.cpu() for name, value in backbone.state_dict().items()}
+            save_atomic(dict(model=weights, **{key: config[key] for key in (
+                "arch", "model_args", "in_chans", "img_size", "mean", "std")}, **facts), out / "backbone.pt")
+
+    for (_, uniforms, step), images in source.prefetch(plans()):
+        lr = cosine(step, n_steps, config["lr"], config["min_lr"], n_warm) * config["batch"] / 256
+        ema = cosine(step, n_steps, config["ema"], 1.0)
+        optimizer.param_groups[0]["lr"] = lr
+
+        views = make_views(images, uniforms, config)
+        # The publication passes the queries first. They don't depend on the momentum encoder, and with all
+        # keys at hand they may come in parts; what counts is that it averages weights from before the step.
+        update_teacher(momentum_encoder, model.base_encoder, ema)
+        with torch.no_grad(), amp():
+            keys, features = (torch.cat(outputs, 1) for outputs in zip(
+                *(momentum_encoder(views[:, part]) for part in parts)))
+        keys = torch.stack([gather_rows(view, world_size) for view in keys])            # [2, global batch, D]
+        loss, queries = torch.zeros((), device=device), []
+        optimizer.zero_grad()
+        for part in parts:
+            with contextlib.nullcontext() if part is parts[-1] or world_size == 1 else net.no_sync():
+                with amp():
+                    q = net(views[:, part])
+                part_loss = symmetric_loss(q, keys, own[part], temperature) * q.shape[1] / len(own)
+                scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+            queries.append(q[0].detach())
+        scaler.step(optimizer)
+        scaler.update()
+        entropy, accuracy = retrieval(torch.cat(queries), keys[1], own, temperature)
+        loss, entropy, accuracy = mean_over_processes(torch.stack([loss, entropy, accuracy]))
+        progress.add(loss=loss, entropy=entropy, accuracy=accuracy, feature_std=feature_std(features[0]))
+
+        done = step + 1
+        if done % args.log_steps == 0 or done == last_step:
+            progress.line(done, step // steps_an_epoch + 1, lr=lr, ema=ema)
+        stopping = any_process(stop["now"])
+        if rank == 0 and (stopping or done == last_step or time.time() - saved > 60 * args.save_minutes):
+            save(done)
+            saved = time.time()
+        if stopping and done < last_step:
+            sys.exit(75)  # EX_TEMPFAIL: run the same command again
+
+
+# --- begin copy: pre-training command line ---
+def main():
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--exp", help="row of experiments.yaml, e.g. 3.4; none: the defaults below and the flags")
+    add("--experiments", metavar="FILE", default=Path(__file__).resolve().parent.parent / "experiments.yaml")
+    add("--data", default="data", metavar="DIR", help="folder of the packed datasets (default data)")
+    add("--manifest", metavar="FILE", help="default: <data>/<dataset>/manifest.csv")
+    add("--split", default="pretrain", help="splits to use, comma-separated, or all (default pretrain)")
+    add("--out", metavar="DIR", help="run folder (default runs/<exp>/pretrain, or runs/<strategy>)")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--steps", type=int, metavar="N", help="stop after N steps of the schedule")
+    add("--resume", choices=["auto", "never"], default="auto", help="go on from last.pt (default auto)")
+    add("--micro-batch", type=int, metavar="N", help="images a pass and process; gradients are accumulated")
+    add("--workers", type=int, default=4, metavar="N", help="threads that decode unpacked images (default 4)")
+    add("--log-steps", type=int, default=50, metavar="N", help="a log line every N steps (default 50)")
+    add("--save-minutes", type=float, default=10, metavar="M", help="last.pt every M minutes (default 10)")
+    add("--picture-epochs", type=int, default=10, metavar="N", help="a picture every N epochs (default 10)")
+    args, config = experiment_row(parser, DEFAULTS, "pretrain")
+    if config["strategy"] != DEFAULTS["strategy"]:
+        fail(f"{config['exp']} is a row of {config['strategy']}; run pretrain/{config['strategy']}.py")
+    args.manifest = args.manifest or Path(args.data) / config["dataset"] / "manifest.csv"
+    args.out = args.out or f"runs/{config['exp'] + '/pretrain' if config['exp'] else config['strategy']}"
+
+    rank, world_size, device = init_distributed(args.device)
+    if config["batch"] % world_size:
+        fail(f"{world_size} processes do not divide the global batch of {config['batch']}; "
+             "change --nproc_per_node or --batch")
+    if rank == 0:
+        print(json.dumps(config), flush=True)
+    try:
+        train(config, args, rank, world_size, device)
+    except torch.cuda.OutOfMemoryError:
+        micro = args.micro_batch or config["batch"] // world_size
+        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
+# --- end copy: pre-training command line ---

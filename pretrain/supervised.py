@@ -146,7 +146,8 @@ def experiment_row(parser, defaults, section):
     """Parse the command line and resolve the row: script defaults < YAML defaults < YAML row < flags.
 
     What a row says of the pre-training or the fine-tuning alone stands below its key `section`.
-    Returns (args, config): config has the keys of `defaults` and "exp"; args.row is the row as written.
+    Returns (args, config): config has the keys of `defaults` and "exp"; args.row is the row as written,
+    args.flags are the keys given on the command line.
     """
     import yaml
     for key, value in defaults.items():
@@ -154,7 +155,7 @@ def experiment_row(parser, defaults, section):
     args = vars(parser.parse_args())
     flags = {key: args.pop(key) for key in list(args) if key in defaults}
     config, exp, file = copy.deepcopy(defaults), args["exp"], args["experiments"]
-    args["row"] = {}
+    args.update(row={}, flags=flags)
     if exp is not None:
         try:
             table = yaml.safe_load(Path(file).read_text()) or {}
@@ -163,7 +164,7 @@ def experiment_row(parser, defaults, section):
         if exp not in table or exp == "defaults":
             near = difflib.get_close_matches(exp, [str(key) for key in table if key != "defaults"], n=3)
             fail(f"{file} has no experiment '{exp}'" + (f"; nearest: {', '.join(near)}" if near else ""))
-        args["row"] = {**(table.get("defaults") or {}), **(table[exp] or {})}
+        args["row"] = table[exp] or {}
         known = [*defaults, "about", "pretrain", "finetune"]
         for where in ("defaults", exp):
             row = table.get(where) or {}
@@ -180,6 +181,11 @@ def experiment_row(parser, defaults, section):
         except yaml.YAMLError:
             fail(f"--{key} {text!r} cannot be read as a YAML value")
         config[key] = cast(text if isinstance(defaults[key], str) else value, defaults[key], f"--{key}")
+    return argparse.Namespace(**args), fit_to_channels({"exp": exp, **config})
+
+
+def fit_to_channels(config):
+    """Check in_chans and give mean and std one value a channel; an image size among model_args counts."""
     if "img_size" in config["model_args"]:
         config["img_size"] = config["model_args"]["img_size"]
     if config["in_chans"] not in (1, 3):
@@ -192,7 +198,7 @@ def experiment_row(parser, defaults, section):
         config[key] = [float(value) for value in values] * (config["in_chans"] // len(values) or 1)
         if len(config[key]) != config["in_chans"]:
             fail(f"{key} has {len(values)} values for {config['in_chans']} channels")
-    return argparse.Namespace(**args), {"exp": exp, **config}
+    return config
 # --- end copy: experiment row ---
 
 
@@ -256,7 +262,9 @@ class ImageSource:
     def batch(self, indices):
         """indices: int64 array [B] into the selected rows -> uint8 [B, C, H, W], or a list of [C, H, W]."""
         if self.packed is None:
-            return [image.to(self.device) for image in self.pool.map(self.read, indices)]
+            images = list(self.pool.map(self.read, indices))
+            channels = max(len(image) for image in images)                  # grey and colour may be mixed
+            return [image.expand(channels, -1, -1).to(self.device) for image in images]
         rows = self.rows[indices]
         if isinstance(self.packed, torch.Tensor):
             images = self.packed[torch.from_numpy(rows).to(self.device)]
@@ -281,14 +289,21 @@ class ImageSource:
         return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
 
     def prefetch(self, plans):
-        """Yield each plan (a tuple beginning with indices) with its batch; the next is gathered meanwhile."""
-        waiting = None
-        for plan in plans:
-            waiting, ready = (plan, self.ahead.submit(self.batch, plan[0])), waiting
-            if ready is not None:
-                yield ready[0], ready[1].result()
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+        """Yield each plan (a tuple beginning with indices) of a generator with its batch.
+
+        The next plan and batch are made by a thread in the meantime.
+        """
+        def fetch():
+            plan = next(plans, None)
+            return plan, None if plan is None else self.batch(plan[0])
+
+        waiting = self.ahead.submit(fetch)
+        while True:
+            plan, images = waiting.result()
+            if plan is None:
+                return
+            waiting = self.ahead.submit(fetch)
+            yield plan, images
 
 
 def epoch_order(n, seed, epoch):
@@ -421,8 +436,8 @@ def timm_names(state):
     heads = ("head.", "fc.", "rec_head.", "cls_head.", "projection", "last_layer", "decoder.", "predictor.",
              "momentum_encoder.", "mask_token")
     buffers = ("relative_position_index", "attn_mask")                      # older timm and Swin store these
-    state = {name: value for name, value in state.items()
-             if not name.startswith(heads) and not name.endswith(buffers)}
+    state = {name: value for name, value in state.items() if not name.endswith(buffers)
+             and (name.startswith("head.norm.") or not name.startswith(heads))}      # ConvNeXt's last norm
     if "layers.0.downsample.reduction.weight" in state:  # Swin's release: one stage earlier
         shift = lambda name: name.split(".")
         state = {".".join(["layers", str(int(shift(name)[1]) + 1), *shift(name)[2:]])
@@ -451,11 +466,18 @@ def fit_positions(value, wanted):
     return resized if table else resized[None]
 
 
+def prefixes(model, key):
+    """How the tensors of a timm model's "first_conv" or "classifier" begin."""
+    names = model.pretrained_cfg.get(key) or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
 def load_backbone(model, config, weights_dir="weights"):
     """Fill a timm model from config["init"]; returns one line saying what was loaded, adapted and left out.
 
     init: "random"; "timm" or "timm:NAME" or "torchvision" (their own download, or weights_dir/NAME.pth or
-    .safetensors where there is no network); a file of timm, torchvision, DINO, MoCo-v3, SiT, SimMIM or ours.
+    .safetensors where there is no network); "exp:KEY", what another row's pre-training made; or a file of
+    timm, torchvision, DINO, MoCo-v3, SiT, SimMIM or ours.
     """
     init, adapt = config["init"], config["channel_adapt"]
     if init == "random":
@@ -463,6 +485,8 @@ def load_backbone(model, config, weights_dir="weights"):
     if adapt not in ("average", "sum", "duplicate", "duplicate_mean"):
         fail(f"channel_adapt is '{adapt}'; expected average, sum, duplicate or duplicate_mean")
     source, _, name = init.partition(":")
+    if source == "exp":
+        init = f"runs/{name}/pretrain/backbone.pt"
     if source in ("timm", "torchvision"):
         name = name or config["arch"]
         local = [path for path in sorted(Path(weights_dir).glob(f"{name}*"))
@@ -483,12 +507,12 @@ def load_backbone(model, config, weights_dir="weights"):
     else:
         state = read_weights(init, config["init_key"])
     state, wanted, notes = timm_names(state), model.state_dict(), []
-    loaded, misfits = {}, []
+    heads, first, loaded, misfits = prefixes(model, "classifier"), prefixes(model, "first_conv"), {}, []
     for name, target in wanted.items():
         value = state.pop(name, None)
-        if value is None or name.startswith(("head.", "fc.")):
+        if value is None or name.startswith(heads):
             continue
-        if name in ("patch_embed.proj.weight", "conv1.weight") and value.shape[1] != target.shape[1]:
+        if name.startswith(first) and value.ndim == 4 and value.shape[1] != target.shape[1]:
             how = adapt if target.shape[1] > 1 or adapt == "sum" else "average"
             how = how if target.shape[1] == 1 or how.startswith("duplicate") else "duplicate"
             notes.append(f"{name} {value.shape[1]} -> {target.shape[1]} channels ({how})")
@@ -501,7 +525,7 @@ def load_backbone(model, config, weights_dir="weights"):
         loaded[name] = value
     if misfits:
         fail(f"{init} does not fit {config['arch']}: {misfits[0]}, {len(misfits)} misfits in all")
-    absent = [name for name in wanted if name not in loaded and not name.startswith(("head.", "fc."))]
+    absent = [name for name in wanted if name not in loaded and not name.startswith(heads)]
     if absent:
         fail(f"{init} fills {len(loaded)} of the {len(loaded) + len(absent)} tensors of {config['arch']}; "
              f"the first absent one is {absent[0]}")

@@ -42,37 +42,40 @@ def config_of(**changes):
 
 # Corruption
 
-def masks_by_a_loop(u, fraction, side, align):
-    """The definition of block masking, one image and one block at a time."""
+def masks_by_unions(u, fraction, side, align):
+    """The same from the other end: the smallest number of blocks whose union reaches the target."""
+    y, x = np.mgrid[:side, :side]
     masks = np.zeros((len(u), side, side), bool)
-    for mask, blocks, target in zip(masks, u.numpy(), fraction.numpy()):
-        for top, left, height, width in blocks:
-            if mask.sum() >= target * side * side:
-                break
-            top, left = (int(np.floor(np.float32(v) * (side - align))) for v in (top, left))
-            h, w = (align + int(np.floor(np.float32(v) * (int(0.3 * side) - align))) for v in (height, width))
+    for b in range(len(u)):
+        first = np.full((side, side), len(u[b]))                            # the earliest block over each pixel
+        for k in reversed(range(len(u[b]))):
+            top, left = (np.floor(u[b, k, :2].numpy() * np.float32(side - align))).astype(int)
+            h, w = align + np.floor(u[b, k, 2:].numpy() * np.float32(int(0.3 * side) - align)).astype(int)
             if align > 1:
                 top, left, h, w = top // align * align, left // align * align, round(h / align) * align, round(w / align) * align
-            mask[top:top + h, left:left + w] = True
+            first[(y >= top) & (y < top + h) & (x >= left) & (x < left + w)] = k
+        covered = np.cumsum(np.bincount(first.ravel(), minlength=len(u[b]) + 1)[:-1])
+        masks[b] = first <= np.argmax(covered >= float(fraction[b]) * side * side)
     return masks
 
 
 @pytest.mark.parametrize("side, align", [(224, 1), (64, 1), (224, 16), (64, 8)])
-def test_block_masks_equal_a_loop_over_blocks(side, align):
+def test_block_masks_are_the_shortest_union_that_reaches_the_target(side, align):
     generator = torch.Generator().manual_seed(side + align)
     u = torch.rand(12, gmml.n_blocks_for(0.75), 4, generator=generator)
     fraction = torch.rand(12, generator=generator) * 0.5 + 0.25
-    assert (gmml.block_masks(u, fraction, side, align).numpy() == masks_by_a_loop(u, fraction, side, align)).all()
+    assert (gmml.block_masks(u, fraction, side, align).numpy() == masks_by_unions(u, fraction, side, align)).all()
 
 
 def test_mask_fractions_have_the_stated_distribution():
-    n, side = 600, 224
+    n, side = 2000, 224
     generator = torch.Generator().manual_seed(1)
-    zeros = torch.zeros(n, 1, side, side)
     u, blocks = torch.rand(n, 2, generator=generator), torch.rand(n, gmml.n_blocks_for(0.75), 4, generator=generator)
-    fraction = torch.cat([gmml.corrupt(zeros[:50], zeros[:50], zeros[:50], u[i:i + 50], blocks[i:i + 50])[1].double().mean((1, 2))
-                          for i in range(0, n, 50)])
-    replaced = u[:, 0] < 0.5
+    masks, replaced = gmml.draw_masks(u, blocks, side)
+    fraction = torch.from_numpy(masks.numpy().mean((1, 2)))
+    assert abs(replaced.double().mean() - 0.5) < 4 * 0.5 / math.sqrt(n) and abs(fraction.mean() - 0.475) < 4 * 0.17 / math.sqrt(n)
+    top_left, centre = masks[~replaced, :16, :16].double().mean(), masks[~replaced, 104:120, 104:120].double().mean()
+    assert abs(top_left - 0.08) < 0.02 and abs(centre - 0.73) < 0.03                        # blocks grow right and down
     # 4 standard errors of the mean with the stated standard deviations
     assert abs(fraction[~replaced].mean() - 0.632) < 4 * 0.072 / math.sqrt(n / 2)
     assert abs(fraction[replaced].mean() - 0.314) < 4 * 0.013 / math.sqrt(n / 2)
@@ -91,7 +94,8 @@ def test_corruption_takes_noise_or_donor_in_the_mask_and_nothing_outside():
     generator = torch.Generator().manual_seed(3)
     clean, donor, noise = (torch.randn(8, 3, 64, 64, generator=generator) for _ in range(3))
     u, blocks = torch.rand(8, 2, generator=generator), torch.rand(8, 186, 4, generator=generator)
-    corrupted, masks = gmml.corrupt(clean, donor, noise, u, blocks)
+    masks, replaced = gmml.draw_masks(u, blocks, 64)
+    corrupted = gmml.corrupt(clean, donor, noise, masks, replaced)
     for i in range(8):
         fill = donor[i] if u[i, 0] < 0.5 else noise[i]
         assert torch.equal(corrupted[i][:, masks[i]], fill[:, masks[i]])
@@ -119,7 +123,7 @@ def test_donor_pixels_are_the_other_images_own_view():
     plan = gmml.plan_step(config, np.arange(6), 0, 0, 1)
     clean, corrupted, masks = gmml.make_views(images[plan[0]], plan, config, 0, 1, torch.device("cpu"))
     for number, view in enumerate(plan[1]):
-        for place, donor in zip(view["replaced"], view["donors"]):
+        for place, donor in zip(view["replaced"].nonzero()[:, 0], view["donors"]):
             row = 6 * number + place
             assert torch.allclose(corrupted[row][:, masks[row]], clean[6 * number + donor][:, masks[row]], atol=1e-5)
 
