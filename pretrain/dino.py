@@ -1,0 +1,1069 @@
+"""DINO: self-distillation with no labels (Caron et al., arXiv:2104.14294).
+
+A student sees ten crops of an image, its teacher (the student's moving average) the two large ones; from
+each crop the student predicts the teacher's output, a distribution over 65,536 dimensions, for another crop.
+
+    torchrun --nproc_per_node=4 pretrain/dino.py --exp 4.1.1-100k    one row of experiments.yaml on 4 GPUs
+    python pretrain/dino.py --manifest my/manifest.csv --out my/run   your own images, one process
+    python pretrain/dino.py --exp 4.1.1-100k --teacher_temp 0.07 --warmup_teacher_temp_epochs 30
+
+Reads   manifest.csv (+ images.npy beside it; without it the images named in `path` are read from disk).
+Writes  --out: backbone.pt (for timm), last.pt (to resume), log.jsonl, run.json, attention_<epoch>.png.
+Killed or stopped, the same command continues where it left off; SIGTERM saves first and exits with code 75.
+"""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import fcntl
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+DEFAULTS = dict(
+    strategy="dino",                # what this script does; a row with another strategy is refused
+    arch="vit_small_patch16_224",   # any timm vision transformer with a CLS token
+    model_args={},                  # further arguments of timm.create_model, e.g. {"depth": 4}
+    in_chans=1,                     # 1 or 3; grey images are repeated to 3
+    img_size=224,                   # pixels of a global crop
+    mean=None, std=None,            # of pixels in 0..1; none: 0.485 / 0.229, in 3 channels ImageNet's
+    init="random",                  # random | timm[:NAME] | exp:KEY | a checkpoint file
+    init_key=None,                  # which weights of the file (teacher, student, ...); none: the usual one
+    channel_adapt="average",  # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate | duplicate_mean
+    dataset="mimic_cxr",            # folder below --data with the packed images
+    samples=None,                   # use the first so many images of the split; none: all
+    epochs=300, warmup_epochs=10,
+    batch=256,                      # images an optimiser step, over all processes together
+    lr=1e-4, min_lr=1e-6,           # peak for a batch of 256 (scaled by batch / 256) and end of the cosine
+    wd=0.04, wd_end=0.4,            # weight decay, by a cosine from the first to the second
+    clip=3.0,                       # largest gradient norm of each parameter tensor
+    drop_path=0.1,                  # stochastic depth of the student
+    seed=0,
+    variant="corrected",            # paper: positions of local crops by the released code's scale factor
+    global_crop_scale=[0.4, 1.0],   # area of the two global crops
+    local_crop_scale=[0.05, 0.4],   # area of the local crops
+    n_local_crops=8,
+    local_size=None,                # pixels of a local crop; none: 96 / 224 of img_size, in whole patches
+    out_dim=65536, hidden_dim=2048, bottleneck_dim=256,                     # of the head
+    norm_last_layer=True,           # rows of the last layer have length 1 (published ViT-S recipe: false)
+    freeze_last_layer=1,            # epochs in which the last layer gets no gradient
+    student_temp=0.1,
+    warmup_teacher_temp=0.04, teacher_temp=0.04, warmup_teacher_temp_epochs=0,  # published: 0.04, 0.07, 30
+    centre_momentum=0.9,
+    ema=0.996,                      # momentum of the teacher, by a cosine to 1
+    export="teacher",               # whose backbone becomes backbone.pt: teacher | student
+)
+
+# --- begin copy: error ---
+def fail(message):
+    """A mistake the user can mend: one sentence on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+# --- end copy: error ---
+
+
+# --- begin copy: distributed ---
+def init_distributed(device):
+    """Join the processes torchrun started (plain python is one process); returns rank, world size, device."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            fail("--device cuda, but PyTorch sees no GPU here; use --device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1, device
+    # gloo beside nccl: small agreements between the processes need no GPU synchronisation
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def any_process(flag):
+    """True in every process if `flag` is true in one of them."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def mean_over_processes(value):
+    """The mean of a tensor over all processes (of its own where there is one)."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def catch_sigterm():
+    """SIGTERM (SLURM: before the time limit) sets `stop["now"]`: save at the end of the step, leave."""
+    stop = {"now": False}
+    signal.signal(signal.SIGTERM, lambda *_: stop.update(now=True))
+    return stop
+
+
+def autocast(device):
+    """Mixed precision on a GPU (bf16 where it is native, else fp16 with a loss scaler); fp32 on the CPU."""
+    cuda = device.type == "cuda"
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    half = torch.bfloat16 if bf16 else torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=cuda and not bf16)
+    return lambda: torch.autocast(device.type, dtype=half, enabled=cuda), scaler
+# --- end copy: distributed ---
+
+
+# --- begin copy: experiment row ---
+def cast(value, default, name):
+    """Give a value from YAML or the command line the type of its default (None: as YAML reads it)."""
+    if default is None or value is None:
+        return value
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        if isinstance(default, int) and float(value) != int(float(value)):
+            raise ValueError
+        if isinstance(default, (list, dict)) and not isinstance(value, type(default)):
+            raise ValueError
+        return type(default)(float(value) if isinstance(default, int) else value)
+    except (ValueError, TypeError, KeyError):
+        fail(f"{name} is {value!r}; expected {type(default).__name__} such as {default!r}")
+
+
+def experiment_row(parser, defaults, section):
+    """Parse the command line and resolve the row: script defaults < YAML defaults < YAML row < flags.
+
+    What a row says of the pre-training or the fine-tuning alone stands below its key `section`.
+    Returns (args, config): config has the keys of `defaults` and "exp"; args.row is the row as written,
+    args.flags are the keys given on the command line.
+    """
+    import yaml
+    for key, value in defaults.items():
+        parser.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"default {value!r}")
+    args = vars(parser.parse_args())
+    flags = {key: args.pop(key) for key in list(args) if key in defaults}
+    config, exp, file = copy.deepcopy(defaults), args["exp"], args["experiments"]
+    args.update(row={}, flags=flags)
+    if exp is not None:
+        try:
+            table = yaml.safe_load(Path(file).read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+            fail(f"{file} cannot be read as YAML: {' '.join(str(problem).split())}")
+        if exp not in table or exp == "defaults":
+            near = difflib.get_close_matches(exp, [str(key) for key in table if key != "defaults"], n=3)
+            fail(f"{file} has no experiment '{exp}'" + (f"; nearest: {', '.join(near)}" if near else ""))
+        args["row"] = table[exp] or {}
+        known = [*defaults, "about", "pretrain", "finetune"]
+        for where in ("defaults", exp):
+            row = table.get(where) or {}
+            for key, value in {**row, **(row.get(section) or {})}.items():
+                if key in ("about", "pretrain", "finetune"):
+                    continue
+                if key not in defaults:
+                    near = difflib.get_close_matches(key, known, n=1) or ["no known key"]
+                    fail(f"{file} row '{where}': unknown key '{key}'; nearest: {near[0]}")
+                config[key] = cast(value, defaults[key], f"{file} row '{where}': {key}")
+    for key, text in flags.items():
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            fail(f"--{key} {text!r} cannot be read as a YAML value")
+        config[key] = cast(text if isinstance(defaults[key], str) else value, defaults[key], f"--{key}")
+    return argparse.Namespace(**args), fit_to_channels({"exp": exp, **config})
+
+
+def fit_to_channels(config):
+    """Check in_chans and give mean and std one value a channel; an image size among model_args counts."""
+    if "img_size" in config["model_args"]:
+        config["img_size"] = config["model_args"]["img_size"]
+    if config["in_chans"] not in (1, 3):
+        fail(f"in_chans is {config['in_chans']}; expected 1 or 3")
+    rgb = config["in_chans"] == 3
+    config["mean"] = config["mean"] or ([0.485, 0.456, 0.406] if rgb else [0.485])
+    config["std"] = config["std"] or ([0.229, 0.224, 0.225] if rgb else [0.229])
+    for key in ("mean", "std"):
+        values = config[key] if isinstance(config[key], list) else [config[key]]
+        config[key] = [float(value) for value in values] * (config["in_chans"] // len(values) or 1)
+        if len(config[key]) != config["in_chans"]:
+            fail(f"{key} has {len(values)} values for {config['in_chans']} channels")
+    return config
+# --- end copy: experiment row ---
+
+
+# --- begin copy: packed images ---
+def read_manifest(manifest, split, samples=None):
+    """Rows of a manifest.csv whose `split` is one of the comma-separated names (or `all`), in its order.
+
+    The index of the returned frame are the row numbers of the file, which are those of images.npy.
+    """
+    if not Path(manifest).is_file():
+        fail(f"{manifest} does not exist; pack the dataset (data_prep/pack.py) or name another --manifest")
+    try:
+        table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
+    except (ValueError, UnicodeDecodeError) as problem:
+        fail(f"{manifest} cannot be read as CSV: {' '.join(str(problem).split())}")
+    if "path" not in table:
+        fail(f"{manifest} has no column 'path'; its columns are {', '.join(table.columns[:8])}")
+    table.attrs["n_rows"] = len(table)
+    if "split" in table and split != "all":
+        kept = table[table["split"].isin(split.split(","))]
+        if kept.empty:
+            fail(f"{manifest} has no rows of split '{split}'; only {', '.join(sorted(set(table['split'])))}")
+        table = kept
+    if samples is not None and samples > len(table):
+        fail(f"{manifest} has {len(table)} rows of split '{split}', fewer than samples={samples}")
+    return table if samples is None else table.iloc[:samples]
+
+
+class ImageSource:
+    """Images of manifest rows as uint8 batches on the device.
+
+    Packed (images.npy beside the manifest): a gather, from GPU memory if it fits, else from the mapped file.
+    Not packed: files are decoded by `workers` threads and may differ in size; a batch is then a list.
+    """
+
+    def __init__(self, manifest, rows, in_chans, device, workers=4):
+        folder, self.rows = Path(manifest).parent, rows.index.to_numpy()
+        self.in_chans, self.device = in_chans, device
+        self.pool, self.ahead = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
+        self.packed = None
+        if (folder / "images.npy").is_file():
+            try:
+                self.packed = np.load(folder / "images.npy", mmap_mode="r")
+            except (ValueError, EOFError, OSError) as problem:
+                fail(f"{folder / 'images.npy'} is not a NumPy array file ({problem}); pack the dataset again")
+            n_rows = rows.attrs["n_rows"]
+            if self.packed.dtype != np.uint8 or self.packed.ndim not in (3, 4) or len(self.packed) != n_rows:
+                fail(f"{folder / 'images.npy'} holds {self.packed.dtype} {self.packed.shape}, "
+                     f"but {manifest} has {n_rows} rows; pack the dataset again")
+            if device.type == "cuda" and self.packed.nbytes < torch.cuda.mem_get_info(device)[0] // 3:
+                self.packed = torch.from_numpy(np.ascontiguousarray(self.packed[self.rows])).to(device)
+                self.rows = np.arange(len(self.rows))
+        else:
+            pack = folder / "pack.json"
+            root = Path(json.loads(pack.read_text()).get("raw", folder)) if pack.is_file() else folder
+            self.files = [root / path for path in rows["path"]]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, indices):
+        """indices: int64 array [B] into the selected rows -> uint8 [B, C, H, W], or a list of [C, H, W]."""
+        if self.packed is None:
+            images = list(self.pool.map(self.read, indices))
+            channels = max(len(image) for image in images)                  # grey and colour may be mixed
+            return [image.expand(channels, -1, -1).to(self.device) for image in images]
+        rows = self.rows[indices]
+        if isinstance(self.packed, torch.Tensor):
+            images = self.packed[torch.from_numpy(rows).to(self.device)]
+        else:
+            order = np.argsort(rows, kind="stable")             # ascending reads from the mapped file
+            images = torch.empty((len(rows), *self.packed.shape[1:]), dtype=torch.uint8)
+            images.numpy()[order] = self.packed[rows[order]]
+            if self.device.type == "cuda":
+                images = images.pin_memory().to(self.device, non_blocking=True)
+        return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+
+    def read(self, index):
+        path = self.files[index]
+        try:
+            with Image.open(path) as image:
+                if image.mode.startswith("I;16"):  # convert("L") would clip at 255 instead of scaling
+                    image = Image.fromarray((np.asarray(image, np.float32) / 257 + 0.5).astype(np.uint8))
+                grey = image.mode in ("1", "L", "LA", "I", "F") or self.in_chans == 1
+                pixels = np.array(image.convert("L" if grey else "RGB"))
+        except (OSError, SyntaxError, ValueError) as problem:
+            fail(f"{path} cannot be read as an image ({problem}); pack.py sorts such files out")
+        return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
+
+    def prefetch(self, plans):
+        """Yield each plan (a tuple beginning with indices) of a generator with its batch.
+
+        The next plan and batch are made by a thread in the meantime.
+        """
+        def fetch():
+            plan = next(plans, None)
+            return plan, None if plan is None else self.batch(plan[0])
+
+        waiting = self.ahead.submit(fetch)
+        while True:
+            plan, images = waiting.result()
+            if plan is None:
+                return
+            waiting = self.ahead.submit(fetch)
+            yield plan, images
+
+
+def epoch_order(n, seed, epoch):
+    """The order in which epoch `epoch` visits n images: the same in every process."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def step_generator(seed, step, stream=0, device="cpu"):
+    """A generator made from (seed, step, stream) alone: any process count and any resume draw the same."""
+    state = np.random.SeedSequence([seed, step, stream]).generate_state(2)
+    return torch.Generator(device).manual_seed(int(state[0]) << 31 ^ int(state[1]))
+# --- end copy: packed images ---
+
+
+# --- begin copy: crops ---
+N_CROP = 23     # uniforms a random resized crop and flip consume: 10 areas, 10 aspect ratios, top, left, flip
+
+
+def crop_boxes(u, height, width, scale, ratio=(3 / 4, 4 / 3)):
+    """Boxes of torchvision's RandomResizedCrop: ten tries, then the central crop of admissible aspect.
+
+    Args: u uniform in [0, 1) [B, >= 22]; height, width of the images; scale: area range as a fraction.
+    Returns: top, left, height, width of each box, integers [B] (float tensors on the device of u).
+    """
+    area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
+    aspect = torch.exp(math.log(ratio[0]) + u[:, 10:20] * (math.log(ratio[1]) - math.log(ratio[0])))
+    w, h = torch.sqrt(area * aspect).round(), torch.sqrt(area / aspect).round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    w, h, fits = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
+    centre_w = min(width, round(height * ratio[1]))
+    centre_h = min(height, round(width / ratio[0]))
+    w, h = torch.where(fits, w, centre_w), torch.where(fits, h, centre_h)
+    top = torch.where(fits, (u[:, 20] * (height - h + 1)).floor(), ((height - h) / 2).round())
+    left = torch.where(fits, (u[:, 21] * (width - w + 1)).floor(), ((width - w) / 2).round())
+    return top, left, h, w
+
+
+def resample_matrix(start, length, in_size, out_size, cubic=True):
+    """Antialiased bicubic or bilinear resampling (Pillow's) of [start, start + length): [B, out, in]."""
+    scale = (length / out_size)[:, None, None]                              # source pixels a target pixel
+    source = torch.arange(in_size, device=start.device) + 0.5
+    target = torch.arange(out_size, device=start.device)[:, None] + 0.5
+    offset = source - start[:, None, None]
+    t = ((offset - target * scale) / scale.clamp_min(1)).abs_().clamp_(max=2)
+    if cubic:
+        weights = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
+    else:
+        weights = (1 - t).clamp_(min=0)
+    weights = weights * ((offset > 0) & (offset < length[:, None, None]))  # nothing outside the box
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def crop_resize(images, boxes, flip, size, cubic=True):
+    """Cut, stretch to size x size and mirror a batch: two matrix products an image, no loop.
+
+    Args: images uint8 [B, C, H, W]; boxes: top, left, height, width, each [B]; flip bool [B].
+    Returns: float32 [B, C, size, size], 0-255, unrounded.
+    """
+    top, left, h, w = (side.to(images.device, torch.float32, non_blocking=True) for side in boxes)
+    rows = resample_matrix(top, h, images.shape[2], size, cubic)
+    columns = resample_matrix(left, w, images.shape[3], size, cubic)
+    columns = torch.where(flip.to(images.device, non_blocking=True)[:, None, None], columns.flip(1), columns)
+    return (rows[:, None] @ images.float() @ columns.mT[:, None]).clamp_(0, 255)
+
+
+def random_resized_crop(images, u, scale, size, cubic=True):
+    """Random resized crop and flip of a batch, or a list of images of any size, from uniforms [B, N_CROP]."""
+    if isinstance(images, list):
+        return torch.cat([random_resized_crop(image[None], row[None], scale, size, cubic)
+                          for image, row in zip(images, u)])
+    boxes = crop_boxes(u, images.shape[2], images.shape[3], scale)
+    return crop_resize(images, boxes, u[:, 22] < 0.5, size, cubic)
+# --- end copy: crops ---
+
+
+# --- begin copy: colour and blur ---
+N_COLOUR = 11   # uniforms: apply jitter, 4 strengths, 4 order keys, apply blur, blur width
+
+
+def shift_hue(rgb, turn):
+    """Turn the hue of RGB images [B, 3, H, W] in 0..1 by `turn` [B, 1, 1] of a full circle (HSV)."""
+    value, chroma = rgb.amax(1), rgb.amax(1) - rgb.amin(1)
+    r, g, b = rgb.unbind(1)
+    safe = chroma.clamp_min(1e-8)
+    sixth = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
+    sixth = torch.where(value == r, (g - b) / safe, sixth)
+    k = (torch.tensor([5.0, 3.0, 1.0], device=rgb.device).view(1, 3, 1, 1) + (sixth + 6 * turn)[:, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def luminance(x):
+    """Grey value [B, 1, H, W] of images [B, C, H, W]."""
+    weights = x.new_tensor([0.299, 0.587, 0.114])
+    return x if x.shape[1] == 1 else torch.einsum("bchw,c->bhw", x, weights)[:, None]
+
+
+def colour_jitter(x, u, strength, p):
+    """Brightness, contrast, saturation and hue in random order, for a share p of the images.
+
+    Args: x float [B, C, H, W], 0-255; u uniform [B, >= 9] on the CPU (known there: no synchronisation);
+    strength: (brightness, contrast, saturation, hue). Grey images have neither saturation nor hue.
+    """
+    order = u[:, 5:9].argsort(1)
+    for place in range(4):
+        for op in range(4 if x.shape[1] == 3 else 2):
+            chosen = ((u[:, 0] < p) & (order[:, place] == op)).nonzero()[:, 0]
+            if len(chosen) == 0 or strength[op] == 0:
+                continue
+            amount = (2 * u[chosen, 1 + op] - 1) * strength[op]             # U(-strength, strength)
+            amount = amount.to(x.device, non_blocking=True).view(-1, 1, 1, 1)
+            chosen = chosen.to(x.device, non_blocking=True)
+            part = x[chosen]
+            if op == 3:
+                part = shift_hue(part / 255, amount[:, 0]) * 255
+            else:                       # away from black, from the mean grey, from each pixel's grey
+                grey = luminance(part) if op else torch.zeros_like(amount)
+                grey = grey.mean((1, 2, 3), keepdim=True) if op == 1 else grey
+                part = (grey + (1 + amount) * (part - grey)).clamp_(0, 255)
+            x = x.index_copy(0, chosen, part)
+    return x
+
+
+def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
+    """Blur a share p of the images x [B, C, H, W] with width U(sigma) pixels; u uniform [B, 2] on the CPU."""
+    chosen = (u[:, 0] < p).nonzero()[:, 0]
+    if len(chosen) == 0:
+        return x
+    width = (sigma[0] + u[chosen, 1] * (sigma[1] - sigma[0])).to(x.device, non_blocking=True).view(-1, 1, 1)
+    chosen = chosen.to(x.device, non_blocking=True)
+    part = x[chosen]
+    for _ in range(2):                                                      # rows, then columns
+        place = torch.arange(part.shape[2], device=x.device, dtype=x.dtype)
+        weights = torch.exp(-0.5 * ((place[:, None] - place) / width) ** 2)
+        part = ((weights / weights.sum(-1, keepdim=True))[:, None] @ part).mT
+    return x.index_copy(0, chosen, part)
+# --- end copy: colour and blur ---
+
+
+# --- begin copy: normalise ---
+def normalise(x, config):
+    """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey images are repeated."""
+    mean, std = (x.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    if x.shape[1] > config["in_chans"]:
+        x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return (x / 255 - mean) / std                               # one grey channel broadcasts to three
+# --- end copy: normalise ---
+
+
+# --- begin copy: strong views ---
+N_VIEW = N_CROP + N_COLOUR + 2  # uniforms a view consumes: crop, colour and blur, greyscale, solarise
+
+
+def strong_view(images, u, crop_scale, size, blur, solarise, config):
+    """Crop and flip, jitter (0.4, 0.4, 0.2, 0.1; p 0.8), greyscale (p 0.2), blur, solarise; normalised.
+
+    Args: images uint8 [B, C, H, W] or a list; u uniform [B, N_VIEW] on the CPU; blur, solarise: their shares.
+    Returns: float [B, in_chans, size, size].
+    """
+    x = random_resized_crop(images, u, crop_scale, size)
+    u = u[:, N_CROP:]
+    x = colour_jitter(x, u, strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
+    chosen = (u[:, N_COLOUR:] < u.new_tensor([0.2, solarise])).to(x.device, non_blocking=True)
+    grey, solarised = chosen.T[..., None, None, None]                       # [B, 1, 1, 1] each
+    x = torch.where(grey, luminance(x), x)
+    x = gaussian_blur(x, u[:, 9:], p=blur)
+    x = torch.where(solarised & (x >= 128), 255 - x, x)
+    return normalise(x, config)
+# --- end copy: strong views ---
+
+
+# --- begin copy: weights ---
+def read_weights(file, key=None):
+    """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept."""
+    try:
+        if str(file).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            state = load_file(file)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's, MoCo's arguments
+                state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{file} does not exist")
+    except Exception as problem:  # whatever a broken or hostile file raises
+        fail(f"{file} is not a plain tensor checkpoint ({' '.join(str(problem).split())[:120]})")
+    for name in [key] if key else ["teacher", "student", "model", "state_dict", "net"]:
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+            break
+    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)} \
+        if isinstance(state, dict) else {}
+    if not state:
+        fail(f"{file} holds no weights" + (f" under '{key}'" if key else ""))
+    return state
+
+
+def timm_names(state):
+    """Rename a state dict to timm's keys: wrappers' prefixes stripped, pre-training heads left out."""
+    for prefix in ("module.", "student.", "base_encoder.", "backbone.", "encoder."):
+        inner = {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)}
+        state = inner or state
+    heads = ("head.", "fc.", "rec_head.", "cls_head.", "projection", "last_layer", "decoder.", "predictor.",
+             "momentum_encoder.", "mask_token")
+    buffers = ("relative_position_index", "attn_mask")                      # older timm and Swin store these
+    state = {name: value for name, value in state.items() if not name.endswith(buffers)
+             and (name.startswith("head.norm.") or not name.startswith(heads))}      # ConvNeXt's last norm
+    if "layers.0.downsample.reduction.weight" in state:  # Swin's release: one stage earlier
+        shift = lambda name: name.split(".")
+        state = {".".join(["layers", str(int(shift(name)[1]) + 1), *shift(name)[2:]])
+                 if ".downsample." in name else name: value for name, value in state.items()}
+    return state
+
+
+def fit_channels(kernel, in_chans, how):
+    """First convolution [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
+    if kernel.shape[1] == in_chans:
+        return kernel
+    if in_chans == 1:
+        return kernel.mean(1, keepdim=True) if how == "average" else kernel.sum(1, keepdim=True)
+    return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
+
+
+def fit_positions(value, wanted):
+    """Position embeddings [1, 1 + h*h, D] or bias tables [(2w-1)^2, heads] on another grid, bicubic."""
+    table = value.ndim == 2
+    grid = value if table else value[0]
+    n_extra = 0 if table else len(grid) - math.isqrt(len(grid)) ** 2        # CLS row: untouched
+    old, new = math.isqrt(len(grid) - n_extra), math.isqrt(wanted[0 if table else 1] - n_extra)
+    image = grid[n_extra:].float().T.reshape(1, -1, old, old)
+    image = F.interpolate(image, size=(new, new), mode="bicubic", align_corners=False)
+    resized = torch.cat([grid[:n_extra], image[0].flatten(1).T.to(grid.dtype)])
+    return resized if table else resized[None]
+
+
+def prefixes(model, key):
+    """How the tensors of a timm model's "first_conv" or "classifier" begin."""
+    names = model.pretrained_cfg.get(key) or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def load_backbone(model, config, weights_dir="weights"):
+    """Fill a timm model from config["init"]; returns one line saying what was loaded, adapted and left out.
+
+    init: "random"; "timm" or "timm:NAME" or "torchvision" (their own download, or weights_dir/NAME.pth or
+    .safetensors where there is no network); "exp:KEY", what another row's pre-training made; or a file of
+    timm, torchvision, DINO, MoCo-v3, SiT, SimMIM or ours.
+    """
+    init, adapt = config["init"], config["channel_adapt"]
+    if init == "random":
+        return "random initialisation"
+    if adapt not in ("average", "sum", "duplicate", "duplicate_mean"):
+        fail(f"channel_adapt is '{adapt}'; expected average, sum, duplicate or duplicate_mean")
+    source, _, name = init.partition(":")
+    if source == "exp":
+        init = f"runs/{name}/pretrain/backbone.pt"
+    if source in ("timm", "torchvision"):
+        name = name or config["arch"]
+        local = [path for path in sorted(Path(weights_dir).glob(f"{name}*"))
+                 if path.suffix in (".pth", ".pt", ".safetensors")]
+        if local:
+            state = read_weights(local[0], config["init_key"])
+            init = f"{init} ({local[0]})"
+        else:
+            try:
+                if source == "timm":
+                    state = timm.create_model(name, pretrained=True).state_dict()
+                else:
+                    import torchvision
+                    state = torchvision.models.get_model(name, weights="IMAGENET1K_V1").state_dict()
+            except Exception as problem:                                    # no network raises what it likes
+                fail(f"cannot download {source}'s weights of {name} ({type(problem).__name__}); fetch them "
+                     f"elsewhere into {weights_dir}/{name}.pth or .safetensors, or use --init FILE")
+    else:
+        state = read_weights(init, config["init_key"])
+    state, wanted, notes = timm_names(state), model.state_dict(), []
+    heads, first, loaded, misfits = prefixes(model, "classifier"), prefixes(model, "first_conv"), {}, []
+    for name, target in wanted.items():
+        value = state.pop(name, None)
+        if value is None or name.startswith(heads):
+            continue
+        if name.startswith(first) and value.ndim == 4 and value.shape[1] != target.shape[1]:
+            how = adapt if target.shape[1] > 1 or adapt == "sum" else "average"
+            how = how if target.shape[1] == 1 or how.startswith("duplicate") else "duplicate"
+            notes.append(f"{name} {value.shape[1]} -> {target.shape[1]} channels ({how})")
+            value = fit_channels(value, target.shape[1], how)
+        if value.shape != target.shape and name.endswith(("pos_embed", "relative_position_bias_table")):
+            notes.append(f"{name} {tuple(value.shape)} -> {tuple(target.shape)}")
+            value = fit_positions(value, target.shape)
+        if value.shape != target.shape:
+            misfits.append(f"{name} {tuple(value.shape)} instead of {tuple(target.shape)}")
+        loaded[name] = value
+    if misfits:
+        fail(f"{init} does not fit {config['arch']}: {misfits[0]}, {len(misfits)} misfits in all")
+    absent = [name for name in wanted if name not in loaded and not name.startswith(heads)]
+    if absent:
+        fail(f"{init} fills {len(loaded)} of the {len(loaded) + len(absent)} tensors of {config['arch']}; "
+             f"the first absent one is {absent[0]}")
+    model.load_state_dict(loaded, strict=False)  # heads stay as they are: checked above
+    left = f"; left out {', '.join(sorted(state)[:3])}{' ...' if len(state) > 3 else ''}" if state else ""
+    return f"loaded {len(loaded)} tensors from {init}" + "".join(f"; {note}" for note in notes) + left
+# --- end copy: weights ---
+
+
+# --- begin copy: schedule ---
+def cosine(step, n_steps, start, end, n_warm=0):
+    """Value at `step`: linear warm-up 0 to start (reached in its last step), then a cosine to end."""
+    if step < n_warm:
+        return start * step / max(1, n_warm - 1)
+    return end + (start - end) * (1 + math.cos(math.pi * (step - n_warm) / max(1, n_steps - n_warm))) / 2
+
+
+def decay_groups(model):
+    """Two parameter groups: tensors of two or more dimensions (weight decay), biases and norms (none)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [dict(params=[p for p in trained if p.ndim > 1]), dict(params=[p for p in trained if p.ndim <= 1])]
+
+
+def clip_each(parameters, largest):
+    """Scale down the gradient of each parameter tensor whose norm exceeds `largest` (each its own)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    factors = [(largest / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(gradients)]
+    torch._foreach_mul_(gradients, factors)
+# --- end copy: schedule ---
+
+
+# --- begin copy: checkpoint ---
+def save_atomic(content, path):
+    """torch.save under a temporary name, flush, rename: a crash leaves the old file or the new one."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as problem:
+        part.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {problem.strerror}; the last complete checkpoint is untouched")
+
+
+def open_run(out, config, resume, main):
+    """Create the run folder, lock it (the main process alone), and return the state to resume from, or None.
+
+    The lock is held on the folder itself and goes with the process, however that ends.
+    """
+    out = Path(out)
+    if main:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            open_run.lock = os.open(out, os.O_RDONLY)
+            fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (out / "run.json.part").write_text(json.dumps(dict(
+                command=sys.argv, config=config, python=platform.python_version(), torch=torch.__version__,
+                timm=timm.__version__, numpy=np.__version__, host=platform.node(),
+                device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                commit=subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+                                      capture_output=True, text=True).stdout.strip()), indent=1))
+            os.replace(out / "run.json.part", out / "run.json")
+        except BlockingIOError:
+            fail(f"{out} is in use by another run; wait for it or choose another --out")
+        except OSError as problem:
+            fail(f"cannot write into {out}: {problem.strerror}; choose another --out")
+        for part in out.glob("*.part"):
+            part.unlink()
+    last = out / "last.pt"
+    if resume == "never" or not last.is_file():
+        if main and (out / "log.jsonl").exists():
+            (out / "log.jsonl").unlink()
+        return None
+    try:
+        state = torch.load(last, map_location="cpu", weights_only=True)
+    except Exception as problem:  # a damaged file raises what it likes
+        fail(f"{last} cannot be read ({' '.join(str(problem).split())[:120]}); --resume never starts anew")
+    changed = [key for key in config if state["config"].get(key) != config[key]]
+    if changed:
+        key = changed[0]
+        fail(f"{last} was made with {key}={state['config'].get(key)!r}, now it is {config[key]!r}; "
+             "--resume never starts anew, another --out keeps both")
+    if main and (out / "log.jsonl").exists():  # lines after the checkpoint come again
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+        (out / "log.jsonl.part").write_text("".join(lines))
+        os.replace(out / "log.jsonl.part", out / "log.jsonl")
+    return state
+# --- end copy: checkpoint ---
+
+
+# --- begin copy: progress ---
+class Progress:
+    """Means of the loss terms since the last line, as a line on the terminal and one in log.jsonl."""
+
+    def __init__(self, out, n_steps, step, images_a_step, main, meter=None):
+        self.out, self.n_steps, self.images_a_step, self.main = out, n_steps, images_a_step, main
+        self.sums = dict(meter or {})  # name -> sum, on the device: no waiting
+        self.first, self.seen, self.begun = step, step, time.time()
+
+    def add(self, **terms):
+        for name, value in {**terms, "n": 1}.items():
+            self.sums[name] = self.sums.get(name, 0) + (value.detach() if torch.is_tensor(value) else value)
+
+    def means(self):
+        """Plain numbers of the means so far; stops the run where the loss is no longer a number."""
+        sums = {name: float(value) for name, value in self.sums.items()}
+        means = {name: value / sums["n"] for name, value in sums.items() if name != "n"}
+        if not math.isfinite(means.get("loss", 0)):
+            fail(f"the loss is {means['loss']} after step {self.seen}; {self.out}/last.pt is the last good "
+                 "checkpoint; try a lower lr or a longer warm-up")
+        return means
+
+    def meter(self):
+        self.means()
+        return {name: float(value) for name, value in self.sums.items()}
+
+    def line(self, step, epoch, **facts):
+        """Write the line of `step` (steps done so far)."""
+        self.seen = step
+        means, elapsed = self.means(), time.time() - self.begun
+        rate = (step - self.first) * self.images_a_step / max(elapsed, 1e-9)
+        left = int((self.n_steps - step) * elapsed / max(1, step - self.first))
+        self.sums = {}
+        if not self.main:
+            return
+        entry = dict(step=step, epoch=epoch, **means, **facts, img_per_s=round(rate, 1), time=time.time())
+        with open(Path(self.out) / "log.jsonl", "a") as log:
+            log.write(json.dumps(entry) + "\n")
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **facts}.items())
+        days = f"{left // 86400} d " if left >= 86400 else ""
+        print(f"epoch {epoch}  step {step}/{self.n_steps}  {terms}  {rate:,.0f} img/s  "
+              f"eta {days}{left % 86400 // 3600:02}:{left % 3600 // 60:02}:{left % 60:02}", flush=True)
+# --- end copy: progress ---
+
+
+# --- begin copy: momentum teacher ---
+@torch.no_grad()
+def update_teacher(teacher, student, momentum):
+    """teacher <- momentum * teacher + (1 - momentum) * student, every parameter; buffers stay its own."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+# --- end copy: momentum teacher ---
+
+
+# --- begin copy: feature spread ---
+def feature_std(features):
+    """Spread of unit features [b, D] over the batch of all processes: 1 in all directions, 0 collapsed.
+
+    The root of the summed variances of the D components, which for unit vectors is sqrt(1 - |mean|^2).
+    """
+    mean = mean_over_processes(F.normalize(features.float(), dim=1).mean(0))
+    return (1 - mean.square().sum()).clamp_min(0).sqrt()
+# --- end copy: feature spread ---
+
+
+def fit_to_grid(pos_embed, side, by_scale=False):
+    """Position embeddings [1, 1 + h * h, D] on a grid side x side, bicubic; the CLS token's is untouched.
+
+    by_scale: as DINO's released code does, whose scale factor (side + 0.1) / h samples other points.
+    """
+    h = math.isqrt(pos_embed.shape[1] - 1)
+    if side == h:
+        return pos_embed
+    how = dict(scale_factor=(side + 0.1) / h) if by_scale else dict(size=(side, side))
+    grid = pos_embed[:, 1:].mT.unflatten(2, (h, h))
+    grid = F.interpolate(grid, mode="bicubic", **how)
+    return torch.cat([pos_embed[:, :1], grid.flatten(2).mT], 1)
+
+
+def embed(vit, x, by_scale=False):
+    """Square images [B, C, s, s] of any number of patches -> CLS and patch tokens with positions."""
+    patches = vit.patch_embed(x)                                                            # [B, N, D]
+    tokens = torch.cat([vit.cls_token.expand(len(x), -1, -1), patches], 1)
+    return vit.norm_pre(tokens + fit_to_grid(vit.pos_embed, math.isqrt(patches.shape[1]), by_scale))
+
+
+class DINOHead(nn.Module):
+    """Three linear layers, unit length, then a linear layer whose rows have a length of their own (1)."""
+
+    def __init__(self, in_dim, out_dim, hidden_dim, bottleneck_dim, norm_last_layer):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(),
+                                 nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+                                 nn.Linear(hidden_dim, bottleneck_dim))
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        last = nn.Linear(bottleneck_dim, out_dim, bias=False)
+        self.last_layer = nn.utils.parametrizations.weight_norm(last)
+        lengths = self.last_layer.parametrizations.weight.original0
+        nn.init.ones_(lengths)
+        lengths.requires_grad_(not norm_last_layer)
+
+    def forward(self, features):
+        """features [B, D] -> logits [B, out_dim]."""
+        return self.last_layer(F.normalize(self.mlp(features), dim=1))
+
+
+class DINO(nn.Module):
+    """Student or teacher: a timm vision transformer and the head on its CLS token."""
+
+    def __init__(self, backbone, out_dim=65536, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True,
+                 by_scale=False):
+        super().__init__()
+        self.backbone, self.by_scale = backbone, by_scale
+        self.head = DINOHead(backbone.embed_dim, out_dim, hidden_dim, bottleneck_dim, norm_last_layer)
+
+    def forward(self, *crops):
+        """Crops [V, B, C, s, s], a tensor for each size s -> logits [sum of V, B, K], features [.., B, D]."""
+        vit, features = self.backbone, []
+        for views in crops:                                                 # one pass for each size
+            tokens = vit.norm(vit.blocks(embed(vit, views.flatten(0, 1), self.by_scale)))
+            features.append(tokens[:, 0].unflatten(0, views.shape[:2]))
+        features = torch.cat(features)
+        return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2]), features
+
+
+def teacher_targets(logits, centre, temperature):
+    """The teacher's distributions: softmax((logits - centre) / temperature), fp32 [2, B, K]."""
+    return ((logits.float() - centre) / temperature).softmax(-1)
+
+
+def dino_loss(logits, targets, temperature):
+    """Cross-entropy of the student to the teacher, mean over all pairs of different crops and the batch.
+
+    Args: logits [V, B, K] of the student, whose first crops are the teacher's; targets [2, B, K].
+    """
+    log_prob = (logits.float() / temperature).log_softmax(-1)
+    pairs = -torch.einsum("tbk,vbk->btv", targets, log_prob)
+    same = pairs.diagonal(dim1=1, dim2=2)
+    return (pairs.sum() - same.sum()) / (pairs.numel() - same.numel())
+
+
+def teacher_temperature(config, epoch):
+    """From warmup_teacher_temp to teacher_temp in equal steps an epoch (counted from 0), then constant."""
+    first, last, n = (config[key] for key in (
+        "warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs"))
+    return last if epoch >= n else first + (last - first) * epoch / max(1, n - 1)
+
+
+def plan_step(config, order, step, rank, world_size):
+    """Own images of a step and the uniforms of all their crops [V, b, N_VIEW], drawn for the global batch."""
+    shape = 2 + config["n_local_crops"], config["batch"], N_VIEW
+    uniforms = torch.rand(shape, generator=step_generator(config["seed"], step))
+    begin = step % (len(order) // config["batch"]) * config["batch"]
+    return order[begin + rank:begin + config["batch"]:world_size], uniforms[:, rank::world_size], step
+
+
+def make_crops(images, uniforms, local_size, config):
+    """Two global crops [2, b, C, S, S], and local ones [V, b, C, s, s] where there are any.
+
+    The first global crop is always blurred, the second rarely and sometimes solarised, half of the local are.
+    """
+    large, small = (config["global_crop_scale"], config["img_size"]), (config["local_crop_scale"], local_size)
+    kinds = [(*large, 1.0, 0.0), (*large, 0.1, 0.2)] + [(*small, 0.5, 0.0)] * (len(uniforms) - 2)
+    crops = [strong_view(images, u, *kind, config) for u, kind in zip(uniforms, kinds)]
+    return [torch.stack(views) for views in (crops[:2], crops[2:]) if views]
+
+
+@torch.no_grad()
+def cls_attention(vit, x):
+    """Attention of the CLS token to the patches in the last block: x [B, C, S, S] -> [B, heads, h, w]."""
+    *blocks, last = vit.blocks
+    tokens = embed(vit, x)
+    for block in blocks:
+        tokens = block(tokens)
+    attention = last.attn
+    qkv = attention.qkv(last.norm1(tokens)).unflatten(2, (3, attention.num_heads, -1))     # [B, N, 3, H, d]
+    q, k = attention.q_norm(qkv[:, :, 0]), attention.k_norm(qkv[:, :, 1])
+    weights = (torch.einsum("bhd,bnhd->bhn", q[:, 0], k) * attention.scale).softmax(-1)
+    return weights[..., 1:].unflatten(2, vit.patch_embed.grid_size)
+
+
+def attention_picture(vit, images, config, path):
+    """A row an image: the image, then a map a head of the last block, white where its CLS token looks most.
+
+    Args: images uint8 [B, C, H, W], or a list of such of any size.
+    """
+    size = config["img_size"]
+    whole = torch.cat([crop_resize(image[None], (zero, zero, zero + image.shape[1], zero + image.shape[2]),
+                                   zero > 0, size) for image in images for zero in [torch.zeros(1)]])
+    maps = cls_attention(vit, normalise(whole, config)).float()
+    maps = F.interpolate(maps / maps.amax((2, 3), keepdim=True), size=(size, size)) * 255
+    columns = torch.cat([luminance(whole), maps], 1)                                # [B, 1 + heads, S, S]
+    pixels = columns.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).round().byte().cpu().numpy()
+    part = Path(f"{path}.part")
+    Image.fromarray(pixels).save(part, format="png")
+    os.replace(part, path)
+
+
+def train(config, args, rank, world_size, device):
+    """Pre-train. All random numbers of a step depend on (seed, step) alone: a resumed run is the same run."""
+    torch.manual_seed(config["seed"])
+    kwargs = dict(img_size=config["img_size"]) | config["model_args"]
+    backbone = timm.create_model(config["arch"], num_classes=0, in_chans=config["in_chans"],
+                                 drop_path_rate=config["drop_path"], **kwargs)
+    n_patches = backbone.patch_embed.num_patches if hasattr(backbone, "patch_embed") else 0
+    if getattr(backbone, "pos_embed", None) is None or backbone.pos_embed.shape[1] != 1 + n_patches:
+        fail(f"arch {config['arch']} is no vision transformer with a CLS token and absolute positions")
+    backbone.patch_embed.strict_img_size = False                            # local crops are smaller
+    patch = backbone.patch_embed.patch_size[0]
+    local_size = config["local_size"] or max(1, round(config["img_size"] * 96 / 224 / patch)) * patch
+    if local_size % patch:
+        fail(f"local_size {local_size} is not a multiple of the patch of {patch} pixels")
+    if config["export"] not in ("teacher", "student"):
+        fail(f"export is '{config['export']}'; expected teacher or student")
+    note = load_backbone(backbone, config)
+    student = DINO(backbone, config["out_dim"], config["hidden_dim"], config["bottleneck_dim"],
+                   config["norm_last_layer"], by_scale=config["variant"] == "paper").to(device)
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()           # no stochastic depth
+    centre = torch.zeros(config["out_dim"], device=device)
+    optimizer = torch.optim.AdamW(
+        decay_groups(student), lr=config["lr"], weight_decay=config["wd"], fused=True)
+    amp, scaler = autocast(device)
+
+    rows = read_manifest(args.manifest, args.split, config["samples"])
+    source = ImageSource(args.manifest, rows, config["in_chans"], device, args.workers)
+    steps_an_epoch = len(source) // config["batch"]
+    if steps_an_epoch == 0:
+        fail(f"{args.manifest} has {len(source)} images of split '{args.split}', "
+             f"fewer than one batch of {config['batch']}")
+    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    last_step = min(n_steps, args.steps or n_steps)
+
+    state = open_run(args.out, config, args.resume, rank == 0)
+    begun = state["step"] if state else 0
+    if state:
+        student.load_state_dict(state["student"])
+        teacher.load_state_dict(state["teacher"])
+        centre.copy_(state["centre"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    progress = Progress(args.out, last_step, begun, config["batch"], rank == 0, state and state["meter"])
+    if rank == 0:
+        print(f"{note}; {sum(p.numel() for p in student.parameters()):,} parameters; {len(source):,} images; "
+              f"steps {begun} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
+    net = student
+    if world_size > 1:
+        net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
+    n_own = config["batch"] // world_size
+    micro = args.micro_batch or n_own
+    stop, saved, out = catch_sigterm(), time.time(), Path(args.out)
+
+    def plans():
+        for step in range(begun, last_step):
+            if step == begun or step % steps_an_epoch == 0:
+                order = epoch_order(len(source), config["seed"], step // steps_an_epoch)
+            yield plan_step(config, order, step, rank, world_size)
+
+    def save(step):
+        epoch = step // steps_an_epoch
+        facts = dict(config=config, exp=config["exp"], seed=config["seed"], step=step, epoch=epoch)
+        save_atomic(dict(student=student.state_dict(), teacher=teacher.state_dict(), centre=centre,
+                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                         meter=progress.meter(), **facts), out / "last.pt")
+        if step == last_step:
+            chosen = teacher if config["export"] == "teacher" else student
+            weights = {name: value.cpu() for name, value in chosen.backbone.state_dict().items()}
+            save_atomic(dict(model=weights, **{key: config[key] for key in (
+                "arch", "model_args", "in_chans", "img_size", "mean", "std")}, **facts), out / "backbone.pt")
+
+    for (_, uniforms, step), images in source.prefetch(plans()):
+        lr = cosine(step, n_steps, config["lr"], config["min_lr"], n_warm) * config["batch"] / 256
+        wd = cosine(step, n_steps, config["wd"], config["wd_end"])
+        for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
+            group.update(lr=lr, weight_decay=decay)
+        teacher_temp = teacher_temperature(config, step // steps_an_epoch)
+
+        torch.manual_seed(step_generator(config["seed"], step, 3 + rank).initial_seed())     # drop path
+        crops = make_crops(images, uniforms, local_size, config)
+        loss, entropy, mean_target, mean_logits, features = 0, 0, 0, 0, []
+        optimizer.zero_grad()
+        for begin in range(0, n_own, micro):
+            part = [views[:, begin:begin + micro] for views in crops]
+            share = part[0].shape[1] / n_own
+            last = begin + micro >= n_own
+            with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
+                with amp():
+                    with torch.no_grad():
+                        teacher_logits, teacher_features = teacher(part[0])
+                    student_logits, _ = net(*part)
+                targets = teacher_targets(teacher_logits, centre, teacher_temp)
+                part_loss = dino_loss(student_logits, targets, config["student_temp"]) * share
+                scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+            entropy += torch.special.entr(targets).sum(-1).mean() * share
+            mean_target += targets.mean((0, 1)) * share
+            mean_logits += teacher_logits.float().mean((0, 1)) * share
+            features.append(teacher_features[0])
+        scaler.unscale_(optimizer)
+        clip_each(student.parameters(), config["clip"])
+        if step < config["freeze_last_layer"] * steps_an_epoch:
+            for parameter in student.head.last_layer.parameters():
+                parameter.grad = None                                       # neither moved nor decayed
+        scaler.step(optimizer)
+        scaler.update()
+        update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
+        centre.lerp_(mean_over_processes(mean_logits), 1 - config["centre_momentum"])
+        # collapse shows as entropy near log(out_dim), as batch_entropy near 0, or as feature_std near 0
+        loss, entropy = mean_over_processes(torch.stack([loss, entropy]))
+        batch_entropy = torch.special.entr(mean_over_processes(mean_target)).sum()
+        progress.add(loss=loss, entropy=entropy, batch_entropy=batch_entropy,
+                     feature_std=feature_std(torch.cat(features)))
+
+        done, epoch_ends = step + 1, (step + 1) % steps_an_epoch == 0
+        if done % args.log_steps == 0 or done == last_step:
+            progress.line(done, step // steps_an_epoch + 1, lr=lr, wd=wd, teacher_temp=teacher_temp)
+        epoch = math.ceil(done / steps_an_epoch)
+        if rank == 0 and (epoch_ends and epoch % args.picture_epochs == 0 or done == last_step):
+            examples = source.batch(np.arange(min(8, len(source))))
+            attention_picture(teacher.backbone, examples, config, out / f"attention_{epoch:04}.png")
+        stopping = any_process(stop["now"])
+        if rank == 0 and (stopping or done == last_step or time.time() - saved > 60 * args.save_minutes):
+            save(done)
+            saved = time.time()
+        if stopping and done < last_step:
+            sys.exit(75)  # EX_TEMPFAIL: run the same command again
+
+
+# --- begin copy: pre-training command line ---
+def main():
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--exp", help="row of experiments.yaml, e.g. 3.4; none: the defaults below and the flags")
+    add("--experiments", metavar="FILE", default=Path(__file__).resolve().parent.parent / "experiments.yaml")
+    add("--data", default="data", metavar="DIR", help="folder of the packed datasets (default data)")
+    add("--manifest", metavar="FILE", help="default: <data>/<dataset>/manifest.csv")
+    add("--split", default="pretrain", help="splits to use, comma-separated, or all (default pretrain)")
+    add("--out", metavar="DIR", help="run folder (default runs/<exp>/pretrain, or runs/<strategy>)")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--steps", type=int, metavar="N", help="stop after N steps of the schedule")
+    add("--resume", choices=["auto", "never"], default="auto", help="go on from last.pt (default auto)")
+    add("--micro-batch", type=int, metavar="N", help="images a pass and process; gradients are accumulated")
+    add("--workers", type=int, default=4, metavar="N", help="threads that decode unpacked images (default 4)")
+    add("--log-steps", type=int, default=50, metavar="N", help="a log line every N steps (default 50)")
+    add("--save-minutes", type=float, default=10, metavar="M", help="last.pt every M minutes (default 10)")
+    add("--picture-epochs", type=int, default=10, metavar="N", help="a picture every N epochs (default 10)")
+    args, config = experiment_row(parser, DEFAULTS, "pretrain")
+    if config["strategy"] != DEFAULTS["strategy"]:
+        fail(f"{config['exp']} is a row of {config['strategy']}; run pretrain/{config['strategy']}.py")
+    args.manifest = args.manifest or Path(args.data) / config["dataset"] / "manifest.csv"
+    args.out = args.out or f"runs/{config['exp'] + '/pretrain' if config['exp'] else config['strategy']}"
+
+    rank, world_size, device = init_distributed(args.device)
+    if config["batch"] % world_size:
+        fail(f"{world_size} processes do not divide the global batch of {config['batch']}; "
+             "change --nproc_per_node or --batch")
+    if rank == 0:
+        print(json.dumps(config), flush=True)
+    try:
+        train(config, args, rank, world_size, device)
+    except torch.cuda.OutOfMemoryError:
+        micro = args.micro_batch or config["batch"] // world_size
+        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
+# --- end copy: pre-training command line ---
