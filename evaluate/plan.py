@@ -1,0 +1,156 @@
+"""What every experiment costs before it is run: inputs and which are missing, steps, images, FLOPs, GPU-hours, disk.
+
+    python evaluate/plan.py                        every row of experiments.yaml
+    python evaluate/plan.py --exp 3.4,4.1.1-50k    these rows
+    bash run_all.sh --plan                         the same
+
+Reads experiments.yaml, the DEFAULTS written in the training scripts (as text, nothing is run), and looks which files
+exist. FLOPs are counted by PyTorch on the real architecture (two per multiply-add) for one forward pass, and
+multiplied by the passes of the method; a backward pass counts as two forward passes. GPU-hours divide them by the
+tensor cores' peak rate times a utilisation that is an assumption, stated in GPUS: measure yours and scale.
+"""
+
+import argparse
+import ast
+import difflib
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+GPUS = {"V100": (125e12, 0.25), "A100": (312e12, 0.35), "H100": (989e12, 0.30)}     # half-precision peak, assumed share
+N_IMAGES = {                        # images of a packed dataset, where the study does not say how many to use
+    "nih": (75_312, 11_212), "imagenet": (1_281_167, 0)}
+TEST_IMAGES = 25_596 + 3_000 + 1_860 + 38_240 + 202
+# Forward passes an image: (student, each three with its backward pass; teacher, one each), DINO's local crops apart.
+PASSES = {"gmml": (2, 0), "sit": (2, 2), "moco_v3": (2, 2), "dino": (2, 2), "simmim": (1, 0), "supervised": (1, 0)}
+
+
+# --- begin copy: error ---
+def fail(message):
+    """A mistake the user can mend: one sentence on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+# --- end copy: error ---
+
+
+def defaults_of(script):
+    """The literal DEFAULTS = dict(...) at the top level of a training script, read without running it."""
+    for node in ast.parse((ROOT / script).read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "DEFAULTS":
+            return {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords}
+    raise LookupError(f"{script} has no DEFAULTS = dict(...)")
+
+
+def resolve(table, exp, section, script):
+    """Configuration of one half of a row: script defaults < YAML defaults < row."""
+    config = defaults_of(script)
+    for row in (table["defaults"], table[exp]):
+        config |= {key: value for key, value in row.items() if key not in ("pretrain", "finetune")}
+        config |= row.get(section) or {}
+    config["img_size"] = config["model_args"].get("img_size", config["img_size"])
+    return config
+
+
+forward_cache = {}
+
+
+def forward(config, size=None):
+    """(FLOPs of one image's forward pass, parameters) of a row's backbone, counted on PyTorch's meta device."""
+    import timm
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    size = size or config["img_size"]
+    key = (config["arch"], config["in_chans"], size, str(config["model_args"]))
+    if key not in forward_cache:
+        args = dict(config["model_args"])
+        if timm.models.get_pretrained_cfg(config["arch"]).fixed_input_size:
+            args["img_size"] = size
+        with torch.device("meta"):
+            model = timm.create_model(config["arch"], num_classes=0, in_chans=config["in_chans"], **args).eval()
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(torch.empty(1, config["in_chans"], size, size))
+        forward_cache[key] = counter.get_total_flops(), sum(p.numel() for p in model.parameters())
+    return forward_cache[key]
+
+
+def pretraining(table, exp):
+    """steps, images seen, FLOPs, parameters of a row's pre-training."""
+    strategy = table[exp]["pretrain"]["strategy"]
+    config = resolve(table, exp, "pretrain", f"pretrain/{strategy}.py")
+    n = config["samples"] or N_IMAGES.get(config["dataset"], (1_000,))[0]
+    steps = n // config["batch"] * config["epochs"]
+    flops, parameters = forward(config)
+    student, teacher = PASSES[strategy]
+    an_image = (3 * student + teacher) * flops
+    if strategy == "dino":
+        patch = config["model_args"].get("patch_size", 16)
+        local = config.get("local_size") or max(1, round(config["img_size"] * 96 / 224 / patch)) * patch
+        an_image += 3 * config["n_local_crops"] * forward(config, local)[0]
+    return steps, steps * config["batch"], steps * config["batch"] * an_image, parameters
+
+
+def finetuning(table, exp):
+    """Steps, images seen, FLOPs and parameters of all seeds of a row's fine-tuning, with validation and prediction."""
+    config = resolve(table, exp, "finetune", "finetune/classify.py")
+    n_train, n_val = N_IMAGES["nih"]
+    flops, parameters = forward(config)
+    recipe_batch, n_seeds = config.get("batch") or 64, len(config["seeds"])
+    steps = n_train // recipe_batch * config["epochs"] * n_seeds
+    passes = config["epochs"] * (3 * n_train + n_val) + n_val + TEST_IMAGES
+    return steps, config["epochs"] * n_train * n_seeds, passes * flops * n_seeds, parameters
+
+
+def inputs(table, exp, data):
+    """The files a row reads that nothing in this chain makes, and the packs: (name, is it there)."""
+    row = {**table["defaults"], **table[exp]}
+    wanted = [Path(data) / "nih/manifest.csv"]
+    if row.get("pretrain") and "dataset" in row["pretrain"]:
+        wanted.append(Path(data) / row["pretrain"]["dataset"] / "manifest.csv")
+    source, _, name = row["init"].partition(":")
+    if source == "exp":
+        wanted.append(Path(f"runs/{name}/pretrain/backbone.pt"))
+    elif source not in ("random", "timm", "torchvision"):
+        wanted.append(Path(row["init"]))
+    names = [(str(path), path.exists()) for path in wanted]
+    return names + ([(f"{row['init']} weights (download)", True)] if source in ("timm", "torchvision") else [])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exp", help="rows, comma-separated (default: all)")
+    parser.add_argument("--data", default="data", metavar="DIR", help="folder of the packed datasets")
+    args = parser.parse_args()
+    table = yaml.safe_load((ROOT / "experiments.yaml").read_text())
+    rows = args.exp.split(",") if args.exp else [exp for exp in table if exp != "defaults"]
+    for exp in rows:
+        if exp not in table:
+            near = ", ".join(difflib.get_close_matches(exp, table, n=3))
+            fail(f"experiments.yaml has no experiment '{exp}'" + (f"; nearest: {near}" if near else ""))
+
+    print("GPU-hours assume", ", ".join(f"{share:.0%} of {name}'s {peak / 1e12:.0f} TFLOPS"
+                                        for name, (peak, share) in GPUS.items()))
+    print(f"{'row':24} {'stage':9} {'steps':>10} {'images':>12} {'PFLOP':>10} "
+          + " ".join(f"{name + ' h':>8}" for name in GPUS) + f" {'disk GB':>8}")
+    totals, missing = [0.0] * len(GPUS), {}
+    for exp in rows:
+        stages = [("pretrain", pretraining)] if table[exp].get("pretrain") else []
+        for stage, cost in [*stages, ("finetune", finetuning)]:
+            steps, images, flops, parameters = cost(table, exp)
+            hours = [flops / peak / share / 3600 for peak, share in GPUS.values()]
+            totals = [total + hour for total, hour in zip(totals, hours)]
+            n_files = 1 if stage == "pretrain" else len({**table["defaults"]["finetune"], **(table[exp].get("finetune") or {})}["seeds"])
+            disk = n_files * 4 * parameters * 4 / 1e9            # weights, and weights with Adam's two moments
+            print(f"{exp:24} {stage:9} {steps:10,} {images:12,} {flops / 1e15:10,.0f} "
+                  + " ".join(f"{hour:8,.1f}" for hour in hours) + f" {disk:8.2f}")
+        for name, there in inputs(table, exp, args.data):
+            if not there:
+                missing.setdefault(name, []).append(exp)
+    print(f"{'all':24} {'':9} {'':10} {'':12} {'':10} " + " ".join(f"{total:8,.0f}" for total in totals))
+    for name, users in sorted(missing.items()):
+        print(f"missing: {name}  (for {', '.join(users[:6])}{' ...' if len(users) > 6 else ''})")
+
+
+if __name__ == "__main__":
+    main()
