@@ -90,10 +90,11 @@ def label_values(table, labels, source):
 COLUMNS = ["path", "patient", "study", "split", "view", "sex", "age", "race"]     # all others are labels
 
 
-def write_index(table, source, args, notes=(), may_share=False, **facts):
-    """Check and write the index, beside it index.json with its counts, `facts` and `notes`, and print them.
+def write_index(table, source, args, notes=(), may_share=False, beside=None, **facts):
+    """Check and write the index, and beside it index.json with its counts, `facts` and `notes`; print them.
 
     table: one row an image, numbered as in `source`; those of COLUMNS it lacks are written blank.
+    beside: {file name: text} of further files in the same folder.
     """
     table = table.reindex(columns=COLUMNS + [name for name in table if name not in COLUMNS], fill_value="")
     outside = table.path.str.contains(r"(?:^|/)\.{0,2}(?:/|$)|\\") | ~table.path.map(str.isprintable)
@@ -109,8 +110,9 @@ def write_index(table, source, args, notes=(), may_share=False, **facts):
     splits = {split: {"images": len(rows), "patients": rows.patient.nunique()}
               for split, rows in table.groupby("split")}
     facts |= {"images": len(table), "splits": splits, "patients_in_two_splits": shared, "notes": list(notes)}
-    texts = {args.out: table.to_csv(index=False, lineterminator="\n"),
-             args.out.with_suffix(".json"): json.dumps(facts, indent=1) + "\n"}
+    texts = {args.out.with_name(name): text for name, text in (beside or {}).items()} | {
+        args.out: table.to_csv(index=False, lineterminator="\n"),
+        args.out.with_suffix(".json"): json.dumps(facts, indent=1) + "\n"}
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():               # whole or not at all: written beside, then renamed
