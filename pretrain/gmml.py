@@ -58,6 +58,7 @@ DEFAULTS = dict(
     seed=0,
     variant="corrected",            # stored with the weights; this script has no second face
     drop=0.75,                      # noise covers a fraction U(min(0.5, drop), drop) of the image
+    fill="noise",                   # what the blocks show: noise | zeros, the mean grey (as in SiT)
     replace=0.3,  # another image's pixels cover this fraction instead, for half of the images
     align=1,                        # blocks start and end on multiples of so many pixels
     recon_blocks=None,  # blocks (from 1) whose mean is decoded; none: 1/2, 2/3, 5/6 and all of the depth
@@ -711,6 +712,7 @@ class Progress:
 # --- end copy: progress ---
 
 
+# --- begin copy: reconstruction head ---
 class ReconstructionHead(nn.Module):
     """Three linear layers with GELU on every token, then one transposed convolution that paints its patch."""
 
@@ -723,6 +725,7 @@ class ReconstructionHead(nn.Module):
     def forward(self, tokens, grid_size):
         """tokens [B, N, D] in a grid [h, w] -> image [B, C, h * patch, w * patch]."""
         return self.convTrans(self.mlp(tokens).mT.unflatten(2, grid_size))
+# --- end copy: reconstruction head ---
 
 
 class GMML(nn.Module):
@@ -744,6 +747,7 @@ class GMML(nn.Module):
         return self.rec_head(tokens, self.backbone.patch_embed.grid_size)
 
 
+# --- begin copy: group masking ---
 def n_blocks_for(fraction):
     """Blocks to draw so that `fraction` is reached: some 61 * -log(1 - fraction) do, this is 7 sd more."""
     return 62 * math.ceil((100 * -math.log(1 - fraction) + 25) / 62)
@@ -841,9 +845,11 @@ def make_views(images, plan, config, rank, world_size, device):
     n, begin, results = len(views[0]["crop"]), len(views[0]["crop"]), []
     for number, view in enumerate(views):
         clean = augment(images[:n], view["crop"], view["colour"], config)
-        generator = step_generator(config["seed"], step, 1 + number, device)
-        noise = torch.randn(config["batch"], *clean.shape[1:], device=device, generator=generator)
-        noise = donor = noise[rank::world_size]
+        noise = donor = torch.zeros_like(clean)
+        if config["fill"] == "noise":
+            generator = step_generator(config["seed"], step, 1 + number, device)
+            noise = torch.randn(config["batch"], *clean.shape[1:], device=device, generator=generator)
+            noise = donor = noise[rank::world_size]
         end = begin + len(view["donors"])
         if end > begin:
             donors = augment(images[begin:end], view["donor_crop"], view["donor_colour"], config)
@@ -853,20 +859,20 @@ def make_views(images, plan, config, rank, world_size, device):
         results.append((clean, corrupt(clean, donor, noise, masks, replaced), masks))
         begin = end
     return (torch.cat(parts) for parts in zip(*results))
+# --- end copy: group masking ---
 
 
-@torch.no_grad()
-def reconstruction_picture(model, clean, corrupted, masks, config, path):
+# --- begin copy: reconstruction picture ---
+def reconstruction_picture(clean, corrupted, recon, masks, config, path):
     """Rows of images: clean, corrupted, reconstructed, and the clean image restored in the masked places."""
-    model.eval()
-    recon = model(corrupted).float()
-    model.train()
+    recon = recon.detach().float()
     rows = torch.cat([clean, corrupted, recon, torch.where(masks[:, None], recon, clean)], 2)  # [B, C, 4S, S]
     mean, std = (rows.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     pixels = ((rows * std + mean) * 255).round().clamp(0, 255).byte().permute(2, 0, 3, 1).flatten(1, 2)
     part = Path(f"{path}.part")
     Image.fromarray(pixels.expand(-1, -1, 3).cpu().numpy()).save(part, format="png")
     os.replace(part, path)
+# --- end copy: reconstruction picture ---
 
 
 def train(config, args, rank, world_size, device):
@@ -954,8 +960,12 @@ def train(config, args, rank, world_size, device):
             progress.line(done, step // steps_an_epoch + 1, lr=lr, wd=wd)
         epoch = math.ceil(done / steps_an_epoch)
         if rank == 0 and (epoch_ends and epoch % args.picture_epochs == 0 or done == last_step):
+            model.eval()
+            with torch.no_grad():
+                recon = model(corrupted[:8])
+            model.train()
             picture = out / f"recon_{epoch:04}.png"
-            reconstruction_picture(model, clean[:8], corrupted[:8], masks[:8], config, picture)
+            reconstruction_picture(clean[:8], corrupted[:8], recon, masks[:8], config, picture)
         stopping = any_process(stop["now"])
         if rank == 0 and (stopping or done == last_step or time.time() - saved > 60 * args.save_minutes):
             save(done)

@@ -1,9 +1,9 @@
 """Supervised pre-training: a network learns the labels of its dataset and is exported without its head.
 
 With one column a label (MIMIC-CXR's 14 findings) it minimises binary cross-entropy, uncertain and blank cells
-counting as negative ("U-zeros" of Irvin et al., "CheXpert", arXiv:1901.07031); with a single column of class
-numbers (ImageNet) it minimises cross-entropy. The study's optimiser and augmentation are not published: those
-of its self-supervised arms and of its fine-tuning stand here.
+counting as negative ("U-zeros" of Irvin et al., "CheXpert", arXiv:1901.07031); where every image has exactly
+one class (ImageNet) it minimises cross-entropy. The study's optimiser and augmentation are not published:
+those of its self-supervised arms and of its fine-tuning stand here.
 
     torchrun --nproc_per_node=4 pretrain/supervised.py --exp 2.4      one row of experiments.yaml on 4 GPUs
     python pretrain/supervised.py --manifest my/manifest.csv --out my/run   your own images, one process
@@ -52,7 +52,7 @@ DEFAULTS = dict(
     channel_adapt="average",  # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate | duplicate_mean
     dataset="mimic_cxr",            # folder below --data with the packed images
     samples=None,                   # use the first so many images of the split; none: all
-    task="auto",  # multilabel (a column a label) | classes (one column of numbers) | auto: by the columns
+    task="auto",                    # multilabel | classes (one a row) | auto: classes if all rows are so
     epochs=1000, warmup_epochs=10,
     batch=256,                      # images an optimiser step, over all processes together
     lr=1e-4, min_lr=1e-6,           # peak for a batch of 256 (scaled by batch / 256) and end of the cosine
@@ -535,6 +535,22 @@ def load_backbone(model, config, weights_dir="weights"):
 # --- end copy: weights ---
 
 
+# --- begin copy: timm model ---
+def create_model(config, **kwargs):
+    """A timm model by the row's arch and model_args; transformers are built for the row's img_size."""
+    arch, size = config["arch"], {}
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
+        fail(f"timm has no model '{arch}'" + (f"; nearest: {', '.join(near)}" if near else ""))
+    if timm.get_pretrained_cfg(arch).fixed_input_size:                      # a ResNet takes any size
+        size = dict(img_size=config["img_size"])
+    try:
+        return timm.create_model(arch, in_chans=config["in_chans"], **size | kwargs | config["model_args"])
+    except (TypeError, ValueError, AssertionError) as problem:
+        fail(f"timm cannot build {arch} with model_args {config['model_args']} ({problem})")
+# --- end copy: timm model ---
+
+
 # --- begin copy: schedule ---
 def cosine(step, n_steps, start, end, n_warm=0):
     """Value at `step`: linear warm-up 0 to start (reached in its last step), then a cosine to end."""
@@ -671,19 +687,16 @@ FACTS = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
 def read_targets(rows, task, manifest):
     """What the images of manifest rows show, and the names of the outputs.
 
-    Args: rows: label cells are 1, 0, -1 (uncertain) or blank, or class names or numbers in a single column.
-    Returns: float32 [N, L] with uncertain and blank as 0, or int64 [N] of places in the sorted class names.
+    Args: rows: a column a label with 1, 0, -1 (uncertain) or blank, or a single column of class names; task:
+    "auto" takes rows with exactly one 1 each, as ImageNet's thousand columns have, for classes.
+    Returns: float32 [N, L] with uncertain and blank as 0 (multilabel), or int64 [N] (classes).
     """
     cells = rows.drop(columns=FACTS, errors="ignore")
     if task not in ("auto", "multilabel", "classes"):
         fail(f"task is '{task}'; expected auto, multilabel or classes")
     if cells.shape[1] == 0:
         fail(f"{manifest} has no label column; supervised pre-training needs labels")
-    if task == "auto":
-        task = "classes" if cells.shape[1] == 1 else "multilabel"
-    if task == "classes":
-        if cells.shape[1] > 1:
-            fail(f"{manifest} has {cells.shape[1]} label columns; task=classes needs a single one")
+    if cells.shape[1] == 1 and task != "multilabel":
         column = cells.iloc[:, 0]
         for row in column.index[column == ""][:1]:
             fail(f"{manifest} row {row + 2}: no class in column '{column.name}'")
@@ -692,9 +705,16 @@ def read_targets(rows, task, manifest):
     known = {"": 0, "0": 0, "1": 1, "-1": 0, "0.0": 0, "1.0": 1, "-1.0": 0}
     for label in cells:
         for row in cells.index[~cells[label].isin(known)][:1]:
-            fail(f"{manifest} row {row + 2}: label '{label}' is '{cells[label][row]}'; "
-                 "expected 1, 0, -1 or blank (or task=classes)")
-    return cells.apply(lambda column: column.map(known)).to_numpy(np.float32), list(cells)
+            fail(f"{manifest} row {row + 2}: label '{label}' is '{cells.loc[row, label]}'; "
+                 "expected 1, 0, -1 or blank")
+    values = cells.apply(lambda column: column.map(known)).to_numpy(np.float32)
+    single = values.sum(1) == 1
+    if task == "classes" and not single.all():
+        row, n = cells.index[~single][0], values[~single][0].sum()
+        fail(f"{manifest} row {row + 2}: {n:.0f} of the classes are 1; task=classes needs exactly one")
+    if task == "multilabel" or not single.all():
+        return values, list(cells)
+    return values.argmax(1), list(cells)
 
 
 def label_loss(logits, targets):
@@ -759,11 +779,7 @@ def train(config, args, rank, world_size, device):
                           for part in (rows, val_rows))
 
     torch.manual_seed(config["seed"])
-    kwargs = dict(config["model_args"])
-    if timm.get_pretrained_cfg(config["arch"]).fixed_input_size:            # transformers; ResNet takes any
-        kwargs.setdefault("img_size", config["img_size"])
-    model = timm.create_model(config["arch"], num_classes=len(labels), in_chans=config["in_chans"],
-                              drop_path_rate=config["drop_path"], **kwargs)
+    model = create_model(config, num_classes=len(labels), drop_path_rate=config["drop_path"])
     note = load_backbone(model, config)
     if world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)              # ResNet

@@ -1,0 +1,910 @@
+"""SimMIM: a simple framework for masked image modelling (Xie et al., arXiv:2111.09886).
+
+Of every image 60 % of the 32-pixel squares are hidden: their patch embeddings become one learnt token, and
+a single linear layer on the encoder's output predicts their pixels, under a mean absolute error.
+
+    torchrun --nproc_per_node=4 pretrain/simmim.py --exp 0.1.5        one row of experiments.yaml on 4 GPUs
+    python pretrain/simmim.py --manifest my/manifest.csv --out my/run  your own images, one process
+    python pretrain/simmim.py --schedule step --lr 1e-4 --epochs 800   the longer of the published recipes
+
+Reads   manifest.csv (+ images.npy beside it; without it the images named in `path` are read from disk).
+Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png, run.json.
+Killed or stopped, the same command continues where it left off; SIGTERM saves first and exits with code 75.
+
+backbone.pt fits the timm model it was trained as, `arch` with `model_args`. The publication's encoders are
+- swin_base_patch4_window7_224, at 192 pixels with {"window_size": 6}; its bias tables are interpolated where
+  it is loaded for 224 pixels and windows of 7;
+- for its ViT-B beit_base_patch16_224 with {"use_rel_pos_bias": false, "use_shared_rel_pos_bias": true,
+  "init_values": 0.1, "global_pool": "token"}: all blocks share one relative position bias, residual branches
+  are scaled and there are no absolute positions, which timm's ViT cannot be told.
+A vit_*_patch16_224 works as well and has absolute positions.
+"""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import fcntl
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+DEFAULTS = dict(
+    strategy="simmim",              # what this script does; a row with another strategy is refused
+    arch="vit_small_patch16_224",   # any timm ViT, Beit or Swin, see above
+    model_args={},                  # further arguments of timm.create_model, e.g. {"window_size": 6}
+    in_chans=1,                     # 1 or 3; grey images are repeated to 3
+    img_size=224,                   # pixels; published for Swin-B: 192, with windows of 6
+    mean=None, std=None,            # of pixels in 0..1; none: 0.485 / 0.229, in 3 channels ImageNet's
+    init="random",                  # random | timm | timm:NAME | a checkpoint file
+    init_key=None,                  # which weights of the file (teacher, student, ...); none: the usual one
+    channel_adapt="average",  # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate | duplicate_mean
+    dataset="nih_pretrain",         # folder below --data with the packed images
+    samples=None,                   # use the first so many images of the split; none: all
+    epochs=100, warmup_epochs=10,
+    batch=256,                      # images an optimiser step, over all processes together
+    lr=2e-4,                        # peak; all three rates are for a batch of 512: scaled by batch / 512
+    warmup_lr=1e-6, min_lr=1e-5,    # where the warm-up starts and the cosine ends
+    schedule="cosine",              # cosine | step: published with 800 epochs, lr 1e-4, warmup_lr 5e-7
+    step_epoch=700,                 # the step schedule divides the rate by 10 after so many epochs
+    wd=0.05,                        # weight decay
+    clip=5.0,                       # largest norm of all gradients together
+    drop_path=0.0,                  # stochastic depth; published for ViT-B: 0.1
+    seed=0,
+    variant="corrected",            # paper: rate lags a step, cosine counts from step 0, tables are decayed
+    mask_unit=32,                   # pixels of a side of the squares that are hidden or shown as a whole
+    mask_ratio=0.6,                 # share of the squares that is hidden
+    crop_scale=[0.67, 1.0],         # area of the random resized crop
+)
+
+# --- begin copy: error ---
+def fail(message):
+    """A mistake the user can mend: one sentence on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+# --- end copy: error ---
+
+
+# --- begin copy: distributed ---
+def init_distributed(device):
+    """Join the processes torchrun started (plain python is one process); returns rank, world size, device."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            fail("--device cuda, but PyTorch sees no GPU here; use --device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1, device
+    # gloo beside nccl: small agreements between the processes need no GPU synchronisation
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def any_process(flag):
+    """True in every process if `flag` is true in one of them."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def mean_over_processes(value):
+    """The mean of a tensor over all processes (of its own where there is one)."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def catch_sigterm():
+    """SIGTERM (SLURM: before the time limit) sets `stop["now"]`: save at the end of the step, leave."""
+    stop = {"now": False}
+    signal.signal(signal.SIGTERM, lambda *_: stop.update(now=True))
+    return stop
+
+
+def autocast(device):
+    """Mixed precision on a GPU (bf16 where it is native, else fp16 with a loss scaler); fp32 on the CPU."""
+    cuda = device.type == "cuda"
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    half = torch.bfloat16 if bf16 else torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=cuda and not bf16)
+    return lambda: torch.autocast(device.type, dtype=half, enabled=cuda), scaler
+# --- end copy: distributed ---
+
+
+# --- begin copy: experiment row ---
+def cast(value, default, name):
+    """Give a value from YAML or the command line the type of its default (None: as YAML reads it)."""
+    if default is None or value is None:
+        return value
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        if isinstance(default, int) and float(value) != int(float(value)):
+            raise ValueError
+        if isinstance(default, (list, dict)) and not isinstance(value, type(default)):
+            raise ValueError
+        return type(default)(float(value) if isinstance(default, int) else value)
+    except (ValueError, TypeError, KeyError):
+        fail(f"{name} is {value!r}; expected {type(default).__name__} such as {default!r}")
+
+
+def experiment_row(parser, defaults, section):
+    """Parse the command line and resolve the row: script defaults < YAML defaults < YAML row < flags.
+
+    What a row says of the pre-training or the fine-tuning alone stands below its key `section`.
+    Returns (args, config): config has the keys of `defaults` and "exp"; args.row is the row as written,
+    args.flags are the keys given on the command line.
+    """
+    import yaml
+    for key, value in defaults.items():
+        parser.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"default {value!r}")
+    args = vars(parser.parse_args())
+    flags = {key: args.pop(key) for key in list(args) if key in defaults}
+    config, exp, file = copy.deepcopy(defaults), args["exp"], args["experiments"]
+    args.update(row={}, flags=flags)
+    if exp is not None:
+        try:
+            table = yaml.safe_load(Path(file).read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+            fail(f"{file} cannot be read as YAML: {' '.join(str(problem).split())}")
+        if exp not in table or exp == "defaults":
+            near = difflib.get_close_matches(exp, [str(key) for key in table if key != "defaults"], n=3)
+            fail(f"{file} has no experiment '{exp}'" + (f"; nearest: {', '.join(near)}" if near else ""))
+        args["row"] = table[exp] or {}
+        known = [*defaults, "about", "pretrain", "finetune"]
+        for where in ("defaults", exp):
+            row = table.get(where) or {}
+            for key, value in {**row, **(row.get(section) or {})}.items():
+                if key in ("about", "pretrain", "finetune"):
+                    continue
+                if key not in defaults:
+                    near = difflib.get_close_matches(key, known, n=1) or ["no known key"]
+                    fail(f"{file} row '{where}': unknown key '{key}'; nearest: {near[0]}")
+                config[key] = cast(value, defaults[key], f"{file} row '{where}': {key}")
+    for key, text in flags.items():
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            fail(f"--{key} {text!r} cannot be read as a YAML value")
+        config[key] = cast(text if isinstance(defaults[key], str) else value, defaults[key], f"--{key}")
+    return argparse.Namespace(**args), fit_to_channels({"exp": exp, **config})
+
+
+def fit_to_channels(config):
+    """Check in_chans and give mean and std one value a channel; an image size among model_args counts."""
+    if "img_size" in config["model_args"]:
+        config["img_size"] = config["model_args"]["img_size"]
+    if config["in_chans"] not in (1, 3):
+        fail(f"in_chans is {config['in_chans']}; expected 1 or 3")
+    rgb = config["in_chans"] == 3
+    config["mean"] = config["mean"] or ([0.485, 0.456, 0.406] if rgb else [0.485])
+    config["std"] = config["std"] or ([0.229, 0.224, 0.225] if rgb else [0.229])
+    for key in ("mean", "std"):
+        values = config[key] if isinstance(config[key], list) else [config[key]]
+        config[key] = [float(value) for value in values] * (config["in_chans"] // len(values) or 1)
+        if len(config[key]) != config["in_chans"]:
+            fail(f"{key} has {len(values)} values for {config['in_chans']} channels")
+    return config
+# --- end copy: experiment row ---
+
+
+# --- begin copy: packed images ---
+def read_manifest(manifest, split, samples=None):
+    """Rows of a manifest.csv whose `split` is one of the comma-separated names (or `all`), in its order.
+
+    The index of the returned frame are the row numbers of the file, which are those of images.npy.
+    """
+    if not Path(manifest).is_file():
+        fail(f"{manifest} does not exist; pack the dataset (data_prep/pack.py) or name another --manifest")
+    try:
+        table = pd.read_csv(manifest, dtype=str, keep_default_na=False)
+    except (ValueError, UnicodeDecodeError) as problem:
+        fail(f"{manifest} cannot be read as CSV: {' '.join(str(problem).split())}")
+    if "path" not in table:
+        fail(f"{manifest} has no column 'path'; its columns are {', '.join(table.columns[:8])}")
+    table.attrs["n_rows"] = len(table)
+    if "split" in table and split != "all":
+        kept = table[table["split"].isin(split.split(","))]
+        if kept.empty:
+            fail(f"{manifest} has no rows of split '{split}'; only {', '.join(sorted(set(table['split'])))}")
+        table = kept
+    if samples is not None and samples > len(table):
+        fail(f"{manifest} has {len(table)} rows of split '{split}', fewer than samples={samples}")
+    return table if samples is None else table.iloc[:samples]
+
+
+class ImageSource:
+    """Images of manifest rows as uint8 batches on the device.
+
+    Packed (images.npy beside the manifest): a gather, from GPU memory if it fits, else from the mapped file.
+    Not packed: files are decoded by `workers` threads and may differ in size; a batch is then a list.
+    """
+
+    def __init__(self, manifest, rows, in_chans, device, workers=4):
+        folder, self.rows = Path(manifest).parent, rows.index.to_numpy()
+        self.in_chans, self.device = in_chans, device
+        self.pool, self.ahead = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
+        self.packed = None
+        if (folder / "images.npy").is_file():
+            try:
+                self.packed = np.load(folder / "images.npy", mmap_mode="r")
+            except (ValueError, EOFError, OSError) as problem:
+                fail(f"{folder / 'images.npy'} is not a NumPy array file ({problem}); pack the dataset again")
+            n_rows = rows.attrs["n_rows"]
+            if self.packed.dtype != np.uint8 or self.packed.ndim not in (3, 4) or len(self.packed) != n_rows:
+                fail(f"{folder / 'images.npy'} holds {self.packed.dtype} {self.packed.shape}, "
+                     f"but {manifest} has {n_rows} rows; pack the dataset again")
+            if device.type == "cuda" and self.packed.nbytes < torch.cuda.mem_get_info(device)[0] // 3:
+                self.packed = torch.from_numpy(np.ascontiguousarray(self.packed[self.rows])).to(device)
+                self.rows = np.arange(len(self.rows))
+        else:
+            pack = folder / "pack.json"
+            root = Path(json.loads(pack.read_text()).get("raw", folder)) if pack.is_file() else folder
+            self.files = [root / path for path in rows["path"]]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, indices):
+        """indices: int64 array [B] into the selected rows -> uint8 [B, C, H, W], or a list of [C, H, W]."""
+        if self.packed is None:
+            images = list(self.pool.map(self.read, indices))
+            channels = max(len(image) for image in images)                  # grey and colour may be mixed
+            return [image.expand(channels, -1, -1).to(self.device) for image in images]
+        rows = self.rows[indices]
+        if isinstance(self.packed, torch.Tensor):
+            images = self.packed[torch.from_numpy(rows).to(self.device)]
+        else:
+            order = np.argsort(rows, kind="stable")             # ascending reads from the mapped file
+            images = torch.empty((len(rows), *self.packed.shape[1:]), dtype=torch.uint8)
+            images.numpy()[order] = self.packed[rows[order]]
+            if self.device.type == "cuda":
+                images = images.pin_memory().to(self.device, non_blocking=True)
+        return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+
+    def read(self, index):
+        path = self.files[index]
+        try:
+            with Image.open(path) as image:
+                if image.mode.startswith("I;16"):  # convert("L") would clip at 255 instead of scaling
+                    image = Image.fromarray((np.asarray(image, np.float32) / 257 + 0.5).astype(np.uint8))
+                grey = image.mode in ("1", "L", "LA", "I", "F") or self.in_chans == 1
+                pixels = np.array(image.convert("L" if grey else "RGB"))
+        except (OSError, SyntaxError, ValueError) as problem:
+            fail(f"{path} cannot be read as an image ({problem}); pack.py sorts such files out")
+        return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
+
+    def prefetch(self, plans):
+        """Yield each plan (a tuple beginning with indices) of a generator with its batch.
+
+        The next plan and batch are made by a thread in the meantime.
+        """
+        def fetch():
+            plan = next(plans, None)
+            return plan, None if plan is None else self.batch(plan[0])
+
+        waiting = self.ahead.submit(fetch)
+        while True:
+            plan, images = waiting.result()
+            if plan is None:
+                return
+            waiting = self.ahead.submit(fetch)
+            yield plan, images
+
+
+def epoch_order(n, seed, epoch):
+    """The order in which epoch `epoch` visits n images: the same in every process."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def step_generator(seed, step, stream=0, device="cpu"):
+    """A generator made from (seed, step, stream) alone: any process count and any resume draw the same."""
+    state = np.random.SeedSequence([seed, step, stream]).generate_state(2)
+    return torch.Generator(device).manual_seed(int(state[0]) << 31 ^ int(state[1]))
+# --- end copy: packed images ---
+
+
+# --- begin copy: crops ---
+N_CROP = 23     # uniforms a random resized crop and flip consume: 10 areas, 10 aspect ratios, top, left, flip
+
+
+def crop_boxes(u, height, width, scale, ratio=(3 / 4, 4 / 3)):
+    """Boxes of torchvision's RandomResizedCrop: ten tries, then the central crop of admissible aspect.
+
+    Args: u uniform in [0, 1) [B, >= 22]; height, width of the images; scale: area range as a fraction.
+    Returns: top, left, height, width of each box, integers [B] (float tensors on the device of u).
+    """
+    area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
+    aspect = torch.exp(math.log(ratio[0]) + u[:, 10:20] * (math.log(ratio[1]) - math.log(ratio[0])))
+    w, h = torch.sqrt(area * aspect).round(), torch.sqrt(area / aspect).round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    w, h, fits = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
+    centre_w = min(width, round(height * ratio[1]))
+    centre_h = min(height, round(width / ratio[0]))
+    w, h = torch.where(fits, w, centre_w), torch.where(fits, h, centre_h)
+    top = torch.where(fits, (u[:, 20] * (height - h + 1)).floor(), ((height - h) / 2).round())
+    left = torch.where(fits, (u[:, 21] * (width - w + 1)).floor(), ((width - w) / 2).round())
+    return top, left, h, w
+
+
+def resample_matrix(start, length, in_size, out_size, cubic=True):
+    """Antialiased bicubic or bilinear resampling (Pillow's) of [start, start + length): [B, out, in]."""
+    scale = (length / out_size)[:, None, None]                              # source pixels a target pixel
+    source = torch.arange(in_size, device=start.device) + 0.5
+    target = torch.arange(out_size, device=start.device)[:, None] + 0.5
+    offset = source - start[:, None, None]
+    t = ((offset - target * scale) / scale.clamp_min(1)).abs_().clamp_(max=2)
+    if cubic:
+        weights = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
+    else:
+        weights = (1 - t).clamp_(min=0)
+    weights = weights * ((offset > 0) & (offset < length[:, None, None]))  # nothing outside the box
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def crop_resize(images, boxes, flip, size, cubic=True):
+    """Cut, stretch to size x size and mirror a batch: two matrix products an image, no loop.
+
+    Args: images uint8 [B, C, H, W]; boxes: top, left, height, width, each [B]; flip bool [B].
+    Returns: float32 [B, C, size, size], 0-255, unrounded.
+    """
+    top, left, h, w = (side.to(images.device, torch.float32, non_blocking=True) for side in boxes)
+    rows = resample_matrix(top, h, images.shape[2], size, cubic)
+    columns = resample_matrix(left, w, images.shape[3], size, cubic)
+    columns = torch.where(flip.to(images.device, non_blocking=True)[:, None, None], columns.flip(1), columns)
+    return (rows[:, None] @ images.float() @ columns.mT[:, None]).clamp_(0, 255)
+
+
+def random_resized_crop(images, u, scale, size, cubic=True):
+    """Random resized crop and flip of a batch, or a list of images of any size, from uniforms [B, N_CROP]."""
+    if isinstance(images, list):
+        return torch.cat([random_resized_crop(image[None], row[None], scale, size, cubic)
+                          for image, row in zip(images, u)])
+    boxes = crop_boxes(u, images.shape[2], images.shape[3], scale)
+    return crop_resize(images, boxes, u[:, 22] < 0.5, size, cubic)
+# --- end copy: crops ---
+
+
+# --- begin copy: normalise ---
+def normalise(x, config):
+    """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey images are repeated."""
+    mean, std = (x.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    if x.shape[1] > config["in_chans"]:
+        x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return (x / 255 - mean) / std                               # one grey channel broadcasts to three
+# --- end copy: normalise ---
+
+
+# --- begin copy: weights ---
+def read_weights(file, key=None):
+    """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept."""
+    try:
+        if str(file).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            state = load_file(file)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's, MoCo's arguments
+                state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{file} does not exist")
+    except Exception as problem:  # whatever a broken or hostile file raises
+        fail(f"{file} is not a plain tensor checkpoint ({' '.join(str(problem).split())[:120]})")
+    for name in [key] if key else ["teacher", "student", "model", "state_dict", "net"]:
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+            break
+    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)} \
+        if isinstance(state, dict) else {}
+    if not state:
+        fail(f"{file} holds no weights" + (f" under '{key}'" if key else ""))
+    return state
+
+
+def timm_names(state):
+    """Rename a state dict to timm's keys: wrappers' prefixes stripped, pre-training heads left out."""
+    for prefix in ("module.", "student.", "base_encoder.", "backbone.", "encoder."):
+        inner = {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)}
+        state = inner or state
+    heads = ("head.", "fc.", "rec_head.", "cls_head.", "projection", "last_layer", "decoder.", "predictor.",
+             "momentum_encoder.", "mask_token")
+    buffers = ("relative_position_index", "attn_mask")                      # older timm and Swin store these
+    state = {name: value for name, value in state.items() if not name.endswith(buffers)
+             and (name.startswith("head.norm.") or not name.startswith(heads))}      # ConvNeXt's last norm
+    if "layers.0.downsample.reduction.weight" in state:  # Swin's release: one stage earlier
+        shift = lambda name: name.split(".")
+        state = {".".join(["layers", str(int(shift(name)[1]) + 1), *shift(name)[2:]])
+                 if ".downsample." in name else name: value for name, value in state.items()}
+    return state
+
+
+def fit_channels(kernel, in_chans, how):
+    """First convolution [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
+    if kernel.shape[1] == in_chans:
+        return kernel
+    if in_chans == 1:
+        return kernel.mean(1, keepdim=True) if how == "average" else kernel.sum(1, keepdim=True)
+    return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
+
+
+def fit_positions(value, wanted):
+    """Position embeddings [1, 1 + h*h, D] or bias tables [(2w-1)^2, heads] on another grid, bicubic."""
+    table = value.ndim == 2
+    grid = value if table else value[0]
+    n_extra = 0 if table else len(grid) - math.isqrt(len(grid)) ** 2        # CLS row: untouched
+    old, new = math.isqrt(len(grid) - n_extra), math.isqrt(wanted[0 if table else 1] - n_extra)
+    image = grid[n_extra:].float().T.reshape(1, -1, old, old)
+    image = F.interpolate(image, size=(new, new), mode="bicubic", align_corners=False)
+    resized = torch.cat([grid[:n_extra], image[0].flatten(1).T.to(grid.dtype)])
+    return resized if table else resized[None]
+
+
+def prefixes(model, key):
+    """How the tensors of a timm model's "first_conv" or "classifier" begin."""
+    names = model.pretrained_cfg.get(key) or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def load_backbone(model, config, weights_dir="weights"):
+    """Fill a timm model from config["init"]; returns one line saying what was loaded, adapted and left out.
+
+    init: "random"; "timm" or "timm:NAME" or "torchvision" (their own download, or weights_dir/NAME.pth or
+    .safetensors where there is no network); "exp:KEY", what another row's pre-training made; or a file of
+    timm, torchvision, DINO, MoCo-v3, SiT, SimMIM or ours.
+    """
+    init, adapt = config["init"], config["channel_adapt"]
+    if init == "random":
+        return "random initialisation"
+    if adapt not in ("average", "sum", "duplicate", "duplicate_mean"):
+        fail(f"channel_adapt is '{adapt}'; expected average, sum, duplicate or duplicate_mean")
+    source, _, name = init.partition(":")
+    if source == "exp":
+        init = f"runs/{name}/pretrain/backbone.pt"
+    if source in ("timm", "torchvision"):
+        name = name or config["arch"]
+        local = [path for path in sorted(Path(weights_dir).glob(f"{name}*"))
+                 if path.suffix in (".pth", ".pt", ".safetensors")]
+        if local:
+            state = read_weights(local[0], config["init_key"])
+            init = f"{init} ({local[0]})"
+        else:
+            try:
+                if source == "timm":
+                    state = timm.create_model(name, pretrained=True).state_dict()
+                else:
+                    import torchvision
+                    state = torchvision.models.get_model(name, weights="IMAGENET1K_V1").state_dict()
+            except Exception as problem:                                    # no network raises what it likes
+                fail(f"cannot download {source}'s weights of {name} ({type(problem).__name__}); fetch them "
+                     f"elsewhere into {weights_dir}/{name}.pth or .safetensors, or use --init FILE")
+    else:
+        state = read_weights(init, config["init_key"])
+    state, wanted, notes = timm_names(state), model.state_dict(), []
+    heads, first, loaded, misfits = prefixes(model, "classifier"), prefixes(model, "first_conv"), {}, []
+    for name, target in wanted.items():
+        value = state.pop(name, None)
+        if value is None or name.startswith(heads):
+            continue
+        if name.startswith(first) and value.ndim == 4 and value.shape[1] != target.shape[1]:
+            how = adapt if target.shape[1] > 1 or adapt == "sum" else "average"
+            how = how if target.shape[1] == 1 or how.startswith("duplicate") else "duplicate"
+            notes.append(f"{name} {value.shape[1]} -> {target.shape[1]} channels ({how})")
+            value = fit_channels(value, target.shape[1], how)
+        if value.shape != target.shape and name.endswith(("pos_embed", "relative_position_bias_table")):
+            notes.append(f"{name} {tuple(value.shape)} -> {tuple(target.shape)}")
+            value = fit_positions(value, target.shape)
+        if value.shape != target.shape:
+            misfits.append(f"{name} {tuple(value.shape)} instead of {tuple(target.shape)}")
+        loaded[name] = value
+    if misfits:
+        fail(f"{init} does not fit {config['arch']}: {misfits[0]}, {len(misfits)} misfits in all")
+    absent = [name for name in wanted if name not in loaded and not name.startswith(heads)]
+    if absent:
+        fail(f"{init} fills {len(loaded)} of the {len(loaded) + len(absent)} tensors of {config['arch']}; "
+             f"the first absent one is {absent[0]}")
+    model.load_state_dict(loaded, strict=False)  # heads stay as they are: checked above
+    left = f"; left out {', '.join(sorted(state)[:3])}{' ...' if len(state) > 3 else ''}" if state else ""
+    return f"loaded {len(loaded)} tensors from {init}" + "".join(f"; {note}" for note in notes) + left
+# --- end copy: weights ---
+
+
+# --- begin copy: timm model ---
+def create_model(config, **kwargs):
+    """A timm model by the row's arch and model_args; transformers are built for the row's img_size."""
+    arch, size = config["arch"], {}
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
+        fail(f"timm has no model '{arch}'" + (f"; nearest: {', '.join(near)}" if near else ""))
+    if timm.get_pretrained_cfg(arch).fixed_input_size:                      # a ResNet takes any size
+        size = dict(img_size=config["img_size"])
+    try:
+        return timm.create_model(arch, in_chans=config["in_chans"], **size | kwargs | config["model_args"])
+    except (TypeError, ValueError, AssertionError) as problem:
+        fail(f"timm cannot build {arch} with model_args {config['model_args']} ({problem})")
+# --- end copy: timm model ---
+
+
+# --- begin copy: checkpoint ---
+def save_atomic(content, path):
+    """torch.save under a temporary name, flush, rename: a crash leaves the old file or the new one."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as problem:
+        part.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {problem.strerror}; the last complete checkpoint is untouched")
+
+
+def open_run(out, config, resume, main):
+    """Create the run folder, lock it (the main process alone), and return the state to resume from, or None.
+
+    The lock is held on the folder itself and goes with the process, however that ends.
+    """
+    out = Path(out)
+    if main:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            open_run.lock = os.open(out, os.O_RDONLY)
+            fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (out / "run.json.part").write_text(json.dumps(dict(
+                command=sys.argv, config=config, python=platform.python_version(), torch=torch.__version__,
+                timm=timm.__version__, numpy=np.__version__, host=platform.node(),
+                device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                commit=subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+                                      capture_output=True, text=True).stdout.strip()), indent=1))
+            os.replace(out / "run.json.part", out / "run.json")
+        except BlockingIOError:
+            fail(f"{out} is in use by another run; wait for it or choose another --out")
+        except OSError as problem:
+            fail(f"cannot write into {out}: {problem.strerror}; choose another --out")
+        for part in out.glob("*.part"):
+            part.unlink()
+    last = out / "last.pt"
+    if resume == "never" or not last.is_file():
+        if main and (out / "log.jsonl").exists():
+            (out / "log.jsonl").unlink()
+        return None
+    try:
+        state = torch.load(last, map_location="cpu", weights_only=True)
+    except Exception as problem:  # a damaged file raises what it likes
+        fail(f"{last} cannot be read ({' '.join(str(problem).split())[:120]}); --resume never starts anew")
+    changed = [key for key in config if state["config"].get(key) != config[key]]
+    if changed:
+        key = changed[0]
+        fail(f"{last} was made with {key}={state['config'].get(key)!r}, now it is {config[key]!r}; "
+             "--resume never starts anew, another --out keeps both")
+    if main and (out / "log.jsonl").exists():  # lines after the checkpoint come again
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+        (out / "log.jsonl.part").write_text("".join(lines))
+        os.replace(out / "log.jsonl.part", out / "log.jsonl")
+    return state
+# --- end copy: checkpoint ---
+
+
+# --- begin copy: progress ---
+class Progress:
+    """Means of the loss terms since the last line, as a line on the terminal and one in log.jsonl."""
+
+    def __init__(self, out, n_steps, step, images_a_step, main, meter=None):
+        self.out, self.n_steps, self.images_a_step, self.main = out, n_steps, images_a_step, main
+        self.sums = dict(meter or {})  # name -> sum, on the device: no waiting
+        self.first, self.seen, self.begun = step, step, time.time()
+
+    def add(self, **terms):
+        for name, value in {**terms, "n": 1}.items():
+            self.sums[name] = self.sums.get(name, 0) + (value.detach() if torch.is_tensor(value) else value)
+
+    def means(self):
+        """Plain numbers of the means so far; stops the run where the loss is no longer a number."""
+        sums = {name: float(value) for name, value in self.sums.items()}
+        means = {name: value / sums["n"] for name, value in sums.items() if name != "n"}
+        if not math.isfinite(means.get("loss", 0)):
+            fail(f"the loss is {means['loss']} after step {self.seen}; {self.out}/last.pt is the last good "
+                 "checkpoint; try a lower lr or a longer warm-up")
+        return means
+
+    def meter(self):
+        self.means()
+        return {name: float(value) for name, value in self.sums.items()}
+
+    def line(self, step, epoch, **facts):
+        """Write the line of `step` (steps done so far)."""
+        self.seen = step
+        means, elapsed = self.means(), time.time() - self.begun
+        rate = (step - self.first) * self.images_a_step / max(elapsed, 1e-9)
+        left = int((self.n_steps - step) * elapsed / max(1, step - self.first))
+        self.sums = {}
+        if not self.main:
+            return
+        entry = dict(step=step, epoch=epoch, **means, **facts, img_per_s=round(rate, 1), time=time.time())
+        with open(Path(self.out) / "log.jsonl", "a") as log:
+            log.write(json.dumps(entry) + "\n")
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **facts}.items())
+        days = f"{left // 86400} d " if left >= 86400 else ""
+        print(f"epoch {epoch}  step {step}/{self.n_steps}  {terms}  {rate:,.0f} img/s  "
+              f"eta {days}{left % 86400 // 3600:02}:{left % 3600 // 60:02}:{left % 60:02}", flush=True)
+# --- end copy: progress ---
+
+
+class SimMIM(nn.Module):
+    """A timm transformer that sees a learnt token in place of hidden patches, and a linear pixel decoder."""
+
+    def __init__(self, encoder, in_chans, img_size):
+        super().__init__()
+        self.encoder = encoder
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.patch_size = encoder.patch_embed.patch_size[0]
+        stride = encoder.feature_info[-1]["reduction"]      # of an output token, in pixels: 16, Swin 32
+        self.grid_size = img_size // stride
+        self.decoder = nn.Sequential(nn.Conv2d(encoder.num_features, stride ** 2 * in_chans, 1),
+                                     nn.PixelShuffle(stride))
+
+    def forward(self, x, masks):
+        """x [B, C, S, S] and masks bool [B, S, S] of whole patches -> reconstruction [B, C, S, S]."""
+        hidden = masks[:, ::self.patch_size, ::self.patch_size]                             # [B, h, w]
+
+        def hide(patch_embed, args, tokens):                # [B, h * w, D] of a ViT, [B, h, w, D] of Swin
+            return torch.where(hidden.reshape(*tokens.shape[:-1], 1), self.mask_token, tokens)
+
+        with self.encoder.patch_embed.register_forward_hook(hide):          # before positions are added
+            tokens = self.encoder.forward_features(x)
+        if tokens.ndim == 3:                                # of a ViT: leave out the CLS token
+            tokens = tokens[:, self.encoder.num_prefix_tokens:].unflatten(1, (self.grid_size, self.grid_size))
+        return self.decoder(tokens.permute(0, 3, 1, 2))
+
+
+def unit_masks(u, ratio, unit):
+    """Hide exactly ceil(ratio * n) of an image's n squares, drawn without replacement.
+
+    Args: u uniform [B, h, w], one a square of `unit` x `unit` pixels; the least are hidden.
+    Returns: bool [B, h * unit, w * unit], True = hidden. Source: SimMIM (arXiv:2111.09886), section 3.2.
+    """
+    n_hidden = math.ceil(ratio * u[0].numel())
+    chosen = u.flatten(1).argsort(1)[:, :n_hidden]
+    hidden = torch.zeros(len(u), u[0].numel(), dtype=torch.bool, device=u.device).scatter_(1, chosen, True)
+    return hidden.view_as(u).repeat_interleave(unit, 1).repeat_interleave(unit, 2)
+
+
+def masked_l1(recon, clean, masks):
+    """Mean absolute difference over hidden pixels and channels.
+
+    Args: recon, clean float [B, C, S, S] (normalised); masks bool [B, S, S], True = hidden.
+    """
+    error = (recon.float() - clean).abs() * masks[:, None]
+    return error.sum() / (masks.sum() + 1e-5) / clean.shape[1]
+
+
+def learning_rate(step, config, steps_an_epoch):
+    """Rate of an optimiser step: linear warm-up from warmup_lr, then cosine to min_lr or one division by 10.
+
+    In the paper face it is that of the step before, and the cosine counts from step 0, not from the warm-up.
+    """
+    paper = config["variant"] == "paper"
+    step = max(0, step - 1) if paper else step
+    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    lr, warmup_lr, min_lr = (config[key] * config["batch"] / 512 for key in ("lr", "warmup_lr", "min_lr"))
+    if step < n_warm:
+        return warmup_lr + (lr - warmup_lr) * step / n_warm
+    if config["schedule"] == "step":
+        return lr * 0.1 ** (step >= config["step_epoch"] * steps_an_epoch)
+    begin = 0 if paper else n_warm
+    share = (step - begin) / max(1, n_steps - begin)
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def decay_groups(model, variant):
+    """Two parameter groups: weight decay, and none for vectors, cls_token, pos_embed and bias tables.
+
+    The released code means to spare the tables of relative position bias but misses their names: paper face.
+    """
+    spared = ("cls_token", "pos_embed") + (("relative_position_bias_table",) if variant != "paper" else ())
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim > 1 and not name.endswith(spared)].append(parameter)
+    return [dict(params=groups[True]), dict(params=groups[False], weight_decay=0.0)]
+
+
+def make_views(images, u, config):
+    """The view (crop of area 0.67-1, bilinear, flip, normalised) and its mask, [B, C, S, S] and [B, S, S]."""
+    x = random_resized_crop(images, u, config["crop_scale"], config["img_size"], cubic=False)
+    side = config["img_size"] // config["mask_unit"]
+    units = u[:, N_CROP:].to(x.device, non_blocking=True).view(-1, side, side)
+    return normalise(x, config), unit_masks(units, config["mask_ratio"], config["mask_unit"])
+
+
+def check_sizes(encoder, config):
+    """Refuse an encoder without a patch embedding and final norm, and sizes that do not fit one another."""
+    patch_embed = getattr(encoder, "patch_embed", None)
+    if patch_embed is None or not isinstance(getattr(encoder, "norm", None), nn.LayerNorm):
+        fail(f"{config['arch']} has no patch embedding or no final norm; SimMIM needs a ViT, Swin or Beit "
+             '(with model_args {"global_pool": "token"})')
+    size, unit, patch = config["img_size"], config["mask_unit"], patch_embed.patch_size[0]
+    if size % unit or unit % patch:
+        fail(f"img_size {size}, mask_unit {unit} and patch {patch}: each has to be a multiple of the next")
+    if config["schedule"] not in ("cosine", "step"):
+        fail(f"schedule is '{config['schedule']}'; expected cosine or step")
+
+
+# --- begin copy: reconstruction picture ---
+def reconstruction_picture(clean, corrupted, recon, masks, config, path):
+    """Rows of images: clean, corrupted, reconstructed, and the clean image restored in the masked places."""
+    recon = recon.detach().float()
+    rows = torch.cat([clean, corrupted, recon, torch.where(masks[:, None], recon, clean)], 2)  # [B, C, 4S, S]
+    mean, std = (rows.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    pixels = ((rows * std + mean) * 255).round().clamp(0, 255).byte().permute(2, 0, 3, 1).flatten(1, 2)
+    part = Path(f"{path}.part")
+    Image.fromarray(pixels.expand(-1, -1, 3).cpu().numpy()).save(part, format="png")
+    os.replace(part, path)
+# --- end copy: reconstruction picture ---
+
+
+def train(config, args, rank, world_size, device):
+    """Pre-train. All random numbers of a step depend on (seed, step) alone: a resumed run is the same run."""
+    torch.manual_seed(config["seed"])
+    encoder = create_model(config, num_classes=0, drop_path_rate=config["drop_path"])
+    check_sizes(encoder, config)
+    note = load_backbone(encoder, config)
+    model = SimMIM(encoder, config["in_chans"], config["img_size"]).to(device)
+    groups = decay_groups(model, config["variant"])
+    optimizer = torch.optim.AdamW(groups, weight_decay=config["wd"], fused=True)
+    amp, scaler = autocast(device)
+
+    rows = read_manifest(args.manifest, args.split, config["samples"])
+    source = ImageSource(args.manifest, rows, config["in_chans"], device, args.workers)
+    steps_an_epoch = len(source) // config["batch"]
+    if steps_an_epoch == 0:
+        fail(f"{args.manifest} has {len(source)} images of split '{args.split}', "
+             f"fewer than one batch of {config['batch']}")
+    n_steps = config["epochs"] * steps_an_epoch
+    last_step = min(n_steps, args.steps or n_steps)
+
+    state = open_run(args.out, config, args.resume, rank == 0)
+    begun = state["step"] if state else 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    progress = Progress(args.out, last_step, begun, config["batch"], rank == 0, state and state["meter"])
+    if rank == 0:
+        print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {len(source):,} images; "
+              f"steps {begun} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
+    net = model
+    if world_size > 1:
+        net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    n_own = config["batch"] // world_size
+    micro = args.micro_batch or n_own
+    stop, saved, out = catch_sigterm(), time.time(), Path(args.out)
+
+    def plans():
+        n_units = (config["img_size"] // config["mask_unit"]) ** 2
+        for step in range(begun, last_step):
+            if step == begun or step % steps_an_epoch == 0:
+                order = epoch_order(len(source), config["seed"], step // steps_an_epoch)
+            chosen = order[step % steps_an_epoch * config["batch"]:][:config["batch"]]
+            u = torch.rand(config["batch"], N_CROP + n_units, generator=step_generator(config["seed"], step))
+            yield chosen[rank::world_size], u[rank::world_size], step
+
+    def save(step):
+        epoch = step // steps_an_epoch
+        facts = dict(config=config, exp=config["exp"], seed=config["seed"], step=step, epoch=epoch)
+        save_atomic(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         scaler=scaler.state_dict(), meter=progress.meter(), **facts), out / "last.pt")
+        if step == last_step:
+            weights = {name: value.cpu() for name, value in encoder.state_dict().items()}
+            save_atomic(dict(model=weights, **{key: config[key] for key in (
+                "arch", "model_args", "in_chans", "img_size", "mean", "std")}, **facts), out / "backbone.pt")
+
+    for (_, u, step), images in source.prefetch(plans()):
+        lr = learning_rate(step, config, steps_an_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        torch.manual_seed(step_generator(config["seed"], step, 1 + rank).initial_seed())     # drop path
+        clean, masks = make_views(images, u, config)
+        loss = torch.zeros((), device=device)
+        optimizer.zero_grad()
+        for begin in range(0, n_own, micro):
+            part = slice(begin, begin + micro)
+            last = begin + micro >= n_own
+            with contextlib.nullcontext() if last or world_size == 1 else net.no_sync(), amp():
+                # every image hides as many pixels: the mean over images is the mean over hidden pixels
+                share = len(clean[part]) / n_own
+                part_loss = masked_l1(net(clean[part], masks[part]), clean[part], masks[part]) * share
+                scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
+        scaler.step(optimizer)
+        scaler.update()
+        progress.add(loss=mean_over_processes(loss))
+
+        done, epoch_ends = step + 1, (step + 1) % steps_an_epoch == 0
+        if done % args.log_steps == 0 or done == last_step:
+            progress.line(done, step // steps_an_epoch + 1, lr=lr, wd=config["wd"])
+        epoch = math.ceil(done / steps_an_epoch)
+        if rank == 0 and (epoch_ends and epoch % args.picture_epochs == 0 or done == last_step):
+            clean, masks = clean[:8], masks[:8]
+            model.eval()
+            with torch.no_grad():
+                recon = model(clean, masks)
+            model.train()
+            hidden = clean * ~masks[:, None]
+            reconstruction_picture(clean, hidden, recon, masks, config, out / f"recon_{epoch:04}.png")
+        stopping = any_process(stop["now"])
+        if rank == 0 and (stopping or done == last_step or time.time() - saved > 60 * args.save_minutes):
+            save(done)
+            saved = time.time()
+        if stopping and done < last_step:
+            sys.exit(75)  # EX_TEMPFAIL: run the same command again
+
+
+# --- begin copy: pre-training command line ---
+def main():
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--exp", help="row of experiments.yaml, e.g. 3.4; none: the defaults below and the flags")
+    add("--experiments", metavar="FILE", default=Path(__file__).resolve().parent.parent / "experiments.yaml")
+    add("--data", default="data", metavar="DIR", help="folder of the packed datasets (default data)")
+    add("--manifest", metavar="FILE", help="default: <data>/<dataset>/manifest.csv")
+    add("--split", default="pretrain", help="splits to use, comma-separated, or all (default pretrain)")
+    add("--out", metavar="DIR", help="run folder (default runs/<exp>/pretrain, or runs/<strategy>)")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--steps", type=int, metavar="N", help="stop after N steps of the schedule")
+    add("--resume", choices=["auto", "never"], default="auto", help="go on from last.pt (default auto)")
+    add("--micro-batch", type=int, metavar="N", help="images a pass and process; gradients are accumulated")
+    add("--workers", type=int, default=4, metavar="N", help="threads that decode unpacked images (default 4)")
+    add("--log-steps", type=int, default=50, metavar="N", help="a log line every N steps (default 50)")
+    add("--save-minutes", type=float, default=10, metavar="M", help="last.pt every M minutes (default 10)")
+    add("--picture-epochs", type=int, default=10, metavar="N", help="a picture every N epochs (default 10)")
+    args, config = experiment_row(parser, DEFAULTS, "pretrain")
+    if config["strategy"] != DEFAULTS["strategy"]:
+        fail(f"{config['exp']} is a row of {config['strategy']}; run pretrain/{config['strategy']}.py")
+    args.manifest = args.manifest or Path(args.data) / config["dataset"] / "manifest.csv"
+    args.out = args.out or f"runs/{config['exp'] + '/pretrain' if config['exp'] else config['strategy']}"
+
+    rank, world_size, device = init_distributed(args.device)
+    if config["batch"] % world_size:
+        fail(f"{world_size} processes do not divide the global batch of {config['batch']}; "
+             "change --nproc_per_node or --batch")
+    if rank == 0:
+        print(json.dumps(config), flush=True)
+    try:
+        train(config, args, rank, world_size, device)
+    except torch.cuda.OutOfMemoryError:
+        micro = args.micro_batch or config["batch"] // world_size
+        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
+# --- end copy: pre-training command line ---
