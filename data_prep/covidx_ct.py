@@ -106,6 +106,8 @@ def write_index(table, source, args, notes=(), may_share=False, beside=None, **f
     table: one row an image, numbered as in `source`; those of COLUMNS it lacks are written blank.
     beside: {file name: text} of further files in the same folder.
     """
+    if table.empty:
+        fail(f"{source}: no image is left to write; see --help for which are kept")
     table = table.reindex(columns=COLUMNS + [name for name in table if name not in COLUMNS], fill_value="")
     outside = table.path.str.contains(r"(?:^|/)\.{0,2}(?:/|$)|\\") | ~table.path.map(str.isprintable)
     absent = table.path.map(lambda path: args.require_files and not os.path.isfile(args.raw / path))
@@ -142,7 +144,7 @@ def write_index(table, source, args, notes=(), may_share=False, beside=None, **f
 
 
 def patient_of(name, known):
-    """Patient of a slice, None if unknown: in COVID-CTset's names what stands before _SR_, their prefix apart;
+    """Patient of a slice, None if unknown: in COVID-CTset's names what stands before _SR_ (prefix apart);
     else the longest beginning of the name, cut at _ or -, that is a patient of the metadata.
     """
     covid_ctset = re.search(r"(patient\d+)_SR_", name)
@@ -199,7 +201,7 @@ def main():
     finding = table["class"].map(lambda number: CLASSES[int(number)])
     contrary = (table.finding != "") & (table.finding != finding)
     notes = [f"{split}: no list, so none of its slices" for split, path in lists.items() if not path]
-    for number, what in [(found.isna().sum(), "slices: no patient in the metadata, their volume stands for it"),
+    for number, what in [(found.isna().sum(), "slices: no patient in the metadata, their volume is taken"),
                          (contrary.sum(), "slices have another class than their patient's finding")]:
         if number:
             notes.append(f"{number:,} {what}")

@@ -7,10 +7,10 @@ or the two tar files of https://image-net.org/download.php, unpacked as torchvis
 
     python data_prep/imagenet.py --raw raw/imagenet --out data/imagenet/index.csv
 
-Reads file names: .../train/<wnid>/*.JPEG, and val either likewise or flat with LOC_val_solution.csv (Kaggle).
-The sample is drawn from train; val stays whole. The class is a 0/1 column a wnid, in sorted order, so that
-column k is class k; --no-labels leaves the thousand columns out, which is all that pre-training without
-labels needs. Files may be grey, CMYK or PNG under a JPEG name: packing sorts that out."""
+Reads file names: .../train/<wnid>/*.JPEG, and val likewise or flat beside LOC_val_solution.csv (Kaggle). The
+sample is drawn from train; val stays whole. The one label column, `class`, is the index of the wnid in sorted
+order, as everywhere; a thousand columns of 0/1 would be mostly commas. Files may be grey, CMYK or a PNG under
+a JPEG name: packing sorts that out."""
 
 import argparse
 import gzip
@@ -109,6 +109,8 @@ def write_index(table, source, args, notes=(), may_share=False, beside=None, **f
     table: one row an image, numbered as in `source`; those of COLUMNS it lacks are written blank.
     beside: {file name: text} of further files in the same folder.
     """
+    if table.empty:
+        fail(f"{source}: no image is left to write; see --help for which are kept")
     table = table.reindex(columns=COLUMNS + [name for name in table if name not in COLUMNS], fill_value="")
     outside = table.path.str.contains(r"(?:^|/)\.{0,2}(?:/|$)|\\") | ~table.path.map(str.isprintable)
     absent = table.path.map(lambda path: args.require_files and not os.path.isfile(args.raw / path))
@@ -149,7 +151,6 @@ def main():
     parser.add_argument("--raw", type=Path, default="raw/imagenet", help="the download (%(default)s)")
     parser.add_argument("--out", type=Path, default="data/imagenet/index.csv", help="the index (%(default)s)")
     parser.add_argument("--require-files", action="store_true", help="refuse absent images")
-    parser.add_argument("--no-labels", action="store_true", help="leave out the columns of the classes")
     parser.add_argument("--n-pretrain", type=count, default=100_000, help="or all, or 0 (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of the sample (%(default)s)")
     args = parser.parse_args()
@@ -166,19 +167,17 @@ def main():
     if flat.any():
         solution = find(args.raw, "LOC_val_solution.csv*")
         answers = read_table(solution, ["ImageId", "PredictionString"]).drop_duplicates("ImageId")
-        wnids = answers.set_index("ImageId").PredictionString.str.split().str[0]
-        table.loc[flat, "wnid"] = table.name[flat].map(wnids)
+        answers = answers.set_index("ImageId").PredictionString.str.split().str[0]
+        table.loc[flat, "wnid"] = table.name[flat].map(answers)
         unknown = table.name[table.wnid.isna()]
         if len(unknown):
             fail(f"{solution}: no row for {unknown.iloc[0]}; download the file again")
-    table["patient"] = table.name
+    wnids = pd.Categorical(table.wnid)                                      # in sorted order
+    table["patient"], table["class"] = table.name, wnids.codes
     pool, rest = table[table.split == "train"], table[table.split == "val"]
     chosen = sample(pool, rest, args.n_pretrain, args.seed)
-    if not args.no_labels:
-        classes = pd.CategoricalIndex(chosen.wnid, sorted(table.wnid.unique()))
-        chosen = chosen.join(pd.get_dummies(classes, dtype="int8").set_axis(chosen.index))
     write_index(chosen.drop(columns=["name", "wnid"]), args.raw, args, dataset="imagenet", seed=args.seed,
-                available=len(table), eligible=len(pool), classes=table.wnid.nunique())
+                available=len(table), eligible=len(pool), wnids=list(wnids.categories))
 
 
 if __name__ == "__main__":

@@ -117,6 +117,8 @@ def write_index(table, source, args, notes=(), may_share=False, beside=None, **f
     table: one row an image, numbered as in `source`; those of COLUMNS it lacks are written blank.
     beside: {file name: text} of further files in the same folder.
     """
+    if table.empty:
+        fail(f"{source}: no image is left to write; see --help for which are kept")
     table = table.reindex(columns=COLUMNS + [name for name in table if name not in COLUMNS], fill_value="")
     outside = table.path.str.contains(r"(?:^|/)\.{0,2}(?:/|$)|\\") | ~table.path.map(str.isprintable)
     absent = table.path.map(lambda path: args.require_files and not os.path.isfile(args.raw / path))

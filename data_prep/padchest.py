@@ -90,6 +90,8 @@ def write_index(table, source, args, notes=(), may_share=False, beside=None, **f
     table: one row an image, numbered as in `source`; those of COLUMNS it lacks are written blank.
     beside: {file name: text} of further files in the same folder.
     """
+    if table.empty:
+        fail(f"{source}: no image is left to write; see --help for which are kept")
     table = table.reindex(columns=COLUMNS + [name for name in table if name not in COLUMNS], fill_value="")
     outside = table.path.str.contains(r"(?:^|/)\.{0,2}(?:/|$)|\\") | ~table.path.map(str.isprintable)
     absent = table.path.map(lambda path: args.require_files and not os.path.isfile(args.raw / path))
@@ -143,10 +145,10 @@ def main():
 
     source = find(args.raw, "PADCHEST_chest_x_ray_images_labels_160K*.csv*")
     # Ids as text: PatientID has up to 39 digits, and as numbers they would be rounded and patients merged.
-    everything = read_table(source, ["ImageID", "ImageDir", "StudyDate_DICOM", "StudyID", "PatientID",
-                                     "PatientBirth", "PatientSex_DICOM", "Projection", "MethodProjection", "Labels"])
-    table = everything[everything.Projection.isin(["PA", "AP"]) & (everything.MethodProjection == REVIEWED)
-                       & (pd.to_numeric(everything.ImageDir, errors="coerce") == 0)]        # 0 or 0.0
+    images = read_table(source, ["ImageID", "ImageDir", "StudyDate_DICOM", "StudyID", "PatientID", "Labels",
+                                 "PatientBirth", "PatientSex_DICOM", "Projection", "MethodProjection"])
+    table = images[images.Projection.isin(["PA", "AP"]) & (images.MethodProjection == REVIEWED)
+                   & (pd.to_numeric(images.ImageDir, errors="coerce") == 0)]               # 0 or 0.0
     blank = table.Labels == ""
     table = table[~blank]
     labels = table.Labels.map(parse_labels)
@@ -155,7 +157,6 @@ def main():
         fail(f"{source} row {row}: Labels '{table.Labels[row][:40]}' is not a list of texts; mend the row")
     names = sorted(set().union(*labels))
     findings = pd.DataFrame({name: labels.map(lambda row: int(name in row)) for name in names}, table.index)
-
 
     by_length = sorted(scan(args.raw, ".png"), key=len, reverse=True)      # of two copies, the shorter path
     where = {path.rpartition("/")[2]: path for path in by_length}
@@ -171,7 +172,7 @@ def main():
     rounded = table.PatientID.str.contains("e+", case=False, regex=False).sum()
     notes = [f"{blank.sum():,} rows without labels dropped"] if blank.any() else []
     notes += [f"{rounded:,} patient ids were rounded to numbers, patients may be merged"] if rounded else []
-    write_index(index.sort_values("path"), source, args, notes, dataset="padchest", available=len(everything),
+    write_index(index.sort_values("path"), source, args, notes, dataset="padchest", available=len(images),
                 without_labels=int(blank.sum()), rounded_ids=int(rounded))
 
 
