@@ -783,7 +783,7 @@ def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
     """Masks of GMML's two corruptions: every image is either dropped into or replaced, with equal chance.
 
     Args:
-        u: uniform [B, 2]: replace if u[:, 0] < 0.5; u[:, 1]: where in min(0.5, drop)...drop the fraction lies.
+        u: uniform [B, 2]: replace if u[:, 0] < 0.5; u[:, 1]: where in min(0.5, drop)..drop the fraction lies.
         blocks: uniform [B, K, 4], K = n_blocks_for(the larger of drop and replace).
     Returns: masks bool [B, side, side], True = corrupted, and replaced bool [B].
     """
