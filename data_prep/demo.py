@@ -623,10 +623,11 @@ CHEXPERT_LABELS = {     # in the order of its columns, and which of our findings
 def report_labels(film, certain=False):
     """CheXpert's fourteen observations, in its order, as mined from the report: 1.0, 0.0, -1.0 or blank."""
     rng, mined = np.random.default_rng((*film.key[:-1], 1000)), {}      # one report for all films of a study
+    said = set(film.shows) if certain else film.labels                  # three radiologists against a report
     for name, evidence in CHEXPERT_LABELS.items():
-        claim, chance = not film.labels.isdisjoint(evidence), rng.random()
+        claim, chance = not said.isdisjoint(evidence), rng.random()
         if name in ("No Finding", "Support Devices"):
-            claim = not film.labels if name == "No Finding" else film.devices
+            claim = not said if name == "No Finding" else film.devices
         if certain:
             mined[name] = "1.0" if claim else "0.0"
         elif name == "No Finding":
