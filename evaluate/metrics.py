@@ -1,11 +1,49 @@
-"""Score prediction files: every metric of the study, as the paper computed it and as the textbook defines it."""
+"""Score prediction files: every metric of the study, as the paper computed it and as the textbook defines it.
 
+Variant "paper" repeats what printed the tables of "From pre-training to downstream performance: does
+domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819), "corrected" is the usual one.
+To import: each metric, the patient bootstrap by weighted ranks, DeLong's test (clustered too), Holm, Welch,
+variance components, smallest detectable difference.
+
+    python evaluate/metrics.py runs/*/predictions/seed*/*.csv --out results/metrics.csv
+    python evaluate/metrics.py test.csv --exp mine --seed 0 --dataset here --out metrics.csv
+    python evaluate/metrics.py runs/*/predictions/*/nih_test.csv --manifest data/nih/manifest.csv --out m.csv
+
+Reads   predictions: path, patient, true_<label> (0 or 1), prob_<label> (0 to 1), one row an image. A blank
+        patient has no other image; "Pleural Effusion" and other spellings become NIH's. The path tells
+        experiment, seed and test set. nih_val.csv beside a file (or --validation) chooses thresholds.
+Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, threshold, value, ci_low, ci_high.
+        labels: size of the label set: 14 (all NIH's are there), 5 (at least four of the study's), else all.
+        label: blank for the mean over the defined labels (auc_labels says how many) and for whole images.
+        threshold: of the decision p > threshold, or the referred fraction, or the lower edge of a bin.
+        value: blank if undefined. Intervals: 95 %, by patient; of auc, accuracies, fnr, brier, subgroups.
+"""
+
+import argparse
+import os
+import re
 import sys
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_matrix
-from scipy.special import ndtr, ndtri
+from scipy.special import expit, logit, ndtr, ndtri, xlogy
+
+NIH14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+         "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia")
+STUDY5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion")
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
+FRACTIONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)        # nominal share of images referred to an expert
+SPECIFICITIES = (0.9, 0.95)
+BINS = 15                                            # of calibration errors and reliability curves
+AGES = {"<=40": 40, "41-60": 60, "61-80": 80, ">80": np.inf}    # upper end of each band, years
+COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high".split()
 
 
 # --- begin copy: error ---
@@ -33,11 +71,13 @@ def auc(y, p, variant="corrected"):
     if np.ndim(y) == 1:
         return auc(y[:, None], p[:, None], variant)[0]
     values = np.full(y.shape[1], np.nan)
-    for k in range(y.shape[1]):
-        positive, negative = p[y[:, k] == 1, k], np.sort(p[y[:, k] == 0, k])
+    for k, (truth, score) in enumerate(zip(y.T, p.T)):
+        positive, negative = np.sort(score[truth == 1]), np.sort(score[truth == 0])
         if len(positive) and len(negative):
-            twice = np.searchsorted(negative, positive) + np.searchsorted(negative, positive, "right")
-            values[k] = twice.sum() / (2 * len(positive) * len(negative))
+            below = np.searchsorted(negative, positive)
+            tied = negative[np.minimum(below, len(negative) - 1)] == positive
+            ties = np.searchsorted(negative, positive[tied], "right") - below[tied]
+            values[k] = (below.sum() + ties.sum() / 2) / (len(positive) * len(negative))
         elif variant == "paper" and not len(positive):
             values[k] = 0.0
     return values
@@ -86,8 +126,9 @@ def oracle_auc(y, p, fractions, variant="corrected", how="replace"):
 def resample_counts(size, resamples, seed):
     """How often each of `size` units is drawn in every bootstrap resample, uint8 [B, size], read-only."""
     rng = np.random.default_rng(seed)
-    draws = [np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(resamples)]
-    draws = np.array(draws, np.uint8).reshape(resamples, size)
+    draws = np.empty((resamples, size), np.uint8, order="F")     # read patient by patient
+    for row in draws:
+        row[:] = np.bincount(rng.integers(size, size=size), minlength=size)
     draws.flags.writeable = False
     return draws
 
@@ -106,32 +147,36 @@ def auc_draws(y, p, patient, draws, chunk=128):
 
     Scores are sorted once. Positives that outrank the same negatives share a row; `step` holds the negatives
     between a row and the one before (a tie: half here, half in the next), by patient: a resample costs one
-    sparse product and one cumulative sum. Weights are counts: float32 adds them exactly up to 2^23 images.
+    sparse product and one cumulative sum, here by blocks of 32 rows times a triangle of ones, twice as fast
+    as np.cumsum. Weights are counts: float32 adds them exactly up to 2^23 images.
     """
+    triangle, patients, sides = np.tri(32, dtype=np.float32), draws.shape[1], ("left", "right")
     maps, values = [], np.full((len(draws), y.shape[1]), np.nan)
     for k in range(y.shape[1]):
-        positive, negative = y[:, k] == 1, y[:, k] == 0
-        score, order = p[positive, k], np.sort(p[negative, k])
-        outranked = np.searchsorted(order, score) + np.searchsorted(order, score, "right")
+        order = np.argsort(p[:, k])
+        score, owner, positive = p[order, k], patient[order], y[order, k] == 1
+        high, low = score[positive], score[~positive]
+        outranked = sum(np.searchsorted(low, high, side) for side in sides)
         _, first, row = np.unique(outranked, return_index=True, return_inverse=True)
-        next_row = [np.searchsorted(score[first], p[negative, k], side) for side in ("left", "right")]
-        halves, doubled = np.full(2 * negative.sum(), 0.5, np.float32), np.tile(patient[negative], 2)
-        step = csr_matrix((halves, (np.concatenate(next_row), doubled)), (len(first) + 1, draws.shape[1]))
-        ones = np.ones(len(score), np.float32)
-        maps.append((step, csr_matrix((ones, (row, patient[positive])), (len(first), draws.shape[1]))))
+        next_row = np.concatenate([np.searchsorted(high[first], low, side) for side in sides])
+        halves, rows = np.full(len(next_row), 0.5, np.float32), (len(first) // 32 + 1) * 32
+        step = csr_matrix((halves, (next_row, np.tile(owner[~positive], 2))), (rows, patients))
+        at = csr_matrix((np.ones(len(row), np.float32), (row, owner[positive])), (rows, patients))
+        maps.append((step, at))
     for start in range(0, len(draws), chunk):
         weight = draws[start:start + chunk].T.astype(np.float32, order="C")     # [P, b]
         for k, (step, at) in enumerate(maps):
-            below, at = step @ weight, at @ weight                              # [rows + 1, b], [rows, b]
-            np.cumsum(below, axis=0, out=below)
-            ordered = np.einsum("ij,ij->j", at, below[:-1], dtype=np.float64)
+            at, below = at @ weight, triangle @ (step @ weight).reshape(-1, 32, weight.shape[1])
+            below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                  # what the blocks before hold
+            below = below.reshape(at.shape)                                     # [rows, b]
+            ordered = np.einsum("ij,ij->j", at, below, dtype=np.float64)
             with np.errstate(invalid="ignore"):
                 values[start:start + chunk, k] = ordered / (at.sum(0, dtype=np.float64) * below[-1])
     return values
 
 
 def sum_draws(columns, patient, draws, chunk=128):
-    """Column sums of every resample, float [B, M], for columns float [n, M]: rates are ratios of such sums."""
+    """Sums of columns [n, M] in every resample, float [B, M]: the rates of a resample are ratios of these."""
     shape, images = (draws.shape[1], len(patient)), np.arange(len(patient))
     by_patient = csr_matrix((np.ones(len(patient)), (patient, images)), shape) @ columns
     sums = np.empty((len(draws), columns.shape[1]))
@@ -152,5 +197,546 @@ def interval(draws, value=None, influence=None, level=0.95):
         bias = ndtri(((draws < value).mean() + (draws <= value).mean()) / 2)
         skew = (influence ** 3).sum() / (6 * (influence ** 2).sum() ** 1.5)
         tails = ndtr(bias + (bias + ndtri(tails)) / (1 - skew * (bias + ndtri(tails))))
-    return tuple(np.quantile(draws, tails))
+    return tuple(np.interp(tails * (len(draws) - 1), np.arange(len(draws)), np.sort(draws)))
 # --- end copy: metric definitions ---
+
+
+# ------------------------------------------------------------------------------------------------ calibration
+
+def bin_gap(bins, confidence, outcome):
+    """Sum over bins of count |mean confidence - mean outcome| / n per label, float [K]; the counts cancel."""
+    excess = zip(bins.T, (confidence - outcome).T)
+    return np.array([np.abs(np.bincount(*column)).sum() for column in excess]) / len(bins)
+
+
+def calibration_error(y, p, thresholds=THRESHOLDS):
+    """The paper's "calibration error", float [T, K]: |p - 0.5| held against the accuracy at the threshold.
+
+    Bin i starts at i/30 but is 1/15 wide, and an item goes to the first bin that holds it, which is the first
+    whose upper end lies above it. Source: the released evaluation code (evaluation.md, section 2).
+    """
+    confidence, upper = np.abs(p - 0.5), np.linspace(0, 0.5, BINS + 1)[:-1] + 1 / BINS
+    bins = np.searchsorted(upper, confidence, "right")
+    return np.array([bin_gap(bins, confidence, (p > threshold) == (y == 1)) for threshold in thresholds])
+
+
+def probability_bins(p, adaptive=False):
+    """Bin of each probability, int [n, K]: BINS equal widths, closed above, or (adaptive) equal counts."""
+    if not adaptive:
+        return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], p)
+    bins, order = np.empty(p.shape, int), np.argsort(p, 0, kind="stable")
+    np.put_along_axis(bins, order, (np.arange(len(p)) * BINS // len(p))[:, None], 0)
+    return bins
+
+
+def ece(y, p, adaptive=False):
+    """Expected calibration error per label, float [K]: p against the share of positives (Guo et al. 2017)."""
+    return bin_gap(probability_bins(p, adaptive), p, y)
+
+
+def reliability(y, p):
+    """Reliability curve of one label (1-D): images, mean p, share of positives in each bin, float [BINS]."""
+    bins = probability_bins(p)
+    count, predicted, observed = (np.bincount(bins, weights, BINS) for weights in (None, p, y))
+    with np.errstate(invalid="ignore"):
+        return count, predicted / count, observed / count
+
+
+def temper(p, temperature):
+    """sigmoid(logit(p) / temperature), with p kept 1e-8 off 0 and 1, the precision of a predictions file."""
+    return expit(logit(np.clip(p, 1e-8, 1 - 1e-8)) / temperature)
+
+
+def fit_temperature(y, p):
+    """The temperature in 0.05-20 of least cross-entropy over all labels (Guo et al., arXiv:1706.04599)."""
+    def cross_entropy(log_temperature):
+        q = temper(p, np.exp(log_temperature))
+        return -(xlogy(y, q) + xlogy(1 - y, 1 - q)).mean()
+    return float(np.exp(minimize_scalar(cross_entropy, bounds=np.log([0.05, 20]), method="bounded").x))
+
+
+# ------------------------------------------------------------------------------------------- operating points
+
+def operating_points(y, p):
+    """One label (1-D): its distinct scores t, ascending, and how many positives and negatives have p > t."""
+    scores = np.unique(p)
+    return scores, *((y == c).sum() - np.searchsorted(np.sort(p[y == c]), scores, "right") for c in (1, 0))
+
+
+def average_precision(y, p):
+    """Area under the precision-recall steps (AUPRC) per label, float [K]; undefined without positives."""
+    values = np.full(y.shape[1], np.nan)
+    for k in np.flatnonzero(y.any(0)):
+        _, true, false = operating_points(y[:, k], p[:, k])
+        from_t = np.append(y[:, k].sum(), true[:-1])                # positives with p >= t
+        flagged = np.append(len(y), (true + false)[:-1])
+        values[k] = ((from_t - true) * from_t / flagged).sum() / from_t[0]
+    return values
+
+
+def sensitivity_at(y, p, specificities=SPECIFICITIES):
+    """Highest sensitivity with at least each specificity, float [S, K]; undefined without both classes."""
+    values = np.full((len(specificities), y.shape[1]), np.nan)
+    for k in np.flatnonzero(y.any(0) & ~y.all(0)):
+        _, true, false = operating_points(y[:, k], p[:, k])
+        specificity = 1 - false / (y[:, k] == 0).sum()
+        values[:, k] = true[np.searchsorted(specificity, np.array(specificities) - 1e-12)] / y[:, k].sum()
+    return values
+
+
+def choose_threshold(y, p, rule):
+    """The lowest score t of one label (1-D) where p > t has the best F1 ("f1") or sensitivity + specificity.
+
+    NaN without both classes.
+    """
+    positives, negatives = (y == 1).sum(), (y == 0).sum()
+    if not positives or not negatives:
+        return np.nan
+    scores, true, false = operating_points(y, p)
+    f1, youden = 2 * true / (true + false + positives), true / positives - false / negatives
+    return scores[np.argmax(f1 if rule == "f1" else youden)]
+
+
+def rates(y, p, threshold):
+    """Accuracy, sensitivity, specificity, ... of p > threshold (one or [K]) by name, float [K] each."""
+    positive, flagged = y == 1, p > threshold
+    hit, passed = (positive & flagged).sum(0), (~positive & ~flagged).sum(0)
+    with np.errstate(invalid="ignore"):
+        sensitivity, specificity = hit / positive.sum(0), passed / (~positive).sum(0)
+        f1 = np.where(positive.any(0), 2 * hit / (positive.sum(0) + flagged.sum(0)), np.nan)
+    return {"accuracy": (hit + passed) / len(y), "sensitivity": sensitivity, "specificity": specificity,
+            "balanced_accuracy": (sensitivity + specificity) / 2, "f1": f1}
+
+
+def risk_coverage_area(y, p, threshold=0.5):
+    """Share of wrong labels among the 1, 2, ... n most certain images, averaged (Geifman et al. 2019)."""
+    certain_first = np.argsort(-np.abs(p - 0.5).mean(1), kind="stable")
+    wrong = ((p > threshold) != (y == 1)).mean(1)[certain_first]
+    return (np.cumsum(wrong) / np.arange(1, len(y) + 1)).mean()
+
+
+# ----------------------------------------------------------------------------- statistics behind a comparison
+
+def auc_influence(y, p):
+    """What each image adds to the AUC of one label (1-D, both classes), float [n].
+
+    A positive: (share of the negatives below it, ties 1/2, - AUC) / positives; a negative likewise with the
+    positives above it. The components of DeLong et al. (1988), by ranks as in Sun & Xu (2014).
+    """
+    positive = y == 1
+    below_or_at = [np.searchsorted(ranked, p) + np.searchsorted(ranked, p, "right")
+                   for ranked in (np.sort(p[~positive]), np.sort(p[positive]))]
+    negatives, positives = (~positive).sum(), positive.sum()
+    placed = np.where(positive, below_or_at[0] / (2 * negatives), 1 - below_or_at[1] / (2 * positives))
+    return (placed - placed[positive].mean()) / np.where(positive, positives, negatives)
+
+
+def delong(y, p_left, p_right, patient=None):
+    """Test of equal AUC of two models on the same images, for one label; all arguments 1-D, length n.
+
+    Images count as independent (DeLong et al. 1988), with `patient` those of one patient as a cluster
+    (Obuchowski 1997; the same where every patient has one image). Returns a dict: difference, se, z, p, of
+    which all but the first are NaN if a class has a single patient. Raises ValueError without both classes.
+    """
+    positive = y == 1
+    if positive.all() or not positive.any():
+        raise ValueError("DeLong's test needs positives and negatives")
+    cluster = np.arange(len(y)) if patient is None else np.unique(patient, return_inverse=True)[1]
+    size, contrast = cluster.max() + 1, auc_influence(y, p_left) - auc_influence(y, p_right)
+    ten, one = (np.bincount(cluster[members], contrast[members], size) for members in (positive, ~positive))
+    m, n = len(np.unique(cluster[positive])), len(np.unique(cluster[~positive]))
+    difference, se = auc(y, p_left) - auc(y, p_right), np.nan
+    if min(m, n) > 1:
+        variance = m / (m - 1) * ten @ ten + n / (n - 1) * one @ one + 2 * size / (size - 1) * ten @ one
+        se = np.sqrt(max(variance, 0))
+    z = difference / se if difference or np.isnan(se) else 0.0
+    return {"difference": difference, "se": se, "z": z, "p": 2 * ndtr(-abs(z))}
+
+
+def holm(p):
+    """Holm's adjusted p-values (1979), float [m]; NaN stays and does not count."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)[:np.count_nonzero(~np.isnan(p))]
+    adjusted = np.full(len(p), np.nan)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
+    return adjusted
+
+
+def welch(left, right, level=0.95):
+    """Difference of the means of two sets of runs, its interval and Welch's p: (difference, low, high, p)."""
+    from scipy.stats import ttest_ind                       # here: it takes longer to import than the rest
+    test = ttest_ind(left, right, equal_var=False)
+    return np.mean(left) - np.mean(right), *test.confidence_interval(level), test.pvalue
+
+
+def smallest_detectable_difference(se, power=0.8, level=0.95):
+    """The true difference that a two-sided test finds with this power if its standard error is se."""
+    return (ndtri((1 + level) / 2) + ndtri(power)) * se
+
+
+def variance_components(values, draws):
+    """Why the mean of an arm's runs is uncertain: a dict of three variances and the standard error `se`.
+
+    values float [R >= 2], one a run; draws float [R, B], the same resamples of patients for every run.
+    patients: what other patients do to all runs alike; interaction: what they do to one run besides; runs:
+    the rest of the spread over runs, 0 if none is left. se^2 = patients + (interaction + runs) / R.
+    """
+    moves = draws - np.asarray(values)[:, None]
+    interaction = (moves - moves.mean(0)).var(1, ddof=1).sum() / (len(values) - 1)
+    patients = max(moves.mean(0).var(ddof=1) - interaction / len(values), 0)
+    runs = max(np.var(values, ddof=1) - interaction, 0)
+    return {"patients": patients, "interaction": interaction, "runs": runs,
+            "se": np.sqrt(patients + (interaction + runs) / len(values))}
+
+
+# ---------------------------------------------------------------------------------------------- reading files
+
+class InputError(ValueError):
+    """A mistake in the user's files; the text is the sentence to print."""
+
+
+class Predictions(NamedTuple):
+    """One predictions file: the K labels, y int8 [n, K], p float64 [n, K], patient and path str [n]."""
+    labels: list
+    y: np.ndarray
+    p: np.ndarray
+    patient: np.ndarray
+    path: np.ndarray
+
+    def of(self, labels):
+        """y and p of some of the labels."""
+        columns = [self.labels.index(label) for label in labels]
+        return self.y[:, columns], self.p[:, columns]
+
+
+def nih_name(label):
+    """NIH's spelling of a label ("Pleural effusion": "Effusion"); a label that NIH lacks keeps its own."""
+    spelt = {name.replace("_", "").lower(): name for name in NIH14} | {"pleuraleffusion": "Effusion"}
+    return spelt.get(re.sub(r"[\W_]", "", label).lower(), label)
+
+
+def read_csv(path, columns, **options):
+    """A CSV that holds `columns` and at least one row. Raises InputError."""
+    try:
+        frame = pd.read_csv(path, keep_default_na=False, **options)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path") from None
+    except (OSError, UnicodeDecodeError, pd.errors.EmptyDataError, pd.errors.ParserError) as problem:
+        reason = " ".join(str(problem).split())
+        raise InputError(f"{path} is no CSV table with a header row ({reason})") from None
+    for column in columns:
+        if column not in frame:
+            raise InputError(f"{path} has no column '{column}'; add it")
+    if frame.empty:
+        raise InputError(f"{path} has a header and no rows; make it again")
+    return frame
+
+
+def read_predictions(path):
+    """One predictions file, checked. Raises InputError that names file, row and what was expected."""
+    frame = read_csv(path, ["path", "patient"], dtype={"path": str, "patient": str})
+    names = {kind: [name[5:] for name in frame if name.startswith(kind)] for kind in ("true_", "prob_")}
+    for kind, other in (("true_", "prob_"), ("prob_", "true_")):
+        for name in set(names[kind]) - set(names[other]):
+            raise InputError(f"{path} has a column {kind}{name} but no {other}{name}; add it or drop both")
+    labels = [nih_name(name) for name in names["true_"]]
+    if not labels:
+        raise InputError(f"{path} has no column true_<label>; a label needs true_<label> and prob_<label>")
+    if len(set(labels)) < len(labels):
+        raise InputError(f"{path} has label {max(labels, key=labels.count)} under two spellings; keep one")
+    for row in np.flatnonzero(frame["path"].duplicated())[:1]:
+        raise InputError(f"{path} row {row + 1}: image '{frame['path'][row]}' is there twice; keep one row")
+    parts = []
+    for kind, expected in (("true_", "0 or 1"), ("prob_", "a probability from 0 to 1")):
+        columns = [frame[kind + name] for name in names["true_"]]
+        part = np.array([pd.to_numeric(column, errors="coerce").to_numpy(float) for column in columns])
+        wrong = ~((part >= 0) & (part <= 1)) if kind == "prob_" else ~np.isin(part, (0, 1))
+        for k, row in np.argwhere(wrong)[:1]:
+            name, cell = columns[k].name, columns[k][row]
+            raise InputError(f"{path} row {row + 1}: {name} is '{cell}'; expected {expected}")
+        parts.append(part.T)
+    y, p = parts[0].astype(np.int8), parts[1]
+    if not (y.any(0) & ~y.all(0)).any():
+        raise InputError(f"{path} has no label with both positives and negatives, so nothing can be ranked; "
+                         "check true_<label> or add images")
+    patient = np.where(frame["patient"] == "", "image " + frame["path"], frame["patient"]).astype(str)
+    return Predictions(labels, y, p, patient, frame["path"].to_numpy(str))
+
+
+def label_sets(labels):
+    """What means are over, by size: 14 if all of NIH's labels are there, 5 if four of STUDY5, else all."""
+    study = [label for label in STUDY5 if label in labels]
+    sets = ({14: list(NIH14)} if set(NIH14) <= set(labels) else {}) | ({5: study} if len(study) >= 4 else {})
+    return sets or {len(labels): labels}
+
+
+@lru_cache(maxsize=1)
+def read_groups(manifests):
+    """Sex, age band and race of every image of the manifests: DataFrame of str by path, blank if unknown."""
+    frame = pd.concat([read_csv(path, ["path"], dtype=str) for path in manifests]).drop_duplicates("path")
+    frame = frame.set_index("path").reindex(columns=["sex", "age", "race"]).fillna("")
+    bands = pd.cut(pd.to_numeric(frame["age"], errors="coerce"), [-np.inf, *AGES.values()], labels=list(AGES))
+    frame["age"] = bands.astype(object).fillna("")
+    for race in ("White", "Black", "Asian"):                # also "White, non-Hispanic" and the like
+        frame.loc[frame["race"].str.contains(race), "race"] = race
+    return frame
+
+
+# --------------------------------------------------------------------------------------------- scoring a file
+
+def choose(validation):
+    """What validation predictions decide: {rule: {label: threshold}}, and one temperature for the model."""
+    thresholds = {rule: {label: choose_threshold(y, p, rule)
+                         for label, y, p in zip(validation.labels, validation.y.T, validation.p.T)}
+                  for rule in ("f1", "youden")}
+    return thresholds, fit_temperature(validation.y, validation.p)
+
+
+class Score:
+    """Collects the rows of one label set of one file: metric, variant, label, threshold, value, interval."""
+
+    def __init__(self, test, labels, patient, draws):
+        self.rows, self.labels, self.patient, self.draws = [], labels, patient, draws
+        self.y, self.p = test.of(labels)
+
+    def put(self, metric, value, threshold=np.nan, variant="corrected", draws=None, label="", influence=None):
+        """One row, with an interval if there are draws [B]."""
+        low, high = (np.nan, np.nan) if draws is None else interval(draws, value, influence)
+        self.rows.append((metric, variant, label, threshold, value, low, high))
+
+    def put_labels(self, metric, values, threshold=np.nan, variant="corrected", draws=None, mean=True):
+        """A row a label and one for the mean of the defined ones; values [K], draws [B, K]."""
+        for k, label in enumerate(self.labels):
+            self.put(metric, values[k], threshold, variant, None if draws is None else draws[:, k], label)
+        if mean:
+            draws = None if draws is None else mean_over_labels(draws)
+            self.put(metric, mean_over_labels(values), threshold, variant, draws)
+
+    def baselines(self):
+        """What is in the file, and what an answer without a look at the image scores."""
+        prevalence = self.y.mean(0)
+        self.put("images", len(self.y))
+        self.put("patients", self.draws.shape[1])
+        self.put_labels("positives", self.y.sum(0), mean=False)
+        self.put_labels("random_guess_accuracy", 1 - prevalence, variant="paper")
+        self.put_labels("random_guess_accuracy", prevalence ** 2 + (1 - prevalence) ** 2)
+        self.put_labels("always_negative_accuracy", 1 - prevalence)
+        self.put("always_negative_subset_accuracy", (self.y == 0).all(1).mean())
+
+    def ranking(self, draws, bca):
+        """Metrics without a threshold; draws: the AUCs of every resample, float [B, K]."""
+        influence = dict.fromkeys(self.labels)
+        for label, y, p in zip(self.labels, self.y.T, self.p.T) if bca else ():
+            if y.any() and not y.all():
+                influence[label] = np.bincount(self.patient, auc_influence(y, p), self.draws.shape[1])
+        for variant in ("paper", "corrected"):
+            values = auc(self.y, self.p, variant)
+            for k, label in enumerate(self.labels):
+                self.put("auc", values[k], np.nan, variant, draws[:, k], label, influence[label])
+            self.put("auc_mean", mean_over_labels(values, variant), np.nan, variant, mean_over_labels(draws),
+                     influence=sum(part for part in influence.values() if part is not None) if bca else None)
+        self.put("auc_labels", np.count_nonzero(~np.isnan(values)))
+        if len(draws):
+            self.put_labels("undefined_resamples", np.isnan(draws).mean(0), mean=False)
+        self.put_labels("auprc", average_precision(self.y, self.p))
+        for specificity, values in zip(SPECIFICITIES, sensitivity_at(self.y, self.p)):
+            self.put_labels(f"sensitivity_at_specificity_{specificity:g}", values)
+
+    def decisions(self):
+        """Metrics of p > threshold, and the Brier score; the rates of a resample are ratios of its sums."""
+        positive = self.y == 1
+        counted = [positive, ~positive, (self.p - self.y) ** 2]
+        for threshold in THRESHOLDS:
+            wrong = (self.p > threshold) != positive
+            counted += [wrong & positive, wrong & ~positive, wrong.any(1, keepdims=True)]
+        sums = sum_draws(np.hstack(counted).astype(float), self.patient, self.draws)
+        sums = np.split(sums, np.cumsum([part.shape[1] for part in counted])[:-1], 1)
+        positives, negatives, images = *sums[:2], (sums[0] + sums[1])[:, :1]
+        self.put_labels("brier", counted[2].mean(0), draws=sums[2] / images)
+        for threshold, missed, alarms, spoilt in zip(THRESHOLDS, sums[3::3], sums[4::3], sums[5::3]):
+            here, accuracy = rates(self.y, self.p, threshold), 1 - (missed + alarms) / images
+            with np.errstate(invalid="ignore"):
+                missed, alarms = missed / positives, alarms / negatives
+                balanced, subset = 1 - (missed + alarms) / 2, 1 - (spoilt / images)[:, 0]
+            self.put_labels("accuracy", here["accuracy"], threshold, draws=accuracy, mean=False)
+            self.put_labels("balanced_accuracy", here["balanced_accuracy"], threshold, draws=balanced)
+            for variant in ("paper", "corrected"):
+                mean = mean_accuracy(self.y, self.p, threshold, variant)
+                right = subset_accuracy(self.y, self.p, threshold)
+                self.put("mean_accuracy", mean, threshold, variant, accuracy.mean(1))
+                self.put("subset_accuracy", right, threshold, variant, subset)
+                self.put_labels("fnr", fnr(self.y, self.p, threshold), threshold, variant, missed)
+
+    def calibration(self):
+        """How far p is from a probability."""
+        for threshold, values in zip(THRESHOLDS, calibration_error(self.y, self.p)):
+            self.put_labels("calibration_error", values, threshold, "paper")
+        self.put_labels("ece", ece(self.y, self.p))
+        self.put_labels("adaptive_ece", ece(self.y, self.p, adaptive=True))
+        for label, y, p in zip(self.labels, self.y.T, self.p.T):
+            for b, row in enumerate(zip(*reliability(y, p))):
+                for name, value in zip(("images", "predicted", "observed"), row if row[0] else ()):
+                    self.put(f"reliability_{name}", value, b / BINS, label=label)
+
+    def referral(self):
+        """An expert answers the uncertain images (oracle), or they are left out (rejection)."""
+        for variant in ("paper", "corrected"):
+            for fraction, values, share in zip(FRACTIONS, *oracle_auc(self.y, self.p, FRACTIONS, variant)):
+                self.put("oracle_auc", mean_over_labels(values, variant), fraction, variant)
+                self.put("referred", share, fraction, variant)
+        rejection, _ = oracle_auc(self.y, self.p, FRACTIONS, how="drop")
+        by_label = [oracle_auc(self.y[:, [k]], self.p[:, [k]], FRACTIONS)[0] for k in range(len(self.labels))]
+        for fraction, kept, answered in zip(FRACTIONS, rejection, np.hstack(by_label)):
+            self.put("rejection_auc", mean_over_labels(kept), fraction)
+            self.put_labels("oracle_auc_by_label", answered, fraction)
+        self.put("risk_coverage_area", risk_coverage_area(self.y, self.p))
+
+    def chosen_on_validation(self, thresholds, temperature):
+        """The thresholds and the temperature of `choose`, applied."""
+        for rule, chosen in thresholds.items():
+            at = np.array([chosen.get(label, np.nan) for label in self.labels])
+            self.put_labels(f"threshold_{rule}", at, mean=False)
+            for name, values in rates(self.y, self.p, at).items():
+                self.put_labels(f"{name}_{rule}", np.where(np.isnan(at), np.nan, values))
+        tempered = temper(self.p, temperature)
+        self.put("temperature", temperature)
+        self.put_labels("ece_temperature", ece(self.y, tempered))
+        self.put_labels("brier_temperature", ((tempered - self.y) ** 2).mean(0))
+
+    def subgroups(self, groups):
+        """AUC of each sex, age band and race, and per label the gap between best and worst."""
+        for attribute in groups:
+            values, draws = [], []
+            for group in sorted(set(groups[attribute]) - {""}):
+                here = (groups[attribute] == group).to_numpy()
+                values.append(auc(self.y[here], self.p[here]))
+                draws.append(auc_draws(self.y[here], self.p[here], self.patient[here], self.draws))
+                self.put(f"images[{attribute}={group}]", here.sum())
+                self.put_labels(f"auc[{attribute}={group}]", values[-1], draws=draws[-1])
+            if len(values) > 1:
+                self.put_labels(f"auc_gap[{attribute}]", gap(values), draws=gap(draws))
+
+
+def gap(values):
+    """Largest minus smallest defined value along the first axis; NaN with fewer than two."""
+    ranked = np.sort(values, axis=0)                                        # NaN last
+    last = np.count_nonzero(~np.isnan(ranked), axis=0) - 1
+    highest = np.take_along_axis(ranked, np.maximum(last, 0)[None], 0)[0]
+    return np.where(last > 0, highest - ranked[0], np.nan)
+
+
+def score_file(path, resamples, chosen=None, groups=None, bca=False):
+    """Rows of one file, from `labels` to `ci_high`, and remarks to print."""
+    test, rows, remarks = read_predictions(path), [], []
+    if groups is not None:
+        for row in np.flatnonzero(~np.isin(test.path, groups.index))[:1]:
+            raise InputError(f"{path} row {row + 1}: image '{test.path[row]}' is in no manifest; give the "
+                             "one that the predictions were made from")
+        groups = groups.loc[test.path]
+    sets = label_sets(test.labels)
+    used = [label for label in test.labels if any(label in labels for labels in sets.values())]
+    if len(used) < len(test.labels):
+        remarks.append(f"not scored: {', '.join(sorted(set(test.labels) - set(used)))}")
+    patient, draws = draw_patients(test.patient, resamples)
+    auc_samples = auc_draws(*test.of(used), patient, draws)
+    for size, labels in sets.items():
+        score = Score(test, labels, patient, draws)
+        score.baselines()
+        score.ranking(auc_samples[:, [used.index(label) for label in labels]], bca)
+        score.decisions()
+        score.calibration()
+        score.referral()
+        if chosen is not None:
+            score.chosen_on_validation(*chosen)
+        if groups is not None:
+            score.subgroups(groups)
+        rows += [(size, *row) for row in score.rows]
+        ranked = [label for label, value in zip(labels, auc(score.y, score.p)) if not np.isnan(value)]
+        if len(ranked) < size:
+            remarks.append(f"mean of {size} over {len(ranked)}: {', '.join(ranked)}")
+    return rows, remarks
+
+
+def score_run(paths, validation, manifests, resamples, bca):
+    """score_file for the files of one run, whose thresholds and temperature come from its validation."""
+    chosen = choose(read_predictions(validation)) if validation else None
+    return [score_file(path, resamples, None if path == validation else chosen,
+                       read_groups(manifests) if manifests else None, bca) for path in paths]
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+def identify(path, args):
+    """(exp, seed, dataset) of a file: the flags, and what they leave open from its path."""
+    found = re.search(r"([^/]+)/predictions/seed(\d+)/([^/]+)\.csv$", path.resolve().as_posix())
+    flags = (args.exp, args.seed, args.dataset)
+    if found is None and None in flags:
+        raise InputError(f"{path} does not lie at runs/<exp>/predictions/seed<k>/<test set>.csv, so its path "
+                         "does not tell enough; give --exp, --seed and --dataset")
+    parts = found.groups() if found else flags
+    return tuple(part if flag is None else flag for flag, part in zip(flags, parts))
+
+
+def write_metrics(path, rows):
+    """metrics.csv, whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
+    table = pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(path.name + ".tmp"), "w", encoding="utf-8", newline="") as file:
+            file.write(table)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except OSError as problem:
+        raise InputError(f"{path} cannot be written ({problem.strerror}); choose another --out") from None
+
+
+def run(args):
+    """Score all files, a process for each run, and write their rows."""
+    names, folders = {}, defaultdict(list)
+    for path in args.predictions:
+        name = identify(path, args)
+        if name in names.values():
+            raise InputError(f"{path} is a second file of exp {name[0]}, seed {name[1]}, {name[2]}; give one")
+        names[path] = name
+        folders[path.parent].append(path)
+    if args.validation and len(folders) > 1:
+        raise InputError(f"--validation {args.validation} belongs to one run, but the files lie in "
+                         f"{len(folders)} folders; give one run, or put nih_val.csv beside each")
+    rows, bca, manifests = [], args.interval == "bca", tuple(args.manifest)
+    jobs = [(paths, args.validation or next(folder.glob("nih_val.csv"), None), manifests, args.bootstrap, bca)
+            for folder, paths in folders.items()]
+    with ProcessPoolExecutor(min(args.workers, len(jobs))) as pool:
+        for (paths, *_), scores in zip(jobs, pool.map(score_run, *zip(*jobs))):
+            for path, (scored, remarks) in zip(paths, scores):
+                rows += [names[path] + row for row in scored]
+                means = [f"{row[5]:.4f} ({row[0]})" for row in scored
+                         if row[1:3] == ("auc_mean", "corrected")]
+                print(*names[path], "AUC", *means, *(f"[{remark}]" for remark in remarks), flush=True)
+    write_metrics(args.out, rows)
+    print(f"{args.out}: {len(rows):,} rows of {len(names)} files")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("predictions", nargs="+", type=Path, help="predictions files, of any number of runs")
+    parser.add_argument("--out", type=Path, required=True, help="the metrics.csv to write")
+    parser.add_argument("--exp", help="experiment, where the path does not tell")
+    parser.add_argument("--seed", help="seed of the run, where the path does not tell")
+    parser.add_argument("--dataset", help="name of the test set, where the path does not tell")
+    parser.add_argument("--bootstrap", type=int, default=2000, help="resamples (2000); 0: no intervals")
+    parser.add_argument("--interval", choices=("percentile", "bca"), default="percentile",
+                        help="of the AUCs (percentile); the other metrics have percentile intervals")
+    parser.add_argument("--validation", type=Path, help="validation predictions (nih_val.csv beside)")
+    parser.add_argument("--manifest", nargs="+", type=Path, default=[],
+                        help="manifests with sex, age and race of the images: scores subgroups as well")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
+    try:
+        run(parser.parse_args())
+    except InputError as mistake:
+        fail(mistake)
+
+
+if __name__ == "__main__":
+    main()
