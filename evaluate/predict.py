@@ -252,7 +252,7 @@ def normalise(x, config):
 
 
 # --- begin copy: model ---
-def make_model(facts, num_classes, drop_path=0.0):
+def make_model(facts, num_classes, drop_path=None):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
     arch, kwargs = facts["arch"], dict(facts["model_args"])
     card = timm.get_pretrained_cfg(arch)
@@ -260,7 +260,7 @@ def make_model(facts, num_classes, drop_path=0.0):
         kwargs.setdefault("img_size", facts["img_size"])
     try:
         return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
-                                 drop_path_rate=drop_path or None, **kwargs)
+                                 drop_path_rate=drop_path, **kwargs)
     except (RuntimeError, TypeError, ValueError, AssertionError) as problem:
         fail(f"timm cannot make {arch} with {kwargs}: {' '.join(str(problem).split())[:200]}")
 # --- end copy: model ---

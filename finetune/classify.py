@@ -460,7 +460,7 @@ def normalise(x, config):
 
 
 # --- begin copy: model ---
-def make_model(facts, num_classes, drop_path=0.0):
+def make_model(facts, num_classes, drop_path=None):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
     arch, kwargs = facts["arch"], dict(facts["model_args"])
     card = timm.get_pretrained_cfg(arch)
@@ -468,7 +468,7 @@ def make_model(facts, num_classes, drop_path=0.0):
         kwargs.setdefault("img_size", facts["img_size"])
     try:
         return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
-                                 drop_path_rate=drop_path or None, **kwargs)
+                                 drop_path_rate=drop_path, **kwargs)
     except (RuntimeError, TypeError, ValueError, AssertionError) as problem:
         fail(f"timm cannot make {arch} with {kwargs}: {' '.join(str(problem).split())[:200]}")
 # --- end copy: model ---
@@ -870,6 +870,7 @@ def make_optimizer(model, config):
     return kind(groups, lr=config["lr"], fused=True)
 
 
+# --- begin copy: sync batch norm of maps ---
 class SyncBatchNorm2d(SyncBatchNorm):
     """SyncBatchNorm for maps [B, C, H, W]: every pixel is a row."""
 
@@ -886,6 +887,7 @@ def synchronise_batch_norm(model, device):
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d
     return model
+# --- end copy: sync batch norm of maps ---
 
 
 class DropPath(nn.Module):

@@ -457,6 +457,21 @@ def normalise(x, config):
 # --- end copy: normalise ---
 
 
+# --- begin copy: model ---
+def make_model(facts, num_classes, drop_path=None):
+    """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
+    arch, kwargs = facts["arch"], dict(facts["model_args"])
+    card = timm.get_pretrained_cfg(arch)
+    if card and card.fixed_input_size:
+        kwargs.setdefault("img_size", facts["img_size"])
+    try:
+        return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
+                                 drop_path_rate=drop_path, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as problem:
+        fail(f"timm cannot make {arch} with {kwargs}: {' '.join(str(problem).split())[:200]}")
+# --- end copy: model ---
+
+
 # --- begin copy: weights ---
 def read_weights(file, key=None):
     """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept."""
@@ -587,22 +602,6 @@ def load_backbone(model, config, weights_dir="weights"):
     left = f"; left out {', '.join(sorted(state)[:3])}{' ...' if len(state) > 3 else ''}" if state else ""
     return f"loaded {len(loaded)} tensors from {init}" + "".join(f"; {note}" for note in notes) + left
 # --- end copy: weights ---
-
-
-# --- begin copy: timm model ---
-def create_model(config, **kwargs):
-    """A timm model by the row's arch and model_args; transformers are built for the row's img_size."""
-    arch, size = config["arch"], {}
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        fail(f"timm has no model '{arch}'" + (f"; nearest: {', '.join(near)}" if near else ""))
-    if timm.get_pretrained_cfg(arch).fixed_input_size:                      # a ResNet takes any size
-        size = dict(img_size=config["img_size"])
-    try:
-        return timm.create_model(arch, in_chans=config["in_chans"], **size | kwargs | config["model_args"])
-    except (TypeError, ValueError, AssertionError) as problem:
-        fail(f"timm cannot build {arch} with model_args {config['model_args']} ({problem})")
-# --- end copy: timm model ---
 
 
 # --- begin copy: schedule ---
@@ -995,7 +994,7 @@ def contrast(student, keys, own, temperature):
 def train(config, args, rank, world_size, device):
     """Pre-train. All random numbers of a step depend on (seed, step) alone: a resumed run is the same run."""
     torch.manual_seed(config["seed"])
-    backbone = create_model(config, num_classes=0, drop_path_rate=config["drop_path"])
+    backbone = make_model(config, 0, config["drop_path"])
     if getattr(backbone, "num_prefix_tokens", 0) == 0 or isinstance(backbone.norm, nn.Identity):
         fail(f"arch {config['arch']} is no vision transformer with a CLS token and a final norm")
     for key, known in (("export", ("teacher", "student")), ("fill", ("zeros", "noise"))):

@@ -38,7 +38,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from scipy.stats import rankdata
 
 DEFAULTS = dict(
     strategy="supervised",          # what this script does; a row with another strategy is refused
@@ -318,6 +317,27 @@ def step_generator(seed, step, stream=0, device="cpu"):
 # --- end copy: packed images ---
 
 
+# --- begin copy: label columns ---
+# Columns of a manifest that are not labels.
+FACTS = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
+
+
+def read_labels(manifest, rows, columns, uncertain="zeros", blank="zero"):
+    """Label columns of manifest rows: values 0 or 1 and whether they count, float32 [N, K] each."""
+    codes = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "-1": -1, "-1.0": -1, "": 2}
+    table = np.empty((len(rows), len(columns)), np.float32)
+    for place, column in enumerate(columns):
+        code = rows[column].map(codes)
+        for row in rows.index[code.isna()][:1]:
+            fail(f"{manifest} row {row + 2}: label '{column}' is '{rows[column][row]}'; "
+                 "expected 1, 0, -1 or blank")
+        table[:, place] = code
+    known = ~((table == -1) & (uncertain == "ignore") | (table == 2) & (blank == "ignore"))
+    values = (table == 1) | (table == -1) & (uncertain == "ones")
+    return values.astype(np.float32), known.astype(np.float32)
+# --- end copy: label columns ---
+
+
 # --- begin copy: crops ---
 N_CROP = 23     # uniforms a random resized crop and flip consume: 10 areas, 10 aspect ratios, top, left, flip
 
@@ -393,6 +413,17 @@ def rotate(x, u, degrees):
 # --- end copy: rotation ---
 
 
+# --- begin copy: resize ---
+def resize(images, size):
+    """Stretch uint8 [B, C, H, W], or a list of [C, H, W], to float [B, C, size, size] (Pillow's bilinear)."""
+    if isinstance(images, list):
+        return torch.cat([resize(image[None], size) for image in images])
+    if images.shape[2:] == (size, size):
+        return images.float()
+    return F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+# --- end copy: resize ---
+
+
 # --- begin copy: normalise ---
 def normalise(x, config):
     """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey images are repeated."""
@@ -401,6 +432,21 @@ def normalise(x, config):
         x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
     return (x / 255 - mean) / std                               # one grey channel broadcasts to three
 # --- end copy: normalise ---
+
+
+# --- begin copy: model ---
+def make_model(facts, num_classes, drop_path=None):
+    """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
+    arch, kwargs = facts["arch"], dict(facts["model_args"])
+    card = timm.get_pretrained_cfg(arch)
+    if card and card.fixed_input_size:
+        kwargs.setdefault("img_size", facts["img_size"])
+    try:
+        return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
+                                 drop_path_rate=drop_path, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as problem:
+        fail(f"timm cannot make {arch} with {kwargs}: {' '.join(str(problem).split())[:200]}")
+# --- end copy: model ---
 
 
 # --- begin copy: weights ---
@@ -535,22 +581,6 @@ def load_backbone(model, config, weights_dir="weights"):
 # --- end copy: weights ---
 
 
-# --- begin copy: timm model ---
-def create_model(config, **kwargs):
-    """A timm model by the row's arch and model_args; transformers are built for the row's img_size."""
-    arch, size = config["arch"], {}
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        fail(f"timm has no model '{arch}'" + (f"; nearest: {', '.join(near)}" if near else ""))
-    if timm.get_pretrained_cfg(arch).fixed_input_size:                      # a ResNet takes any size
-        size = dict(img_size=config["img_size"])
-    try:
-        return timm.create_model(arch, in_chans=config["in_chans"], **size | kwargs | config["model_args"])
-    except (TypeError, ValueError, AssertionError) as problem:
-        fail(f"timm cannot build {arch} with model_args {config['model_args']} ({problem})")
-# --- end copy: timm model ---
-
-
 # --- begin copy: schedule ---
 def cosine(step, n_steps, start, end, n_warm=0):
     """Value at `step`: linear warm-up 0 to start (reached in its last step), then a cosine to end."""
@@ -571,6 +601,78 @@ def clip_each(parameters, largest):
     factors = [(largest / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(gradients)]
     torch._foreach_mul_(gradients, factors)
 # --- end copy: schedule ---
+
+
+# --- begin copy: sync batch norm ---
+class MeanOverProcesses(torch.autograd.Function):
+    """mean_over_processes with its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return mean_over_processes(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return mean_over_processes(gradient.clone())
+
+
+class SyncBatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d with the statistics of all processes (equal shares of the batch), on the CPU as on GPUs."""
+
+    def forward(self, x):
+        """x [B, D] -> [B, D] of the same dtype; statistics in fp32."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        mean = MeanOverProcesses.apply(x.float().mean(0))
+        centred = x.float() - mean
+        var = MeanOverProcesses.apply(centred.square().mean(0))
+        with torch.no_grad():
+            n = len(x) * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        y = centred * (var + self.eps).rsqrt()
+        return (y * self.weight + self.bias if self.affine else y).to(x.dtype)
+# --- end copy: sync batch norm ---
+
+
+# --- begin copy: sync batch norm of maps ---
+class SyncBatchNorm2d(SyncBatchNorm):
+    """SyncBatchNorm for maps [B, C, H, W]: every pixel is a row."""
+
+    def forward(self, x):
+        rows = x.movedim(1, -1)
+        return super().forward(rows.flatten(0, -2)).view_as(rows).movedim(-1, 1)
+
+
+def synchronise_batch_norm(model, device):
+    """Let BatchNorm2d use the statistics of all processes, so that their number does not matter."""
+    if device.type == "cuda":
+        return timm.layers.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d
+    return model
+# --- end copy: sync batch norm of maps ---
+
+
+# --- begin copy: forward all ---
+@torch.inference_mode()
+def forward_all(forward, source, n_outputs, batch, rank, world_size):
+    """Outputs of all images of a source, float32 [N, n_outputs] on the CPU of every process.
+
+    Batch b is done by process b mod world_size: an image stands in the same batch with any number of
+    processes, counts once, and gets the same bits. forward: images of a batch -> [B, n_outputs].
+    """
+    outputs = torch.zeros(len(source), n_outputs)
+    begins = range(rank * batch, len(source), world_size * batch)
+    plans = ((np.arange(begin, min(begin + batch, len(source))), begin) for begin in begins)
+    for (chosen, begin), images in source.prefetch(plans):
+        outputs[begin:begin + len(chosen)] = forward(images).float().cpu()
+    if dist.is_initialized():
+        dist.all_reduce(outputs)                    # the others hold zeros in these rows: an exact sum
+    return outputs
+# --- end copy: forward all ---
 
 
 # --- begin copy: checkpoint ---
@@ -680,41 +782,30 @@ class Progress:
 # --- end copy: progress ---
 
 
-# Columns of a manifest that are not labels.
-FACTS = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
+def read_targets(manifest, rows, task):
+    """What the images of manifest rows show, and the names of the labels or classes.
 
-
-def read_targets(rows, task, manifest):
-    """What the images of manifest rows show, and the names of the outputs.
-
-    Args: rows: a column a label with 1, 0, -1 (uncertain) or blank, or a single column of class names; task:
-    "auto" takes rows with exactly one 1 each, as ImageNet's thousand columns have, for classes.
+    A single label column holds the class; several hold 1, 0, -1 (uncertain) or blank. Task "auto" takes
+    columns with exactly one 1 in every row for classes.
     Returns: float32 [N, L] with uncertain and blank as 0 (multilabel), or int64 [N] (classes).
     """
-    cells = rows.drop(columns=FACTS, errors="ignore")
+    labels = [column for column in rows if column not in FACTS]
     if task not in ("auto", "multilabel", "classes"):
         fail(f"task is '{task}'; expected auto, multilabel or classes")
-    if cells.shape[1] == 0:
+    if not labels:
         fail(f"{manifest} has no label column; supervised pre-training needs labels")
-    if cells.shape[1] == 1 and task != "multilabel":
-        column = cells.iloc[:, 0]
+    if len(labels) == 1 and task != "multilabel":
+        column = rows[labels[0]]
         for row in column.index[column == ""][:1]:
-            fail(f"{manifest} row {row + 2}: no class in column '{column.name}'")
+            fail(f"{manifest} row {row + 2}: no class in column '{labels[0]}'")
         names = sorted(set(column), key=lambda name: (len(name), name))     # numbers in numeric order
         return column.map({name: place for place, name in enumerate(names)}).to_numpy(np.int64), names
-    known = {"": 0, "0": 0, "1": 1, "-1": 0, "0.0": 0, "1.0": 1, "-1.0": 0}
-    for label in cells:
-        for row in cells.index[~cells[label].isin(known)][:1]:
-            fail(f"{manifest} row {row + 2}: label '{label}' is '{cells.loc[row, label]}'; "
-                 "expected 1, 0, -1 or blank")
-    values = cells.apply(lambda column: column.map(known)).to_numpy(np.float32)
+    values, _ = read_labels(manifest, rows, labels)
     single = values.sum(1) == 1
     if task == "classes" and not single.all():
-        row, n = cells.index[~single][0], values[~single][0].sum()
+        row, n = rows.index[~single][0], values[~single][0].sum()
         fail(f"{manifest} row {row + 2}: {n:.0f} of the classes are 1; task=classes needs exactly one")
-    if task == "multilabel" or not single.all():
-        return values, list(cells)
-    return values.argmax(1), list(cells)
+    return (values, labels) if task == "multilabel" or not single.all() else (values.argmax(1), labels)
 
 
 def label_loss(logits, targets):
@@ -727,16 +818,8 @@ def label_loss(logits, targets):
 def augment(images, u, config):
     """The views of fine-tuning: bilinear crop of area 0.08-1, flip, rotation within 7 degrees, normalised."""
     x = random_resized_crop(images, u, config["crop_scale"], config["img_size"], cubic=False)
-    return normalise(rotate(x, u[:, N_CROP], config["rotation"]), config)
-
-
-def whole_images(images, config):
-    """Images [B, C, H, W], or a list of [C, H, W], stretched to the network's input without augmentation."""
-    if isinstance(images, list):
-        return torch.cat([whole_images(image[None], config) for image in images])
-    zero = torch.zeros(len(images))
-    box = zero, zero, zero + images.shape[2], zero + images.shape[3]
-    return normalise(crop_resize(images, box, zero.bool(), config["img_size"], cubic=False), config)
+    x = normalise(rotate(x, u[:, N_CROP], config["rotation"]), config)
+    return x.contiguous(memory_format=torch.channels_last)                  # a convolution's faster layout
 
 
 def validation_rows(manifest, rows, config):
@@ -747,43 +830,36 @@ def validation_rows(manifest, rows, config):
     return rows.iloc[:config["val_samples"]]
 
 
-@torch.no_grad()
-def validate(model, source, targets, config, amp):
-    """Loss, and mean AUC of the labels with positives and negatives, or accuracy, on un-augmented images."""
+def validate(model, source, targets, n_outputs, config, rank, world_size):
+    """Loss on un-augmented images, and accuracy or the mean AUC of labels with positives and negatives."""
+    from sklearn.metrics import roc_auc_score
     model.eval()
-    logits = []
-    for begin in range(0, len(source), config["batch"]):
-        images = source.batch(np.arange(begin, min(begin + config["batch"], len(source))))
-        with amp():
-            logits.append(model(whole_images(images, config)).float())
+    logits = forward_all(lambda images: model(normalise(resize(images, config["img_size"]), config)),
+                         source, n_outputs, config["batch"], rank, world_size)
     model.train()
-    logits = torch.cat(logits)
     loss = label_loss(logits, targets).item()
     if targets.ndim == 1:
         return dict(val_loss=loss, val_accuracy=(logits.argmax(1) == targets).float().mean().item())
-    ranks, truth = rankdata(logits.cpu().numpy(), axis=0), targets.cpu().numpy()
-    n_pos, n_neg = truth.sum(0), (1 - truth).sum(0)
-    seen = n_pos * n_neg > 0
-    auc = ((ranks * truth).sum(0) - n_pos * (n_pos + 1) / 2)[seen] / (n_pos * n_neg)[seen]
-    return dict(val_loss=loss, val_auc=float(auc.mean()) if seen.any() else None)
+    aucs = [roc_auc_score(truth, score) for truth, score in zip(targets.T, logits.T) if 0 < truth.mean() < 1]
+    return dict(val_loss=loss, **(dict(val_auc=float(np.mean(aucs))) if aucs else {}))
 
 
 def train(config, args, rank, world_size, device):
     """Pre-train. All random numbers of a step depend on (seed, step) alone: a resumed run is the same run."""
     rows = read_manifest(args.manifest, args.split, config["samples"])
     val_rows = validation_rows(args.manifest, rows, config)
-    targets, labels = read_targets(pd.concat([rows, val_rows]), config["task"], args.manifest)
-    targets = torch.tensor(targets, device=device)
-    targets, val_targets = targets[:len(rows)], targets[len(rows):]
+    targets, labels = read_targets(args.manifest, pd.concat([rows, val_rows]), config["task"])
+    targets = torch.tensor(targets)
+    targets, val_targets = targets[:len(rows)].to(device), targets[len(rows):]
     source, val_source = (ImageSource(args.manifest, part, config["in_chans"], device, args.workers)
                           for part in (rows, val_rows))
 
     torch.manual_seed(config["seed"])
-    model = create_model(config, num_classes=len(labels), drop_path_rate=config["drop_path"])
+    model = make_model(config, len(labels), config["drop_path"])
     note = load_backbone(model, config)
-    if world_size > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)              # ResNet
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last)
+    if world_size > 1:
+        model = synchronise_batch_norm(model, device)
     optimizer = torch.optim.AdamW(decay_groups(model), lr=config["lr"], weight_decay=config["wd"], fused=True)
     amp, scaler = autocast(device)
     steps_an_epoch = len(source) // config["batch"]
@@ -806,7 +882,8 @@ def train(config, args, rank, world_size, device):
               f"steps {begun} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
     net = model
     if world_size > 1:
-        net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        net = nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False)
     n_own = config["batch"] // world_size
     micro = args.micro_batch or n_own
     stop, saved, out = catch_sigterm(), time.time(), Path(args.out)
@@ -825,9 +902,8 @@ def train(config, args, rank, world_size, device):
         save_atomic(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
                          scaler=scaler.state_dict(), meter=progress.meter(), **facts), out / "last.pt")
         if step == last_step:
-            head = model.default_cfg["classifier"] + "."
             weights = {name: value.cpu() for name, value in model.state_dict().items()
-                       if not name.startswith(head)}
+                       if not name.startswith(prefixes(model, "classifier"))}
             save_atomic(dict(model=weights, labels=labels, **{key: config[key] for key in (
                 "arch", "model_args", "in_chans", "img_size", "mean", "std")}, **facts), out / "backbone.pt")
 
@@ -859,7 +935,9 @@ def train(config, args, rank, world_size, device):
         epoch = step // steps_an_epoch + 1
         validating = epoch_ends and epoch % config["val_epochs"] == 0 or done == last_step
         validating = validating and len(val_source) > 0
-        scores = validate(model, val_source, val_targets, config, amp) if validating and rank == 0 else {}
+        scores = {}
+        if validating:
+            scores = validate(model, val_source, val_targets, len(labels), config, rank, world_size)
         if done % args.log_steps == 0 or done == last_step or validating:
             progress.line(done, epoch, lr=lr, wd=wd, **scores)
         stopping = any_process(stop["now"])
