@@ -1,0 +1,753 @@
+"""evaluate/metrics.py against scikit-learn, SciPy, hand-worked cases, loops, and the study's published runs."""
+
+import itertools
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn import metrics as sk
+from sklearn.calibration import calibration_curve
+
+from conftest import ROOT, assert_user_error, load_script, run_script
+
+m = load_script("evaluate/metrics.py")
+REPORTED = ROOT / "evaluate" / "reported"
+FIVE = list(m.STUDY5)
+few = settings(deadline=None, max_examples=40, derandomize=True)
+scores = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 8)), min_size=1, max_size=30)     # ties are common
+
+
+def sample(n, labels, patients=None, decimals=3, seed=0, prevalence=0.3):
+    """Labels, informative scores with ties, and patients with several images."""
+    rng = np.random.default_rng(seed)
+    y = (rng.random((n, labels)) < prevalence).astype(int)
+    p = 1 / (1 + np.exp(1 - y - rng.normal(size=y.shape)))
+    return y, p.round(decimals), rng.integers(patients or n, size=n).astype(str)
+
+
+# ------------------------------------------------------------------------------------------------- ranking
+
+@few
+@given(scores)
+def test_auc_is_the_share_of_ordered_pairs_and_sklearns(rows):
+    y, p = np.array(rows).T
+    pairs = [(a > b) + 0.5 * (a == b) for a in p[y == 1] for b in p[y == 0]]
+    if pairs:
+        assert m.auc(y, p / 8) == pytest.approx(np.mean(pairs), abs=1e-12)
+        assert m.auc(y, p / 8) == pytest.approx(sk.roc_auc_score(y, p), abs=1e-12)
+    else:
+        assert np.isnan(m.auc(y, p / 8))
+
+
+def test_auc_by_hand():
+    y = np.array([[1, 0, 1], [0, 0, 0], [1, 0, 0], [0, 0, 1]])
+    p = np.array([[0.9, 0.1, 0.5], [0.5, 0.2, 0.5], [0.5, 0.3, 0.5], [0.1, 0.4, 0.5]])
+    np.testing.assert_array_equal(m.auc(y, p), [3.5 / 4, np.nan, 0.5])
+    np.testing.assert_array_equal(m.auc(y, p, "paper"), [3.5 / 4, 0, 0.5])
+    assert np.isnan(m.auc(np.ones(3), np.arange(3) / 3, "paper"))          # no negatives: skipped, not 0
+
+
+def test_paper_mean_leaves_out_a_truly_inverted_label_and_corrected_keeps_it():
+    y, p = np.array([[1, 1, 0], [0, 0, 0]]), np.array([[0.9, 0.1, 0.5], [0.1, 0.9, 0.5]])
+    assert m.mean_over_labels(m.auc(y, p, "paper"), "paper") == 1
+    assert m.mean_over_labels(m.auc(y, p)) == 0.5
+    assert np.isnan(m.mean_over_labels(np.array([np.nan, np.nan])))
+
+
+@few
+@given(scores)
+def test_average_precision_and_sensitivity_at_specificity_are_sklearns(rows):
+    y, p = np.array(rows).T
+    if y.any():
+        assert m.average_precision(y[:, None], p[:, None])[0] == pytest.approx(sk.average_precision_score(y, p))
+    else:
+        assert np.isnan(m.average_precision(y[:, None], p[:, None])[0])
+    if y.any() and not y.all():
+        fpr, tpr, _ = sk.roc_curve(y, p, drop_intermediate=False)
+        best = [tpr[1 - fpr >= specificity - 1e-9].max() for specificity in (0, 0.5, 0.9, 0.95, 1)]
+        mine = m.sensitivity_at(y[:, None], p[:, None], (0, 0.5, 0.9, 0.95, 1))[:, 0]
+        np.testing.assert_allclose(mine[1:], best[1:])
+
+
+# ----------------------------------------------------------------------------------------------- decisions
+
+def test_decisions_are_strictly_above_the_threshold():
+    y, p = np.array([[1], [0]]), np.array([[0.3], [0.3]])
+    assert m.fnr(y, p, 0.3)[0] == 1 and m.fnr(y, p, 0.29)[0] == 0
+    assert m.mean_accuracy(y, p, 0.3) == m.subset_accuracy(y, p, 0.3) == 0.5
+
+
+def test_rates_are_sklearns():
+    y, p, _ = sample(200, 3)
+    found = m.rates(y, p, np.array([0.2, 0.5, 0.7]))
+    for k, flagged in enumerate((p > [0.2, 0.5, 0.7]).T):
+        assert found["accuracy"][k] == pytest.approx(sk.accuracy_score(y[:, k], flagged))
+        assert found["balanced_accuracy"][k] == pytest.approx(sk.balanced_accuracy_score(y[:, k], flagged))
+        assert found["sensitivity"][k] == pytest.approx(sk.recall_score(y[:, k], flagged))
+        assert found["specificity"][k] == pytest.approx(sk.recall_score(1 - y[:, k], ~flagged))
+        assert found["f1"][k] == pytest.approx(sk.f1_score(y[:, k], flagged))
+    assert m.subset_accuracy(y, p, 0.5) == sk.accuracy_score(y, p > 0.5)
+    np.testing.assert_allclose(m.fnr(y, p, 0.5), 1 - sk.recall_score(y, p > 0.5, average=None))
+
+
+def test_paper_mean_accuracy_rounds_each_label_first():
+    y, p = np.zeros((3, 2), int), np.array([[0.9, 0.9], [0.1, 0.9], [0.1, 0.1]])
+    assert m.mean_accuracy(y, p, 0.5, "paper") == (0.6667 + 0.3333) / 2
+    assert m.mean_accuracy(np.eye(3, 1, dtype=int), np.zeros((3, 1)), 0.5, "paper") == 0.6667
+    assert m.mean_accuracy(np.eye(3, 1, dtype=int), np.zeros((3, 1)), 0.5) == 2 / 3
+
+
+def test_fnr_mean_keeps_a_label_without_misses_and_drops_one_without_positives():
+    y, p = np.array([[1, 1, 0], [1, 0, 0]]), np.array([[0.9, 0.1, 0.1], [0.9, 0.1, 0.1]])
+    np.testing.assert_array_equal(m.fnr(y, p, 0.5), [0, 1, np.nan])
+    assert m.mean_over_labels(m.fnr(y, p, 0.5)) == 0.5
+
+
+@few
+@given(scores)
+def test_chosen_thresholds_are_the_best_of_all_scores(rows):
+    y, p = np.array(rows).T
+    if y.min() == y.max():
+        assert np.isnan(m.choose_threshold(y, p, "f1")) and np.isnan(m.choose_threshold(y, p, "youden"))
+        return
+    def gain(rule, t):
+        found = m.rates(y[:, None], p[:, None], t)
+        return found["f1"][0] if rule == "f1" else found["sensitivity"][0] + found["specificity"][0]
+    for rule in ("f1", "youden"):
+        assert gain(rule, m.choose_threshold(y, p, rule)) == pytest.approx(max(gain(rule, t) for t in p))
+
+
+def test_risk_coverage_area_is_the_mean_risk_of_the_most_certain():
+    y, p, _ = sample(50, 3, decimals=1)
+    certain = sorted(range(50), key=lambda i: (-np.abs(p[i] - 0.5).mean(), i))
+    wrong = (p > 0.5) != y
+    risks = [wrong[certain[:c]].mean() for c in range(1, 51)]
+    assert m.risk_coverage_area(y, p) == pytest.approx(np.mean(risks), abs=1e-12)
+
+
+# --------------------------------------------------------------------------------------------- calibration
+
+def calibration_error_as_written(y, p, threshold):
+    """The released definition, bin by bin, one label."""
+    total, unassigned = 0.0, np.ones(len(p), bool)
+    confidence = np.abs(p - 0.5)
+    right = (p > threshold) == (y == 1)
+    for lower in np.linspace(0, 0.5, 16)[:-1]:
+        inside = unassigned & (confidence >= lower) & (confidence < lower + 1 / 15)
+        unassigned &= ~inside
+        if inside.any():
+            total += inside.sum() * abs(confidence[inside].mean() - right[inside].mean()) / len(p)
+    assert not unassigned.any()
+    return total
+
+
+@pytest.mark.parametrize("decimals", [1, 2, 8])            # coarse scores lie on the edges of bins
+def test_paper_calibration_error_equals_the_loop_as_written(decimals):
+    y, p, _ = sample(400, 3, decimals=decimals)
+    p[:2] = [[0], [1]]
+    expected = [[calibration_error_as_written(y[:, k], p[:, k], t) for k in range(3)] for t in m.THRESHOLDS]
+    np.testing.assert_allclose(m.calibration_error(y, p), expected, atol=1e-12)
+
+
+def test_paper_calibration_error_is_large_for_a_perfect_classifier():
+    y = np.array([[0], [1]] * 50)
+    assert m.calibration_error(y, y * 0.98 + 0.01, [0.5])[0, 0] == pytest.approx(0.51)
+    assert m.ece(y, y * 0.98 + 0.01)[0] == pytest.approx(0.01)
+
+
+def test_ece_and_reliability_are_sklearns_calibration_curve():
+    y, p, _ = sample(500, 1)
+    count, predicted, observed = m.reliability(y[:, 0], p[:, 0])
+    true, mean = calibration_curve(y[:, 0], p[:, 0], n_bins=15)
+    np.testing.assert_allclose(observed[count > 0], true)
+    np.testing.assert_allclose(predicted[count > 0], mean)
+    weight = count[count > 0] / 500
+    assert m.ece(y, p)[0] == pytest.approx((weight * np.abs(true - mean)).sum())
+
+
+def test_adaptive_ece_has_bins_of_equal_count():
+    y, p, _ = sample(152, 2, decimals=1)
+    counts = np.bincount(m.probability_bins(p, adaptive=True)[:, 0], minlength=15)
+    assert counts.max() - counts.min() <= 1 and counts.sum() == 152
+    for k in range(2):
+        order = np.argsort(p[:, k], kind="stable")
+        cells = [order[np.arange(152) * 15 // 152 == b] for b in range(15)]
+        gaps = [len(cell) * abs(p[cell, k].mean() - y[cell, k].mean()) / 152 for cell in cells]
+        assert m.ece(y, p, adaptive=True)[k] == pytest.approx(sum(gaps))
+
+
+def test_temperature_undoes_overconfidence():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20000, 2)) - 1
+    y = (rng.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(int)
+    p = 1 / (1 + np.exp(-3 * logits))
+    fitted = m.fit_temperature(y, p)
+    losses = {t: sk.log_loss(y.ravel(), m.temper(p, t).ravel()) for t in (fitted * 0.99, fitted, fitted * 1.01)}
+    assert min(losses, key=losses.get) == fitted and fitted == pytest.approx(3, rel=0.05)
+    assert m.ece(y, m.temper(p, fitted)).max() < 0.02 < m.ece(y, p).min()
+    np.testing.assert_allclose(m.temper(p, 1), p, atol=1e-8)
+
+
+# ----------------------------------------------------------------------------------------------- referral
+
+def oracle_by_hand(y, p, fractions, cumulative):
+    """Referral image by image: sorted by (uncertainty, row), true labels put in their place."""
+    values, shares, now = [], [], p.copy()
+    for q in fractions:
+        now = now if cumulative else p.copy()
+        for i in sorted(range(len(p)), key=lambda i: (np.abs(now[i] - 0.5).mean(), i))[:int(len(p) * q)]:
+            now[i] = y[i]
+        values.append([sk.roc_auc_score(y[:, k], now[:, k]) for k in range(y.shape[1])])
+        shares.append((now == y).all(1).mean())
+    return values, shares
+
+
+@pytest.mark.parametrize("decimals", [1, 6])
+def test_oracle_auc_equals_referral_image_by_image(decimals):
+    y, p, _ = sample(202, 5, decimals=decimals)
+    p = p.clip(0.01, 0.99)
+    for variant in ("paper", "corrected"):
+        values, shares = m.oracle_auc(y, p, m.FRACTIONS, variant)
+        expected = oracle_by_hand(y, p, m.FRACTIONS, variant == "paper")
+        np.testing.assert_allclose(values, expected[0], atol=1e-12)
+        np.testing.assert_allclose(shares, expected[1], atol=1e-12)
+
+
+def test_nominal_fractions_of_202_images_add_up_in_the_paper():
+    y, p, _ = sample(202, 5)
+    real = [np.round(m.oracle_auc(y, p.clip(0.01, 0.99), m.FRACTIONS, v)[1] * 202) for v in ("paper", "corrected")]
+    np.testing.assert_array_equal(real[0], [0, 10, 30, 60, 100, 150])
+    np.testing.assert_array_equal(real[1], [0, 10, 20, 30, 40, 50])
+
+
+def test_rejection_drops_the_images_that_the_oracle_answers():
+    y, p, _ = sample(100, 3, decimals=6)
+    values, _ = m.oracle_auc(y, p, [0.0, 0.2], how="drop")
+    kept = np.sort(np.argsort(np.abs(p - 0.5).mean(1), kind="stable")[20:])
+    np.testing.assert_allclose(values, [m.auc(y, p), m.auc(y[kept], p[kept])])
+
+
+def test_floating_point_never_refers_one_image_too_few():
+    for n, q in itertools.product(range(1, 40_000, 7), ("0.05", "0.1", "0.15", "0.2", "0.25")):
+        assert int(n * float(q)) == n * Fraction(q) // 1
+
+
+# ---------------------------------------------------------------------------------------------- resampling
+
+@pytest.mark.parametrize("n, patients, decimals", [(300, 80, 2), (60, 20, 8), (40, 6, 1), (5, 1, 1), (1, 1, 1)])
+def test_weighted_ranks_equal_the_naive_loop_over_resamples(n, patients, decimals):
+    y, p, patient = sample(n, 3, patients, decimals, seed=n)
+    index, draws = m.draw_patients(patient, 150)
+    fast = m.auc_draws(y, p, index, draws, chunk=64)
+    sums = m.sum_draws((p - y) ** 2, index, draws, chunk=64)
+    for draw, values, total in zip(draws, fast, sums):
+        rows = np.concatenate([np.flatnonzero(index == i) for i in np.repeat(np.arange(len(draw)), draw)])
+        np.testing.assert_allclose(values, m.auc(y[rows], p[rows]), rtol=0, atol=1e-12)     # NaN where NaN
+        np.testing.assert_allclose(total, ((p - y) ** 2)[rows].sum(0), rtol=1e-12)
+
+
+def test_a_resample_draws_as_many_patients_as_there_are_whatever_the_order_of_the_rows():
+    _, _, patient = sample(100, 1, 30)
+    index, draws = m.draw_patients(patient, 50)
+    assert (draws.sum(1) == len(set(patient))).all() and draws.shape == (50, len(set(patient)))
+    shuffled = np.random.default_rng(0).permutation(100)
+    other, again = m.draw_patients(patient[shuffled], 50)
+    np.testing.assert_array_equal(other, index[shuffled])
+    np.testing.assert_array_equal(again, draws)
+    assert not np.array_equal(m.draw_patients(patient, 50, seed=1)[1], draws)
+
+
+def test_repeating_every_image_of_a_patient_tells_the_bootstrap_nothing_new():
+    y, p, patient = sample(80, 2, 40)
+    one, four = ((np.repeat(y, r, 0), np.repeat(p, r, 0), *m.draw_patients(np.repeat(patient, r), 100)) for r in (1, 4))
+    np.testing.assert_allclose(m.auc_draws(*one), m.auc_draws(*four), atol=1e-12)
+
+
+def test_bootstrap_error_of_the_auc_is_delongs_where_images_are_independent():
+    y, p, patient = sample(600, 1, decimals=8)
+    index, draws = m.draw_patients(np.arange(600), 4000)
+    influence = m.auc_influence(y[:, 0], p[:, 0])
+    assert m.auc_draws(y, p, index, draws).std() == pytest.approx(np.sqrt((influence ** 2).sum()), rel=0.05)
+
+
+def test_test_set_of_the_study_is_resampled_a_thousand_times_in_seconds():
+    y, p, patient = sample(25_596, 14, 2797, decimals=8, prevalence=0.08)
+    start = time.process_time()
+    index, draws = m.draw_patients(patient, 1000)
+    values = m.auc_draws(y, p, index, draws)
+    assert time.process_time() - start < 10             # 0.5 s on an idle core
+    assert values.shape == (1000, 14)
+    rows = np.concatenate([np.flatnonzero(index == i) for i in np.repeat(np.arange(2797), draws[7])])
+    np.testing.assert_allclose(values[7], m.auc(y[rows], p[rows]), rtol=0, atol=1e-12)
+
+
+def test_percentile_interval_is_numpys_quantile_of_the_defined_draws():
+    draws = np.append(np.random.default_rng(0).normal(size=999), np.nan)
+    np.testing.assert_allclose(m.interval(draws), np.nanquantile(draws, [0.025, 0.975]))
+    assert np.isnan(m.interval(np.full(5, np.nan))).all() and np.isnan(m.interval(np.array([]))).all()
+    assert m.interval(np.ones(9), 1.0, np.zeros(4)) == (1, 1)             # BCa has nothing to shift: percentile
+
+
+def test_bca_interval_is_scipys():
+    x = np.random.default_rng(1).exponential(size=40)
+    reference = stats.bootstrap((x,), np.mean, n_resamples=3000, method="BCa", rng=np.random.default_rng(2))
+    mine = m.interval(reference.bootstrap_distribution, x.mean(), (x - x.mean()) / len(x))
+    np.testing.assert_allclose(mine, reference.confidence_interval, rtol=1e-9)
+
+
+def test_influence_is_the_change_of_the_auc_with_an_images_weight():
+    y, p, _ = sample(40, 1, decimals=1)
+    y, p = y[:, 0], p[:, 0]
+    for i in range(40):
+        weight = np.ones(40)
+        weight[i] += 1e-6
+        slope = (sk.roc_auc_score(y, p, sample_weight=weight) - sk.roc_auc_score(y, p)) / 1e-6
+        assert m.auc_influence(y, p)[i] == pytest.approx(slope, abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+def order(a, b):
+    return (a > b) + 0.5 * (a == b)
+
+
+def variance_by_pairs(y, models, cluster):
+    """Obuchowski's covariance of two AUCs from sums over all pairs, one cluster after the other."""
+    positive, negative, names = np.flatnonzero(y == 1), np.flatnonzero(y == 0), sorted(set(cluster))
+    ten, one, areas = [], [], []
+    for p in models:
+        table = np.array([[order(p[i], p[j]) for j in negative] for i in positive])
+        areas.append(table.mean())
+        ten.append([sum(table[a].mean() - areas[-1] for a, i in enumerate(positive) if cluster[i] == c) for c in names])
+        one.append([sum(table[:, b].mean() - areas[-1] for b, j in enumerate(negative) if cluster[j] == c)
+                    for c in names])
+    ten, one, size = np.array(ten), np.array(one), len(names)
+    m10, m01 = len(set(cluster[positive])), len(set(cluster[negative]))
+    s10, s01 = m10 / (m10 - 1) / len(positive) * ten @ ten.T, m01 / (m01 - 1) / len(negative) * one @ one.T
+    s11 = size / (size - 1) * ten @ one.T
+    covariance = s10 / len(positive) + s01 / len(negative) + (s11 + s11.T) / (len(positive) * len(negative))
+    return areas, covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+
+
+@pytest.mark.parametrize("patients", [None, 15])
+def test_delong_equals_the_sums_over_pairs(patients):
+    y, p, patient = sample(60, 2, patients or 60, decimals=1, seed=3)
+    y, cluster = y[:, 0], np.arange(60) if patients is None else patient
+    areas, variance = variance_by_pairs(y, p.T, cluster)
+    found = m.delong(y, p[:, 0], p[:, 1], None if patients is None else patient)
+    assert found["difference"] == pytest.approx(areas[0] - areas[1], abs=1e-12)
+    assert found["se"] == pytest.approx(np.sqrt(variance), rel=1e-9)
+    assert found["p"] == pytest.approx(2 * stats.norm.sf(abs(found["difference"] / found["se"])))
+
+
+def test_independent_delong_is_the_covariance_of_the_placements():
+    y, p, _ = sample(80, 2, decimals=2, seed=5)
+    y = y[:, 0]
+    ten = [[np.mean([order(a, b) for b in q[y == 0]]) for a in q[y == 1]] for q in p.T]
+    one = [[np.mean([order(a, b) for a in q[y == 1]]) for b in q[y == 0]] for q in p.T]
+    covariance = np.cov(ten) / (y == 1).sum() + np.cov(one) / (y == 0).sum()
+    expected = np.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    assert m.delong(y, *p.T)["se"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_clustered_delong_sees_through_repeated_images():
+    y, p, patient = sample(80, 2, decimals=2, seed=5)
+    alone = m.delong(y[:, 0], *p.T)["se"]
+    y, p, patient = np.repeat(y[:, 0], 4), np.repeat(p, 4, 0), np.repeat(np.arange(80), 4)
+    assert m.delong(y, *p.T, patient)["se"] == pytest.approx(alone, rel=1e-9)
+    assert m.delong(y, *p.T)["se"] == pytest.approx(alone / 2, rel=0.02)
+
+
+def test_delong_where_nothing_can_be_told():
+    y, p = np.array([1, 0, 0, 1]), np.array([0.9, 0.2, 0.3, 0.4])
+    assert m.delong(y, p, p)["p"] == 1 and m.delong(y, p, p)["difference"] == 0
+    assert np.isnan(m.delong(np.array([1, 0, 0]), p[:3], p[1:])["p"])      # one positive: no variance
+    with pytest.raises(ValueError, match="positives and negatives"):
+        m.delong(np.zeros(4, int), p, p)
+
+
+def test_holm_by_hand():
+    np.testing.assert_allclose(m.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(m.holm([0.6, np.nan, 0.5]), [1, np.nan, 1])
+    assert len(m.holm([])) == 0
+
+
+def test_holm_rejects_what_the_step_down_procedure_rejects():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p, level = rng.random(8) ** 3, 0.05
+        rejected, ranked = set(), np.argsort(p)
+        for step, i in enumerate(ranked):
+            if p[i] > level / (8 - step):
+                break
+            rejected.add(i)
+        assert rejected == set(np.flatnonzero(m.holm(p) <= level))
+
+
+def test_welch_by_its_formula():
+    left, right = np.array([0.80, 0.82, 0.81, 0.79, 0.83]), np.array([0.78, 0.79, 0.77])
+    a, b = left.var(ddof=1) / 5, right.var(ddof=1) / 3
+    freedom = (a + b) ** 2 / (a ** 2 / 4 + b ** 2 / 2)
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(a + b)
+    expected = (0.03, 0.03 - half, 0.03 + half, 2 * stats.t.sf(0.03 / np.sqrt(a + b), freedom))
+    np.testing.assert_allclose(m.welch(left, right), expected, rtol=1e-9)
+
+
+def test_smallest_detectable_difference_is_found_four_times_in_five():
+    difference = m.smallest_detectable_difference(0.01)
+    assert stats.norm.sf(stats.norm.ppf(0.975) - difference / 0.01) == pytest.approx(0.8)
+    assert difference == pytest.approx(0.028016, abs=1e-6)
+
+
+def test_variance_components_are_recovered():
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(300):
+        values = 0.8 + rng.normal(0, 0.03, 5) + rng.normal(0, 0.02, 5)      # a run, and its luck with the patients
+        draws = values[:, None] + rng.normal(0, 0.04, 400) + rng.normal(0, 0.02, (5, 400))
+        found.append(m.variance_components(values, draws))
+    mean = pd.DataFrame(found).mean()
+    assert mean["patients"] == pytest.approx(0.04 ** 2, rel=0.05)
+    assert mean["interaction"] == pytest.approx(0.02 ** 2, rel=0.05)
+    assert mean["runs"] == pytest.approx(0.03 ** 2, rel=0.1)
+    assert found[0]["se"] ** 2 == pytest.approx(
+        found[0]["patients"] + (found[0]["interaction"] + found[0]["runs"]) / 5)
+
+
+# ---------------------------------------------------------------------------------- the study's published runs
+
+# evaluation.md section 5: cells whose print and published runs differ, (exp, test set, classes or label, number).
+ERRATA2 = {("3.1", "nih_test", "14", "mean"), ("3.1", "nih_test", "14", "sd"),
+           ("1.2", "nih_test", "14", "mean"), ("1.1", "nih_test", "14", "sd")}
+ERRATA3 = {("3.1", "chexpert_valid", "Consolidation", "sd"), ("3.3", "chexpert_valid", "Cardiomegaly", "mean"),
+           ("2.1", "chexpert_valid", "Consolidation", "sd"), ("3.1", "chexpert_valid", "Edema", "mean"),
+           ("3.1", "chexpert_valid", "Edema", "sd"),
+           # 0.0105 printed, 0.010449 computed: the published labels have 4 decimals, so the last digit is open.
+           ("3.1", "chexpert_valid", "Cardiomegaly", "sd")}
+
+
+def reported(name):
+    return pd.read_csv(REPORTED / name, dtype=str)
+
+
+@pytest.mark.parametrize("table, key, label, errata, cells", [
+    ("table2.csv", ["exp", "testset", "classes"], "mean", ERRATA2, 60),
+    ("table3.csv", ["exp", "testset", "label"], None, ERRATA3, 35)])
+def test_printed_mean_and_sd_come_out_of_the_published_runs(table, key, label, errata, cells):
+    runs = reported("raw_runs_auc.csv").astype({"auc": float})
+    runs = runs[runs.label == "mean"] if label else runs[runs.classes == "5"]
+    runs = runs.groupby(key).auc.agg(["mean", lambda values: values.std(ddof=1)]).set_axis(["mean", "sd"], axis=1)
+    both = runs.join(reported(table).set_index(key), how="inner")
+    differ = {(*cell, number) for cell, row in both.iterrows() for number in ("mean", "sd")
+              if f"{row[number]:.4f}" != row[f"auc_{number}"].ljust(6, "0")}
+    assert len(both) == cells and differ == errata
+
+
+def test_published_means_are_means_over_the_labels_with_an_auc_above_zero():
+    runs = reported("raw_runs_auc.csv").astype({"auc": float}).pivot(
+        index=["exp", "seed", "testset", "classes"], columns="label", values="auc")
+    labels = runs.drop(columns="mean").to_numpy()
+    assert (labels == 0).any(1).sum() == (runs.index.get_level_values("testset").isin(["vindr_test", "padchest"])).sum()
+    np.testing.assert_allclose(m.mean_over_labels(labels, "paper"), runs["mean"], atol=6e-5)      # labels: 4 decimals
+
+
+def test_published_oracle_auc_without_referral_is_the_mean_auc():
+    oracle = reported("raw_runs_oracle.csv").astype({"referred": float, "oracle_auc": float})
+    means = reported("raw_runs_auc.csv").query("label == 'mean' and classes == '5'").astype({"auc": float})
+    both = oracle[oracle.referred == 0].merge(means, on=["exp", "seed", "testset"])
+    assert len(both) == 224
+    np.testing.assert_allclose(both.oracle_auc, both.auc, atol=6e-5)
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+def predictions(path, labels=FIVE, n=120, patients=60, seed=0, **columns):
+    """Write a predictions file; returns its DataFrame."""
+    y, p, patient = sample(n, len(labels), patients, 6, seed)
+    frame = pd.DataFrame({"path": [f"images/{i:04d}.png" for i in range(n)], "patient": patient,
+                          **{f"true_{label}": y[:, k] for k, label in enumerate(labels)},
+                          **{f"prob_{label}": p[:, k] for k, label in enumerate(labels)}, **columns})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(path, index=False)
+    return frame
+
+
+def run_folder(root, exp="3.4", seed=0):
+    return root / "runs" / exp / "predictions" / f"seed{seed}"
+
+
+def command(monkeypatch, tmp_path, *args, bootstrap=50):
+    """Run main() here; returns metrics.csv with every cell as text."""
+    out = tmp_path / "metrics.csv"
+    argv = ["metrics.py", *map(str, args), "--out", str(out), "--bootstrap", str(bootstrap)]
+    monkeypatch.setattr(sys, "argv", argv)
+    m.main()
+    return pd.read_csv(out, dtype=str, keep_default_na=False)
+
+
+def cell(table, metric, variant="corrected", label="", threshold="", **where):
+    rows = table[(table.metric == metric) & (table.variant == variant) & (table.label == label)
+                 & (table.threshold == threshold)]
+    for name, value in where.items():
+        rows = rows[rows[name] == value]
+    assert len(rows) == 1, rows
+    return float(rows.value.iloc[0] or "nan")
+
+
+def test_nih_is_scored_with_14_and_with_5_labels_and_the_path_tells_the_run(monkeypatch, tmp_path):
+    frame = predictions(run_folder(tmp_path, "3.4", 11) / "nih_test.csv", m.NIH14)
+    table = command(monkeypatch, tmp_path, run_folder(tmp_path, "3.4", 11) / "nih_test.csv")
+    assert list(table.columns) == m.COLUMNS
+    assert set(zip(table.exp, table.seed, table.dataset)) == {("3.4", "11", "nih_test")}
+    for labels in (m.NIH14, FIVE):
+        expected = [sk.roc_auc_score(frame[f"true_{label}"], frame[f"prob_{label}"]) for label in labels]
+        for variant in ("paper", "corrected"):
+            assert cell(table, "auc_mean", variant, labels=str(len(labels))) == pytest.approx(np.mean(expected))
+    assert cell(table, "auc", label="Edema", labels="14") == cell(table, "auc", label="Edema", labels="5")
+    assert not table.duplicated(["labels", "metric", "variant", "label", "threshold"]).any()
+
+
+def test_every_metric_of_the_contract_is_written_with_its_thresholds(monkeypatch, tmp_path):
+    frame = predictions(run_folder(tmp_path) / "chexpert_valid.csv")
+    table = command(monkeypatch, tmp_path, run_folder(tmp_path) / "chexpert_valid.csv")
+    y, p = (frame[[f"{kind}_{label}" for label in FIVE]].to_numpy() for kind in ("true", "prob"))
+    for t in ("0.1", "0.2", "0.3", "0.4", "0.5"):
+        accuracy = [sk.accuracy_score(y[:, k], p[:, k] > float(t)) for k in range(5)]
+        assert cell(table, "mean_accuracy", threshold=t) == pytest.approx(np.mean(accuracy))
+        assert cell(table, "mean_accuracy", "paper", threshold=t) == pytest.approx(np.mean(np.round(accuracy, 4)))
+        for variant in ("paper", "corrected"):
+            assert cell(table, "subset_accuracy", variant, threshold=t) == pytest.approx(
+                sk.accuracy_score(y, p > float(t)))
+            assert cell(table, "fnr", variant, threshold=t) == pytest.approx(
+                1 - sk.recall_score(y, p > float(t), average="macro"))
+        expected = [calibration_error_as_written(y[:, k], p[:, k], float(t)) for k in range(5)]
+        assert cell(table, "calibration_error", "paper", threshold=t) == pytest.approx(np.mean(expected))
+    for variant in ("paper", "corrected"):
+        values, _ = oracle_by_hand(y, p, m.FRACTIONS, variant == "paper")
+        for q, value in zip(m.FRACTIONS, values):
+            assert cell(table, "oracle_auc", variant, threshold=f"{q:g}") == pytest.approx(np.mean(value))
+    assert cell(table, "auprc") == pytest.approx(sk.average_precision_score(y, p, average="macro"))
+    brier = [sk.brier_score_loss(y[:, k], p[:, k]) for k in range(5)]
+    assert cell(table, "brier") == pytest.approx(np.mean(brier))
+    count = table[(table.metric == "reliability_images") & (table.label == "Edema")].value.astype(float)
+    assert count.sum() == 120
+    assert {"ece", "adaptive_ece", "rejection_auc", "risk_coverage_area", "oracle_auc_by_label", "balanced_accuracy",
+            "sensitivity_at_specificity_0.9", "sensitivity_at_specificity_0.95", "referred"} <= set(table.metric)
+
+
+def test_intervals_are_quantiles_over_resampled_patients(monkeypatch, tmp_path):
+    path = run_folder(tmp_path) / "padchest.csv"
+    frame = predictions(path)
+    table = command(monkeypatch, tmp_path, path, bootstrap=200)
+    index, draws = m.draw_patients(frame.patient.to_numpy(str), 200)
+    y, p = (frame[[f"{kind}_{label}" for label in FIVE]].to_numpy() for kind in ("true", "prob"))
+    values = {"auc_mean": [], "fnr": [], "subset_accuracy": [], "brier": [], "balanced_accuracy": []}
+    for draw in draws:
+        rows = np.repeat(np.arange(120), draw[index])
+        yy, pp = y[rows], p[rows]
+        values["auc_mean"].append(m.mean_over_labels(m.auc(yy, pp)))
+        values["fnr"].append(m.mean_over_labels(m.fnr(yy, pp, 0.3)))
+        values["subset_accuracy"].append(m.subset_accuracy(yy, pp, 0.3))
+        values["brier"].append(((pp - yy) ** 2).mean())
+        values["balanced_accuracy"].append(m.mean_over_labels(m.rates(yy, pp, 0.3)["balanced_accuracy"]))
+    for metric, expected in values.items():
+        threshold = "" if metric in ("auc_mean", "brier") else "0.3"
+        row = table[(table.metric == metric) & (table.variant == "corrected") & (table.label == "")
+                    & (table.threshold == threshold)].iloc[0]
+        np.testing.assert_allclose([float(row.ci_low), float(row.ci_high)],
+                                   np.quantile(expected, [0.025, 0.975]), atol=1e-9)
+
+
+def test_bca_moves_the_intervals_of_the_auc_alone(monkeypatch, tmp_path):
+    path = run_folder(tmp_path) / "padchest.csv"
+    predictions(path)
+    plain = command(monkeypatch, tmp_path, path)
+    bca = command(monkeypatch, tmp_path, path, "--interval", "bca")
+    moved = set(bca.metric[(bca != plain).any(axis=1)])
+    assert moved == {"auc", "auc_mean"} and bca.value.equals(plain.value)
+
+
+def test_a_label_without_positives_is_an_empty_cell_and_the_mean_is_over_four(monkeypatch, tmp_path, capsys):
+    path = run_folder(tmp_path) / "vindr_test.csv"
+    frame = predictions(path, true_Edema=0)
+    table = command(monkeypatch, tmp_path, path)
+    four = [sk.roc_auc_score(frame[f"true_{x}"], frame[f"prob_{x}"]) for x in FIVE if x != "Edema"]
+    assert cell(table, "auc_labels") == 4 and cell(table, "auc", "paper", "Edema") == 0
+    for variant in ("paper", "corrected"):
+        assert cell(table, "auc_mean", variant) == pytest.approx(np.mean(four))
+    row = table[(table.metric == "auc") & (table.variant == "corrected") & (table.label == "Edema")].iloc[0]
+    assert row.value == row.ci_low == row.ci_high == ""
+    assert "mean of 5 over 4: Atelectasis, Cardiomegaly, Consolidation, Effusion" in capsys.readouterr().out
+    assert cell(table, "undefined_resamples", label="Edema") == 1
+
+
+def test_other_spellings_and_other_peoples_labels_are_understood(monkeypatch, tmp_path, capsys):
+    assert [m.nih_name(x) for x in ("Pleural Effusion", "pleural effusion", "EDEMA", "Pleural thickening",
+                                    "Covid")] == ["Effusion", "Effusion", "Edema", "Pleural_Thickening", "Covid"]
+    spelt = ["atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural effusion", "Fracture"]
+    predictions(tmp_path / "a.csv", spelt)
+    flags = ["--exp", "x", "--seed", "0", "--dataset", "here"]
+    table = command(monkeypatch, tmp_path, tmp_path / "a.csv", *flags)
+    assert set(table.labels) == {"5"} and set(table.label) == {"", *FIVE}
+    assert "not scored: Fracture" in capsys.readouterr().out
+    predictions(tmp_path / "b.csv", ["Pneumonia"])
+    table = command(monkeypatch, tmp_path, tmp_path / "b.csv", *flags)
+    assert set(table.labels) == {"1"} and set(table.dataset) == {"here"}
+
+
+def test_thresholds_and_temperature_come_from_the_validation_file(monkeypatch, tmp_path):
+    folder = run_folder(tmp_path)
+    test, val = predictions(folder / "padchest.csv"), predictions(folder / "nih_val.csv", m.NIH14, n=200, seed=5)
+    table = command(monkeypatch, tmp_path, folder / "padchest.csv", folder / "nih_val.csv")
+    assert not table[table.dataset == "nih_val"].metric.str.contains("youden|temperature").any()
+    t = m.choose_threshold(val.true_Edema.to_numpy(), val.prob_Edema.to_numpy(), "youden")
+    assert cell(table, "threshold_youden", label="Edema", dataset="padchest") == pytest.approx(t)
+    assert cell(table, "sensitivity_youden", label="Edema", dataset="padchest") == pytest.approx(
+        sk.recall_score(test.true_Edema, test.prob_Edema > t))
+    y, p = (val[[f"{kind}_{label}" for label in m.NIH14]].to_numpy() for kind in ("true", "prob"))
+    assert cell(table, "temperature", dataset="padchest") == pytest.approx(m.fit_temperature(y, p))
+    (folder / "nih_val.csv").rename(tmp_path / "val.csv")
+    given = command(monkeypatch, tmp_path, folder / "padchest.csv", "--validation", tmp_path / "val.csv")
+    pd.testing.assert_frame_equal(given, table[table.dataset == "padchest"].reset_index(drop=True))
+    assert not command(monkeypatch, tmp_path, folder / "padchest.csv").metric.str.contains("youden").any()
+
+
+def test_subgroups_are_scored_apart_with_the_gap_between_them(monkeypatch, tmp_path):
+    path = run_folder(tmp_path) / "chexpert_valid.csv"
+    frame = predictions(path)
+    rng = np.random.default_rng(0)
+    people = pd.DataFrame({"path": frame.path, "sex": rng.choice(["F", "M", ""], 120), "age": rng.integers(20, 95, 120),
+                           "race": rng.choice(["White, non-Hispanic", "White", "Black or African American"], 120)})
+    people.sample(frac=1, random_state=0).to_csv(tmp_path / "manifest.csv", index=False)
+    table = command(monkeypatch, tmp_path, path, "--manifest", tmp_path / "manifest.csv")
+    groups = {"sex=F": people.sex == "F", "sex=M": people.sex == "M", "race=White": people.race.str.startswith("White"),
+              "race=Black": people.race.str.startswith("Black"), "age=<=40": people.age <= 40,
+              "age=41-60": people.age.between(41, 60), "age=61-80": people.age.between(61, 80), "age=>80": people.age > 80}
+    found = {}
+    for name, here in groups.items():
+        assert cell(table, f"images[{name}]") == here.sum()
+        found[name] = sk.roc_auc_score(frame.true_Edema[here], frame.prob_Edema[here])
+        assert cell(table, f"auc[{name}]", label="Edema") == pytest.approx(found[name])
+    ages = [value for name, value in found.items() if name.startswith("age")]
+    assert cell(table, "auc_gap[age]", label="Edema") == pytest.approx(max(ages) - min(ages))
+    assert cell(table, "auc_gap[sex]", label="Edema") == pytest.approx(abs(found["sex=F"] - found["sex=M"]))
+
+
+def test_result_does_not_depend_on_the_number_of_processes_and_zero_resamples_are_no_intervals(monkeypatch, tmp_path):
+    paths = [run_folder(tmp_path, exp, seed) / "padchest.csv" for exp in ("2.2", "3.4") for seed in (0, 11)]
+    for i, path in enumerate(paths):
+        predictions(path, seed=i)
+    one = command(monkeypatch, tmp_path, *paths, "--workers", "1")
+    pd.testing.assert_frame_equal(one, command(monkeypatch, tmp_path, *paths, "--workers", "2"))
+    bare = command(monkeypatch, tmp_path, *paths, bootstrap=0)
+    assert (bare.ci_low == "").all() and bare.value.isin(one.value).all()
+
+
+def test_constant_scores_and_two_images(monkeypatch, tmp_path):
+    path = run_folder(tmp_path) / "padchest.csv"
+    predictions(path, **{f"prob_{label}": 0.5 for label in FIVE})
+    assert cell(command(monkeypatch, tmp_path, path), "auc_mean") == 0.5
+    path.write_text("path,patient,true_Edema,prob_Edema\na,,1,0.9\nb,,0,0.2\n")
+    table = command(monkeypatch, tmp_path, path)
+    assert cell(table, "auc_mean") == 1 and cell(table, "patients") == 2       # a blank patient is one of his own
+
+
+def test_always_negative_on_the_hand_labelled_images(shared, monkeypatch, tmp_path):
+    """The "random guess" of Table 7 is the share of negatives on the 202 frontal images."""
+    frame = pd.read_csv(shared / "fixtures" / "chexpert" / "valid_frontal_author.csv")
+    names = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
+    patient = frame["Path"].str.extract(r"(patient\d+)")[0]
+    rows = pd.DataFrame({"path": frame["Path"], "patient": patient, **{f"true_{x}": frame[x] for x in names},
+                         **{f"prob_{x}": 0.0 for x in names}})
+    path = run_folder(tmp_path) / "chexpert_valid.csv"
+    path.parent.mkdir(parents=True)
+    rows.to_csv(path, index=False)
+    table = command(monkeypatch, tmp_path, path)
+    printed = reported("table7_random_guess.csv").set_index("label").accuracy
+    assert len(printed) == 5 and cell(table, "images") == 202 and cell(table, "patients") == 200
+    for label, value in printed.items():
+        assert f"{cell(table, 'random_guess_accuracy', 'paper', label):.4f}" == value
+        prevalence = 1 - cell(table, "always_negative_accuracy", label=label)
+        assert cell(table, "random_guess_accuracy", label=label) == pytest.approx(prevalence ** 2 + (1 - prevalence) ** 2)
+    assert f"{cell(table, 'always_negative_accuracy'):.4f}" == "0.7238"                  # erratum 16
+    assert f"{cell(table, 'always_negative_subset_accuracy'):.4f}" == "0.3663"
+    assert cell(table, "subset_accuracy", threshold="0.5") == cell(table, "always_negative_subset_accuracy")
+
+
+# ------------------------------------------------------------------------------------------- users' mistakes
+
+BASE = "path,patient,true_Edema,prob_Edema\na,1,1,0.9\nb,2,0,0.2\n"
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", ["a.csv", "no CSV table"]),
+    ("path,patient,true_Edema,prob_Edema\n", ["a.csv", "no rows"]),
+    ("patient,true_Edema,prob_Edema\n1,1,0.9\n", ["no column 'path'"]),
+    ("path,true_Edema,prob_Edema\na,1,0.9\n", ["no column 'patient'"]),
+    ("path,patient\na,1\n", ["true_<label>"]),
+    (BASE.replace(",prob_Edema", ",prob_Mass"), ["true_Edema but no prob_Edema"]),
+    ("path,patient,true_Edema,prob_Edema,prob_Mass\na,1,1,0.9,0.1\n", ["prob_Mass but no true_Mass"]),
+    (BASE.replace("0.9", "nan"), ["row 1", "prob_Edema is 'nan'", "0 to 1"]),
+    (BASE.replace("0.2", ""), ["row 2", "prob_Edema is ''"]),
+    (BASE.replace("0.2", "1.2"), ["row 2", "prob_Edema is '1.2'"]),
+    (BASE.replace("b,2,0", "b,2,-1"), ["row 2", "true_Edema is '-1'", "0 or 1"]),
+    (BASE.replace("b,2,0", "b,2,yes"), ["row 2", "true_Edema is 'yes'"]),
+    (BASE.replace("b,2", "a,2"), ["row 2", "image 'a'", "twice"]),
+    (BASE.replace("b,2,0", "b,2,1"), ["both positives and negatives"]),
+    ("path,patient,true_Edema,prob_Edema\na,1,1,0.9\n", ["both positives and negatives"]),
+    ("path,patient,true_Effusion,true_Pleural Effusion,prob_Effusion,prob_Pleural Effusion\na,1,1,1,1,1\n",
+     ["Effusion", "two spellings"])])
+def test_a_mistake_in_the_file_is_one_sentence(text, said, monkeypatch, tmp_path, capsys):
+    path = run_folder(tmp_path) / "a.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, tmp_path, path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: {path}") and error.count("\n") == 1
+    assert all(fragment in error for fragment in said), error
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_a_mistake_in_the_call_is_one_sentence(monkeypatch, tmp_path, capsys):
+    here, there = run_folder(tmp_path) / "padchest.csv", run_folder(tmp_path, "2.2") / "padchest.csv"
+    predictions(here), predictions(there), predictions(tmp_path / "loose.csv")
+    pd.DataFrame({"path": ["images/0001.png"], "sex": ["F"]}).to_csv(tmp_path / "manifest.csv", index=False)
+    (tmp_path / "file").write_text("")
+    for args, said in [
+            ([tmp_path / "absent.csv", "--exp", "1", "--seed", "0", "--dataset", "d"], "does not exist"),
+            ([tmp_path / "loose.csv"], "give --exp, --seed and --dataset"),
+            ([tmp_path / "loose.csv", "--exp", "1"], "give --exp, --seed and --dataset"),
+            ([here, here], "is a second file of exp 3.4, seed 0, padchest"),
+            ([here, there, "--validation", here], "belongs to one run"),
+            ([here, "--manifest", tmp_path / "manifest.csv"], "row 1: image 'images/0000.png' is in no manifest"),
+            ([here, "--manifest", tmp_path / "none.csv"], "none.csv does not exist"),
+            ([here, "--out", tmp_path / "file" / "m.csv"], "cannot be written")]:
+        monkeypatch.setattr(sys, "argv", ["metrics.py", "--out", str(tmp_path / "m.csv"), "--bootstrap", "9",
+                                          *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            m.main()
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+        assert said in error, error
+
+
+def test_the_command_needs_no_torch_and_fails_politely(tmp_path):
+    path = run_folder(tmp_path) / "padchest.csv"
+    predictions(path)
+    code = ("import runpy, sys; sys.modules['torch'] = None; sys.argv = ['metrics.py'] + sys.argv[1:]; "
+            "runpy.run_path(sys.argv.pop(1), run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, ROOT / "evaluate" / "metrics.py", path, "--out",
+                           tmp_path / "out" / "metrics.csv", "--bootstrap", "20"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "metrics.csv").read_text().startswith(",".join(m.COLUMNS) + "\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.csv"]
+    path.write_text(BASE.replace("0.9", "-0.1"))
+    assert_user_error(run_script("evaluate/metrics.py", path, "--out", tmp_path / "m.csv"), str(path), "row 1", "-0.1")
