@@ -1,4 +1,4 @@
-"""Prediction: the probability of every label of a trained classifier, for a packed test set or a folder of files.
+"""Prediction: a trained classifier's probability of every label, for packed test sets or a folder of files.
 
     python evaluate/predict.py --checkpoint runs/3.4/finetune/seed0/classifier.pt \\
         --manifest data/nih/manifest.csv --split test --out runs/3.4/predictions/seed0/nih_test.csv
@@ -6,8 +6,8 @@
     python evaluate/predict.py --checkpoint classifier.pt --set nih_test=data/nih/manifest.csv:test \\
         --set padchest=data/padchest/manifest.csv:test --out runs/3.4/predictions/seed0
 
-Reads   classifier.pt (of finetune/classify.py) and manifest.csv (+ images.npy beside it; without it the images
-        named in `path`), or PNG, JPEG, TIFF and DICOM files anywhere below a folder, stretched as packing does.
+Reads   classifier.pt (of finetune/classify.py) and manifest.csv (+ images.npy beside it; without it the
+        images named in `path`), or PNG, JPEG, TIFF and DICOM files below a folder, stretched as packing does.
 Writes  --out: path, patient, true_<label> and prob_<label> of the labels that the manifest has under any of
         their spellings ("Pleural Effusion" is Effusion), uncertain and blank counting as 0; without any such
         column, prob_<label> of all. With --set, --out is a folder of <name>.csv.
@@ -296,7 +296,7 @@ def load_classifier(file, device):
     keys = ("model", "arch", "model_args", "in_chans", "img_size", "mean", "std", "labels")
     absent = [key for key in keys if not isinstance(facts, dict) or key not in facts]
     if absent:
-        fail(f"{file} has no '{absent[0]}', so it is no classifier; give a classifier.pt of finetune/classify.py")
+        fail(f"{file} is no classifier, it has no '{absent[0]}'; give a classifier.pt of classify.py")
     model = make_model(facts, len(facts["labels"]))
     try:
         model.load_state_dict(facts["model"])
@@ -306,7 +306,7 @@ def load_classifier(file, device):
 
 
 def views(images, size, crops):
-    """Test views of a batch, each float [B, C, size, size]: the whole image, or ten crops of 256/224 of it."""
+    """Test views of a batch, each float [B, C, size, size]: the whole image, or ten crops of a larger one."""
     if crops == 1:
         return [resize(images, size)]
     x = resize(images, round(size * 256 / 224))
@@ -352,7 +352,7 @@ def is_dicom(file):
 
 
 def read_dicom(file):
-    """What a viewer shows: VOI LUT, window or the 0.5-99.5 percentiles; MONOCHROME1 inverted. uint8 [H, W]."""
+    """A DICOM image as displayed: VOI LUT, window or 0.5-99.5 percentiles, MONOCHROME1 inverted; uint8."""
     import pydicom                                      # loads slowly, and only folders have such files
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
     ds = pydicom.dcmread(file, force=True)
@@ -396,8 +396,8 @@ class FolderSource(ImageSource):
             try:
                 image = Image.fromarray(read_dicom(self.files[index]))
             except Exception as problem:                # pydicom and its decoders raise what they like
-                fail(f"{self.files[index]} cannot be read as an image ({' '.join(str(problem).split())[:200]}); "
-                     "take it out of the folder")
+                reason = " ".join(str(problem).split())[:200]
+                fail(f"{self.files[index]} cannot be read as an image ({reason}); take it out of the folder")
         else:
             pixels = super().read(index)
             image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
@@ -446,7 +446,7 @@ def main():
     what.add_argument("--set", action="append", metavar="NAME=FILE:SPLIT", help="a manifest and its split; "
                       "may be repeated, --out is then a folder")
     add("--split", default="test", help="splits of --manifest, comma-separated, or all (default test)")
-    add("--out", required=True, metavar="FILE", help="predictions.csv to write; its folder is made if need be")
+    add("--out", required=True, metavar="FILE", help="predictions to write; the folder is made if need be")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--test-crops", type=int, choices=[1, 10], default=1, help="views averaged an image (default 1)")
     add("--batch", type=int, default=64, metavar="N", help="images a pass (default 64)")
@@ -467,7 +467,8 @@ def main():
             if args.images:
                 source = FolderSource(args.images, facts["img_size"], facts["in_chans"], device, args.workers)
                 known = {}
-                rows = pd.DataFrame({"path": [path.relative_to(args.images).as_posix() for path in source.files]})
+                paths = [path.relative_to(args.images).as_posix() for path in source.files]
+                rows = pd.DataFrame({"path": paths})
             else:
                 rows = read_manifest(manifest, split)
                 known = truth(manifest, rows, facts["labels"])

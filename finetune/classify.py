@@ -1,9 +1,9 @@
 """Fine-tuning: a network with any start learns the labels of radiographs by one of the study's recipes.
 
-A recipe is a block of values in RECIPES: a and b follow Ma et al., "Benchmarking and boosting transformers for
-medical image classification" (DART 2022), deit follows Marikkar et al., "LT-ViT" (ICIP 2023), resnet follows
-Hosseinzadeh Taher et al., "A systematic benchmarking analysis of transfer learning for medical image analysis"
-(DART 2021). Every seed is a run of its own; several are trained one after the other.
+A recipe is a block of values: a and b are those of Ma et al., "Benchmarking and boosting transformers for
+medical image classification" (DART 2022), deit that of Marikkar et al., "LT-ViT" (ICIP 2023), resnet that of
+Hosseinzadeh Taher et al., "A systematic benchmarking analysis of transfer learning for medical image
+analysis" (DART 2021). Every seed is a run of its own; several are trained one after the other.
 
     torchrun --nproc_per_node=4 finetune/classify.py --exp 3.4                 all seeds of a row, on 4 GPUs
     python finetune/classify.py --init weights.pth --train my/manifest.csv --out my/run --seeds 0
@@ -911,9 +911,9 @@ def auc(truth, score):
     return float(roc_auc_score(truth, score)) if 0 < truth.sum() < len(truth) else None
 
 
-def scores(logits, data, labels, pos_weight=None):
+def scores(logits, data, labels):
     """val_loss, val_auc (mean over labels with both classes; None if there is none), val_auc_<label>."""
-    loss = label_loss(logits, data.values, data.known, pos_weight).item() / max(1, data.known.sum().item())
+    loss = label_loss(logits, data.values, data.known).item() / max(1, data.known.sum().item())
     columns = zip(data.values.numpy().T, logits.numpy().T, data.known.numpy().T > 0)
     aucs = [auc(values[known], column[known]) for values, column, known in columns]
     defined = [value for value in aucs if value is not None]
@@ -921,21 +921,33 @@ def scores(logits, data, labels, pos_weight=None):
                 **{f"val_auc_{label}": value for label, value in zip(labels, aucs)})
 
 
-def validate(model, val, config, pos_weight, rank, world_size):
+def validate(model, val, config, out, step, epoch, rank, world_size):
     """Scores of all validation images, the same in every process; in fp32, where AUC has no false ties."""
+    labels = config["label_names"]
     model.eval()
-    logits = forward_all(lambda images: model(validation_view(images, config)), val.source,
-                         len(config["label_names"]), config["batch"], rank, world_size)
+    logits = forward_all(lambda images: model(validation_view(images, config)), val.source, len(labels),
+                         config["batch"], rank, world_size)
     model.train()
-    return scores(logits, val, config["label_names"], pos_weight)
+    facts = scores(logits, val, labels)
+    if rank == 0:
+        with open(out / "log.jsonl", "a") as log:
+            log.write(json.dumps(dict(step=step, epoch=epoch, **facts, time=time.time())) + "\n")
+        mean = "undefined" if facts["val_auc"] is None else f"{facts['val_auc']:.4f}"
+        print(f"epoch {epoch}  val_loss {facts['val_loss']:.4f}  val_auc {mean}", flush=True)
+    return facts
 
 
-def log_validation(out, step, epoch, facts):
-    """The scores of an epoch: all in log.jsonl, loss and mean AUC on the terminal."""
-    with open(out / "log.jsonl", "a") as log:
-        log.write(json.dumps(dict(step=step, epoch=epoch, **facts, time=time.time())) + "\n")
-    mean = "undefined" if facts["val_auc"] is None else f"{facts['val_auc']:.4f}"
-    print(f"epoch {epoch}  validation loss {facts['val_loss']:.4f}  mean AUC {mean}", flush=True)
+def judge(best, facts, epoch, config):
+    """Note the scores of an epoch in `best`; returns whether it is the best epoch so far."""
+    value = facts["val_auc"] if config["select"] == "auc" else -facts["val_loss"]
+    if value is None:
+        fail("no label has both classes among the validation images, hence no AUC; use --select loss")
+    best["stale"] = 0 if facts["val_loss"] < best["val_loss"] else best["stale"] + 1
+    best["val_loss"] = min(best["val_loss"], facts["val_loss"])
+    if not value > best["value"]:
+        return False
+    best.update(value=value, epoch=epoch)
+    return True
 
 
 def draw_curve(out, steps_an_epoch):
@@ -948,7 +960,8 @@ def draw_curve(out, steps_an_epoch):
     for axis, key, name in ((axes[0], "loss", "training"), (axes[0], "val_loss", "validation"),
                             (axes[1], "val_auc", None), (axes[2], "lr", None)):
         points = [(line["step"] / steps_an_epoch, line[key]) for line in lines if line.get(key) is not None]
-        axis.plot([x for x, _ in points], [y for _, y in points], "." * key.startswith("val") + "-", label=name)
+        style = ".-" if key.startswith("val") else "-"
+        axis.plot([epoch for epoch, _ in points], [value for _, value in points], style, label=name)
     for axis, title in zip(axes, ("loss", "mean validation AUC", "learning rate")):
         axis.set(title=title, xlabel="epoch")
     axes[0].legend(frameon=False)
@@ -977,15 +990,14 @@ def export(model, config, step, epoch, path):
                      step=step, epoch=epoch, config=config), path)
 
 
-def positive_weight(wanted, values, known):
-    """pos_weight of the loss, float [K] or None, from its key and the labels [N, K] of the training images."""
+def positive_weight(wanted, values, known, device):
+    """pos_weight of the loss, float [K] or None, from its key and the training images' labels [N, K]."""
     if wanted is None:
         return None
     if wanted == "balanced":
-        positive, negative = (values * known).sum(0), ((1 - values) * known).sum(0)
-        return negative.clamp(min=1) / positive.clamp(min=1)
+        wanted = ((1 - values) * known).sum(0).clamp(min=1) / (values * known).sum(0).clamp(min=1)
     try:
-        return torch.tensor(wanted, dtype=torch.float32).expand(values.shape[1])
+        return torch.as_tensor(wanted, dtype=torch.float32, device=device).expand(values.shape[1])
     except (RuntimeError, TypeError, ValueError):
         fail(f"pos_weight is {wanted!r}; expected balanced, a number or {values.shape[1]} numbers")
 
@@ -1021,8 +1033,7 @@ def train(config, data, val, chosen, args, rank, world_size, device):
         plateau.load_state_dict(state["plateau"])
     elif config["schedule"] == "cosine":
         set_rate(optimizer, learning_rate(0, config))
-    pos_weight = positive_weight(config["pos_weight"], data.values[chosen], data.known[chosen])
-    on_device = pos_weight if pos_weight is None else pos_weight.to(device)
+    pos_weight = positive_weight(config["pos_weight"], data.values[chosen], data.known[chosen], device)
     progress = Progress(out, last_step, begun, batch, rank == 0, state and state["meter"])
     if rank == 0:
         print(f"{out}: {note}; {sum(p.numel() for p in model.parameters()):,} parameters; "
@@ -1034,7 +1045,7 @@ def train(config, data, val, chosen, args, rank, world_size, device):
     net = torch.compile(ddp) if args.compile else ddp
     largest_share = math.ceil(batch / world_size)
     n_parts = math.ceil(largest_share / (args.micro_batch or largest_share))
-    stop, saved = catch_sigterm(), time.time()
+    saved = time.time()
 
     def plans():
         for step in range(begun, last_step):
@@ -1056,6 +1067,7 @@ def train(config, data, val, chosen, args, rank, world_size, device):
         x = augment(images, u, config)
         values, known, kept = (tensor.to(device, non_blocking=True) for tensor in (
             data.values[own], data.known[own], u[:, N_CROP + 1:]))
+        torch.manual_seed(step_generator(config["seed"], step, 1 + rank).initial_seed())     # dropout, if any
         loss = torch.zeros((), device=device)
         optimizer.zero_grad()
         parts = zip(*(tensor.tensor_split(n_parts) for tensor in (x, values, known, kept)))
@@ -1063,8 +1075,9 @@ def train(config, data, val, chosen, args, rank, world_size, device):
             for module, column in zip(drop_paths, kept_part.unbind(1)):
                 module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
             with contextlib.nullcontext() if part == n_parts - 1 or world_size == 1 else ddp.no_sync(), amp():
-                # a sum over the known labels of the global batch: averaged by DDP it is their mean
-                part_loss = label_loss(net(x_part), values_part, known_part, on_device) * world_size / n_known
+                part_loss = label_loss(net(x_part), values_part, known_part, pos_weight)
+                # divided by the known labels of the global batch: averaged by DDP it is their mean
+                part_loss = part_loss * world_size / n_known
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         scaler.step(optimizer)
@@ -1075,26 +1088,18 @@ def train(config, data, val, chosen, args, rank, world_size, device):
         epoch_ends, ending = done % steps_an_epoch == 0, done == last_step
         if done % args.log_steps == 0 or epoch_ends or ending:
             progress.line(done, epoch, lr=optimizer.param_groups[0]["lr"])
-        if epoch_ends or ending and not best["epoch"]:  # --steps within epoch 1: there is no better epoch yet
-            facts = validate(model, val, config, pos_weight, rank, world_size)
-            if rank == 0:
-                log_validation(out, done, epoch, facts)
-            value = facts["val_auc"] if config["select"] == "auc" else -facts["val_loss"]
-            if value is None:
-                fail("no label has both classes among the validation images, so no AUC: use --select loss")
-            if value > best["value"] and rank == 0:
-                export(model, config, done, epoch, out / "classifier.pt")
         if epoch_ends:
-            if value > best["value"]:
-                best.update(epoch=epoch, value=value)
-            best.update(stale=0 if facts["val_loss"] < best["val_loss"] else best["stale"] + 1)
-            best.update(val_loss=min(best["val_loss"], facts["val_loss"]))
-            ending = ending or best["stale"] >= (config["patience"] or math.inf)
+            facts = validate(model, val, config, out, done, epoch, rank, world_size)
+            if judge(best, facts, epoch, config) and rank == 0:
+                export(model, config, done, epoch, out / "classifier.pt")
             if config["schedule"] == "plateau":
                 plateau.step(facts["val_loss"])
             else:                       # the paper face has the loss where the epoch belongs (divergence 14)
                 set_rate(optimizer, learning_rate(facts["val_loss"] if slipped else epoch, config))
-        stopping = any_process(stop["now"])
+            ending = ending or best["stale"] >= (config["patience"] or math.inf)
+        elif ending and not best["epoch"] and rank == 0:        # --steps ends within the first epoch
+            export(model, config, done, epoch, out / "classifier.pt")
+        stopping = any_process(args.stop["now"])
         if rank == 0 and (stopping or ending or time.time() - saved > 60 * args.save_minutes):
             draw_curve(out, steps_an_epoch)
             save(done)
@@ -1134,22 +1139,22 @@ def probe(config, data, val, chosen, args, rank, world_size, device):
     for k, label in enumerate(config["label_names"]):
         seen, judged = data.known[chosen, k] > 0, val.known[:, k] > 0
         x, y = train_features[seen], data.values[chosen, k][seen].numpy()
-        if not 0 < y.sum() < len(y):                    # nothing to learn: a constant far on the one side
-            bias[k], best = 10.0 if len(y) and y[0] else -10.0, None
+        if not 0 < y.sum() < len(y):                    # one class only: a constant far on its side
+            bias[k] = 10.0 if y.sum() else -10.0
             continue
-        best, model_k = -1.0, LogisticRegression(max_iter=1000, warm_start=True)
+        best, regression = -1.0, LogisticRegression(max_iter=1000, warm_start=True)
         for strength in PROBE_C:
-            model_k.set_params(C=strength).fit(x, y)
-            value = auc(val.values[judged, k].numpy(), model_k.decision_function(val_features[judged]))
-            if (value or 0.0) > best:
-                best, weight[k], bias[k] = value or 0.0, model_k.coef_[0], model_k.intercept_[0]
-        print(f"{label}: validation AUC {best:.4f}", flush=True)
+            regression.set_params(C=strength).fit(x, y)
+            score = regression.decision_function(val_features[judged])
+            value = auc(val.values[judged, k].numpy(), score) or 0.0
+            if value > best:
+                best, weight[k], bias[k] = value, regression.coef_[0], regression.intercept_[0]
+        print(f"{label}  validation AUC {best:.4f}", flush=True)
     weight /= scaler.scale_                             # the scaler folded into the head
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(weight))
         head.bias.copy_(torch.from_numpy(bias - weight @ scaler.mean_))
-    facts = validate(model, val, config, None, 0, 1)
-    log_validation(out, 0, 0, facts)
+    validate(model, val, config, out, step=0, epoch=0, rank=0, world_size=1)
     export(model, config, 0, 0, out / "classifier.pt")
 
 
@@ -1178,9 +1183,8 @@ def resolve(args, config):
         if key in checkpoint and key not in own:
             config[key] = checkpoint[key]
     for key in ("mean", "std"):
-        if key not in own:
-            fits = checkpoint.get("in_chans") == config["in_chans"]
-            config[key] = checkpoint[key] if fits else None
+        if checkpoint and key not in own:
+            config[key] = checkpoint[key] if checkpoint["in_chans"] == config["in_chans"] else None
     fit_to_channels(config)
     choices = dict(recipe=RECIPES, optimizer=("adamw", "sgd", "adam"), schedule=("cosine", "plateau"),
                    select=("auc", "loss"), uncertain=("zeros", "ones", "ignore"), blank=("zero", "ignore"),
@@ -1191,6 +1195,12 @@ def resolve(args, config):
     for key, allowed in choices.items():
         if config[key] not in allowed:
             fail(f"{key} is {config[key]!r}; expected {', '.join(allowed)}")
+    for key in ("epochs", "batch"):
+        if config[key] < 1:
+            fail(f"{key} is {config[key]}; expected at least 1")
+    for key in ("labels", "crop_pct"):
+        if not 0 < config[key] <= 1:
+            fail(f"{key} is {config[key]}; expected a share above 0 and up to 1")
     if isinstance(config["label_names"], str):
         config["label_names"] = config["label_names"].split(",")
     seeds = config.pop("seeds")
@@ -1237,6 +1247,10 @@ def main():
     val = LabelledImages(args.val or args.train, args.val_split, config, device, args.workers)
     if rank == 0:
         print(json.dumps(config), flush=True)
+        both = {*data.rows.get("patient", [])} & {*val.rows.get("patient", [])} - {""}
+        if both:
+            print(f"warning: {len(both):,} patients are in training and in validation", file=sys.stderr)
+    args.stop = catch_sigterm()
     try:
         for seed in seeds:
             chosen = np.arange(len(data.source))
