@@ -1,0 +1,821 @@
+"""Judge the study's findings: each claim holds, is contradicted, or cannot be told, with effect, interval, p.
+
+On predictions (anybody's) both runs and patients are resampled; of the author's published per-run numbers
+only the spread over runs is known. With --reported every printed number that those runs can rebuild is
+rebuilt, and what differs is listed. Study: "From pre-training to downstream performance: does domain-specific
+pre-training make sense?" (Krones 2026, arXiv:2605.08819).
+
+    python evaluate/compare.py --predictions runs --out results
+    python evaluate/compare.py --reported --out results/published
+
+Reads   <exp>/predictions/seed<k>/<testset>.csv below --predictions (path, patient, true_<label>,
+        prob_<label>), or raw_runs_*.csv and table*.csv below --reported; claims.csv.
+Writes  verdicts.csv     a row a claim: verdict, effect (left - right), 95 % interval, p, p adjusted by Holm
+        comparisons.csv  a row a pair of arms on a test set: mean over labels (label blank) and each label
+        components.csv   a row an arm: mean over runs, its interval, what runs and patients add to its error
+        detectable.csv   a row a test set: the smallest difference of two arms that is found with 80 % power
+        errata.csv       with --reported: printed, recomputed, difference
+
+A claim compares two operands. An operand is an experiment, with :label for one label, @testset for another
+test set, +0.20 for an offset. 2.2-2.1 is a difference, sd(ood) and sd(nih_test) are spreads over runs,
+always_negative is the constant answer, 3.4:uncertain and 3.4:random say which images an expert sees.
+Metrics: auc_mean5, auc_mean14, auc_mean4 (without edema), auc (of a label), mean_accuracy@t,
+subset_accuracy@t, fnr@t, oracle_auc@q; "a-b" takes a on the left and b on the right.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import sys
+import zlib
+from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_matrix
+from scipy.special import ndtr, ndtri
+from scipy.stats import t as student
+
+REPORTED = Path(__file__).resolve().parent / "reported"
+NIH14 = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation "
+         "Edema Emphysema Fibrosis Pleural_Thickening Hernia").split()
+STUDY5 = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion"]
+LABELS = {"auc_mean14": NIH14, "auc_mean5": STUDY5, "auc_mean4": [x for x in STUDY5 if x != "Edema"]}
+CLAIM = "id family statement metric testset left right sign".split()
+PAIR = ("dataset labels label left right effect ci_low ci_high p p_holm p_welch p_delong se_runs "
+        "se_patients").split()
+EXP = r"[A-Za-z0-9_.]+(?:-\d+k)?"                     # 3.4, 0.1.7a, 4.2.1-100k
+OPERAND = re.compile(rf"(?P<exp>{EXP})(?::(?P<part>\w+))?(?:@(?P<testset>\w+))?(?:-(?P<minus>{EXP}))?"
+                     r"(?P<offset>\+[\d.]+)?")
+METRIC = re.compile(r"auc|auc_mean(5|14|4)|(mean_accuracy|subset_accuracy|fnr|oracle_auc)@\d*\.?\d+")
+POWER = ndtri(0.975) + ndtri(0.8)                     # two-sided test at 5 %, power 80 %
+
+
+# --- begin copy: error ---
+def fail(message):
+    """A mistake the user can mend: one sentence on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+# --- end copy: error ---
+
+
+# --- begin copy: metric definitions ---
+# Throughout: y is 0/1 [n, K], p float [n, K] in [0, 1]; a row is an image, a column a label; NaN: undefined.
+def mean_over_labels(values, variant="corrected"):
+    """Mean of the defined values over the last axis; "paper" leaves out zeros too. NaN if none is left."""
+    used = values > 0 if variant == "paper" else ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(used, values, 0).sum(-1) / used.sum(-1)
+
+
+def auc(y, p, variant="corrected"):
+    """Area under the ROC curve per label, float [K] (a float for 1-D input): pairs in order, a tie is 1/2.
+
+    Undefined without both classes; "paper" gives 0 to a label without positives.
+    """
+    if np.ndim(y) == 1:
+        return auc(y[:, None], p[:, None], variant)[0]
+    values = np.full(y.shape[1], np.nan)
+    for k, (truth, score) in enumerate(zip(y.T, p.T)):
+        positive, negative = np.sort(score[truth == 1]), np.sort(score[truth == 0])
+        if len(positive) and len(negative):
+            below = np.searchsorted(negative, positive)
+            tied = negative[np.minimum(below, len(negative) - 1)] == positive
+            ties = np.searchsorted(negative, positive[tied], "right") - below[tied]
+            values[k] = (below.sum() + ties.sum() / 2) / (len(positive) * len(negative))
+        elif variant == "paper" and not len(positive):
+            values[k] = 0.0
+    return values
+
+
+def mean_accuracy(y, p, threshold, variant="corrected"):
+    """Accuracy at p > threshold, averaged over labels; "paper" rounds each label to 4 decimals first."""
+    accuracy = ((p > threshold) == (y == 1)).mean(0)
+    return (accuracy.round(4) if variant == "paper" else accuracy).mean()
+
+
+def subset_accuracy(y, p, threshold):
+    """Share of images with every label right at p > threshold."""
+    return ((p > threshold) == (y == 1)).all(1).mean()
+
+
+def fnr(y, p, threshold):
+    """Missed share of the positives per label at p > threshold, float [K]; undefined without positives."""
+    positive = y == 1
+    with np.errstate(invalid="ignore"):
+        return (positive & (p <= threshold)).sum(0) / positive.sum(0)
+
+
+def oracle_auc(y, p, fractions, variant="corrected", how="replace"):
+    """AUC per label, float [Q, K], after an expert saw the most uncertain images; the share seen, float [Q].
+
+    For each fraction q the floor(n q) images of smallest u = mean over labels of |p - 0.5|, in stable order
+    of (u, row), take their true labels as probabilities; how="drop" leaves them out (rejection). "corrected"
+    starts each q from the untouched p, "paper" from what the q before left, so that its referrals add up.
+    """
+    values, shares, referred, order = [], [], np.zeros(len(p), bool), None
+    for q in fractions:
+        if variant == "paper" or order is None:
+            u = np.abs(np.where(referred[:, None], y, p) - 0.5).mean(1)
+            order = np.argsort(u, kind="stable")
+        if variant == "corrected":
+            referred = np.zeros(len(p), bool)
+        referred[order[:int(len(p) * q)]] = True
+        kept = ~referred if how == "drop" else slice(None)
+        values.append(auc(y[kept], np.where(referred[:, None], y, p)[kept], variant))
+        shares.append(referred.mean())
+    return np.array(values), np.array(shares)
+
+
+@lru_cache(maxsize=8)
+def resample_counts(size, resamples, seed):
+    """How often each of `size` units is drawn in every bootstrap resample, uint8 [B, size], read-only."""
+    rng = np.random.default_rng(seed)
+    draws = np.empty((resamples, size), np.uint8, order="F")     # read patient by patient
+    for row in draws:
+        row[:] = np.bincount(rng.integers(size, size=size), minlength=size)
+    draws.flags.writeable = False
+    return draws
+
+
+def draw_patients(patient, resamples, seed=0):
+    """Bootstrap over patients: each image's patient, int [n], and how often each is drawn, uint8 [B, P].
+
+    The draws depend on the set of patients and the seed alone: two models on one test set get the same ones.
+    """
+    names, index = np.unique(patient, return_inverse=True)
+    return index, resample_counts(len(names), resamples, seed)
+
+
+def auc_draws(y, p, patient, draws, chunk=128):
+    """AUC per label of every resample, float [B, K], by weighted ranks; patient and draws from draw_patients.
+
+    Scores are sorted once. Positives that outrank the same negatives share a row; `step` holds the negatives
+    between a row and the one before (a tie: half here, half in the next), by patient: a resample costs one
+    sparse product and one cumulative sum, here by blocks of 32 rows times a triangle of ones, twice as fast
+    as np.cumsum. Weights are counts: float32 adds them exactly up to 2^23 images.
+    """
+    triangle, patients, sides = np.tri(32, dtype=np.float32), draws.shape[1], ("left", "right")
+    maps, values = [], np.full((len(draws), y.shape[1]), np.nan)
+    for k in range(y.shape[1]):
+        order = np.argsort(p[:, k])
+        score, owner, positive = p[order, k], patient[order], y[order, k] == 1
+        high, low = score[positive], score[~positive]
+        outranked = sum(np.searchsorted(low, high, side) for side in sides)
+        _, first, row = np.unique(outranked, return_index=True, return_inverse=True)
+        next_row = np.concatenate([np.searchsorted(high[first], low, side) for side in sides])
+        halves, rows = np.full(len(next_row), 0.5, np.float32), (len(first) // 32 + 1) * 32
+        step = csr_matrix((halves, (next_row, np.tile(owner[~positive], 2))), (rows, patients))
+        at = csr_matrix((np.ones(len(row), np.float32), (row, owner[positive])), (rows, patients))
+        maps.append((step, at))
+    for start in range(0, len(draws), chunk):
+        weight = draws[start:start + chunk].T.astype(np.float32, order="C")     # [P, b]
+        for k, (step, at) in enumerate(maps):
+            at, below = at @ weight, triangle @ (step @ weight).reshape(-1, 32, weight.shape[1])
+            below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                  # what the blocks before hold
+            below = below.reshape(at.shape)                                     # [rows, b]
+            ordered = np.einsum("ij,ij->j", at, below, dtype=np.float64)
+            with np.errstate(invalid="ignore"):
+                values[start:start + chunk, k] = ordered / (at.sum(0, dtype=np.float64) * below[-1])
+    return values
+
+
+def sum_draws(columns, patient, draws, chunk=128):
+    """Sums of columns [n, M] in every resample, float [B, M]: the rates of a resample are ratios of these."""
+    shape, images = (draws.shape[1], len(patient)), np.arange(len(patient))
+    by_patient = csr_matrix((np.ones(len(patient)), (patient, images)), shape) @ columns
+    sums = np.empty((len(draws), columns.shape[1]))
+    for start in range(0, len(draws), chunk):
+        sums[start:start + chunk] = draws[start:start + chunk].astype(float) @ by_patient
+    return sums
+
+
+def interval(draws, value=None, influence=None, level=0.95):
+    """Percentile interval of draws [B], NaN left out; BCa (Efron 1987) if value and influence [P] are given.
+
+    influence: how much each patient adds to the value. BCa needs draws on both sides of the value.
+    """
+    draws, tails = draws[~np.isnan(draws)], np.array([(1 - level) / 2, (1 + level) / 2])
+    if not len(draws):
+        return np.nan, np.nan
+    if influence is not None and draws.min() < value < draws.max():
+        bias = ndtri(((draws < value).mean() + (draws <= value).mean()) / 2)
+        skew = (influence ** 3).sum() / (6 * (influence ** 2).sum() ** 1.5)
+        tails = ndtr(bias + (bias + ndtri(tails)) / (1 - skew * (bias + ndtri(tails))))
+    return tuple(np.interp(tails * (len(draws) - 1), np.arange(len(draws)), np.sort(draws)))
+# --- end copy: metric definitions ---
+
+
+class InputError(ValueError):
+    """A mistake in the user's files; the text is the sentence to print."""
+
+
+def read_csv(path, columns=(), dtype=str):
+    """A CSV, by default with every cell as text, that has rows and the columns that are needed."""
+    try:
+        frame = pd.read_csv(path, dtype=dtype, keep_default_na=False)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no CSV table with a header ({' '.join(str(error).split())})") from None
+    for name in columns:
+        if name not in frame:
+            raise InputError(f"{path} has no column {name!r}; expected {', '.join(columns)}")
+    if frame.empty:
+        raise InputError(f"{path} has a header and no rows")
+    return frame
+
+
+# ---------------------------------------------------------------------------- from runs to an estimate
+
+# values [R]: a number of every run, or a combination of several. pooled [B]: its mean over runs in every
+# resample of patients; nested [B]: the same with the runs resampled too; None where predictions are missing.
+# interaction: the variance between runs that comes from the choice of patients.
+Arm = namedtuple("Arm", "values pooled nested interaction")
+Estimate = namedtuple("Estimate", "effect low high p se_runs se_patients runs")
+
+
+def make_arm(exp, values, draws=None):
+    """An arm from its runs: values float [R]; draws float [R, B], the same patients for all runs.
+
+    R runs drawn with replacement show (R - 1)/R of their variance: the deviation from the mean is enlarged.
+    """
+    values = np.asarray(values, float)
+    if draws is None:
+        return Arm(values, None, None, 0.0)
+    count, pooled = len(values), draws.mean(0)
+    if count == 1:
+        return Arm(values, pooled, pooled, 0.0)
+    picks = np.random.default_rng(zlib.crc32(exp.encode())).integers(count, size=draws.shape)
+    nested = pooled + np.sqrt(count / (count - 1)) * (np.take_along_axis(draws, picks, 0).mean(0) - pooled)
+    own = draws - values[:, None] - (pooled - values.mean())
+    return Arm(values, pooled, nested, np.nanvar(own, axis=1, ddof=1).sum() / (count - 1))
+
+
+def estimate(arms, offset=0.0):
+    """The sum of sign * (mean over an arm's runs), minus an offset, with 95 % interval and p for "it is 0".
+
+    Interval: percentiles of the nested bootstrap, which errs on the wide side (Owen 2007, "pigeonhole").
+    p: Student's t; the runs' part of the standard error has R - 1 degrees of freedom an arm, the patients'
+    part has plenty (Satterthwaite). From runs alone both are Welch's.
+
+    Args: arms: [(sign, Arm)].
+    """
+    counts = [len(arm.values) for _, arm in arms]
+    effect = sum(sign * arm.values.mean() for sign, arm in arms) - offset
+    parts = [max(arm.values.var(ddof=1) - arm.interaction, 0) / count if count > 1 else 0.0
+             for (_, arm), count in zip(arms, counts)]
+    predictions = arms[0][1].pooled is not None
+    patients = np.nanvar(sum(sign * arm.pooled for sign, arm in arms), ddof=1) if predictions else 0.0
+    error = np.sqrt(sum(parts) + patients)
+    lost = sum(part ** 2 / (count - 1) for part, count in zip(parts, counts) if part)
+    freedom = error ** 4 / lost if lost else np.inf
+    if predictions:
+        low, high = interval(sum(sign * arm.nested for sign, arm in arms) - offset)
+    else:
+        low, high = effect + student.ppf([0.025, 0.975], freedom) * error if error else (np.nan, np.nan)
+    p = 2 * student.sf(abs(effect) / error, freedom) if error else (np.nan if effect else 1.0)
+    return Estimate(effect, low, high, p, np.sqrt(sum(parts)), np.sqrt(patients), counts)
+
+
+def holm(p):
+    """Holm's adjusted p-values (1979), float [m]; NaN stays and does not count."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)[:np.count_nonzero(~np.isnan(p))]
+    adjusted = np.full(len(p), np.nan)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
+    return adjusted
+
+
+# ---------------------------------------------------------------------------- numbers of our own runs
+
+Run = namedtuple("Run", "labels auc draws parts clusters images patients digest")
+
+
+def read_run(path):
+    """One prediction file, sorted by path and by label.
+
+    Returns: labels (NIH's spelling), y int8 [n, K], p float [n, K], patient [n] and path [n] of str.
+    """
+    frame = read_csv(path, ["path", "patient"], dtype={"path": str, "patient": str})
+    names = [name[5:] for name in frame if name.startswith("true_")]
+    alone = {name[5:] for name in frame if name.startswith("prob_")} ^ set(names)
+    if alone or not names:
+        raise InputError(f"{path} needs columns true_<label> and prob_<label> for every label"
+                         + (f"; {sorted(alone)[0]!r} has one of them" if alone else ""))
+    for row in frame.index[frame["path"].duplicated()][:1]:
+        image = frame["path"][row]
+        raise InputError(f"{path} row {row + 1}: image {image!r} stands there twice; keep one row an image")
+    columns = []
+    for kind, expected in (("true", "0 or 1"), ("prob", "a probability from 0 to 1")):
+        numbers = np.array([pd.to_numeric(frame[f"{kind}_{name}"], errors="coerce") for name in names]).T
+        wrong = ~np.isin(numbers, (0, 1)) if kind == "true" else ~((numbers >= 0) & (numbers <= 1))
+        for row, k in np.argwhere(wrong)[:1]:
+            column = f"{kind}_{names[k]}"
+            found = str(frame[column][row])
+            raise InputError(f"{path} row {row + 1}: {column} is {found!r}; expected {expected}")
+        columns.append(numbers)
+    spelling = {re.sub("_", "", label).lower(): label for label in NIH14} | {"pleuraleffusion": "Effusion"}
+    labels = [spelling.get(re.sub(r"[\W_]", "", name).lower(), name) for name in names]
+    paths = frame["path"].to_numpy(str)
+    rows, order = np.argsort(paths, kind="stable"), np.argsort(labels)
+    y, p = (numbers[rows][:, order] for numbers in columns)
+    patient = np.where(frame["patient"] == "", "image " + frame["path"], frame["patient"]).astype(str)
+    return [labels[k] for k in order], y.astype(np.int8), p, patient[rows], paths[rows]
+
+
+def score_run(path, resamples):
+    """AUC of every label of one file: points [K], draws [B, K], and what DeLong's test needs.
+
+    parts float32 [2, P, K]: over a patient's positives, then negatives, the sum of (share of the other class
+    in order with the image - AUC) / images of the class (Obuchowski 1997); clusters [2, K]: patients with an
+    image of the class. With one image a patient this is DeLong (1988) in the form of Sun & Xu (2014).
+    """
+    labels, y, p, patient, paths = read_run(path)
+    index, draws = draw_patients(patient, resamples, zlib.crc32(path.stem.encode()))
+    areas, shape = auc(y, p), (2, draws.shape[1], len(labels))
+    parts, clusters = np.zeros(shape, np.float32), np.zeros((2, len(labels)), int)
+    for k in np.flatnonzero(~np.isnan(areas)):
+        for c, members in enumerate((y[:, k] == 1, y[:, k] == 0)):
+            score, others = p[members, k], np.sort(p[~members, k])
+            below = sum(np.searchsorted(others, score, side) for side in ("left", "right")) / len(others) / 2
+            share = (1 - below if c else below) - areas[k]
+            parts[c, :, k] = np.bincount(index[members], share, draws.shape[1]) / len(score)
+            clusters[c, k] = len(np.unique(index[members]))
+    digest = zlib.crc32("\n".join([*labels, *paths, *patient]).encode() + y.tobytes())
+    return Run(labels, areas, auc_draws(y, p, index, draws), parts, clusters, len(y), draws.shape[1], digest)
+
+
+def delong_p(left, right, k):
+    """p of "AUC(left) = AUC(right)" for label k; left, right: lists of Runs, whose AUCs are averaged."""
+    of_patients = [sum(run.parts[..., k] for run in runs).astype(float) / len(runs) for runs in (left, right)]
+    positive, negative = of_patients[0] - of_patients[1]
+    (m, n), size = left[0].clusters[:, k], left[0].patients
+    if min(m, n) < 2:
+        return np.nan
+    variance = (positive @ positive * m / (m - 1) + negative @ negative * n / (n - 1)
+                + 2 * positive @ negative * size / (size - 1))
+    difference = np.mean([run.auc[k] for run in left]) - np.mean([run.auc[k] for run in right])
+    return 2 * ndtr(-abs(difference) / np.sqrt(variance)) if variance > 0 else float(difference == 0)
+
+
+def rate(y, p, name, threshold):
+    """Numerator and denominator, float [n, M]: a rate at p > threshold is the mean of M ratios of sums."""
+    right = (p > threshold) == (y == 1)
+    if name == "fnr":
+        return (~right & (y == 1)).astype(float), (y == 1).astype(float)
+    right = right.mean(1) if name == "mean_accuracy" else right.all(1)
+    return right[:, None].astype(float), np.ones((len(y), 1))
+
+
+def oracle_draws(y, p, index, draws, fraction, which):
+    """Mean Oracle AUC of every resample, float [B], when an expert sees floor(n * fraction) of n images.
+
+    A pair with a referred image is in order (p elsewhere lies strictly between 0 and 1), so with V of W pairs
+    untouched the AUC is 1 - V/W (1 - AUC of the untouched). "uncertain" refers the images of smallest mean
+    |p - 0.5|; "random" is the mean over all choices of k images: V/W = (n - k)(n - k - 1) / (n(n - 1)).
+    """
+    weight = draws[:, index].astype(np.int64)                          # [B, n], copies of each image
+    images = weight.sum(1, keepdims=True)
+    referred = (images * fraction).astype(np.int64)
+    if which == "random":
+        untouched = (images - referred) * (images - referred - 1) / (images * (images - 1))
+        return mean_over_labels(1 - untouched * (1 - auc_draws(y, p, index, draws)))
+    order = np.argsort(np.abs(p - 0.5).mean(1), kind="stable")
+    before = np.cumsum(weight[:, order], 1) - weight[:, order]
+    kept = np.empty_like(weight)
+    kept[:, order] = weight[:, order] - np.clip(referred - before, 0, weight[:, order])
+    untouched, pairs = ((part @ (y == 1)) * (part @ (y == 0)) for part in (kept, weight))      # [B, K]
+    areas = auc_draws(y, p, np.arange(len(y)), kept.astype(np.uint8))
+    with np.errstate(invalid="ignore"):
+        lost = np.where(untouched == 0, 0, untouched * (1 - areas)) / pairs
+    return mean_over_labels(1 - lost)
+
+
+class Predictions:
+    """Numbers from prediction files, each with its resamples over patients."""
+    source = "our runs"
+
+    def __init__(self, root, resamples):
+        self.resamples, self.files = resamples, {}
+        for path in sorted(root.glob("*/predictions/seed*/*.csv")):
+            exp, _, seed, _ = path.relative_to(root).parts
+            self.files.setdefault((exp, path.stem), {})[seed.removeprefix("seed")] = path
+        if not self.files:
+            raise InputError(f"{root} holds no <exp>/predictions/seed<k>/<testset>.csv of predict.py")
+        paths = sorted((path for files in self.files.values() for path in files.values()),
+                       key=lambda path: (path.stem, path))      # a process draws a test set's patients once
+        with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
+            runs = dict(zip(paths, pool.map(score_run, paths, itertools.repeat(resamples))))
+        self.runs = {key: [runs[path] for path in files.values()] for key, files in self.files.items()}
+        for _, group in itertools.groupby(paths, key=lambda path: path.stem):
+            first, *others = group
+            for other in others:
+                if runs[other].digest != runs[first].digest:
+                    raise InputError(f"{other} and {first} cannot be compared: {difference(first, other)}")
+
+    def values(self, exp, testset, metric, part=None):
+        """(seeds, values [R], draws [R, B]) of an arm; None if it was not run or the metric is undefined."""
+        name, _, level = metric.partition("@")
+        if name in LABELS or name == "auc":
+            runs = self.runs.get((exp, testset), [])
+            wanted = [part] if name == "auc" else LABELS[name]
+            columns = [runs[0].labels.index(label) for label in wanted if runs and label in runs[0].labels]
+            if len(columns) < (4 if name == "auc_mean5" else len(wanted)):
+                return None
+            found = {seed: (mean_over_labels(run.auc[columns]), mean_over_labels(run.draws[:, columns]))
+                     for seed, run in zip(self.files[exp, testset], runs)}
+        else:
+            constant = exp == "always_negative"                # the same for all predictions of the test set
+            files = self.files.get((exp, testset), {})
+            for key, others in self.files.items() if constant else ():
+                files = dict([*others.items()][:1]) if key[1] == testset else files
+            found = {seed: self.decide(path, name, float(level), part, constant)
+                     for seed, path in files.items()}
+        if not found or np.isnan([value for value, _ in found.values()]).any():
+            return None
+        return list(found), np.array([v for v, _ in found.values()]), np.array([d for _, d in found.values()])
+
+    @lru_cache(maxsize=None)
+    def decide(self, path, name, level, part, constant):
+        """Value and draws [B], over a file's five labels, of a metric with a threshold or referred share."""
+        labels, y, p, patient, _ = read_run(path)
+        columns = [k for k, label in enumerate(labels) if label in STUDY5]
+        y, p = y[:, columns], np.zeros((len(y), len(columns))) if constant else p[:, columns]
+        index, draws = draw_patients(patient, self.resamples, zlib.crc32(path.stem.encode()))
+        if name == "oracle_auc":
+            once = np.ones((1, draws.shape[1]), np.uint8)
+            return [oracle_draws(y, p, index, counts, level, part) for counts in (once, draws)]
+        over, under = rate(y, p, name, level)
+        with np.errstate(invalid="ignore"):
+            return [mean_over_labels(over.sum(0) / under.sum(0)),
+                    mean_over_labels(sum_draws(over, index, draws) / sum_draws(under, index, draws))]
+
+    def delong(self, left, right, testset, label):
+        left, right = self.runs[left, testset], self.runs[right, testset]
+        return delong_p(left, right, left[0].labels.index(label))
+
+    def sizes(self, testset):
+        """Images and patients of a test set."""
+        run = next(runs[0] for key, runs in self.runs.items() if key[1] == testset)
+        return run.images, run.patients
+
+
+def difference(first, other):
+    """In words, how two prediction files that should be about the same images differ."""
+    labels, y, _, patient, paths = read_run(first)
+    labels2, y2, _, patient2, paths2 = read_run(other)
+    if labels != labels2:
+        return f"label {sorted(set(labels) ^ set(labels2))[0]!r} is in one of them only"
+    if len(paths) != len(paths2) or (paths != paths2).any():
+        odd = sorted(set(paths) ^ set(paths2))[0]
+        return f"image {odd!r} is in one of them only; predict the same images with both"
+    row = np.flatnonzero((y != y2).any(1) | (patient != patient2))[0]
+    return f"patient or true labels of image {paths[row]!r} differ"
+
+
+# ------------------------------------------------------------------ numbers that the author published
+
+class Published:
+    """The author's per-run numbers: there are no predictions, so only the spread over runs is known."""
+    source = "published runs"
+    NAMES = {"mean_acc": "mean_accuracy", "subset_acc": "subset_accuracy", "underdiagnosis_mean": "fnr",
+             "calibration_error": "calibration_error"}
+
+    def __init__(self, folder):
+        self.numbers = {}
+
+        def keep(r, metric, part, value):
+            self.numbers.setdefault((r["exp"], r["testset"], metric, part), {})[r["seed"]] = float(value)
+
+        columns = "exp seed testset classes label auc".split()
+        for r in read_csv(folder / "raw_runs_auc.csv", columns).to_dict("records"):
+            if float(r["auc"]) > 0:                        # 0.0 stands for "no positives"
+                mean = r["label"] == "mean"
+                keep(r, f"auc_mean{r['classes']}" if mean else "auc", None if mean else r["label"], r["auc"])
+        columns = "exp seed testset threshold metric value".split()
+        for r in read_csv(folder / "raw_runs_threshold.csv", columns).to_dict("records"):
+            keep(r, f"{self.NAMES[r['metric']]}@{float(r['threshold']):g}", None, r["value"])
+        columns = "exp seed testset referred oracle_auc".split()
+        for r in read_csv(folder / "raw_runs_oracle.csv", columns).to_dict("records"):
+            keep(r, f"oracle_auc@{float(r['referred']):g}", "uncertain", r["oracle_auc"])
+        self.files = dict.fromkeys(key[:2] for key in self.numbers)
+
+    def values(self, exp, testset, metric, part=None):
+        """(seeds, values [R], None) of an arm, or None."""
+        name, _, level = metric.partition("@")
+        metric = f"{name}@{float(level):g}" if level else name
+        asked = [("auc", label) for label in LABELS[name]] if name == "auc_mean4" else [(metric, part)]
+        runs = [self.numbers.get((exp, testset, *key)) for key in asked]
+        if None in runs:
+            return None
+        return list(runs[0]), np.mean([list(numbers.values()) for numbers in runs], 0), None
+
+    def delong(self, *_):
+        return np.nan
+
+    def sizes(self, _):
+        return "", ""
+
+
+# ---------------------------------------------------------------------------- claims and verdicts
+
+def read_claims(path):
+    """The claims, each with its two operands taken apart."""
+    claims = read_csv(path, CLAIM).to_dict("records")
+    for line, claim in enumerate(claims, 2):
+        metric, _, other = claim["metric"].partition("-")
+        claim["sides"] = []
+        for sign, name, text in ((1, metric, claim["left"]), (-1, other or metric, claim["right"])):
+            spread, operand = re.fullmatch(r"sd\((\w+)\)", text), OPERAND.fullmatch(text)
+            if not METRIC.fullmatch(name) or not (spread or operand) or claim["sign"] not in ("1", "0", "-1"):
+                raise InputError(f"{path} line {line}: metric {name!r} of {text!r}, sign {claim['sign']!r}, "
+                                 "cannot be read; --help says how a claim is written")
+            claim["sides"].append((sign, name, spread[1] if spread else operand))
+    return claims
+
+
+def judge_spread(claim, source):
+    """Is the spread over runs larger on one test set? Mean over arms of log(sd left / sd right), t over arms.
+    """
+    ratios = []
+    for exp in dict.fromkeys(exp for exp, _ in source.files):
+        spreads = []
+        for _, metric, name in claim["sides"]:
+            testset = claim["testset"] if name == "ood" else name
+            found = source.values(exp, testset, metric) or source.values(exp, testset, "auc_mean5")
+            spreads.append(np.std(found[1], ddof=1) if found and len(found[1]) > 1 else 0)
+        if min(spreads) > 0:
+            ratios.append(np.log(spreads[0] / spreads[1]))
+    if len(ratios) < 2:
+        return None, "fewer than two arms have several runs on both sets"
+    return estimate([(1, make_arm("", ratios))]), f"log ratio of the sd over runs, {len(ratios)} arms"
+
+
+def judge(claim, source):
+    """(Estimate or None, remark) of left - right. What concerns one arm on both sides is paired by run."""
+    if isinstance(claim["sides"][0][2], str):
+        return judge_spread(claim, source)
+    terms, offset = {}, 0.0
+    for sign, metric, operand in claim["sides"]:
+        testset = operand["testset"] or claim["testset"]
+        for side, exp in ((sign, operand["exp"]), (-sign, operand["minus"])):
+            if exp and (found := source.values(exp, testset, metric, operand["part"])) is None:
+                return None, f"no {metric} of {exp} on {testset}"
+            if exp:
+                terms.setdefault(exp, []).append((side, *found))
+        offset -= sign * float(operand["offset"] or 0)
+    arms = []
+    for exp, parts in terms.items():
+        seeds = [seed for seed in parts[0][1] if all(seed in part[1] for part in parts)]
+        if not seeds:
+            return None, f"no run of {exp} is on both sides"
+        rows = [[part[1].index(seed) for seed in seeds] for part in parts]
+        values, draws = (sum(part[0] * part[n][row] for part, row in zip(parts, rows))
+                         if parts[0][n] is not None else None for n in (2, 3))
+        arms.append((1, make_arm(exp, values, draws)))
+    remarks = ["the paper claims no direction; read as left > right"] if claim["sign"] == "0" else []
+    if any(len(arm.values) == 1 for exp, (_, arm) in zip(terms, arms) if exp != "always_negative"):
+        remarks.append("an arm has one run: its spread over runs is unknown")
+    return estimate(arms, offset), "; ".join(remarks)
+
+
+def verdicts(claims, source):
+    """A row a claim. "holds", "contradicted": interval without 0, p < 0.05 after Holm in the family."""
+    judged = [judge(claim, source) for claim in claims]
+    p = np.array([np.nan if result is None else result.p for result, _ in judged])
+    family, adjusted = np.array([claim["family"] for claim in claims]), np.full(len(p), np.nan)
+    for name in set(family):
+        adjusted[family == name] = holm(p[family == name])
+    rows = []
+    for claim, (result, remark), q, q_all in zip(claims, judged, adjusted, holm(p)):
+        row = {**{name: claim[name] for name in CLAIM}, "verdict": "not run"}
+        if result:
+            clear = q < 0.05 and (result.low > 0 or result.high < 0)
+            toward = int(clear * np.sign(result.effect)) * (int(claim["sign"]) or 1)
+            row |= {"verdict": ("undecided", "holds", "contradicted")[toward], "effect": result.effect,
+                    "ci_low": result.low, "ci_high": result.high, "p": result.p, "p_holm": q,
+                    "p_holm_all": q_all, "se_runs": result.se_runs, "se_patients": result.se_patients,
+                    "runs": " ".join(map(str, result.runs))}
+        rows.append({**row, "source": source.source, "remark": remark})
+    return pd.DataFrame(rows)
+
+
+def all_pairs(source):
+    """Every arm, and every pair of arms, on every test set: components and comparisons, as DataFrames."""
+    components, comparisons = [], []
+    asked = [("14", "", "auc_mean14", None), ("5", "", "auc_mean5", None)]
+    asked += [("5" if label in STUDY5 else "14", label, "auc", label) for label in NIH14]
+    sets = dict.fromkeys(testset for _, testset in source.files)
+    for testset, (labels, label, metric, part) in itertools.product(sets, asked):
+        arms = {exp: make_arm(exp, *found[1:]) for exp, name in source.files
+                if name == testset and (found := source.values(exp, testset, metric, part))}
+        where, rows = {"dataset": testset, "labels": labels, "label": label}, []
+        for exp, arm in arms.items():
+            one, count = estimate([(1, arm)]), len(arm.values)
+            sd = arm.values.std(ddof=1) if count > 1 else np.nan
+            components.append({"exp": exp, **where, "runs": count, "value": one.effect, "ci_low": one.low,
+                               "ci_high": one.high, "sd_runs": sd, "se_runs": one.se_runs,
+                               "se_patients": one.se_patients, "source": source.source})
+        for left, right in itertools.combinations(arms, 2):
+            pair = estimate([(1, arms[left]), (-1, arms[right])])
+            runs = [(sign, make_arm(exp, arms[exp].values)) for sign, exp in ((1, left), (-1, right))]
+            rows.append({**where, "left": left, "right": right, "effect": pair.effect, "ci_low": pair.low,
+                         "ci_high": pair.high, "p": pair.p, "p_welch": estimate(runs).p,
+                         "p_delong": source.delong(left, right, testset, label) if label else np.nan,
+                         "se_runs": pair.se_runs, "se_patients": pair.se_patients})
+        comparisons += [{**row, "p_holm": q} for row, q in zip(rows, holm([row["p"] for row in rows]))]
+    return pd.DataFrame(components), pd.DataFrame(comparisons, columns=PAIR)
+
+
+def detectable(comparisons, source):
+    """What two arms must differ by to be told apart, from the median standard errors of all pairs of arms."""
+    rows, means = [], comparisons[comparisons["label"] == ""]
+    for (dataset, labels), pairs in means.groupby(["dataset", "labels"], sort=False):
+        runs, patients = pairs["se_runs"].median(), pairs["se_patients"].median()
+        images, people = source.sizes(dataset)
+        rows.append({"dataset": dataset, "labels": labels, "images": images, "patients": people,
+                     "pairs": len(pairs), "se_runs": runs, "se_patients": patients if images else np.nan,
+                     "detectable": POWER * np.hypot(runs, patients),
+                     "detectable_with_endless_runs": POWER * patients if images else np.nan})
+    return pd.DataFrame(rows, columns="dataset labels images patients pairs se_runs se_patients detectable "
+                                      "detectable_with_endless_runs".split())
+
+
+# ---------------------------------------------------------------------------- errata
+
+def rebuild(folder, published):
+    """Rebuild every printed number that the published runs can give, at the printed 4 decimals.
+
+    Returns: rows of errata; {table: (rebuilt, compared)}.
+    """
+    errata, count = [], {}
+
+    def check(where, exp, testset, quantity, printed, recomputed, note):
+        equal = float(printed) == round(recomputed, 4)
+        count[where] = [a + b for a, b in zip(count.get(where, (0, 0)), (equal, 1))]
+        if not equal:
+            change = round(recomputed, 4) - float(printed)
+            kind = "last digit" if abs(change) < 1.5e-4 else "number"
+            errata.append({"where": where, "exp": exp, "testset": testset, "quantity": quantity,
+                           "printed": printed, "recomputed": f"{recomputed:.4f}",
+                           "difference": f"{change:+.4f}", "kind": kind, "note": note})
+
+    def check_runs(where, exp, testset, metric, part, quantity, mean, sd):
+        """Mean and sd over the published runs; does leaving one run out give what was printed?"""
+        if (found := published.values(exp, testset, metric, part)) is None:
+            return
+        seeds, values, note = found[0], found[1], ""
+        for out in range(len(seeds)):
+            rest = np.delete(values, out)
+            if (round(rest.mean(), 4), round(rest.std(ddof=1), 4)) == (float(mean), float(sd)):
+                note = f"the print leaves out the run of seed {seeds[out]}"
+        if metric == "auc":
+            note = "published with 4 decimals, so the last digit may be rounding"
+        check(where, exp, testset, quantity, mean, values.mean(), note)
+        check(where, exp, testset, f"{quantity}, sd over runs", sd, values.std(ddof=1), note)
+
+    printed = {n: read_csv(folder / f"table{n}.csv").to_dict("records") for n in (2, 3, 5, 7, 8)}
+    for r in printed[2]:
+        check_runs("Table 2", r["exp"], r["testset"], f"auc_mean{r['classes']}", None,
+                   f"AUC, {r['classes']} labels", r["auc_mean"], r["auc_sd"])
+    for r in printed[3]:
+        check_runs("Table 3", r["exp"], r["testset"], "auc", r["label"], f"AUC, {r['label']}",
+                   r["auc_mean"], r["auc_sd"])
+    for r in printed[5]:
+        if r["auc_36"]:
+            check_runs("Table 5", r["exp"], "nih_test", "auc_mean14", None, "AUC, 14 labels",
+                       r["auc_36"], r["sd_36"])
+    names = {"Mean accuracy": "mean_accuracy", "Subset accuracy": "subset_accuracy", "FNR": "fnr",
+             "Calibration error": "calibration_error"}
+    asked = [("Table 7", r["exp"], f"{names[r['metric']]}@{r['threshold']}", None,
+              f"{r['metric']} at {r['threshold']}", r["value"]) for r in printed[7]]
+    asked += [("Table 8", r["exp"], f"oracle_auc@{r['referred']}", "uncertain",
+               f"Oracle AUC at {r['referred']}", r["oracle_auc"]) for r in printed[8]]
+    for where, exp, metric, part, quantity, number in asked:
+        found = published.values(exp, "chexpert_valid", metric, part)
+        means = published.values(exp, "chexpert_valid", "auc_mean5")
+        if found and means:                                  # the run that is best on the evaluated images
+            seed = means[0][int(np.argmax(means[1]))]
+            value = found[1][found[0].index(seed)]
+            check(where, exp, "chexpert_valid", quantity, number, value, f"run of seed {seed}")
+    return errata, count
+
+
+def images_behind(published, testset, near):
+    """The number of images, closest to `near`, that lets every published subset accuracy be a whole count."""
+    shares = np.array([value for key, runs in published.numbers.items() for value in runs.values()
+                       if key[1] == testset and key[2].startswith("subset_accuracy")])
+    sizes = np.arange(max(near - 60, 1), near + 61)[:, None]
+    fits = (np.abs(np.round(shares * sizes) / sizes - shares) < 5.1e-5).all(1)      # 4 decimals are published
+    return min(sizes[fits, 0].tolist(), key=lambda size: abs(size - near), default=None)
+
+
+def contradictions(folder, published):
+    """Heads, captions and sentences that the published runs, or the printed tables themselves, contradict."""
+    errata = []
+
+    def add(where, exp, testset, quantity, printed, recomputed, note):
+        change = f"{recomputed - printed:+d}" if isinstance(printed, int) else ""
+        errata.append({"where": where, "exp": exp, "testset": testset, "quantity": quantity,
+                       "printed": printed, "recomputed": recomputed, "difference": change, "kind": "statement",
+                       "note": note})
+
+    printed = {n: read_csv(folder / f"table{n}.csv") for n in (2, 7, 8)}
+    for testset, head in (("chexpert_valid", 234), ("padchest", 1861)):
+        if (images := images_behind(published, testset, head)) != head:
+            add("Table 2, head", "", testset, "images", head, images,
+                "every published subset accuracy is a whole number of these")
+    images, seen = images_behind(published, "chexpert_valid", 234), 0
+    for nominal in sorted(set(map(float, printed[8]["referred"]))):
+        seen += int(images * nominal)
+        if seen > images * nominal + 1:
+            add("Table 8, Figure 2(d)", "", "chexpert_valid", "share of images referred", f"{nominal:g}",
+                f"{seen / images:.3f}", f"referrals add up to {seen} of {images} images")
+    for testset in dict.fromkeys(key[1] for key in published.files):
+        defined = {key[3] for key in published.numbers if key[1:3] == (testset, "auc")} & set(STUDY5)
+        if len(defined) < 5:
+            add("Table 2", "", testset, "labels in the five-class mean", 5, len(defined),
+                f"no positive image: {', '.join(set(STUDY5) - defined)}")
+    for exp in dict.fromkeys(key[0] for key in published.files):
+        seeds, values, _ = published.values(exp, "nih_test", "auc_mean14")
+        if len(seeds) < 5:
+            add("Captions", exp, "", "fine-tuning runs", 5, len(seeds), f"published seeds {', '.join(seeds)}")
+    for number, by, column in ((7, ["metric", "threshold"], "value"), (8, ["referred"], "oracle_auc")):
+        for key, group in printed[number].groupby(by, sort=False):
+            values = group.set_index("exp")[column].astype(float)
+            values = -values if key[0] in ("FNR", "Calibration error") else values
+            if (rank := int((values > values["3.4"]).sum()) + 1) > 3:
+                add("0.A.7", "3.4", "chexpert_valid", f"rank in Table {number}, {' at '.join(key)}",
+                    "at most 3", f"{rank} of {len(values)}", "“outperforms … or is at least under the top 3”")
+    cells = printed[2].assign(key=printed[2]["testset"] + " " + printed[2]["classes"])
+    mean, sd = (cells.pivot(index="exp", columns="key", values=name).astype(float)
+                for name in ("auc_mean", "auc_sd"))
+    for key, spread in sd.drop(columns=["nih_test 14", "nih_test 5"]).items():
+        for exp in spread.index[spread < sd["nih_test 14"]]:
+            add("Section 3.2", exp, key[:-2], "sd over runs against NIH, 14 labels",
+                f"above {sd['nih_test 14'][exp]:.4f}", f"{spread[exp]:.4f}",
+                "“notably larger for out-of-distribution datasets across all datasets”")
+    for exp in ("2.3", "2.4", "3.1", "3.2", "3.3", "3.4"):
+        if (above := int((mean.loc[exp] > mean.loc["1.2"]).sum())) < 6:
+            add("Section 4.1", exp, "", "columns of Table 2 above 1.2", 6, above,
+                "“the standard ResNet50 is consistently outperformed” by matched pre-training")
+    for exp in dict.fromkeys(key[0] for key in published.files):
+        if found := published.values(exp, "chexpert_valid", "auc_mean5"):
+            add("Tables 7 and 8", exp, "chexpert_valid", "AUC of the run shown, above the mean of the runs",
+                "not stated", f"{found[1].max() - found[1].mean():+.4f}", "chosen on the evaluated images")
+    return errata
+
+
+def write(frame, path):
+    """A CSV that is never half written; numbers with 6 significant digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8", newline="") as file:
+        frame.to_csv(file, index=False, lineterminator="\n", float_format="%.6g")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--predictions", type=Path, help="folder with <exp>/predictions/seed<k>/<testset>.csv")
+    given.add_argument("--reported", type=Path, nargs="?", const=REPORTED,
+                       help="judge on the published runs (default folder: reported/ beside this script)")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the CSVs")
+    parser.add_argument("--claims", type=Path, default=REPORTED / "claims.csv")
+    parser.add_argument("--bootstrap", type=int, default=2000, help="resamples of patients and runs")
+    args = parser.parse_args()
+    if args.bootstrap < 100:
+        fail(f"--bootstrap {args.bootstrap} is too few for a 95 % interval; give at least 100")
+    try:
+        claims = read_claims(args.claims)
+        source = Published(args.reported) if args.reported else Predictions(args.predictions, args.bootstrap)
+        components, comparisons = all_pairs(source)
+        tables = {"verdicts": verdicts(claims, source), "components": components, "comparisons": comparisons,
+                  "detectable": detectable(comparisons, source)}
+        if args.reported:
+            errata, count = rebuild(args.reported, source)
+            tables["errata"] = pd.DataFrame(errata + contradictions(args.reported, source))
+            for where, (equal, compared) in count.items():
+                print(f"{where}: {equal} of {compared} printed numbers are those of the published runs")
+        for name, table in tables.items():
+            write(table, args.out / f"{name}.csv")
+    except InputError as error:
+        fail(error)
+    except OSError as error:
+        fail(f"{args.out} cannot be written ({error.strerror}: {error.filename})")
+    counts = tables["verdicts"]["verdict"].value_counts()
+    print(f"{len(claims)} claims on {source.source}:", ", ".join(f"{n} {name}" for name, n in counts.items()))
+    print(f"wrote {', '.join(f'{name}.csv' for name in tables)} to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
