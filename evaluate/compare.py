@@ -404,7 +404,8 @@ class Predictions:
         self.resamples, self.files = resamples, {}
         for path in sorted(root.glob("*/predictions/seed*/*.csv")):
             exp, _, seed, _ = path.relative_to(root).parts
-            self.files.setdefault((exp, path.stem), {})[seed.removeprefix("seed")] = path
+            if not path.stem.endswith("_val"):             # what thresholds are chosen on is no test set
+                self.files.setdefault((exp, path.stem), {})[seed.removeprefix("seed")] = path
         if not self.files:
             raise InputError(f"{root} holds no <exp>/predictions/seed<k>/<testset>.csv of predict.py")
         paths = sorted((path for files in self.files.values() for path in files.values()),
@@ -421,6 +422,7 @@ class Predictions:
     def values(self, exp, testset, metric, part=None):
         """(seeds, values [R], draws [R, B]) of an arm; None if it was not run or the metric is undefined."""
         name, _, level = metric.partition("@")
+        exp = exp if (exp, testset) in self.files else exp.removesuffix("a")     # recipe a has the plain key
         if name in LABELS or name == "auc":
             runs = self.runs.get((exp, testset), [])
             wanted = [part] if name == "auc" else LABELS[name]
@@ -722,8 +724,8 @@ def contradictions(folder, published):
     def add(where, exp, testset, quantity, printed, recomputed, note):
         change = f"{recomputed - printed:+d}" if isinstance(printed, int) else ""
         errata.append({"where": where, "exp": exp, "testset": testset, "quantity": quantity,
-                       "printed": printed, "recomputed": recomputed, "difference": change, "kind": "statement",
-                       "note": note})
+                       "printed": printed, "recomputed": recomputed, "difference": change,
+                       "kind": "statement", "note": note})
 
     printed = {n: read_csv(folder / f"table{n}.csv") for n in (2, 7, 8)}
     for testset, head in (("chexpert_valid", 234), ("padchest", 1861)):
