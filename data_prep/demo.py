@@ -35,7 +35,7 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
 
-VERSION = 1             # raise when the drawings change: folders made before are then made anew
+VERSION = 2             # raise when the drawings change: folders made before are then made anew
 STAND_IN = "This folder is a STAND-IN, drawn by data_prep/demo.py"
 
 # finding: share of studies; weight of a patient's heart failure, infection, chronic lung disease. The shares
@@ -587,6 +587,7 @@ def write_csv(path, rows):
 
 
 def nih(root, key, count, draw):
+    """Kaggle's folders, 8-bit PNG; official lists without a common patient; boxes on test images."""
     films = cohort("nih", key, {"train": count(900), "val": count(180), "test": count(400)})
     named = {f"{1 + film.patient:08d}_{film.study - 1:03d}.png": film for film in films}
     boxes = draw([(root / f"images_{1 + i // 500:03d}" / "images" / name, partial(radiograph, film),
@@ -640,6 +641,7 @@ def report_labels(film, certain=False):
 
 
 def mimic_cxr(root, key, count, draw):
+    """JPEG below patient and study; labels mined from reports, one row a study; lateral films too."""
     metadata, studies, splits, tasks = [], {}, [], []
     width, height = SITES["mimic_cxr"].size
     for film in cohort("mimic_cxr", key, {"train": count(1080), "validate": count(40), "test": count(80)}):
@@ -670,6 +672,7 @@ def mimic_cxr(root, key, count, draw):
 
 
 def chexpert(root, key, count, draw):
+    """The small release; a hand-labelled valid.csv; the test split as row numbers of train.csv."""
     release = "CheXpert-v1.0-small"
     tables, tasks, split, people = {"train": [], "valid": []}, [], [], {}
     for film in cohort("chexpert", key, {"test": count(345), "other": count(120), "valid": count(116)}):
@@ -702,6 +705,7 @@ PADCHEST_WORDS = {
 
 
 def padchest(root, key, count, draw):
+    """16-bit PNG in numbered archives; labels as lists in text; rows that the study's filter drops."""
     rows, tasks, (width, height) = [], [], SITES["padchest"].size
     for i, film in enumerate(cohort("padchest", key, {"kept": count(200), "dropped": count(50)})):
         projection, folder, method = film.view, 0, "Manual review of DICOM fields"
@@ -751,6 +755,7 @@ VINDR_WORDS = {
 
 
 def vindr_cxr(root, key, count, draw):
+    """DICOM of several depths and windows, a quarter MONOCHROME1; labels by reader and by consensus."""
     films = cohort("vindr_cxr", key, {"train": count(40), "test": count(200)})
     labels, annotations = {"train": [], "test": []}, {"train": [], "test": []}
     tasks = [(root / film.split / f"{digest(key, i)[:32]}.dicom", partial(radiograph, film),
@@ -785,6 +790,7 @@ COVIDX = {  # finding: families of its slices as (source, country, patient id, n
 
 
 def covidx_ct(root, key, count, draw):
+    """CT slices as PNG, named as by their sources; list files with class and body box."""
     patients = []
     for split, size in {"train": count(600), "val": count(100), "test": count(100)}.items():
         names, tasks = [], []
@@ -809,6 +815,7 @@ def covidx_ct(root, key, count, draw):
 
 
 def oct(root, key, count, draw):
+    """Scans as JPEG of two widths below the class folders of release v3."""
     tasks = []
     for split, size in {"train": count(190), "test": count(10)}.items():
         for number, disease in enumerate(("CNV", "DME", "DRUSEN", "NORMAL")):
@@ -821,6 +828,7 @@ def oct(root, key, count, draw):
 
 
 def imagenet(root, key, count, draw):
+    """ILSVRC as on Kaggle: training images by class, validation images flat, tables for both."""
     data, sets = root / "ILSVRC" / "Data" / "CLS-LOC", root / "ILSVRC" / "ImageSets" / "CLS-LOC"
     order = np.random.default_rng(key).permutation(sorted(CLASSES) * count(10)).tolist()
     images = {  # (class, path below the split): validation files lie flat, a table names their class
@@ -876,11 +884,12 @@ def generate(out, settings):
 
 
 def finished(out, settings):
-    """Whether demo.json vouches for folders of the same version, seed and scale."""
+    """Whether demo.json vouches for folders of the same version, seed and scale, and they are still there."""
     try:
-        return settings.items() <= json.loads((out / "demo.json").read_text(encoding="utf-8")).items()
+        made = json.loads((out / "demo.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    return settings.items() <= made.items() and all((out / name).is_dir() for name in made["images"])
 
 
 def main():
