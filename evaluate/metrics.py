@@ -285,16 +285,15 @@ def sensitivity_at(y, p, specificities=SPECIFICITIES):
 
 
 def choose_threshold(y, p, rule):
-    """The lowest score t of one label (1-D) where p > t has the best F1 ("f1") or sensitivity + specificity.
-
-    NaN without both classes.
+    """The lowest score t of one label (1-D) where p > t is best by `rule`: "f1", or "youden" for
+    sensitivity + specificity. NaN without both classes.
     """
     positives, negatives = (y == 1).sum(), (y == 0).sum()
     if not positives or not negatives:
         return np.nan
     scores, true, false = operating_points(y, p)
-    f1, youden = 2 * true / (true + false + positives), true / positives - false / negatives
-    return scores[np.argmax(f1 if rule == "f1" else youden)]
+    gain = {"f1": 2 * true / (true + false + positives), "youden": true / positives - false / negatives}[rule]
+    return scores[np.argmax(gain)]
 
 
 def rates(y, p, threshold):
@@ -335,8 +334,8 @@ def delong(y, p_left, p_right, patient=None):
     """Test of equal AUC of two models on the same images, for one label; all arguments 1-D, length n.
 
     Images count as independent (DeLong et al. 1988), with `patient` those of one patient as a cluster
-    (Obuchowski 1997; the same where every patient has one image). Returns a dict: difference, se, z, p, of
-    which all but the first are NaN if a class has a single patient. Raises ValueError without both classes.
+    (Obuchowski 1997; the same where every patient has one image). Returns a dict: difference, se, z, p; se is
+    NaN if a class has one patient, z and p where se tells nothing. Raises ValueError without both classes.
     """
     positive = y == 1
     if positive.all() or not positive.any():
@@ -349,7 +348,7 @@ def delong(y, p_left, p_right, patient=None):
     if min(m, n) > 1:
         variance = m / (m - 1) * ten @ ten + n / (n - 1) * one @ one + 2 * size / (size - 1) * ten @ one
         se = np.sqrt(max(variance, 0))
-    z = difference / se if difference or np.isnan(se) else 0.0
+    z = difference / se if se > 0 else (0.0 if se == difference == 0 else np.nan)
     return {"difference": difference, "se": se, "z": z, "p": 2 * ndtr(-abs(z))}
 
 
@@ -381,7 +380,7 @@ def variance_components(values, draws):
     patients: what other patients do to all runs alike; interaction: what they do to one run besides; runs:
     the rest of the spread over runs, 0 if none is left. se^2 = patients + (interaction + runs) / R.
     """
-    moves = draws - np.asarray(values)[:, None]
+    moves = (draws - np.asarray(values)[:, None])[:, ~np.isnan(draws).any(0)]
     interaction = (moves - moves.mean(0)).var(1, ddof=1).sum() / (len(values) - 1)
     patients = max(moves.mean(0).var(ddof=1) - interaction / len(values), 0)
     runs = max(np.var(values, ddof=1) - interaction, 0)
@@ -418,7 +417,7 @@ def nih_name(label):
 def read_csv(path, columns, **options):
     """A CSV that holds `columns` and at least one row. Raises InputError."""
     try:
-        frame = pd.read_csv(path, keep_default_na=False, **options)
+        frame = pd.read_csv(path, keep_default_na=False, low_memory=False, **options)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path") from None
     except (OSError, UnicodeDecodeError, pd.errors.EmptyDataError, pd.errors.ParserError) as problem:
@@ -437,7 +436,7 @@ def read_predictions(path):
     frame = read_csv(path, ["path", "patient"], dtype={"path": str, "patient": str})
     names = {kind: [name[5:] for name in frame if name.startswith(kind)] for kind in ("true_", "prob_")}
     for kind, other in (("true_", "prob_"), ("prob_", "true_")):
-        for name in set(names[kind]) - set(names[other]):
+        for name in sorted(set(names[kind]) - set(names[other])):
             raise InputError(f"{path} has a column {kind}{name} but no {other}{name}; add it or drop both")
     labels = [nih_name(name) for name in names["true_"]]
     if not labels:
@@ -477,6 +476,8 @@ def read_groups(manifests):
     frame = frame.set_index("path").reindex(columns=["sex", "age", "race"]).fillna("")
     bands = pd.cut(pd.to_numeric(frame["age"], errors="coerce"), [-np.inf, *AGES.values()], labels=list(AGES))
     frame["age"] = bands.astype(object).fillna("")
+    if (frame == "").all(axis=None):
+        raise InputError(f"{manifests[0]} knows no sex, age or race of any image; leave --manifest out")
     for race in ("White", "Black", "Asian"):                # also "White, non-Hispanic" and the like
         frame.loc[frame["race"].str.contains(race), "race"] = race
     return frame
@@ -629,10 +630,11 @@ def score_file(path, resamples, chosen=None, groups=None, bca=False):
     """Rows of one file, from `labels` to `ci_high`, and remarks to print."""
     test, rows, remarks = read_predictions(path), [], []
     if groups is not None:
-        for row in np.flatnonzero(~np.isin(test.path, groups.index))[:1]:
+        places = groups.index.get_indexer(test.path)
+        for row in np.flatnonzero(places < 0)[:1]:
             raise InputError(f"{path} row {row + 1}: image '{test.path[row]}' is in no manifest; give the "
                              "one that the predictions were made from")
-        groups = groups.loc[test.path]
+        groups = groups.iloc[places]
     sets = label_sets(test.labels)
     used = [label for label in test.labels if any(label in labels for labels in sets.values())]
     if len(used) < len(test.labels):
@@ -660,15 +662,16 @@ def score_file(path, resamples, chosen=None, groups=None, bca=False):
 def score_run(paths, validation, manifests, resamples, bca):
     """score_file for the files of one run, whose thresholds and temperature come from its validation."""
     chosen = choose(read_predictions(validation)) if validation else None
-    return [score_file(path, resamples, None if path == validation else chosen,
-                       read_groups(manifests) if manifests else None, bca) for path in paths]
+    groups = read_groups(manifests) if manifests else None
+    return [score_file(path, resamples, None if path == validation else chosen, groups, bca)
+            for path in paths]
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
 def identify(path, args):
     """(exp, seed, dataset) of a file: the flags, and what they leave open from its path."""
-    found = re.search(r"([^/]+)/predictions/seed(\d+)/([^/]+)\.csv$", path.resolve().as_posix())
+    found = re.search(r"([^/]+)/predictions/seed(\d+)/([^/]+)\.csv$", path.absolute().as_posix())
     flags = (args.exp, args.seed, args.dataset)
     if found is None and None in flags:
         raise InputError(f"{path} does not lie at runs/<exp>/predictions/seed<k>/<test set>.csv, so its path "
@@ -693,6 +696,8 @@ def write_metrics(path, rows):
 
 def run(args):
     """Score all files, a process for each run, and write their rows."""
+    if args.bootstrap < 0 or args.workers < 1:
+        raise InputError("--bootstrap must be 0 or more, --workers 1 or more")
     names, folders = {}, defaultdict(list)
     for path in args.predictions:
         name = identify(path, args)
