@@ -357,8 +357,8 @@ def read_dicom(file):
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
     ds = pydicom.dcmread(file, force=True)
     stored = ds.pixel_array
-    if stored.ndim != 2:
-        raise ValueError(f"DICOM of shape {stored.shape}, not one grey image")
+    if stored.ndim != 2 or not ds.PhotometricInterpretation.startswith("MONOCHROME"):
+        raise ValueError(f"DICOM {ds.PhotometricInterpretation} of shape {stored.shape}, not one grey image")
     padded = np.zeros(stored.shape, bool)
     if ds.get("PixelPaddingValue") is not None:
         ends = ds.PixelPaddingValue, ds.get("PixelPaddingRangeLimit", ds.PixelPaddingValue)
