@@ -12,6 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"      # optional folder with real metadata and images, beside the checkout
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than five seconds; runs in CI all the same")
+
+
 def load_script(name):
     """Import a script by its path below the project root, e.g. load_script("pretrain/gmml.py")."""
     path = ROOT / name

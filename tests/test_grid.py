@@ -1,0 +1,158 @@
+"""Every row of experiments.yaml starts: pre-training, fine-tuning and prediction run two steps each, with tiny
+stand-ins for backbones, images and published weights. Rows that differ in nothing a script can notice run once."""
+
+import contextlib
+import io
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+import yaml
+from conftest import ROOT, load_script
+
+TABLE = yaml.safe_load((ROOT / "experiments.yaml").read_text())
+ROWS = [exp for exp in TABLE if exp != "defaults"]
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 12}
+TINY = {
+    "vit_small_patch16_224": VIT,
+    "vit_base_patch16_224": VIT,
+    "beit_base_patch16_224": VIT | {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "init_values": 0.1},
+    "swin_base_patch4_window7_224": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]},
+    "resnet50": {"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 32], "stem_width": 16},
+}
+LABELS = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
+          "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
+
+
+def whole(exp, section):
+    """A row as a script sees it: defaults below the row, what holds for all below what holds for one section."""
+    both = {}
+    for row in (TABLE["defaults"], TABLE[exp]):
+        both |= {k: v for k, v in row.items() if k not in ("pretrain", "finetune")} | (row.get(section) or {})
+    return both
+
+
+def tiny_args(row):
+    """The stand-in's arguments: small, but with the row's own window and image size where it names them."""
+    args = dict(TINY[row["arch"]])
+    if row["arch"].startswith("swin"):
+        six = row.get("model_args", {}).get("window_size") == 6
+        args |= {"img_size": 96 if six else 112, "window_size": 6 if six else 7}
+    return args
+
+
+def standin_weights(folder):
+    """Files where the published ones would lie, with their key styles and the stand-ins' shapes."""
+    folder.mkdir()
+
+    def state(arch, in_chans=3, **changes):
+        return timm.create_model(arch, in_chans=in_chans, num_classes=0, **(TINY[arch] | changes)).state_dict()
+
+    vit = state("vit_small_patch16_224")
+    torch.save(vit, folder / "vit_small_patch16_224.pth")
+    torch.save(vit, folder / "vit_base_patch16_224.pth")
+    torch.save(vit, folder / "deit_small_patch16_224.fb_in1k.pth")
+    torch.save({"teacher": {f"module.backbone.{k}": v for k, v in vit.items()}}, folder / "SiT_Small_ImageNet.pth")
+    beit = state("beit_base_patch16_224")
+    torch.save({"model": {f"encoder.{k}": v for k, v in beit.items()} | {"encoder.mask_token": torch.zeros(1, 1, 48)}},
+               folder / "simmim_pretrain__vit_base__img224__800ep.pth")
+    swin = state("swin_base_patch4_window7_224", img_size=96, window_size=6)
+    torch.save(state("swin_base_patch4_window7_224", img_size=112, window_size=7), folder / "swin_base_patch4_window7_224.pth")
+    released = {k.replace("layers.1.downsample", "layers.0.downsample"): v for k, v in swin.items()}
+    torch.save({"model": {f"encoder.{k}": v for k, v in released.items()}},
+               folder / "simmim_pretrain__swin_base__img192_window6__800ep.pth")
+    torch.save(state("resnet50"), folder / "resnet50.pth")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    rng = np.random.default_rng(0)
+    (folder / "data").mkdir()
+    images = rng.integers(0, 256, (48, 32, 32), dtype=np.uint8)
+    np.save(folder / "data/images.npy", images)
+    table = pd.DataFrame({"path": [f"{i}.png" for i in range(48)], "patient": [str(i) for i in range(48)],
+                          "split": np.repeat(["pretrain", "train", "val", "test"], 12)})
+    for label in LABELS:
+        table[label] = np.tile([0, 1], 24)
+    table.to_csv(folder / "data/manifest.csv", index=False)
+    standin_weights(folder / "weights")
+    return folder
+
+
+def signature(exp):
+    """What the scripts can notice of a row; names of datasets and row, epochs and sample sizes are not."""
+    rows = [{k: v for k, v in whole(exp, section).items() if k not in ("about", "dataset", "samples", "epochs", "seeds")}
+            for section in ("pretrain", "finetune")]
+    return json.dumps([rows[0] if "pretrain" in TABLE[exp] else None, rows[1]], sort_keys=True)
+
+
+FIRST = {}
+for exp in ROWS:
+    if not exp.startswith("demo."):         # these run as they are in the demo's own test
+        FIRST.setdefault(signature(exp), exp)
+
+
+def run(script, *argv):
+    """main() of a script here, with its output kept back; a user's mistake shows its sentence."""
+    module = load_script(script)
+    old, output = sys.argv, io.StringIO()
+    sys.argv = [script, *map(str, argv)]
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            module.main()
+    except SystemExit as stop:
+        assert not stop.code, output.getvalue()[-2000:]
+    finally:
+        sys.argv = old
+    return module
+
+
+def pretrain_flags(exp):
+    row = whole(exp, "pretrain")
+    defaults = load_script(f"pretrain/{row['strategy']}.py").DEFAULTS
+    small = dict(hidden_dim=32, out_dim=32, mask_unit=16, n_local_crops=2)
+    flags = [item for key, value in small.items() if key in defaults for item in (f"--{key}", value)]
+    return [*flags, "--samples", 12, "--split", "pretrain", "--warmup_epochs", 0, "--batch", 4, "--steps", 2,
+            "--model_args", json.dumps(tiny_args(row)), "--device", "cpu", "--manifest", "data/manifest.csv"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exp", FIRST.values())
+def test_row_starts(exp, place, monkeypatch):
+    monkeypatch.chdir(place)
+    init = whole(exp, "finetune").get("init", "")
+    for parent in [init[4:]] if init.startswith("exp:") else []:
+        if not (place / f"runs/{parent}/pretrain/backbone.pt").exists():
+            run(f"pretrain/{TABLE[parent]['pretrain']['strategy']}.py", "--exp", parent, *pretrain_flags(parent))
+    if "pretrain" in TABLE[exp]:
+        run(f"pretrain/{TABLE[exp]['pretrain']['strategy']}.py", "--exp", exp, *pretrain_flags(exp))
+        backbone = torch.load(place / f"runs/{exp}/pretrain/backbone.pt", weights_only=True)
+        assert backbone["exp"] == exp and backbone["in_chans"] == whole(exp, "pretrain")["in_chans"]
+    run("finetune/classify.py", "--exp", exp, "--train", "data/manifest.csv", "--seeds", 0, "--batch", 4, "--steps", 2,
+        "--device", "cpu", "--model_args", json.dumps(tiny_args(whole(exp, "finetune"))))
+    classifier = torch.load(place / f"runs/{exp}/finetune/seed0/classifier.pt", weights_only=True)
+    assert classifier["labels"] == LABELS
+    run("evaluate/predict.py", "--checkpoint", f"runs/{exp}/finetune/seed0/classifier.pt", "--manifest",
+        "data/manifest.csv", "--out", f"runs/{exp}/predictions/seed0/nih_test.csv", "--device", "cpu")
+    predictions = pd.read_csv(place / f"runs/{exp}/predictions/seed0/nih_test.csv")
+    assert len(predictions) == 12 and predictions.filter(like="prob_").notna().all(axis=None)
+
+
+def test_every_row_of_the_study_is_there():
+    wanted = [f"{a}.{b}" for a, n in ((1, 2), (2, 4), (3, 8)) for b in range(1, n + 1)]
+    wanted += [f"0.1.{i}{b}" for i in range(1, 8) for b in ("", "b")] + ["0.2.2", "0.2.3", "0.2.4", "0.2.5", "0.2.7"]
+    wanted += [f"4.{s}.1-{n}k" for s in (1, 2, 3) for n in (50, 100, 250)] + ["4.1.2-50k", "4.2.2-50k", "4.3.2-50k", "4.3.3-50k"]
+    assert set(wanted) <= set(ROWS)
+
+
+def test_channels_and_starts_follow_the_papers_tables():
+    for exp in ("2.2", "2.4", "3.2", "3.4", "3.6", "3.8"):
+        assert whole(exp, "pretrain")["init"] == "timm" and whole(exp, "pretrain")["in_chans"] == 3
+    for exp in ("2.1", "2.3", "3.1", "3.3", "3.5", "3.7"):
+        assert whole(exp, "pretrain")["init"] == "random" and whole(exp, "pretrain")["in_chans"] == 1
+    assert [whole(exp, "finetune")["seeds"] for exp in ("1.1", "3.4")] == [[0, 1, 2], [0, 11, 21, 42, 100]]
