@@ -1,15 +1,14 @@
 """Pack the images an index names into one uint8 array, or check that every one of them can be read.
 
-Each file is decoded in full, turned into 8-bit grey (or colour), stretched to S x S and appended to images.npy in the
-order of the index; what cannot be used is listed with its reason, never repaired. Killed at any moment, the same
+Each file is decoded in full, turned into 8-bit grey (or colour), stretched to S x S and added to images.npy
+in index order; what cannot be used is listed with its reason, never repaired. Killed at any moment, the same
 command goes on where it stopped and ends in the same bytes, whatever the number of workers.
 
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih
-    python data_prep/pack.py --index data/imagenet/index.csv --raw raw/imagenet --out data/imagenet --channels 3
-    python data_prep/pack.py --index data/vindr_cxr/index.csv --raw raw/vindr_cxr --out data/vindr_paper --variant paper
-    python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih_original --size original
+    python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih_full --size original
+    python data_prep/pack.py --index data/oct/index.csv --raw raw/oct --out data/oct --workers 16
 
-Reads   the index (needs the column path: relative to --raw, and nothing outside --raw is opened) and the images.
+Reads   the index (its column path is relative to --raw; nothing outside --raw is opened) and the images.
 Writes  images.npy      uint8 [N, S, S] or [N, S, S, 3]; none with --size original
         manifest.csv    the packed rows of the index; row i describes images.npy[i]
         rejected.csv    path, reason
@@ -46,11 +45,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "WEBP")    # no EPS: it would run Ghostscript
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS     # 89 million, Pillow's mark of a decompression bomb; radiographs have 5 to 20
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "WEBP")   # no EPS: that runs Ghostscript
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS     # 89 million, Pillow's mark of a decompression bomb; radiographs: 5-20
 MAX_BYTES = 1 << 30                     # a DICOM file is read whole before its header can be judged
 COMMIT_SECONDS = 5                      # the work a kill can cost, and the time between progress lines
 AHEAD = 16                              # rows a worker may be ahead of the last one written
+FACES = {"corrected": "display", "paper": "paper"}      # the DICOM conversion of each variant
 UNFINISHED = ("images.npy.part", "journal.part")
 OUTPUTS = ("pack.json", "images.npy", "manifest.csv", "rejected.csv", "duplicates.csv")
 
@@ -70,20 +70,21 @@ class Rejected(Exception):
 # ---- pixels: any file to 8 bits ----
 
 def to_grey8(values, variant="corrected"):
-    """Scale 16-bit grey, x / 65535 * 255, rounded (corrected) or cut toward zero (paper). Returns: uint8, same shape."""
-    scaled = values.astype(np.float32) / 65535 * 255
-    return (scaled if variant == "paper" else np.rint(scaled)).astype(np.uint8)
+    """Scale 16-bit grey, x / 65535 * 255, rounded (corrected) or cut toward zero (paper). Returns: uint8."""
+    scaled = np.divide(values, 65535, dtype=np.float32)
+    scaled *= 255
+    return (scaled if variant == "paper" else np.rint(scaled, out=scaled)).astype(np.uint8)
 
 
 def window_to_grey8(values, black, white):
-    """Map black..white linearly to 0..255, clipped and rounded; black > white gives a negative. Returns: uint8."""
+    """Map black..white linearly to 0..255, clipped, rounded; black > white: a negative. Returns: uint8."""
     return np.rint(np.clip((values - black) / (white - black), 0, 1) * 255).astype(np.uint8)
 
 
 def percentile_window(values):
-    """The 0.5 and 99.5 percentiles, or minimum and maximum (at least 1 apart) where those coincide."""
+    """The 0.5 and 99.5 percentiles; minimum and maximum, at least 1 apart, where those coincide."""
     black, white = np.percentile(values, (0.5, 99.5)) if values.size else (0, 1)
-    return (black, white) if black < white else (float(values.min()), max(float(values.max()), values.min() + 1.0))
+    return (black, white) if black < white else (float(values.min()), max(values.max(), values.min() + 1.0))
 
 
 def dicom_paper(stored):
@@ -92,11 +93,11 @@ def dicom_paper(stored):
 
 
 def dicom_display(stored, ds):
-    """What a viewer shows: modality LUT or rescale, then VOI LUT or first window, else the 0.5-99.5 percentiles;
-    MONOCHROME1 inverted once, padding black.
+    """What a viewer shows: modality LUT or rescale, then VOI LUT or first window or else the 0.5-99.5
+    percentiles; MONOCHROME1 inverted once, padding black.
 
-    All of it depends on the stored value alone, so it is worked out once for every possible value and looked up for
-    the pixels: exact, and several times faster.
+    All of it depends on the stored value alone, so it is worked out for every possible value and looked up
+    for the pixels: exact, and several times faster.
 
     Args: stored: 8- or 16-bit integers [H, W]; ds: the pydicom dataset. Returns: uint8 [H, W].
     Source: DICOM PS3.3, C.7.5.1.1.2, C.11.1, C.11.2.
@@ -113,10 +114,10 @@ def dicom_display(stored, ds):
     voi = ds.VOILUTSequence[0] if ds.get("VOILUTSequence") else {}
     if "LUTDescriptor" in voi and "LUTData" in voi:
         black, white = 0, 2 ** voi.LUTDescriptor[2] - 1
-        voi.LUTDescriptor[2] = 16               # said to be 8, pydicom would look it up with 8-bit positions that wrap
+        voi.LUTDescriptor[2] = 16       # told 8, pydicom keeps positions in 8 bits, too, and they wrap
         shown = apply_voi_lut(values, ds)
     elif None not in (ds.get("WindowCenter"), ds.get("WindowWidth")):
-        black, white = apply_voi_lut(np.array([-np.inf, np.inf]), ds)     # what lies on either side of the window
+        black, white = apply_voi_lut(np.array([-np.inf, np.inf]), ds)     # either side of the window
         shown = apply_voi_lut(values, ds)
     else:
         counts = np.bincount(code.ravel(), minlength=len(values))
@@ -130,8 +131,8 @@ def dicom_display(stored, ds):
 
 
 def read_dicom(file, dicom="display"):
-    """Decode a monochrome single-frame DICOM file. Returns: uint8 [H, W], is it MONOCHROME1. Raises: Rejected."""
-    import pydicom                              # here, because it loads slowly and most datasets have no use for it
+    """Decode a single-frame grey DICOM file. Returns: uint8 [H, W], is it MONOCHROME1? Raises: Rejected."""
+    import pydicom                              # here: it loads slowly, and most datasets have no use for it
     from pydicom.pixels import get_decoder
     ds = pydicom.dcmread(file, force=True)      # force: a file may lack the preamble
     if "PixelData" not in ds:
@@ -148,9 +149,9 @@ def read_dicom(file, dicom="display"):
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise Rejected(f"unsupported transfer syntax: {syntax.name}, for which pydicom has no decoder") from None
+        raise Rejected(f"unsupported transfer syntax: {syntax.name}, unknown to pydicom") from None
     if not decoder.is_available:
-        raise Rejected(f"unsupported transfer syntax: {syntax.name}; install the packages of one of these: "
+        raise Rejected(f"unsupported transfer syntax: {syntax.name}; install what one of these requires: "
                        + ", ".join(decoder.missing_dependencies))
     stored = ds.pixel_array
     stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
@@ -177,7 +178,7 @@ def read_pillow(file):
 def read_image(file, channels=1, variant="corrected", dicom="display", stretch=False):
     """Decode a file of any supported kind to 8 bits at its own size.
 
-    Alpha is ignored, not composited; colour becomes Pillow's L (0.299, 0.587, 0.114); EXIF orientation is ignored.
+    Alpha is dropped, not composited; colour becomes Pillow's L (0.299, 0.587, 0.114); no EXIF rotation.
 
     Returns: a Pillow image of mode L (1 channel) or RGB (3), and what is worth counting about the file:
     monochrome1, sixteen_bit, sixteen_bit_below_4096 (bool). Raises: Rejected, or whatever the decoder raises.
@@ -213,7 +214,8 @@ def read_image(file, channels=1, variant="corrected", dicom="display", stretch=F
 def is_constant(image):
     """Whether all pixels are alike; a coarse sample settles it at once for all but nearly empty images."""
     sample = image.resize((32, 32), Image.Resampling.NEAREST)
-    return all(np.ptp(np.reshape(picture.getextrema(), (-1, 2)), axis=1).max() == 0 for picture in (sample, image))
+    return all(np.ptp(np.reshape(picture.getextrema(), (-1, 2)), axis=1).max() == 0     # [channels, 2]
+               for picture in (sample, image))
 
 
 def fit(image, size, resample="bicubic", keep_aspect=False):
@@ -247,7 +249,7 @@ def locate(root, path):
 
 
 def pack_row(path, earlier, config):
-    """Answer one index row: its journal record, and its bytes (none if it is rejected or kept at original size)."""
+    """Answer one index row: its journal record, and its bytes (none if rejected or kept at original size)."""
     try:
         if earlier:
             raise Rejected(f"duplicate path: first in row {earlier}")
@@ -265,14 +267,13 @@ def pack_row(path, earlier, config):
         return {"reason": f"truncated or unreadable: {text}"}, b""
     pixels, level = image.tobytes(), np.arange(256)
     histogram = np.reshape(image.histogram(), (-1, 256)).sum(0)
-    tally = {"pixels": len(pixels), "sum": int(histogram @ level), "square": int(histogram @ level ** 2), **facts}
-    record = {"hash": hashlib.blake2b(pixels, digest_size=16).hexdigest(), "tally": tally}
+    sums = {"pixels": len(pixels), "sum": int(histogram @ level), "square": int(histogram @ level ** 2)}
+    record = {"hash": hashlib.blake2b(pixels, digest_size=16).hexdigest(), "tally": {**sums, **facts}}
     return record, b"" if config["size"] == "original" else pixels
 
 
 def begin_work():
     """Set up a worker process; it ends with its parent, even with one that was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches the whole group; the parent decides
     warnings.simplefilter("ignore")                 # remarks on odd headers; what matters becomes a reason
     logging.disable()
     parent = multiprocessing.parent_process().sentinel
@@ -282,30 +283,34 @@ def begin_work():
 def answers_in_order(rows, workers, config):
     """Yield pack_row(*row, config) for each row of an iterator, in order, from `workers` processes.
 
-    Only AHEAD rows a process are in memory. A file that crashes its decoder takes the pool down; the rows in flight
-    are then tried again one by one, each in a process of its own, which finds it.
+    No more than AHEAD rows a process are in memory. A file that crashes its decoder takes the pool down; the
+    rows in flight are then read one at a time, which finds it.
     """
     def pool(size):
         return ProcessPoolExecutor(size, multiprocessing.get_context("spawn"), begin_work)
 
-    executor, pending = pool(workers), deque()
+    executor, pending, futures = pool(workers), deque(), deque()
     try:
         while True:
-            for row in islice(rows, AHEAD * workers - len(pending)):
-                pending.append((row, executor.submit(pack_row, *row, config)))
-            if not pending:
-                return
             try:
-                yield pending[0][1].result()
-                pending.popleft()
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by new processes:
+                for row in islice(rows, AHEAD * workers - len(pending)):    # Ctrl-C is for the parent
+                    pending.append(row)
+                    futures.append(executor.submit(pack_row, *row, config))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                if not pending:
+                    return
+                yield futures[0].result()
+                pending.popleft(), futures.popleft()
             except BrokenProcessPool:
-                for row, _ in pending:
-                    with pool(1) as alone:
-                        try:
-                            yield alone.submit(pack_row, *row, config).result()
-                        except BrokenProcessPool:
-                            yield {"reason": "truncated or unreadable: the decoder crashed"}, b""
-                executor, pending = pool(workers), deque()
+                executor = pool(1)
+                for row in pending:
+                    try:
+                        yield executor.submit(pack_row, *row, config).result()
+                    except BrokenProcessPool:
+                        yield {"reason": "truncated or unreadable: the decoder crashed"}, b""
+                        executor = pool(1)
+                executor, pending, futures = pool(workers), deque(), deque()
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
@@ -313,15 +318,15 @@ def answers_in_order(rows, workers, config):
 # ---- files: the index, the unfinished pack, the finished one ----
 
 def index_rows(index, splits=()):
-    """Yield the index rows of these splits (of all, if empty) as {column: cell}, each with the number of the earlier
-    row that has the same path, or None."""
+    """Yield the index rows of these splits (of all, if empty) as {column: cell}, each with the number of the
+    earlier row that has the same path, or None."""
     first = {}
     try:
         with open(index, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
             if "path" not in columns or len(set(columns)) < len(columns):
-                fail(f"{index} row 1: expected a column path and no name twice, found {','.join(columns)[:300]!r}")
+                fail(f"{index} row 1: expected a path column, no name twice; not {','.join(columns)[:300]}")
             for number, row in enumerate(reader, start=2):
                 if None in row or None in row.values():
                     fail(f"{index} row {number}: expected as many cells as the header has, {len(columns)}")
@@ -329,7 +334,7 @@ def index_rows(index, splits=()):
                     earlier = first.setdefault(row["path"], number)
                     yield row, earlier if earlier < number else None
     except UnicodeDecodeError as error:
-        fail(f"{index}: not UTF-8 ({error.object[error.start:error.end]!r}: {error.reason}); save it as UTF-8")
+        fail(f"{index}: not UTF-8 (byte {error.object[error.start]:#x}: {error.reason}); save it as UTF-8")
     except (csv.Error, OSError) as error:
         fail(f"{index}: {getattr(error, 'strerror', None) or error}")
 
@@ -368,23 +373,26 @@ def check_same(found, config, out):
     """Refuse a folder that holds a pack of other settings."""
     for key, value in config.items():
         if found.get(key) != value:
-            fail(f"{out}: packed with {key} = {found.get(key)!r}, not {value!r}; take another --out or --overwrite it")
+            fail(f"{out}: its {key} is {found.get(key)!r}, not {value!r}; use another --out or --overwrite")
 
 
 def is_finished(out, config):
-    """Whether `out` holds a finished pack of these settings; a pack of other settings or of other makers is refused."""
+    """Whether `out` holds a finished pack of these settings; one of other settings or makers is refused."""
     there = {path.name for path in out.iterdir()}
     if "pack.json" in there:
-        check_same(json.loads((out / "pack.json").read_text()), config, out)
+        try:
+            check_same(json.loads((out / "pack.json").read_text()), config, out)
+        except (ValueError, AttributeError):
+            fail(f"{out / 'pack.json'}: not written here; use another --out or --overwrite")
     elif "journal.part" not in there and there & {"manifest.csv", "images.npy"}:
-        fail(f"{out}: holds a manifest.csv or images.npy not made here; take another --out or --overwrite it")
+        fail(f"{out}: holds a manifest.csv or images.npy of another maker; use another --out or --overwrite")
     return there.issuperset(OUTPUTS if config["size"] != "original" else set(OUTPUTS) - {"images.npy"})
 
 
 def resume(out, config):
     """Open images.npy.part and journal.part, both cut back to the last row that both hold.
 
-    The journal's first line holds the settings; each further one is a row's record, written once the row's pixels are
+    The journal's first line holds the settings, each further one a row's record, written when its pixels are
     on disk. Returns: the two files, positioned at their ends, and the number of rows they hold.
     """
     images_path, journal_path = (out / name for name in UNFINISHED)
@@ -414,11 +422,11 @@ def resume(out, config):
 
 
 def pack_rows(out, config, index, total, workers):
-    """Pack what is not packed yet, row after row. Returns: images.npy.part and journal.part, open and complete."""
+    """Pack the rows that are not packed yet. Returns: images.npy.part and journal.part, open and complete."""
     images, journal, begun = resume(out, config)
     started = committed = time.monotonic()
-    rows = islice(((row["path"], earlier) for row, earlier in index_rows(index, config["splits"])), begun, None)
-    answers = answers_in_order(rows, workers, config)
+    rows = ((row["path"], earlier) for row, earlier in index_rows(index, config["splits"]))
+    answers = answers_in_order(islice(rows, begun, None), workers, config)
     lines = []
     for done, (record, pixels) in enumerate(answers, start=begun + 1):
         images.write(pixels)
@@ -437,9 +445,9 @@ def pack_rows(out, config, index, total, workers):
 
 
 def finish(out, config, index, images, journal):
-    """Write the tables from index and journal, images.npy, and last pack.json, the sign of a finished pack."""
-    tally = Counter(dict.fromkeys(("N", "rejected", "upscaled", "monochrome1", "sixteen_bit", "sixteen_bit_below_4096",
-                                   "duplicates"), 0))
+    """Write the tables from index and journal, images.npy, and last pack.json, the sign of a whole pack."""
+    tally = Counter(dict.fromkeys(("N", "rejected", "upscaled", "monochrome1", "sixteen_bit",
+                                   "sixteen_bit_below_4096", "duplicates"), 0))
     reasons, first = Counter(), {}
     journal.seek(0)
     next(journal)                                   # the settings
@@ -469,8 +477,9 @@ def finish(out, config, index, images, journal):
 
     n, total, square = (tally.pop(key) for key in ("pixels", "sum", "square"))
     tally["rejected"] = reasons.total()
-    summary = {"dataset": Path(os.path.abspath(out)).name, **config, **tally, "reasons": dict(sorted(reasons.items())),
-               "mean": total / n / 255, "std": (n * square - total ** 2) ** 0.5 / n / 255,
+    summary = {"dataset": Path(os.path.abspath(out)).name, **config, **tally,
+               "reasons": dict(sorted(reasons.items())), "mean": total / n / 255,
+               "std": (n * square - total ** 2) ** 0.5 / n / 255,
                "versions": {name: version(name) for name in ("numpy", "pillow", "pydicom")}}
     images.seek(0)
     images.write(npy_header(tally["N"], config))
@@ -485,15 +494,14 @@ def finish(out, config, index, images, journal):
 
 def report(summary):
     """Print what was packed, and what to know before training on it."""
-    print(f"packed {summary['N']:,} images, mean {summary['mean']:.4f}, std {summary['std']:.4f}; "
-          f"rejected {summary['rejected']:,} " + json.dumps(summary["reasons"]) +
-          f"; upscaled {summary['upscaled']:,}, duplicates {summary['duplicates']:,}")
+    print("packed {N:,} images, mean {mean:.4f}, std {std:.4f}, {upscaled:,} upscaled, "
+          "{duplicates:,} duplicates, {rejected:,} rejected {reasons}".format(**summary))
     if summary["monochrome1"]:
-        print(f"{summary['monochrome1']:,} MONOCHROME1 files, "
-              + ("left as photographic negatives" if summary["dicom"] == "paper" else "inverted"))
+        face = "left as photographic negatives" if summary["dicom"] == "paper" else "inverted"
+        print(f"{summary['monochrome1']:,} MONOCHROME1 files, {face}")
     if 2 * summary["sixteen_bit_below_4096"] > summary["sixteen_bit"] and not summary["stretch"]:
-        print(f"warning: {summary['sixteen_bit_below_4096']:,} of {summary['sixteen_bit']:,} 16-bit files stay below "
-              "4096; 12-bit values that were never stretched leave 16 grey levels (see --stretch)")
+        print("warning: {sixteen_bit_below_4096:,} of {sixteen_bit:,} 16-bit files stay below 4096; 12-bit "
+              "values that were never stretched leave 16 grey levels (see --stretch)".format(**summary))
 
 
 def pack(args):
@@ -511,7 +519,7 @@ def pack(args):
     if args.require_files:
         gone = [row["path"] for row, _ in index_rows(index, splits) if not (args.raw / row["path"]).is_file()]
         if gone:
-            fail(f"{index}: {len(gone):,} of {total:,} images are missing in {args.raw}, the first is {gone[0]!r}")
+            fail(f"{index}: {len(gone):,} of {total:,} images are missing in {args.raw}, first {gone[0]!r}")
 
     out.mkdir(parents=True, exist_ok=True)
     lock = os.open(out, os.O_RDONLY)                # held until this process ends, however it ends
@@ -522,8 +530,8 @@ def pack(args):
     if args.overwrite:
         remove(out, OUTPUTS + UNFINISHED)
     config = {"index_sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "splits": splits,
-              "raw": os.path.abspath(args.raw), "size": args.size, "channels": args.channels, "variant": args.variant,
-              "dicom": args.dicom or ("paper" if args.variant == "paper" else "display"), "resample": args.resample,
+              "raw": os.path.abspath(args.raw), "size": args.size, "channels": args.channels,
+              "variant": args.variant, "dicom": args.dicom or FACES[args.variant], "resample": args.resample,
               "keep_aspect": args.keep_aspect, "stretch": args.stretch}
     if is_finished(out, config):
         print(f"{out} is packed already: nothing to do")
@@ -538,37 +546,39 @@ def size_or_original(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail                             # one sentence, like every other mistake
     option = parser.add_argument
     option("--index", type=Path, required=True, metavar="FILE", help="index.csv of a dataset")
-    option("--raw", type=Path, required=True, metavar="DIR", help="folder that the index's paths are relative to")
+    option("--raw", type=Path, required=True, metavar="DIR", help="folder the index's paths are relative to")
     option("--out", type=Path, required=True, metavar="DIR", help="folder to write to, made if need be")
     option("--size", type=size_or_original, default=224, metavar="S",
            help="side in pixels, or 'original': pack nothing, only validate the files (default 224)")
-    option("--channels", type=int, default=1, choices=(1, 3), help="1: grey; 3: colour, grey repeated (default 1)")
-    option("--variant", default="corrected", choices=("corrected", "paper"),
-           help="corrected: 16 bits are rounded and DICOM is displayed; paper: 16 bits are cut and DICOM is raw/max")
-    option("--dicom", choices=("display", "paper"), help="DICOM conversion alone (default: as --variant says)")
+    option("--channels", type=int, default=1, choices=(1, 3), help="1: grey; 3: colour (default 1)")
+    option("--variant", default="corrected", choices=FACES,
+           help="corrected: 16 bits rounded, DICOM as displayed; paper: 16 bits cut, DICOM raw / maximum")
+    option("--dicom", choices=FACES.values(), help="the DICOM conversion alone (default: as --variant says)")
     option("--resample", default="bicubic", choices=("bicubic", "bilinear", "hamming", "box"),
-           help="Pillow filter of the resizing (default bicubic)")
+           help="Pillow's filter for resizing (default bicubic)")
     option("--keep-aspect", action="store_true", help="pad to a square with black instead of stretching")
     option("--stretch", action="store_true", help="map each image's own 0.5-99.5 percentile range to 0..255")
     option("--splits", default="", metavar="A,B", help="pack the rows of these splits only (default: all)")
-    option("--require-files", action="store_true", help="stop if an image is missing, instead of rejecting it")
+    option("--require-files", action="store_true", help="stop if an image is missing, not reject it")
     option("--overwrite", action="store_true", help="delete the pack in --out, if any, and start over")
-    option("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: cores)")
+    option("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+           help="processes (default: as many as cores)")
     args = parser.parse_args()
     if args.workers < 1 or args.size != "original" and args.size < 1:
         fail("--workers and --size have to be at least 1")
     if not args.raw.is_dir():
         fail(f"--raw {args.raw}: no such folder")
-    for stop in (signal.SIGTERM, signal.SIGINT):    # what is packed stays; the same command goes on from there
+    for stop in (signal.SIGTERM, signal.SIGINT):    # what is packed stays, as with any other end
         signal.signal(stop, lambda number, _: sys.exit(128 + number))
     try:
         pack(args)
     except OSError as error:
-        fail(f"{args.out}: {error.strerror or error}; what is packed stays, and the same command goes on from there")
+        fail(f"{args.out}: {error.strerror or error}; what is packed stays, and the same command goes on")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Packing: the bytes of every kind of file, the reasons of every kind of rejection, and a pack that survives anything."""
+"""Packing: the bytes of every kind of file, the reason of every rejection, and packs that survive a kill."""
 
 import csv
 import fcntl
@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import (ExplicitVRLittleEndian, JPEGLosslessSV1, MPEG2MPML, RLELossless, SecondaryCaptureImageStorage,
-                         generate_uid)
+from pydicom.uid import (ExplicitVRLittleEndian, JPEGLosslessSV1, MPEG2MPML, RLELossless,
+                         SecondaryCaptureImageStorage, generate_uid)
 
 pack = load_script("data_prep/pack.py")
 RNG = np.random.default_rng(7)
@@ -129,12 +130,12 @@ def mixed(folder, n=12):
 
 def test_16_bit_values_are_rounded_or_cut_as_the_fraction_says():
     values = np.arange(65536, dtype=np.uint16)
-    exact = [(2 * 255 * x + 65535) // (2 * 65535) for x in range(65536)]        # nearest integer to 255 x / 65535
+    exact = [(2 * 255 * x + 65535) // (2 * 65535) for x in range(65536)]      # 255 x / 65535 to the nearest
     assert pack.to_grey8(values).tolist() == exact
     cut = pack.to_grey8(values, "paper").tolist()
     for x in range(0, 65536, 97):
         assert cut[x] == int(np.float32(x) / np.float32(65535) * np.float32(255)), x
-    assert 0.49 < np.mean(np.array(exact) != cut) < 0.51                        # one level apart on half of all values
+    assert 0.49 < np.mean(np.array(exact) != cut) < 0.51      # one level apart on half of the values
 
 
 def test_16_bit_png_is_scaled_where_pillow_would_clip(tmp_path):
@@ -177,10 +178,11 @@ def test_one_bit_is_black_and_white(tmp_path):
 
 
 def test_cmyk_jpeg_is_read_by_ink(tmp_path):
-    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))                          # magenta and yellow ink: red
-    cmyk.paste((255, 255, 0, 0), (8, 0, 16, 16))                                # cyan and magenta: blue
+    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))      # magenta and yellow ink: red
+    cmyk.paste((255, 255, 0, 0), (8, 0, 16, 16))      # cyan and magenta: blue
     found = grey(save(tmp_path / "x.jpg", cmyk, quality=100))
-    assert abs(int(found[0, 0]) - 76) <= 2 and abs(int(found[0, 15]) - 29) <= 2     # 0.299 * 255, 0.114 * 255; JPEG
+    red, blue = int(found[0, 0]), int(found[0, 15])
+    assert abs(red - 0.299 * 255) <= 2 and abs(blue - 0.114 * 255) <= 2         # JPEG is not exact
 
 
 def test_a_png_named_jpeg_and_an_exif_orientation_change_nothing(tmp_path):
@@ -188,7 +190,7 @@ def test_a_png_named_jpeg_and_an_exif_orientation_change_nothing(tmp_path):
     (tmp_path / "x.JPEG").write_bytes(save(tmp_path / "x.png", pixels).read_bytes())
     assert (grey(tmp_path / "x.JPEG") == pixels).all()
     exif = Image.Exif()
-    exif[0x0112] = 6                                                            # turn by 90 degrees
+    exif[0x0112] = 6      # turn by 90 degrees
     assert grey(save(tmp_path / "y.jpg", pixels, exif=exif)).shape == (8, 11)
 
 
@@ -207,17 +209,17 @@ def test_stretch_maps_each_images_own_percentiles(tmp_path):
     expected = [[round(255 * min(max((float(v) - low) / (high - low), 0), 1)) for v in row] for row in values]
     assert grey(save(tmp_path / "x.png", values), stretch=True).tolist() == expected
     flat = np.full((50, 40), 90, np.uint8)
-    flat[0, 0] = 100                                                            # both percentiles are 90
+    flat[0, 0] = 100      # both percentiles are 90
     assert grey(save(tmp_path / "y.png", flat), stretch=True).max() == 255
 
 
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear", "hamming", "box"])
 def test_a_wide_image_is_squeezed_not_turned(resample):
     pixels = np.zeros((30, 90), np.uint8)
-    pixels[:, 60:] = 240                                                        # bright on the right
+    pixels[:, 60:] = 240      # bright on the right
     small = np.asarray(pack.fit(Image.fromarray(pixels), 9, resample)).astype(int)
     assert small.shape == (9, 9) and (small[:, 7:] > 230).all() and (small[:, :5] < 10).all()
-    if resample == "box":                                                       # the mean over each 10 x 10/3 cell
+    if resample == "box":      # the mean over each 10 x 10/3 cell
         exact = pixels.repeat(3, 0).reshape(9, 10, 9, 10).mean((1, 3))
         assert np.abs(small - exact).max() <= 1
 
@@ -268,18 +270,20 @@ def test_rescale_comes_before_the_window_even_with_a_negative_slope(tmp_path):
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_a_voi_lut_is_looked_up_entry_by_entry(tmp_path, bits):
-    entries = np.linspace(2 ** bits - 1, 0, 3000).round().astype(int)           # long, and falling: a negative
+    entries = np.linspace(2 ** bits - 1, 0, 3000).round().astype(int)      # long, and falling: a negative
     pixels = noise(20, 30, 4096, np.uint16)
-    path = dicom(tmp_path / "x.dcm", pixels, "MONOCHROME2", 12, VOILUTSequence=lut(entries, 100, bits), WindowCenter=9,
-                 WindowWidth=9)
-    expected = [[round(entries[min(max(int(x) - 100, 0), 2999)] / (2 ** bits - 1) * 255) for x in row] for row in pixels]
+    path = dicom(tmp_path / "x.dcm", pixels, "MONOCHROME2", 12, VOILUTSequence=lut(entries, 100, bits),
+                 WindowCenter=9, WindowWidth=9)
+    expected = [[round(entries[min(max(int(x) - 100, 0), 2999)] / (2 ** bits - 1) * 255) for x in row]
+                for row in pixels]
     assert grey(path).tolist() == expected
 
 
 def test_a_modality_lut_is_looked_up_first(tmp_path):
     entries = RNG.integers(0, 65536, 256)
     pixels = noise(20, 30)
-    path = dicom(tmp_path / "x.dcm", pixels, ModalityLUTSequence=lut(entries, 0, 16), WindowCenter=30000, WindowWidth=40000)
+    path = dicom(tmp_path / "x.dcm", pixels, ModalityLUTSequence=lut(entries, 0, 16), WindowCenter=30000,
+                 WindowWidth=40000)
     assert grey(path).tolist() == windowed(entries[pixels], 30000, 40000)
 
 
@@ -295,7 +299,8 @@ def test_padding_is_black_and_outside_the_percentiles(tmp_path, photometric):
 def test_the_paper_face_is_raw_over_maximum_cut(tmp_path):
     pixels = noise(20, 30, 3000, np.uint16)
     path = dicom(tmp_path / "x.dcm", pixels, "MONOCHROME1", 12, WindowCenter=100, WindowWidth=10)
-    assert grey(path, dicom="paper").tolist() == [[int(int(x) / int(pixels.max()) * 255) for x in row] for row in pixels]
+    expected = [[int(x / int(pixels.max()) * 255) for x in row] for row in pixels.tolist()]
+    assert grey(path, dicom="paper").tolist() == expected
 
 
 def test_every_lossless_syntax_gives_the_bytes_of_the_uncompressed_file():
@@ -305,8 +310,9 @@ def test_every_lossless_syntax_gives_the_bytes_of_the_uncompressed_file():
         assert (grey(get_testdata_file(name)) == plain).all(), name
 
 
-@pytest.mark.parametrize("name", ["JPEG2000.dcm", "JPGExtended.dcm", "693_J2KI.dcm", "CT_small.dcm", "image_dfl.dcm",
-                                  "JPEGLSNearLossless_16.dcm", "J2K_pixelrep_mismatch.dcm", "examples_overlay.dcm"])
+@pytest.mark.parametrize("name", [
+    "JPEG2000.dcm", "JPGExtended.dcm", "693_J2KI.dcm", "CT_small.dcm", "image_dfl.dcm",
+    "examples_overlay.dcm", "JPEGLSNearLossless_16.dcm", "J2K_pixelrep_mismatch.dcm"])
 def test_pydicoms_own_files_look_as_pydicom_and_the_window_formula_say(name):
     ds = pydicom.dcmread(get_testdata_file(name))
     values = ds.pixel_array * float(ds.get("RescaleSlope", 1)) + float(ds.get("RescaleIntercept", 0))
@@ -317,12 +323,12 @@ def test_pydicoms_own_files_look_as_pydicom_and_the_window_formula_say(name):
         low, high = np.percentile(values[ds.pixel_array != ds.get("PixelPaddingValue")], [0.5, 99.5])
         expected = np.clip((values - low) / (high - low), 0, 1) * 255
     expected = np.where(ds.pixel_array == ds.get("PixelPaddingValue"), 0, np.rint(expected))
-    assert np.abs(grey(get_testdata_file(name)) - expected).max() <= 1          # halves may round either way
+    assert np.abs(grey(get_testdata_file(name)) - expected).max() <= 1      # halves may round either way
     assert np.mean(grey(get_testdata_file(name)) != expected) < 1e-3
 
 
 def jpeg_lossless(pixels, bits):
-    """ITU-T T.81 process 14, predictor 1, with a table of 17 five-bit codes: the syntax chest X-ray archives use."""
+    """An encoder after ITU-T T.81, process 14 with predictor 1, and a table of 17 five-bit codes."""
     height, width = pixels.shape
     out = []
     for y in range(height):
@@ -332,7 +338,8 @@ def jpeg_lossless(pixels, bits):
             size = abs(difference).bit_length()
             out.append(f"{size:05b}")
             if size:
-                out.append(f"{(difference if difference > 0 else difference - 1) & ((1 << size) - 1):0{size}b}")
+                code = difference if difference > 0 else difference - 1
+                out.append(f"{code & ((1 << size) - 1):0{size}b}")
     stream = "".join(out)
     stream += "1" * (-len(stream) % 8)
     data = int(stream, 2).to_bytes(len(stream) // 8, "big").replace(b"\xff", b"\xff\x00")
@@ -353,7 +360,7 @@ def test_jpeg_lossless_and_rle_give_the_stored_values_back(tmp_path):
     assert (grey(tmp_path / "lossless.dicom") == plain).all()
     ds = dataset(pixels, "MONOCHROME1", 12)
     ds.compress(RLELossless)
-    ds.save_as(tmp_path / "rle", enforce_file_format=True)                      # known by its preamble alone
+    ds.save_as(tmp_path / "rle", enforce_file_format=True)      # known by its preamble alone
     assert (grey(tmp_path / "rle") == plain).all()
 
 
@@ -368,7 +375,7 @@ def test_a_dicom_file_without_preamble_is_known_by_its_extension(tmp_path):
 # ---- rejection ----
 
 def bomb(path):
-    Image.new("1", (30000, 10000)).save(path)                                   # 300 million pixels in some 40 kB
+    Image.new("1", (30000, 10000)).save(path)      # 300 million pixels in some 40 kB
 
 
 def frames(path):
@@ -388,17 +395,17 @@ BAD = {     # name: (how to make it, what the reason starts with)
     "deep.tif": (lambda path: save(path, noise(9, 9, 2 ** 30, np.int32)), "wrong type: more than 16 bits"),
     "flat.png": (lambda path: save(path, np.full((90, 80), 7, np.uint8)), "all-constant"),
     "flat.dcm": (lambda path: dicom(path, np.full((9, 8), 7, np.uint8)), "all-constant"),
-    "dark.png": (lambda path: save(path, noise(40, 40, 100, np.uint16)), "all-constant"),     # below one grey level
+    "dark.png": (lambda path: save(path, noise(40, 40, 100, np.uint16)), "all-constant"),     # 0 in 8 bits
     "colour.png": (lambda path: save(path, np.full((90, 80, 3), (1, 2, 3), np.uint8)), "all-constant"),
     "film.gif": (frames, "multi-frame: 3 frames"),
     "film.tif": (frames, "multi-frame: 3 frames"),
     "film.dcm": (lambda path: dicom(path, noise(8, 8), NumberOfFrames=2), "multi-frame: 2 frames"),
     "bomb.png": (bomb, "too large"),
     "bomb.dcm": (lambda path: dicom(path, noise(8, 8), Rows=60000, Columns=60000), "too large"),
-    "huge.dcm": (lambda path: os.truncate(dicom(path, noise(8, 8)), 2 << 30), "too large"),      # a hole in the file
+    "huge.dcm": (lambda path: os.truncate(dicom(path, noise(8, 8)), 2 << 30), "too large"),  # mostly a hole
     "short.dcm": (lambda path: dicom(path, noise(8, 8), Rows=9), "truncated or unreadable"),
     "film.mpeg.dcm": (lambda path: relabelled(path, MPEG2MPML), "unsupported transfer syntax: MPEG2"),
-    "window.dcm": (lambda path: dicom(path, noise(8, 8), WindowCenter=1, WindowWidth=0), "truncated or unreadable"),
+    "window.dcm": (lambda path: dicom(path, noise(8, 8), WindowCenter=1, WindowWidth=0), "truncated or"),
 }
 
 
@@ -409,8 +416,8 @@ def relabelled(path, syntax):
     ds.save_as(path, enforce_file_format=True)
 
 
-CONFIG = {"channels": 1, "variant": "corrected", "dicom": "display", "stretch": False, "size": 8, "resample": "bicubic",
-          "keep_aspect": False}
+CONFIG = {"channels": 1, "variant": "corrected", "dicom": "display", "stretch": False, "size": 8,
+          "resample": "bicubic", "keep_aspect": False}
 
 
 def reason(root, path):
@@ -443,7 +450,7 @@ def test_a_file_cut_anywhere_is_rejected(tmp_path, kind):
     assert reason(tmp_path, path.name) is None
     for share in (0.002, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98):
         path.write_bytes(whole[:int(len(whole) * share)])
-        assert reason(tmp_path, path.name).startswith(("truncated or unreadable", "wrong type", "zero bytes")), share
+        assert reason(tmp_path, path.name).startswith(("truncated or unreadable", "wrong type")), share
 
 
 @QUICK
@@ -471,12 +478,13 @@ def test_a_missing_decoder_is_named(tmp_path):
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide/sitecustomize.py").write_text("import sys; sys.modules['pylibjpeg'] = None\n")
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw/x.dcm").write_bytes(Path(get_testdata_file("MR_small_jpeg_ls_lossless.dcm")).read_bytes())
+    shutil.copy(get_testdata_file("MR_small_jpeg_ls_lossless.dcm"), tmp_path / "raw/x.dcm")
     save(tmp_path / "raw/y.png", noise(9, 9))
     write_index(tmp_path / "index.csv", ["x.dcm", "y.png"])
     assert run_pack(tmp_path, PYTHONPATH=str(tmp_path / "hide")).returncode == 0
     (row,) = table(tmp_path / "out/rejected.csv")
-    assert row["reason"].startswith("unsupported transfer syntax: JPEG-LS Lossless") and "pylibjpeg-libjpeg" in row["reason"]
+    assert row["reason"].startswith("unsupported transfer syntax: JPEG-LS Lossless")
+    assert "pylibjpeg-libjpeg" in row["reason"]
 
 
 # ---- paths ----
@@ -489,8 +497,8 @@ def test_nothing_outside_the_raw_root_is_read(tmp_path):
     (root / "links").symlink_to(outside)
     (root / "loop").symlink_to("loop")
     (root / "alias.png").symlink_to("in/x.png")
-    for path in ("../private/x.png", "in/../../private/x.png", str(secret), str(good), "in/../in/x.png", "link.png",
-                 "links/x.png"):
+    for path in ("../private/x.png", "in/../../private/x.png", str(secret), str(good), "in/../in/x.png",
+                 "link.png", "links/x.png"):
         assert reason(root, path) == "outside the raw root", path
     for path in ("loop", "nothing.png", "in/x.png/deeper", "in\0/x.png", "x" * 300, "nan", "raw/in/x.png"):
         assert reason(root, path).startswith(("missing", "truncated or unreadable")), path
@@ -504,8 +512,8 @@ sys.addaudithook(lambda event, args: OPENED.append(args[0]) if event == "open" e
 
 
 @QUICK
-@given(parts=st.lists(st.sampled_from(["..", ".", "", "in", "links", "private", "x.png", "link.png", " ", "é", "\0", "~",
-                                       "\\", "C:", "\n"]), max_size=6), absolute=st.booleans())
+@given(parts=st.lists(st.sampled_from(["..", ".", "", "in", "links", "private", "x.png", "link.png", " ",
+                                       "é", "\0", "~", "\\", "C:", "\n"]), max_size=6), absolute=st.booleans())
 def test_no_path_whatever_leads_out_of_the_root(tmp_path, parts, absolute):
     root, outside = tmp_path / "raw", tmp_path / "private"
     if not root.exists():
@@ -519,13 +527,13 @@ def test_no_path_whatever_leads_out_of_the_root(tmp_path, parts, absolute):
     assert found is not None or opened
 
 
-CELLS = st.sampled_from(["path", "split", "x.png", "nan", "", " ", "1", "-1", "é", '"', "'", ",", "\n", "\r\n", "\r", "\0",
-                         "\ufeff", "a,b", "../x", "/etc/passwd", "\u2028", "9" * 40])
+CELLS = st.sampled_from(["path", "split", "x.png", "nan", "", " ", "1", "-1", "é", '"', "'", ",", "\n",
+                         "\r\n", "\r", "\0", "\ufeff", "a,b", "../x", "/etc/passwd", "\u2028", "9" * 40])
 
 
 @QUICK
-@given(text=st.lists(CELLS, max_size=30).map("".join), encoding=st.sampled_from(["utf-8", "latin-1", "utf-16"]),
-       good=st.booleans())
+@given(text=st.lists(CELLS, max_size=30).map("".join), good=st.booleans(),
+       encoding=st.sampled_from(["utf-8", "latin-1", "utf-16"]))
 def test_any_index_gives_rows_or_one_sentence(tmp_path, capsys, text, encoding, good):
     index = tmp_path / "index.csv"
     index.write_bytes(("path,split\n" * good + text).encode(encoding, "replace"))
@@ -546,7 +554,7 @@ def test_the_pack_is_what_the_contract_says(tmp_path):
     result = run_pack(tmp_path)
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
-    assert sorted(contents(out)) == ["duplicates.csv", "images.npy", "manifest.csv", "pack.json", "rejected.csv"]
+    assert set(contents(out)) == {"duplicates.csv", "images.npy", "manifest.csv", "pack.json", "rejected.csv"}
     images = np.load(out / "images.npy", mmap_mode="r")
     rejected = {row["path"]: row["reason"] for row in table(out / "rejected.csv")}
     first = {row["path"]: i + 2 for i, row in reversed(list(enumerate(rows)))}
@@ -555,21 +563,22 @@ def test_the_pack_is_what_the_contract_says(tmp_path):
     assert rejected == {"absent.png": "missing", "empty.png": "zero bytes", "flat.png": "all-constant",
                         "../index.csv": "outside the raw root"}
     kept = [row for row in rows[:-2] if row["path"] not in {*rejected, "cut.png"}]
-    assert table(out / "manifest.csv") == kept                                  # same columns, cells and order
+    assert table(out / "manifest.csv") == kept      # same columns, cells and order
     assert images.shape == (len(kept), 16, 16) and images.dtype == np.uint8
     for row, image in zip(kept, images):
-        expected = pack.read_image(tmp_path / "raw" / row["path"])[0].resize((16, 16), Image.Resampling.BICUBIC)
-        assert (np.asarray(expected) == image).all(), row["path"]
+        whole, _ = pack.read_image(tmp_path / "raw" / row["path"])
+        assert (np.asarray(whole.resize((16, 16), Image.Resampling.BICUBIC)) == image).all(), row["path"]
     np.save(tmp_path / "again.npy", images)
     assert (tmp_path / "again.npy").read_bytes() == (out / "images.npy").read_bytes()
     assert table(out / "duplicates.csv") == [{"path": "copy.png", "duplicate_of": "a/000.png"}]
     summary = json.loads((out / "pack.json").read_text())
     assert summary["mean"] == pytest.approx(images.mean() / 255, abs=1e-12)
     assert summary["std"] == pytest.approx(images.std() / 255, abs=1e-12)
-    expected = {"dataset": "out", "size": 16, "channels": 1, "N": len(kept), "rejected": 6, "raw": str(tmp_path / "raw"),
-                "index_sha256": hashlib.sha256((tmp_path / "index.csv").read_bytes()).hexdigest(), "dicom": "display",
-                "resample": "bicubic", "variant": "corrected", "monochrome1": 1, "sixteen_bit": 2,
-                "sixteen_bit_below_4096": 1, "duplicates": 1, "upscaled": 0, "splits": []}
+    digest = hashlib.sha256((tmp_path / "index.csv").read_bytes()).hexdigest()
+    expected = {"dataset": "out", "size": 16, "channels": 1, "N": len(kept), "rejected": 6, "splits": [],
+                "index_sha256": digest, "raw": str(tmp_path / "raw"), "variant": "corrected",
+                "dicom": "display", "resample": "bicubic", "monochrome1": 1, "sixteen_bit": 2,
+                "sixteen_bit_below_4096": 1, "duplicates": 1, "upscaled": 0}
     assert {key: summary[key] for key in expected} == expected
     assert "1 MONOCHROME1 files, inverted" in result.stdout and "\r" not in result.stdout
 
@@ -579,7 +588,7 @@ def test_the_number_of_workers_changes_no_byte_and_running_again_does_nothing(tm
     for out, workers in (("one", 1), ("two", 2), ("three", 3)):
         assert run_pack(tmp_path, "--workers", workers, "--variant", "paper", out=out).returncode == 0
     names = {"one": '"dataset": "one"', "two": '"dataset": "two"', "three": '"dataset": "three"'}
-    for out, name in names.items():                                             # all that may differ
+    for out, name in names.items():      # all that may differ
         text = (tmp_path / out / "pack.json").read_text()
         (tmp_path / out / "pack.json").write_text(text.replace(name, '"dataset": "x"'))
     one = contents(tmp_path / "one")
@@ -596,8 +605,8 @@ def test_other_settings_are_refused_by_name_and_overwrite_packs_anew(tmp_path):
     mixed(tmp_path)
     assert run_pack(tmp_path).returncode == 0
     before = contents(tmp_path / "out")
-    assert_user_error(run_pack(tmp_path, "--resample", "box"), "resample", "'bicubic'", "'box'", "--overwrite")
-    assert_user_error(run_pack(tmp_path, "--dicom", "paper"), "dicom")
+    assert_user_error(run_pack(tmp_path, "--resample", "box"), "resample", "'bicubic'", "--overwrite")
+    assert_user_error(run_pack(tmp_path, "--variant", "paper"), "variant", "'corrected'")
     assert contents(tmp_path / "out") == before
     with open(tmp_path / "index.csv", "a") as file:
         file.write("more.png,9,train,1\n")
@@ -631,9 +640,10 @@ def test_twelve_bit_values_in_sixteen_bits_are_warned_of(tmp_path):
 
 def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path):
     save(tmp_path / "raw/a b é.png", noise(9, 9))
-    (tmp_path / "index.csv").write_bytes("\ufeffpath,split,\"No, finding\"\r\na b é.png,val,\"1\"\r\n".encode())
+    (tmp_path / "index.csv").write_bytes('\ufeffpath,split,"No, finding"\r\na b é.png,val,"1"\r\n'.encode())
     assert run_pack(tmp_path).returncode == 0
-    assert (tmp_path / "out/manifest.csv").read_bytes() == "path,split,\"No, finding\"\na b é.png,val,1\n".encode()
+    manifest = (tmp_path / "out/manifest.csv").read_bytes()
+    assert manifest == 'path,split,"No, finding"\na b é.png,val,1\n'.encode()
 
 
 def test_mistakes_are_one_sentence(tmp_path):
@@ -661,63 +671,198 @@ def test_mistakes_are_one_sentence(tmp_path):
     assert_user_error(attempt(b"path\nx.png\n", "--raw", tmp_path / "no"), "no such folder")
     assert_user_error(attempt(b"path\nx.png\n", "--out", "/proc/pack"), "/proc/pack")
     assert_user_error(run_script("data_prep/pack.py"), "--index")
-    (tmp_path / "other").mkdir()
-    write_index(tmp_path / "other/manifest.csv", ["x.png"])
-    assert_user_error(attempt(b"path\nx.png\n", "--out", tmp_path / "other"), "manifest.csv", "--overwrite")
-    assert_user_error(attempt(b"path\nx.png\n", "--out", tmp_path / "other", "--index", tmp_path / "other/manifest.csv",
-                              "--overwrite"), "overwrite this index")
-    assert (tmp_path / "other/manifest.csv").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    write_index(other / "manifest.csv", ["x.png"])
+    assert_user_error(attempt(b"path\nx.png\n", "--out", other), "manifest.csv", "--overwrite")
+    assert_user_error(run_pack(tmp_path, "--out", other, "--index", other / "manifest.csv", "--overwrite"),
+                      "overwrite this index")
+    (other / "pack.json").write_text("[1]")
+    assert_user_error(run_pack(tmp_path, "--out", other), "pack.json", "--overwrite")
+    assert list(contents(other)) == ["manifest.csv", "pack.json"]
 
 
 # ---- trust ----
 
-def start(folder, out, setup="", **popen):
-    """The command in the background, committing after every row; `setup` is Python run before it."""
-    code = f"import os, signal, sys, pack; pack.COMMIT_SECONDS = 0\n{setup}\npack.main()"
-    args = ["--index", folder / "index.csv", "--raw", folder / "raw", "--out", folder / out, "--workers", 2, "--size", 16]
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "data_prep")}, **popen)
+def finished_bytes(folder, out):
+    """The contents of a finished pack but for its name in pack.json."""
+    text = (folder / out / "pack.json").read_text().replace(f'"dataset": "{out}"', "")
+    return {**contents(folder / out), "pack.json": text}
 
 
-def until(condition, process):
-    """Wait for a state on disk; False if the process ended before."""
-    while not condition():
-        if process.poll() is not None:
-            return False
-        time.sleep(0.005)
-    return True
+def fork_pack(folder, out, kill_at=0):
+    """The command in a fork of this process, without workers, committing after every row, killed before its
+    kill_at-th fsync, rename or removal. Returns: its exit code."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        calls = 0
+
+        def deadly(call):
+            def counted(*args, **kw):
+                nonlocal calls
+                calls += 1
+                if calls == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **kw)
+            return counted
+
+        os.fsync, os.replace, os.unlink = map(deadly, (os.fsync, os.replace, os.unlink))
+        pack.COMMIT_SECONDS = 0
+        pack.answers_in_order = lambda rows, workers, config: (pack.pack_row(*row, config) for row in rows)
+        sys.argv = ["pack.py", "--index", str(folder / "index.csv"), "--raw", str(folder / "raw"), "--out",
+                    str(folder / out), "--size", "16"]
+        warnings.simplefilter("ignore")
+        pack.main()
+        os._exit(0)
+    except SystemExit as stop:
+        os._exit(stop.code)
+    finally:
+        os._exit(1)
 
 
-def test_killed_at_any_step_on_disk_the_same_command_ends_in_the_same_bytes(tmp_path):
-    """Kill before the k-th fsync, rename or removal, for every k there is."""
-    mixed(tmp_path, 1)
-    assert start(tmp_path, "whole").wait() == 0
-    dying = """
-calls = 0
-def counted(call):
-    def run(*args, **kw):
-        global calls
-        calls += 1
-        if calls == {k}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args, **kw)
-    return run
-os.fsync, os.replace, os.unlink = map(counted, (os.fsync, os.replace, os.unlink))
-pack.COMMIT_SECONDS = 0.02
-"""
-    (tmp_path / "cut").mkdir()
+def test_killed_before_any_step_on_disk_it_ends_in_the_same_bytes(tmp_path):
+    rows = mixed(tmp_path, 1)
+    write_index(tmp_path / "index.csv", rows[::3])      # two good rows, three bad ones
+    assert fork_pack(tmp_path, "whole") == 0
+    expected = finished_bytes(tmp_path, "whole")
     kills = 0
-    for k in range(1, 60):
-        out = tmp_path / "cut/whole"
-        process = start(tmp_path, "cut/whole", dying.format(k=k))
-        code = process.wait()
-        assert code in (0, -signal.SIGKILL), process.stderr.read()
-        if code == 0:
-            break
+    while fork_pack(tmp_path, f"cut{kills}", kill_at=kills + 1) == -signal.SIGKILL:
+        out = f"cut{kills}"
         kills += 1
-        process = start(tmp_path, "cut/whole")
-        assert process.wait() == 0, process.stderr.read()
-        assert contents(out) == contents(tmp_path / "whole"), k
-        for path in out.iterdir():
-            path.unlink()
-    assert kills >= 9       # two files synced, three tables and pack.json synced and renamed, images.npy synced, renamed
+        if kills % 3 == 0:      # sometimes a second and a third kill follow
+            fork_pack(tmp_path, out, kill_at=2)
+            fork_pack(tmp_path, out, kill_at=4)
+        assert fork_pack(tmp_path, out) == 0, kills
+        assert finished_bytes(tmp_path, out) == expected, kills
+    assert kills >= 18      # two fsyncs a row, then three tables, images.npy and pack.json synced and renamed
+
+
+def start(folder, out, *options, **popen):
+    """The command in the background, in a process group of its own, committing after every row."""
+    code = "import pack; pack.COMMIT_SECONDS = 0; pack.main()"
+    command = [sys.executable, "-c", code, "--index", folder / "index.csv", "--raw", folder / "raw",
+               "--out", folder / out, "--workers", 2, "--size", 16, *options]
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True, **popen,
+                            env={**os.environ, "PYTHONPATH": str(ROOT / "data_prep"), "OMP_NUM_THREADS": "1"})
+
+
+def wait_for_rows(folder, out, n, process):
+    """Wait until n rows are in the journal, or the process has ended."""
+    journal = folder / out / "journal.part"
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > n):
+        time.sleep(0.002)
+
+
+def many(folder, n=150):
+    for i in range(n):
+        save(folder / f"raw/{i:04}.png", noise(150, 150))
+    (folder / "raw/0031.png").write_text("no image")
+    write_index(folder / "index.csv", [f"{i:04}.png" for i in range(n)])
+
+
+def test_kills_and_stops_at_random_moments_change_no_byte(tmp_path):
+    many(tmp_path)
+    assert start(tmp_path, "whole").wait() == 0
+    expected = finished_bytes(tmp_path, "whole")
+    seed = random.randrange(10 ** 6)
+    print("seed", seed)
+    chance = random.Random(seed)
+    for sign in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        process = start(tmp_path, "cut")
+        done = (tmp_path / "cut/journal.part").read_bytes().count(b"\n") if (tmp_path / "cut").exists() else 0
+        wait_for_rows(tmp_path, "cut", done + chance.randrange(25), process)
+        time.sleep(chance.random() / 100)
+        (os.kill if sign == signal.SIGKILL else os.killpg)(process.pid, sign)   # the others reach the workers
+        error = process.communicate()[1]
+        assert process.returncode == (-sign if sign == signal.SIGKILL else 128 + sign), error
+        assert "Traceback" not in error, error
+    assert (tmp_path / "cut/journal.part").read_bytes().count(b"\n") > 1
+    assert start(tmp_path, "cut").wait() == 0
+    assert finished_bytes(tmp_path, "cut") == expected
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    many(tmp_path)
+    process = start(tmp_path, "out")
+    wait_for_rows(tmp_path, "out", 3, process)
+    process.kill()
+    process.wait()
+    for _ in range(500):
+        try:
+            os.killpg(process.pid, 0)      # is anybody left in its group?
+        except ProcessLookupError:
+            return
+        time.sleep(0.01)
+    pytest.fail("workers outlived their parent")
+
+
+def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(tmp_path):
+    mixed(tmp_path, 1)
+    (tmp_path / "out").mkdir()
+    lock = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert_user_error(run_pack(tmp_path, "--overwrite"), "another run", "out")
+    os.close(lock)
+    assert fork_pack(tmp_path, "out", kill_at=5) == -signal.SIGKILL      # it held the lock
+    assert run_pack(tmp_path).returncode == 0
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
+    many(tmp_path)
+    assert start(tmp_path, "whole").wait() == 0
+    limit = (20_000, 20_000)                            # bytes a file: 77 images
+    process = start(tmp_path, "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    error = process.communicate()[1]
+    assert process.returncode == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert "File too large" in error and "the same command goes on" in error
+    assert (tmp_path / "out/journal.part").read_bytes().count(b"\n") > 40
+    assert start(tmp_path, "out").wait() == 0
+    assert finished_bytes(tmp_path, "out") == finished_bytes(tmp_path, "whole")
+
+
+def test_a_file_that_crashes_its_decoder_is_rejected_alone(tmp_path):
+    many(tmp_path, 60)
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text("""
+import os, sys
+crashing = ("/0040.png", "/0043.png")
+sys.addaudithook(lambda event, args: event == "open" and str(args[0]).endswith(crashing) and os.abort())
+""")
+    result = run_pack(tmp_path, PYTHONPATH=str(tmp_path / "hook"))
+    assert result.returncode == 0, result.stderr
+    rejected = {row["path"]: row["reason"] for row in table(tmp_path / "out/rejected.csv")}
+    assert rejected.pop("0031.png").startswith("wrong type")
+    assert rejected == dict.fromkeys(["0040.png", "0043.png"], "truncated or unreadable: the decoder crashed")
+    kept = [row["path"] for row in table(tmp_path / "out/manifest.csv")]
+    assert kept == [f"{i:04}.png" for i in range(60) if i not in (31, 40, 43)]
+
+
+def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
+    peaks = []
+    for n in (50, 800):
+        for i in range(n):
+            save(tmp_path / f"raw/{i:04}.png", noise(16, 16))
+        write_index(tmp_path / "index.csv", [f"{i:04}.png" for i in range(n)])
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "data_prep/pack.py", "--index", tmp_path / "index.csv", "--raw",
+             tmp_path / "raw", "--out", tmp_path / str(n), "--workers", "2"], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)         # the peak of the parent or of its largest worker
+        assert status == 0
+        peaks.append(usage.ru_maxrss / 1024)
+    print("peak MB", peaks)
+    assert peaks[1] - peaks[0] < 10      # the 750 further images take 38 MB in images.npy
+
+
+def test_real_radiographs_keep_their_bytes_at_their_own_size(shared, tmp_path):
+    raw = shared / "realdata/nih"
+    if not raw.is_dir():
+        pytest.skip(f"{raw} is absent")
+    names = sorted(os.listdir(raw / "images"))[:200]
+    write_index(tmp_path / "index.csv", [f"images/{name}" for name in names])
+    assert run_pack(tmp_path, "--raw", raw, "--size", 64).returncode == 0
+    images = np.load(tmp_path / "out/images.npy", mmap_mode="r")
+    for name, image in zip(names, images, strict=True):
+        assert (np.asarray(Image.open(raw / "images" / name)) == image).all(), name
