@@ -640,12 +640,11 @@ def detectable(comparisons, source):
     for (dataset, labels), pairs in means.groupby(["dataset", "labels"], sort=False):
         runs, patients = pairs["se_runs"].median(), pairs["se_patients"].median()
         images, people = source.sizes(dataset)
-        rows.append({"dataset": dataset, "labels": labels, "images": images, "patients": people,
-                     "pairs": len(pairs), "se_runs": runs, "se_patients": patients if images else np.nan,
-                     "detectable": POWER * np.hypot(runs, patients),
-                     "detectable_with_endless_runs": POWER * patients if images else np.nan})
+        patients = patients if images else np.nan               # of published runs no patients are known
+        rows.append((dataset, labels, images, people, len(pairs), runs, patients,
+                     POWER * np.hypot(runs, patients if images else 0), POWER * patients, source.source))
     return pd.DataFrame(rows, columns="dataset labels images patients pairs se_runs se_patients detectable "
-                                      "detectable_with_endless_runs".split())
+                                      "detectable_with_endless_runs source".split())
 
 
 # ---------------------------------------------------------------------------- errata

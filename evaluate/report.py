@@ -1,18 +1,19 @@
 """Put the study on one page: Tables 1-8 and Figures 1-3 from metrics.csv, the printed numbers beside ours.
 
-A cell holds the mean over labels and runs (sd over runs), a 95 % interval, the printed number, and the difference
-in combined standard errors. Layout of "From pre-training to downstream performance: does domain-specific
-pre-training make sense?" (Krones 2026, arXiv:2605.08819).
+A cell holds the mean over labels and runs (sd over runs), a 95 % interval, the printed number, and the
+difference in combined standard errors. Layout of "From pre-training to downstream performance: does
+domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819).
 
     python evaluate/report.py --metrics results/metrics.csv --out results
     python evaluate/report.py --metrics results/metrics.csv --out results --predictions runs --runs runs \\
-        --verdicts results/verdicts.csv results/published/verdicts.csv --experiments experiments.yaml
+        --verdicts results/verdicts.csv results/published/verdicts.csv
 
-Reads   metrics.csv; evaluate/reported/ (printed numbers); if given: runs/<exp>/predictions/ (test set sizes),
-        runs/<exp>/**/log.jsonl (learning curves), runs/<exp>/pretrain/*.png (pictures), experiments.yaml,
-        compare.py's verdicts.csv with the files beside it, Figure 1 of data_prep/describe.py.
+Reads   metrics.csv; reported/ beside this script (printed numbers); experiments.yaml; if given: predictions
+        (which file a number comes from), runs/<exp>/**/log.jsonl (learning curves), runs/<exp>/pretrain/*.png
+        (pictures), compare.py's verdicts.csv with the files beside it, Figure 1 of data_prep/describe.py.
 Writes  OUT/tables/table<n>.md .tex .csv, OUT/figures/*.svg .png, OUT/report.html; Table 2 on the terminal.
-        A table's CSV names, for each cell, the lines of metrics.csv behind it.
+        A table's CSV names, for each cell, the lines of metrics.csv behind it; tables/predictions.csv the
+        prediction file behind each line.
 """
 
 import argparse
@@ -36,11 +37,12 @@ import yaml
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
 
-REPORTED = Path(__file__).resolve().parent / "reported"
+HERE = Path(__file__).resolve().parent
 COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high".split()
 FACES = ("paper", "corrected")
 TEST_SETS = {  # name in the tables, location, images according to the paper
-    "nih_test": ("NIH", "Bethesda (USA)", "25,596"), "vindr_test": ("VinDr test", "Hanoi (Vietnam)", "3,000"),
+    "nih_test": ("NIH", "Bethesda (USA)", "25,596"),
+    "vindr_test": ("VinDr test", "Hanoi (Vietnam)", "3,000"),
     "padchest": ("PadChest", "San Juan (Spain)", "1,861"),
     "chexpert_test": ("CheXpert test", "Stanford (USA)", "38,240"),
     "chexpert_valid": ("CheXpert vali", "Stanford (USA)", "234")}
@@ -50,16 +52,20 @@ REFERRALS = ("0", "0.05", "0.1", "0.15", "0.2", "0.25")
 SIZES = {"50000": "50k", "100000": "100k", "250000": "250k"}
 TABLE7 = {"Mean accuracy": "mean_accuracy", "Subset accuracy": "subset_accuracy", "FNR": "fnr",
           "Calibration error": "calibration_error"}
+FURTHER = {"auprc": "AUPRC", "brier": "Brier score", "ece": "ECE", "adaptive_ece": "Adaptive ECE",
+           "sensitivity_at_specificity_0.9": "Sensitivity at specificity 0.9",
+           "sensitivity_at_specificity_0.95": "Sensitivity at specificity 0.95",
+           "risk_coverage_area": "Area under risk–coverage"}
 FIGURE2_ARMS = ("1.1", "1.2", "2.1", "2.2", "3.2", "3.4", "3.6", "3.8")
-STUDY_KEY = re.compile(r"(0\.[12]|4\.\d)\.\d([ab]|-\w+)?|[123]\.\d[ab]?")   # 3.4, 0.1.7a, 3.1b, 4.2.1-100k
+STUDY_KEY = re.compile(r"(0\.[12]|4\.\d)\.\d([ab]|-\w+)?|[123]\.\d[ab]?")   # 3.4, 0.1.7b, 3.1b, 4.2.1-100k
 STUDY, OTHER = "Arms of the study", "Rows outside the study"
 # Told apart by colour-blind readers, on white and on black (Okabe and Ito, with olive for their yellow).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C2E", "#8B6BB1")
 INK = "#1b1b1c"    # in an SVG this colour follows the reader's light or dark mode
 plt.rcParams.update({
-    "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.grid": True, "grid.color": "#8886",
-    "grid.linewidth": .5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "lines.linewidth": 1.4, "lines.markersize": 4.5,
+    "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.grid": True,
+    "grid.color": "#8886", "grid.linewidth": .5, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4.5,
     **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)})
 
@@ -102,11 +108,11 @@ def natural(text):
     return [(not part.isdigit(), part.zfill(9)) for part in re.split(r"(\d+)", str(text)) if part]
 
 
-# ------------------------------------------------------------------------------------ the number in a cell
+# ---------------------------------------------------------------------------- the number in a cell
 
 @dataclass
 class Cell:
-    """One number of a table; runs = 0: not measured. `lines` are the lines of metrics.csv it comes from."""
+    """One number of a table; runs = 0: not measured. `lines`: the lines of metrics.csv it comes from."""
     value: float = nan
     sd: float = nan            # over runs, n - 1
     runs: int = 0
@@ -122,7 +128,7 @@ class Cell:
 
     @property
     def difference(self):
-        """Ours - printed, in combined standard errors; a print without sd is one run, spread like ours."""
+        """Ours - printed in combined standard errors; a print without sd is one run, spread like ours."""
         if not self.runs or not self.printed:
             return nan
         theirs = float(self.printed_sd) ** 2 / self.printed_runs if self.printed_sd else self.sd ** 2
@@ -159,15 +165,18 @@ class Metrics:
         for name in ("threshold", "value", "ci_low", "ci_high"):
             numbers = pd.to_numeric(frame[name], errors="coerce")
             for row in frame[numbers.isna() & ~frame[name].isin(["", "nan"])].head(1).to_dict("records"):
-                fail(f"{path} line {row['line']}: {name} is {row[name]!r}; expected a number or an empty cell")
+                fail(f"{path} line {row['line']}: {name} is {row[name]!r}; expected a number or nothing")
             frame[name] = numbers
-        frame["threshold"] = ["" if isnan(t) else f"{t:g}" for t in frame["threshold"].round(4)]
+        texts = {t: "" if isnan(t) else f"{t:g}" for t in frame["threshold"].round(4).unique()}
+        frame["threshold"] = frame["threshold"].round(4).map(texts)
         for row in frame[frame.duplicated(self.KEY + ["seed"])].head(1).to_dict("records"):
             fail(f"{path} line {row['line']}: {row['metric']} of exp {row['exp']}, seed {row['seed']} on "
                  f"{row['dataset']} stands there a second time; remove one of the two rows")
         self.frame, self.chosen = frame, chosen or {}
         self.exps = sorted(frame["exp"].unique(), key=natural)
         self.seeds = frame.groupby("exp")["seed"].nunique()
+        self.datasets = [name for name in TEST_SETS if name in set(frame["dataset"])]
+        self.datasets += [name for name in frame["dataset"].unique() if name not in TEST_SETS]
         defined = frame[frame["value"].notna()]
         self.rows = defined.groupby(self.KEY).indices
         self.columns = [defined[name].to_numpy() for name in ("seed", "value", "ci_low", "ci_high", "line")]
@@ -186,25 +195,34 @@ class Metrics:
         shown = np.ones(len(seed), bool) if run is None else seed == run
         if shown.any():
             cell.value, cell.runs, cell.seed = float(value[shown].mean()), len(value), run or ""
-            cell.low, cell.high, cell.lines = float(low[shown].mean()), float(high[shown].mean()), tuple(line[shown])
+            cell.low, cell.high = float(low[shown].mean()), float(high[shown].mean())
+            cell.lines = tuple(line[shown])
             if run is None and metric in ("auc", "auc_mean"):
                 cell.low, cell.high = self.intervals.get((exp, dataset, labels, label), (cell.low, cell.high))
         return cell
 
     def reliability(self, exp, dataset, metric, face, **where):
-        """Tables 7 and 8. paper: the run with the best mean AUC on the evaluated images themselves; corrected:
-        the mean over runs, and the run that validation in fine-tuning would have chosen."""
+        """Tables 7 and 8. paper: the run with the best mean AUC on the evaluated images themselves;
+        corrected: the mean over runs, and the run that validation in fine-tuning would have chosen."""
         if face == "paper":
             rows = self.rows.get((exp, dataset, "5", "auc_mean", "paper", "", ""))
             best = "none" if rows is None else self.columns[0][rows[self.columns[1][rows].argmax()]]
             return self.cell(exp, dataset, "5", metric, face, run=best, **where)
         cell = self.cell(exp, dataset, "5", metric, face, **where)
         if exp in self.chosen:
-            cell.chosen = self.cell(exp, dataset, "5", metric, face, run=self.chosen[exp], **where).value
+            run = self.chosen[exp]
+            cell.chosen = self.cell(exp, dataset, "5", metric, face, run=run, **where).value
         return cell
 
+    def fact(self, dataset, metric, label=""):
+        """A number that does not depend on the model, such as the images of a test set; NaN if absent."""
+        rows = self.frame[(self.frame["dataset"] == dataset) & (self.frame["metric"] == metric)
+                          & (self.frame["label"] == label) & (self.frame["variant"] == "corrected")]
+        rows = rows.sort_values("labels", key=lambda column: column != "5", kind="stable")
+        return rows["value"].iloc[0] if len(rows) else nan
 
-# ---------------------------------------------------------------------------------------------- the tables
+
+# ---------------------------------------------------------------------------- the tables
 
 @dataclass
 class Row:
@@ -219,18 +237,19 @@ class Row:
 
 @dataclass
 class Table:
-    number: int
+    number: str
     title: str
     note: str
     lead: list                     # heads of the left columns
     columns: list                  # heads of the measured columns
     rows: list
-    faces: tuple                   # one face: both agree in every cell
+    faces: list                    # those with cells of their own; "both" if they agree in every cell
 
     def sections(self):
         """(name, rows) of the sections that have rows, a measured one first."""
-        both = [(name, [row for row in self.rows if row.section == name]) for name in (STUDY, OTHER)]
-        return sorted(filter(lambda part: part[1], both), key=lambda part: not any(r.measured() for r in part[1]))
+        parts = [(name, [row for row in self.rows if row.section == name]) for name in (STUDY, OTHER)]
+        parts.sort(key=lambda part: not any(row.measured() for row in part[1]))
+        return [part for part in parts if part[1]]
 
     def heads(self):
         """All column heads; with two faces each carries its face."""
@@ -244,55 +263,59 @@ class Table:
                 cells = [cell for face in self.faces for cell in row.cells[face]]
                 yield section, "number", row.lead, cells
                 small = [cell.small_print() for cell in cells]
-                for kind in dict.fromkeys(kind for cell in small for kind in cell):
-                    yield section, kind, [kind] + [""] * (len(row.lead) - 1), [cell.get(kind, "") for cell in small]
+                for kind in dict.fromkeys(kind for texts in small for kind in texts):
+                    lead = [kind] + [""] * (len(row.lead) - 1)
+                    yield section, kind, lead, [texts.get(kind, "") for texts in small]
 
 
 def mark_best(rows, lower):
     """Set `best` on every cell that nothing in its column beats, ties at the digits shown included."""
     for face in rows[0].cells:
-        for column in zip(*(row.cells[face] for row in rows)):
+        for column, smaller in zip(zip(*(row.cells[face] for row in rows)), lower):
             measured = [cell for cell in column if cell.runs]
-            best = (min if lower else max)((round(cell.value, 4) for cell in measured), default=None)
+            best = (min if smaller else max)((round(cell.value, 4) for cell in measured), default=None)
             for cell in measured:
                 cell.best = len(measured) > 1 and round(cell.value, 4) == best
 
 
-def build(number, title, note, lead, rows, columns, ask, group=lambda row: "", lower=lambda row: False):
+def build(number, title, note, lead, rows, columns, ask, faces=FACES, group=lambda row: "",
+          lower=lambda row, column: False):
     """A table from its row and column keys.
 
     Args: rows: (section, key, left texts); columns: {key: head}; ask(row key, column key, face) -> Cell;
-        group(row): rows compete for bold print within a section and group; lower(row): smaller is better.
+        group(row): rows compete for bold print within section and group; lower(row, column): less is better.
     """
-    rows = [Row(key, section, texts, {face: [ask(key, column, face) for column in columns] for face in FACES})
+    rows = [Row(key, section, texts, {face: [ask(key, column, face) for column in columns] for face in faces})
             for section, key, texts in rows]
-    pairs = [pair for row in rows for pair in zip(*row.cells.values())]
-    agree = all(paper.lines and corrected.lines and not paper.seed and abs(paper.value - corrected.value) < 5e-7
-                for paper, corrected in pairs if paper.runs or corrected.runs)
+    pairs = [pair for row in rows for pair in zip(*row.cells.values())] if len(faces) == 2 else []
+    agree = pairs and all(
+        paper.lines and corrected.lines and not paper.seed and abs(paper.value - corrected.value) < 5e-7
+        for paper, corrected in pairs if paper.runs or corrected.runs)
     for _, corrected in [] if agree else pairs:
         corrected.printed = ""                    # the print follows the paper's definitions
     contests = {}
     for row in rows:
-        row.cells = {"corrected": row.cells["corrected"]} if agree else row.cells
+        row.cells = {"both": row.cells["corrected"]} if agree else row.cells
         contests.setdefault((row.section, group(row)), []).append(row)
     for contest in contests.values():
-        mark_best(contest, lower(contest[0]))
-    return Table(number, title, note, lead, list(columns.values()), rows, ("corrected",) if agree else FACES)
+        mark_best(contest, [lower(contest[0], column) for column in columns])
+    return Table(number, title, note, lead, list(columns.values()), rows, ["both"] if agree else list(faces))
 
 
 def printed_numbers(folder):
     """{(table, row, column): (value, sd, runs)} as printed. ResNet arms (1.x) are three runs, others five."""
     numbers = {}
     for table, column, value, sd in (
-            (2, lambda r: (r["testset"], r["classes"]), "auc_mean", "auc_sd"),
-            (3, lambda r: r["label"], "auc_mean", "auc_sd"),
-            (4, lambda r: "a", "auc_a", "sd_a"), (4, lambda r: "b", "auc_b", "sd_b"),
-            (4, lambda r: "literature", "auc_literature", "sd_literature"),
-            (5, lambda r: "b", "auc_35", "sd_35"), (5, lambda r: "", "auc_36", "sd_36"),
-            (6, lambda r: SIZES[r["pretraining_images"]], "auc_mean", "auc_sd"),
-            (7, lambda r: r["threshold"], "value", None), (8, lambda r: r["referred"], "oracle_auc", None)):
+            ("2", lambda r: (r["testset"], r["classes"]), "auc_mean", "auc_sd"),
+            ("3", lambda r: r["label"], "auc_mean", "auc_sd"),
+            ("4", lambda r: "", "auc_a", "sd_a"), ("4", lambda r: "b", "auc_b", "sd_b"),
+            ("4", lambda r: " literature", "auc_literature", "sd_literature"),
+            ("5", lambda r: "b", "auc_35", "sd_35"), ("5", lambda r: "", "auc_36", "sd_36"),
+            ("6", lambda r: "-" + SIZES[r["pretraining_images"]], "auc_mean", "auc_sd"),
+            ("7", lambda r: r["threshold"], "value", None),
+            ("8", lambda r: r["referred"], "oracle_auc", None)):
         for r in read_csv(folder / f"table{table}.csv").to_dict("records"):
-            row = (r["exp"], r["metric"]) if table == 7 else r["exp"]
+            row = (r["exp"], r["metric"]) if table == "7" else r["exp"]
             if r[value]:
                 numbers[table, row, column(r)] = r[value], r.get(sd, ""), 3 if r["exp"][:2] == "1." else 5
     return numbers
@@ -307,11 +330,11 @@ def arm_facts(folder, experiments, exps):
         fail(f"{experiments} cannot be read as YAML ({' '.join(str(error).split())})")
     for exp in exps:
         if exp not in facts:
-            row = {**grid.get("defaults", {}), **grid.get(exp, {})} if exp in grid else {}
-            data = [str(row.get("dataset") or "")] + [f"{row[key]} {what}" for key, what in (
-                ("samples", "images"), ("epochs", "epochs")) if row.get(key)]
-            facts[exp] = {"backbone": str(row.get("arch", "")), "initialisation": str(row.get("init", "")),
-                          "strategy": str(row.get("strategy", "")), "pretraining_dataset": ", ".join(filter(None, data))}
+            row = {**grid.get("defaults", {}), **grid[exp]} if exp in grid else {}
+            pretrain = row.get("pretrain") or {} if "pretrain" in grid.get(exp, {}) else {}
+            facts[exp] = {"about": row.get("about", ""), "backbone": row.get("arch", ""),
+                          "initialisation": row.get("init", ""), "strategy": pretrain.get("strategy", ""),
+                          "pretraining_dataset": pretrain.get("dataset", "")}
     return facts
 
 
@@ -319,73 +342,106 @@ def short_name(exp, facts):
     """Figure 2's legend: number, backbone, strategy (sup: supervised), start (rand, IN), dataset."""
     words = {"Random": "rand", "ImageNet1k": "IN", "Supervised": "sup", "Self-supervised": "GMML", "None": "",
              "MIMIC-IV-CXR": "MIMIC", "NIH ChestX-ray": "NIH"}
-    parts = [facts.get(exp, {}).get(key, "") for key in
-             ("backbone", "strategy", "initialisation", "pretraining_dataset")]
-    return " ".join(filter(None, [exp] + [words.get(part, part) for part in parts]))[:44]
+    row = facts.get(exp, {})
+    parts = [row.get(key, "") for key in ("backbone", "strategy", "initialisation", "pretraining_dataset")]
+    about = row.get("about") or " ".join(words.get(part, part) for part in parts)
+    return " ".join(f"{exp} {about}".split())
 
 
-def tables(metrics, printed, facts, dataset):
-    """Tables 1 to 8. `dataset`: what Tables 3, 7 and 8 are about; in the paper chexpert_valid."""
-    others = [exp for exp in metrics.exps if not STUDY_KEY.fullmatch(exp)]
-    rest = [(OTHER, exp, [exp]) for exp in others]
-    name = TEST_SETS.get(dataset, (dataset,))[0]
-    cells1 = ("backbone", "initialisation", "strategy", "domain", "pretraining_dataset", "finetuning_dataset")
+def study_rows(number, printed, facts, *columns):
+    """The printed rows of a table, (b) marking the baselines, with more of its printed columns."""
+    about = {r["exp"]: r for r in read_csv(HERE / "reported" / f"table{number}.csv").to_dict("records")}
+    return [(STUDY, key, [key + " (b)" * (facts.get(key, {}).get("baseline") == "True")]
+             + [about[key][column] for column in columns])
+            for key in dict.fromkeys(row for table, row, _ in printed if table == number)]
 
-    def study(number):
-        """The printed rows of a table, (b) marking the baselines."""
-        keys = dict.fromkeys(row for table, row, _ in printed if table == number)
-        return [(STUDY, key, [key + " (b)"] if facts.get(key, {}).get("baseline") == "True" else [key]) for key in keys]
+
+def other_rows(metrics):
+    """The measured experiments that are not the study's: the demo's, controls, anybody's."""
+    return [(OTHER, exp, [exp]) for exp in metrics.exps if not STUDY_KEY.fullmatch(exp)]
+
+
+def auc_tables(metrics, printed, facts):
+    """Table 1 (the grid), Table 2 (test sets) and Tables 4 to 6 (NIH test, 14 labels)."""
+    def nih14(number):
+        """ask() where the column belongs to the experiment's key: 0.1.1b, 4.2.1-100k."""
+        def ask(exp, column, face):
+            alone = number == "5" and ("5", exp, "") not in printed         # 0.2.2 and 0.2.3: recipe b alone
+            key = exp if alone and column == "b" else exp + column
+            return metrics.cell(key, "nih_test", "14", "auc_mean", face,
+                                printed=printed.get((number, exp, column), ()))
+        return ask
+
+    arms = study_rows("2", printed, facts) + other_rows(metrics)
+    cells = ("backbone", "strategy", "initialisation", "domain", "pretraining_dataset", "finetuning_dataset")
+    yield Table("1", "The experiments", "The paper's grid and the rows measured here that are not in it. "
+                "Runs: fine-tuned models found in metrics.csv. (b): baseline.",
+                ["Exp.", "Backbone", "Pre-training strategy", "Initialisation", "Pre-training domain",
+                 "Pre-training data", "Fine-tuning", "Runs"], [],
+                [Row(key, section, lead + [facts[key].get(cell, "") for cell in cells]
+                     + [str(metrics.seeds.get(key, "none"))]) for section, key, lead in arms], [])
+    yield build("2", "Performance across data collection sites", "AUC, mean over labels and runs (sd over "
+                "runs). NIH is in distribution, the others are not. VinDr and PadChest have no image with "
+                "edema: their means are over four labels.", ["Exp."], arms,
+                {("nih_test", "14"): "NIH, 14 labels", ("nih_test", "5"): "NIH, 5 labels",
+                 **{(key, "5"): words[0] for key, words in TEST_SETS.items() if key != "nih_test"}},
+                lambda exp, column, face: metrics.cell(exp, *column, "auc_mean", face,
+                                                       printed=printed.get(("2", exp, column), ())))
+    nih = "NIH test, mean AUC over 14 labels and runs (sd over runs). "
+    yield build("4", "Backbones and strategies of the literature", nih + "Fine-tuning recipes (a) and (b).",
+                ["Exp.", "Backbone", "Strategy", "Initialisation", "Pre-training data"],
+                study_rows("4", printed, facts, *cells[:3], "pretraining_dataset"),
+                {"": "Fine-tuning (a)", "b": "Fine-tuning (b)", " literature": "Literature"}, nih14("4"))
+    yield build("5", "Training options", nih + "[35] is recipe (b), [36] the DeiT-style recipe.",
+                ["Exp.", "Initialisation", "Epochs", "Image size", "Channels"],
+                study_rows("5", printed, facts, "initialisation", "epochs", "image_size", "channels"),
+                {"b": "Fine-tuned as [35]", "": "Fine-tuned as [36]"}, nih14("5"))
+    yield build("6", "Number of pre-training images", nih + "300 epochs on MIMIC from random weights.",
+                ["Exp.", "Strategy", "Channels", "Remark"],
+                study_rows("6", printed, facts, "strategy", "channels", "note"),
+                {f"-{size}": f"{int(images):,}" for images, size in SIZES.items()}, nih14("6"))
+
+
+def reliability_tables(metrics, printed, facts, dataset):
+    """Tables 3, 7, 8 and A, about one test set: the paper's is chexpert_valid."""
+    rest, name = other_rows(metrics), TEST_SETS.get(dataset, (dataset,))[0]
 
     def at(number, row, column):
-        return printed.get((number, row, column), ()) if number in (2, 4, 5, 6) or dataset == "chexpert_valid" else ()
-
-    def nih14(number, separator=""):
-        """ask() of Tables 4 to 6, where the column belongs to the experiment's key: 0.1.1a, 3.1b, 4.2.1-100k."""
-        return lambda exp, column, face: metrics.cell(f"{exp}{separator}{column}", "nih_test", "14", "auc_mean", face,
-                                                      printed=at(number, exp, column))
+        return printed.get((number, row, column), ()) if dataset == "chexpert_valid" else ()
 
     def thresholded(key, threshold, face):
         if key[1] == "Calibration error" and face == "corrected":
             return metrics.reliability(key[0], dataset, "ece", face)
         return metrics.reliability(key[0], dataset, TABLE7[key[1]], face, threshold=threshold,
-                                   printed=at(7, key, threshold))
+                                   printed=at("7", key, threshold))
 
-    yield Table(1, "The experiments", "The paper's grid and the rows measured here that are not in it. Runs here: "
-                "fine-tuned models found in metrics.csv. (b): baseline.",
-                ["Exp.", "Backbone", "Initialisation", "Pre-training strategy", "Pre-training domain",
-                 "Pre-training data", "Fine-tuning", "Runs here"], [],
-                [Row(key, section, lead + [facts[key].get(cell, "") for cell in cells1]
-                     + [str(metrics.seeds.get(key, "none"))]) for section, key, lead in study(2) + rest], ())
-    yield build(2, "Performance across data collection sites", "AUC, mean over labels and runs (sd over runs). NIH "
-                "is in distribution, the others are not. VinDr and PadChest have no image with edema: their means "
-                "are over four labels.", ["Exp."], study(2) + rest,
-                {("nih_test", "14"): "NIH, 14 labels", ("nih_test", "5"): "NIH, 5 labels",
-                 **{(key, "5"): words[0] for key, words in TEST_SETS.items() if key != "nih_test"}},
-                lambda e, c, face: metrics.cell(e, *c, "auc_mean", face, printed=at(2, e, c)))
-    yield build(3, f"Performance across diseases, {name}", "AUC of each label, mean (sd) over runs.", ["Exp."],
-                study(3) + rest, dict(zip(LABELS5, LABELS5)),
-                lambda e, c, face: metrics.cell(e, dataset, "5", "auc", face, label=c, printed=at(3, e, c)))
-    nih = "NIH test, mean AUC over 14 labels and runs (sd over runs). Keys of our runs: "
-    yield build(4, "Backbones and strategies of the literature", nih + "0.1.1a, 0.1.1b, … for the fine-tuning "
-                "recipes (a) and (b).", ["Exp."], study(4),
-                {"a": "Fine-tuning (a)", "b": "Fine-tuning (b)", "literature": "Literature (printed only)"}, nih14(4))
-    yield build(5, "Training options", nih + "3.1b for [35], recipe (b); 3.1 for [36], the DeiT-style recipe.",
-                ["Exp."], study(5), {"b": "Fine-tuned as [35]", "": "Fine-tuned as [36]"}, nih14(5))
-    yield build(6, "Number of pre-training images", nih + "4.1.1-50k, …. 300 epochs on MIMIC from random weights.",
-                ["Exp."], study(6), {size: f"{int(images):,}" for images, size in SIZES.items()}, nih14(6, "-"))
+    yield build("3", f"Performance across diseases, {name}", "AUC of each label, mean (sd) over runs.",
+                ["Exp."], study_rows("3", printed, facts) + rest, dict(zip(LABELS5, LABELS5)),
+                lambda exp, label, face: metrics.cell(exp, dataset, "5", "auc", face, label,
+                                                      printed=at("3", exp, label)))
     best = "Paper face: the run with the best AUC on these very images. Corrected face: mean (sd) over runs. "
-    yield build(7, f"Metrics that depend on the threshold, {name}", best + "Calibration error: the authors' "
-                "definition; corrected: expected calibration error, which has no threshold. Bold: best; for the last "
-                "two the lowest. Always answering “negative” reaches mean accuracy 0.7238 and subset accuracy 0.3663 "
-                "on the paper's 202 images.", ["Exp.", "Metric"],
-                [(STUDY, key, list(key)) for _, key, _ in study(7)]
-                + [(OTHER, (exp, metric), [exp, metric]) for exp in others for metric in TABLE7],
+    negative = [metrics.fact(dataset, f"always_negative_{kind}accuracy") for kind in ("", "subset_")]
+    here = "" if isnan(negative[0]) else " and {:.4f} and {:.4f} on the images here".format(*negative)
+    keys = list(dict.fromkeys(row for number, row, _ in printed if number == "7"))
+    keys += [(exp, metric) for _, exp, _ in rest for metric in TABLE7]
+    yield build("7", f"Metrics that depend on the threshold, {name}", best + "Calibration error: the paper's "
+                "definition; corrected: expected calibration error, which has no threshold. Bold: best, the "
+                "lowest of FNR and calibration error. Always answering “negative” has mean and subset "
+                f"accuracy 0.7238 and 0.3663 on the paper's 202 images{here}.", ["Exp.", "Metric"],
+                [(STUDY if STUDY_KEY.fullmatch(key[0]) else OTHER, key, list(key)) for key in keys],
                 dict(zip(THRESHOLDS, THRESHOLDS)), thresholded, group=lambda row: row.key[1],
-                lower=lambda row: row.key[1] in ("FNR", "Calibration error"))
-    yield build(8, f"Oracle AUC, {name}", best + "Columns: nominal share of images referred. The paper's referrals "
-                "add up: its 0.05 … 0.25 are really about 0.05, 0.15, 0.30, 0.50 and 0.75 of the images.", ["Exp."],
-                study(8) + rest, dict(zip(REFERRALS, REFERRALS)), lambda e, c, face: metrics.reliability(
-                    e, dataset, "oracle_auc", face, threshold=c, printed=at(8, e, c)))
+                lower=lambda row, _: row.key[1] in ("FNR", "Calibration error"))
+    yield build("8", f"Oracle AUC, {name}", best + "Columns: nominal share of images referred. The paper's "
+                "referrals add up: its 0.05 … 0.25 are really about 0.05, 0.15, 0.30, 0.50 and 0.75.",
+                ["Exp."], study_rows("8", printed, facts) + rest, dict(zip(REFERRALS, REFERRALS)),
+                lambda exp, q, face: metrics.reliability(exp, dataset, "oracle_auc", face, threshold=q,
+                                                         printed=at("8", exp, q)))
+    yield build("A", f"Further metrics, {name}", "Not in the paper. Mean over labels and runs (sd over "
+                "runs). Bold: best; the lowest of Brier score, calibration errors and risk–coverage area.",
+                ["Exp."],
+                [row for row in study_rows("2", printed, facts) if row[1] in metrics.exps] + rest, FURTHER,
+                lambda exp, metric, face: metrics.cell(exp, dataset, "5", metric, face), faces=("corrected",),
+                lower=lambda _, metric: metric in ("brier", "ece", "adaptive_ece", "risk_coverage_area"))
 
 
 def markdown(table):
@@ -403,21 +459,23 @@ def markdown(table):
 
 def latex(table):
     """A table for LaTeX with the booktabs package."""
-    special = {**{sign: f"\\{sign}" for sign in "&%_#$"}, "–": "--", "−": "$-$", "“": "``", "”": "''", "…": r"\dots{}"}
+    special = {**{sign: f"\\{sign}" for sign in "&%_#$"}, "–": "--", "−": "$-$", "“": "``", "”": "''",
+               "…": r"\dots{}"}
 
     def tex(text):
         return "".join(special.get(sign, sign) for sign in text)
 
     align = "l" * len(table.lead) + "r" * len(table.columns) * len(table.faces)
-    lines = [r"\begin{table*}", r"\centering\scriptsize", rf"\caption{{{tex(table.title)}. {tex(table.note)}}}",
-             rf"\label{{tab:{table.number}}}", rf"\begin{{tabular}}{{{align}}}", r"\toprule",
+    lines = [r"\begin{table*}", r"\centering\scriptsize",
+             rf"\caption{{{tex(table.title)}. {tex(table.note)}}}", rf"\label{{tab:{table.number}}}",
+             rf"\begin{{tabular}}{{{align}}}", r"\toprule",
              " & ".join(map(tex, table.heads())) + r" \\"]
     before = None
     for section, kind, lead, cells in table.lines():
         if section != before:
             lines += [r"\midrule", rf"\multicolumn{{{len(align)}}}{{l}}{{\emph{{{tex(section)}}}}} \\"]
         before = section
-        texts = [tex(cell if kind != "number" else cell.text()) for cell in cells]
+        texts = [tex(cell.text() if kind == "number" else cell) for cell in cells]
         if kind == "number":
             texts = [rf"\textbf{{{text}}}" if cell.best else text for text, cell in zip(texts, cells)]
         lines.append(r"\quad " * (kind != "number") + " & ".join([*map(tex, lead), *texts]) + r" \\")
@@ -425,11 +483,11 @@ def latex(table):
 
 
 def tidy(table, source):
-    """One CSV row a cell with the lines of `source` behind it; Table 1, which has no numbers, as it stands."""
+    """One CSV row a cell, with the lines of `source` behind it; Table 1, which has no numbers, as it is."""
     rows = [dict(zip(table.lead, row.lead)) for row in table.rows]
     if table.columns:
-        rows = [{"section": row.section, **lead, "column": head, "face": face if len(table.faces) > 1 else "both",
-                 **vars(cell), "difference": cell.difference, "lines": " ".join(map(str, cell.lines)),
+        rows = [{"section": row.section, **lead, "column": head, "face": face, **vars(cell),
+                 "difference": cell.difference, "lines": " ".join(map(str, cell.lines)),
                  "source": source if cell.lines else ""}
                 for row, lead in zip(table.rows, rows) for face in table.faces
                 for head, cell in zip(table.columns, row.cells[face])]
@@ -438,18 +496,20 @@ def tidy(table, source):
 
 def terminal(table):
     """The measured rows of Table 2 for the terminal, printed numbers below ours."""
-    lines = [f"Table 2. {table.note}", " " * 20 + "".join(f"{head:>18}" for head in table.heads()[1:])]
+    first = max(len(row.lead[0]) for row in table.rows) + 2
+    lines = [f"Table 2. {table.note}", " " * first + "".join(f"{head:>18}" for head in table.heads()[1:])]
     shown = False
     for _, kind, lead, cells in table.lines():
         if kind == "number":
             shown, cells = any(cell.runs for cell in cells), [cell.text() for cell in cells]
         if shown:
-            lines.append(f"{'  ' * (kind != 'number') + lead[0]:<20}" + "".join(f"{text:>18}" for text in cells))
+            name = lead[0] if kind == "number" else f"  {lead[0]}"
+            lines.append(f"{name:<{first}}" + "".join(f"{text:>18}" for text in cells))
     missing = [row.key for row in table.rows if not row.measured()]
     return "\n".join(lines + [f"not measured: {', '.join(missing)}"] * bool(missing))
 
 
-# --------------------------------------------------------------------------------------------- the figures
+# ---------------------------------------------------------------------------- the figures
 
 def look(position):
     """Colour, marker and line of the n-th arm; no two share all three."""
@@ -458,59 +518,62 @@ def look(position):
 
 
 def save(figure, path):
-    """PNG and SVG beside each other; the SVG's ink follows the reader's light or dark mode. Returns its path."""
+    """PNG and SVG; the SVG's ink follows the reader's light or dark mode. Returns the SVG's path."""
     for kind, options in (("png", {"dpi": 200, "facecolor": "white"}), ("svg", {"metadata": {"Date": None}})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, bbox_inches="tight", **options)
         content = buffer.getvalue()
         if kind == "svg":
-            mode = "<style>svg{color:%s}@media(prefers-color-scheme:dark){svg{color:#e4e7ea}}</style><defs>" % INK
-            content = content.decode().replace(INK, "currentColor").replace("<defs>", mode, 1)
+            mode = "<style>svg{color:#1d2126}@media(prefers-color-scheme:dark){svg{color:#e4e7ea}}</style>"
+            content = content.decode().replace(INK, "currentColor").replace("<defs>", mode + "<defs>", 1)
         write(path.with_suffix(f".{kind}"), content)
     plt.close(figure)
     return path.with_suffix(".svg")
 
 
 def figure2(by_number, section, face, facts, path):
-    """(a) AUC by disease; (b) subset accuracy, (c) FNR by threshold; (d) Oracle AUC by referral. None if empty."""
-    panels = [(3, "", "(a) AUC by disease", "", "AUC"),
-              (7, "Subset accuracy", "(b) Subset accuracy", "decision threshold", "subset accuracy"),
-              (7, "FNR", "(c) FNR (underdiagnosis)", "decision threshold", "FNR"),
-              (8, "", "(d) Oracle AUC", "share referred (nominal)", "AUC")]
-    arms = [row.key for row in by_number[3].rows if row.section == section and row.measured()
+    """(a) AUC by disease, (b) subset accuracy, (c) FNR by threshold, (d) Oracle AUC by referral; or None."""
+    panels = [("3", "", "(a) AUC by disease", "", "AUC"),
+              ("7", "Subset accuracy", "(b) Subset accuracy", "decision threshold", "subset accuracy"),
+              ("7", "FNR", "(c) FNR (underdiagnosis)", "decision threshold", "FNR"),
+              ("8", "", "(d) Oracle AUC", "share referred (nominal)", "AUC")]
+    arms = [row.key for row in by_number["3"].rows if row.section == section and row.measured()
             and (section == OTHER or row.key in FIGURE2_ARMS)]
     if not arms:
         return None
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 7.2), layout="constrained")
     for axis, (number, metric, title, x_label, y_label) in zip(axes.flat, panels):
-        table = by_number[number]
         axis.set(title=title, xlabel=x_label, ylabel=y_label)
+        rows = {row.key: row for row in by_number[number].rows}
         for place, exp in enumerate(arms):
-            key = (exp, metric) if metric else exp
-            for row in (row for row in table.rows if row.key == key):
-                cells = row.cells[face if face in table.faces else "corrected"]
-                x = np.arange(5) + .6 * ((place + .5) / len(arms) - .5) if number == 3 else table.columns
-                axis.errorbar(np.asarray(x, float), [cell.value for cell in cells],
-                              None if cells[0].seed else [cell.sd for cell in cells], label=short_name(exp, facts),
-                              elinewidth=.7, **{**look(place), **({"linestyle": ""} if number == 3 else {})})
+            row = rows.get((exp, metric) if metric else exp)
+            if row is None:
+                continue
+            cells, style = row.cells.get(face) or row.cells["both"], look(place)
+            if number == "3":                       # side by side, unconnected
+                x, style["linestyle"] = np.arange(5) + .6 * ((place + .5) / len(arms) - .5), ""
+            else:
+                x = list(map(float, by_number[number].columns))
+            bars = None if cells[0].seed else [cell.sd for cell in cells]
+            axis.errorbar(x, [cell.value for cell in cells], bars, elinewidth=.7,
+                          label=short_name(exp, facts), **style)
     axes[0, 0].set_xticks(range(5), LABELS5, fontsize=8)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return save(figure, path)
 
 
 def figure3(table, path):
-    """AUC over the number of pre-training images, one line a strategy, bars: sd over runs; dashed: printed."""
+    """AUC over the number of pre-training images, a line a strategy, bars: sd over runs; dashed: printed."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    sizes = list(map(int, SIZES))
+    sizes, rows = list(map(int, SIZES)), {row.key: row for row in table.rows}
     for place, (exp, name) in enumerate((("4.1.1", "DINO"), ("4.2.1", "GMML"), ("4.3.1", "SiT"))):
-        cells = next(row for row in table.rows if row.key == exp).cells["corrected"]
-        print_cells = next(row for row in table.rows if row.key == exp).cells[table.faces[0]]
-        axis.errorbar(sizes, [float(cell.printed) for cell in print_cells],
-                      [float(cell.printed_sd) for cell in print_cells], label=f"{name}, printed", alpha=.75,
+        printed, cells = rows[exp].cells[table.faces[0]], rows[exp].cells[table.faces[-1]]
+        axis.errorbar(sizes, [float(c.printed) for c in printed], [float(c.printed_sd) for c in printed],
+                      label=f"{name}, printed", alpha=.75,
                       **{**look(place), "linestyle": "--", "markerfacecolor": "none"})
         if any(cell.runs for cell in cells):
-            axis.errorbar(sizes, [cell.value for cell in cells], [cell.sd for cell in cells],
-                          label=f"{name}, here", **look(place))
+            axis.errorbar(sizes, [c.value for c in cells], [c.sd for c in cells], label=f"{name}, here",
+                          **look(place))
     axis.set(xscale="log", xlabel="pre-training images", ylabel="AUC, NIH test, 14 labels")
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axis.minorticks_off()
@@ -519,7 +582,7 @@ def figure3(table, path):
 
 
 def read_logs(runs):
-    """{(exp, "pretrain" or "finetune"): frame} of runs/<exp>/**/log.jsonl: numeric keys and the run's seed."""
+    """{(exp, "pretrain" or "finetune"): frame} of runs/<exp>/**/log.jsonl: its numbers and the run's seed."""
     logs = {}
     for path in sorted(runs.glob("*/**/log.jsonl")):
         exp, part, *rest = path.relative_to(runs).parts
@@ -528,12 +591,14 @@ def read_logs(runs):
         for number, line in enumerate(lines, 1):
             if number % step == 0 or '"val' in line:
                 try:
-                    entries.append({k: v for k, v in json.loads(line).items() if isinstance(v, (int, float))})
+                    entry = json.loads(line)
+                    entries.append({key: v for key, v in entry.items() if isinstance(v, (int, float))})
                 except (ValueError, AttributeError):
                     if number < len(lines):                  # a kill may cut the last line
                         fail(f"{path} line {number} is no JSON object; delete the line")
         if entries:
-            logs.setdefault((exp, part), []).append(pd.DataFrame(entries).assign(seed=rest[0].removeprefix("seed")))
+            frame = pd.DataFrame(entries).assign(seed=rest[0].removeprefix("seed"))
+            logs.setdefault((exp, part), []).append(frame)
     return {key: pd.concat(frames) for key, frames in logs.items()}
 
 
@@ -543,7 +608,7 @@ def validation_auc(log):
 
 
 def curves(logs, facts, path):
-    """Pre-training loss, fine-tuning loss and validation AUC: mean over runs, band from lowest to highest run."""
+    """Pre-training loss, fine-tuning loss and validation AUC: mean over runs, band from lowest to highest."""
     panels = [("pretrain", lambda log: "loss", "step", "pre-training loss / its first value"),
               ("finetune", lambda log: "loss", "epoch", "fine-tuning loss"),
               ("finetune", validation_auc, "epoch", "validation AUC")]
@@ -561,7 +626,7 @@ def curves(logs, facts, path):
             style = {**look(place), "markersize": 3, "markevery": max(1, len(y) // 10)}
             handles[short_name(exp, facts)], = axis.plot(y.index, y["mean"], **style)
             axis.fill_between(y.index, y["min"], y["max"], color=style["color"], alpha=.12, linewidth=0)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=7.5)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=8)
     return save(figure, path)
 
 
@@ -573,13 +638,13 @@ def pictures(runs):
     return last.values()
 
 
-# ------------------------------------------------------------------------------------------------ the page
+# ---------------------------------------------------------------------------- the page
 
 CSS = """
-:root{color-scheme:light dark;--paper:#fff;--ink:#1d2126;--soft:#5d6670;--line:#dde1e6;--tint:#f5f7f9;--link:#0b5fa5;
---holds:#0b6b4f;--contradicted:#b3401a;--undecided:#77663a}
-@media(prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e4e7ea;--soft:#9aa4ae;--line:#333a42;--tint:#1d2227;
---link:#7cc0ff;--holds:#5fd0a5;--contradicted:#ff9a70;--undecided:#d2bd7c}}
+:root{color-scheme:light dark;--paper:#fff;--ink:#1d2126;--soft:#5d6670;--line:#dde1e6;--tint:#f5f7f9;
+--link:#0b5fa5;--holds:#0b6b4f;--contradicted:#b3401a;--undecided:#77663a}
+@media(prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e4e7ea;--soft:#9aa4ae;--line:#333a42;
+--tint:#1d2227;--link:#7cc0ff;--holds:#5fd0a5;--contradicted:#ff9a70;--undecided:#d2bd7c}}
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
 body{margin:0 auto;padding:2.5rem 1.25rem 4rem;max-width:84rem;background:var(--paper);color:var(--ink);
 font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
@@ -588,38 +653,45 @@ h2{font-size:1.3rem;margin:3.2rem 0 .6rem;padding-top:1rem;border-top:1px solid 
 h3{font-size:1rem;margin:2rem 0 .3rem}p,figcaption{max-width:46rem;margin:.5rem 0}a{color:var(--link)}
 .note{border-left:4px solid var(--undecided);background:var(--tint);padding:.7rem 1rem}
 nav{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;margin-top:1.2rem;font-size:.92rem}
-.soft,small,figcaption{color:var(--soft);font-size:.88rem}small{display:block;font-size:.76rem;line-height:1.35}
+.soft,small,figcaption{color:var(--soft);font-size:.88rem}
+small{display:block;font-size:.76rem;line-height:1.35}
 .scroll{overflow-x:auto;margin:.8rem 0}.box{border:1px solid var(--line);border-radius:6px}
-table{border-collapse:separate;border-spacing:0;min-width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
-th,td{padding:.42rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);max-width:26rem}
+table{border-collapse:separate;border-spacing:0;width:max-content;min-width:100%;font-size:.86rem;
+font-variant-numeric:tabular-nums}
+th,td{padding:.42rem .6rem;text-align:left;vertical-align:top;max-width:20rem;
+border-bottom:1px solid var(--line)}
 thead th{vertical-align:bottom;background:var(--tint)}tbody tr:last-child>*{border-bottom:0}
-td{min-width:4.5rem}.number{white-space:nowrap}.long{min-width:16rem}.missing{color:var(--soft)}
-.first{position:sticky;left:0;z-index:1;background:var(--paper)}td.first small{max-width:8rem}
-thead .first,.section th{background:var(--tint)}.section th{color:var(--soft)}.face{border-left:2px solid var(--line)}
+.number{white-space:nowrap}.missing{color:var(--soft)}.face{border-left:2px solid var(--line)}
+.first{position:sticky;left:0;z-index:1;background:var(--paper);max-width:14rem}
+td.first small{max-width:10rem}
+thead .first,.section th{background:var(--tint)}.section th,.not-run{color:var(--soft)}
 .holds{color:var(--holds)}.contradicted{color:var(--contradicted)}.undecided{color:var(--undecided)}
 figure{margin:1.2rem 0}img{display:block;width:100%;max-width:64rem;min-width:42rem;height:auto}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem}
 .pictures figure{margin:0}.pictures img{min-width:0;width:auto;max-width:100%}
 code{font:.86em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
-@media(max-width:40rem){body{padding:1.4rem .9rem 3rem}h1{font-size:1.5rem}td.first{max-width:9rem}}
+@media(max-width:40rem){body{padding:1.4rem .9rem 3rem}h1{font-size:1.5rem}.first{max-width:8.5rem}}
 @media print{:root{--paper:#fff;--ink:#000;--soft:#444;--line:#bbb;--tint:#f2f2f2}nav{display:none}
-body{max-width:none;padding:0}.scroll{overflow:visible}table{font-size:6.5pt}small{font-size:5.8pt}
+body{max-width:none;padding:0}.scroll{overflow:visible}table{width:100%;font-size:6.5pt}small{font-size:5.8pt}
 h2,h3{break-after:avoid}tr,figure{break-inside:avoid}img{min-width:0}}
 """
-READING = """<p>Each cell: the mean (standard deviation over runs) and, in smaller print, a 95 % interval, the number
-<em>printed</em> in the paper, and our difference from it in standard errors of both together. <b>Bold</b>: best of its
-column, ties included. “not measured”: metrics.csv has no such run. The <em>paper face</em> repeats what the released
-code computes, the <em>corrected face</em> is the textbook definition; where they agree in every cell, one stands for
-both. Pointing at a cell shows the lines of metrics.csv behind it. Intervals: """
+READING = """<p>Each cell: the mean (standard deviation over runs) and, in smaller print, a 95 % interval, the
+number <em>printed</em> in the paper, and Δ, our difference from it in standard errors of both together.
+<b>Bold</b>: best of its column, ties included. “not measured”: metrics.csv has no such run. The <em>paper
+face</em> repeats what the released code computes, the <em>corrected face</em> is the textbook definition;
+where they agree in every cell, one stands for both. Pointing at a cell shows the lines of metrics.csv behind
+it. Intervals: """
 
 
 def html_box(head, body):
-    return (f'<div class="scroll box" tabindex="0"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>')
+    table = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll box" tabindex="0">{table}</div>'
 
 
 def html_cell(cell, source, css):
-    words = {"run shown": "run of ", "validation's choice": "val. choice ", "printed": "printed "}
-    small = "".join(f"<small>{words.get(what, '')}{escape(text)}</small>" for what, text in cell.small_print().items())
+    words = {"run shown": "run of ", "validation's choice": "val. choice ", "printed": "printed ",
+             "difference": "Δ ", "interval": ""}
+    small = "".join(f"<small>{words[what]}{text}</small>" for what, text in cell.small_print().items())
     where = f' title="{source} line {", ".join(map(str, cell.lines))}"' if cell.lines else ""
     number = f"<b>{cell.text()}</b>" if cell.best else cell.text("not measured")
     return f'<td class="number{css}{"" if cell.runs else " missing"}"{where}>{number}{small}</td>'
@@ -628,18 +700,20 @@ def html_cell(cell, source, css):
 def html_table(table, source, facts):
     """The table as HTML: both faces side by side, a section for the study's arms and one for all others."""
     width, edge = len(table.columns), [" face"] + [""] * (len(table.columns) - 1)
-    agree = "paper and corrected face, which agree in every cell"
-    faces = [agree if len(table.faces) == 1 else f"{face} face" for face in table.faces]
-    head = "".join(f'<th rowspan="2"{" class=first" * (i == 0)}>{escape(h)}</th>' for i, h in enumerate(table.lead))
+    words = {"both": "paper and corrected face, which agree in every cell"}
+    faces = [words.get(face, f"{face} face") for face in table.faces]
+    head = f'<th rowspan="2" class="first">{table.lead[0]}</th>'
+    head += "".join(f'<th rowspan="2">{escape(name)}</th>' for name in table.lead[1:])
     head += "".join(f'<th class="face" colspan="{width}">{face}</th>' for face in faces)
-    names = "".join(f'<th class="{css}">{escape(h)}</th>' for _ in faces for h, css in zip(table.columns, edge))
-    body = ""
+    names = "".join(f'<th class="{css}">{escape(name)}</th>'
+                    for _ in faces for name, css in zip(table.columns, edge))
+    body, span = "", len(table.lead) + width * len(faces)
     for section, rows in table.sections():
         if len(table.sections()) > 1:
-            body += f'<tr class="section"><th colspan="{len(table.lead) + width * len(faces)}">{section}</th></tr>'
+            body += f'<tr class="section"><th colspan="{span}">{section}</th></tr>'
         for row in rows:
             exp = row.lead[0].removesuffix(" (b)")
-            about = short_name(exp, facts).removeprefix(exp) if width else ""
+            about = short_name(exp, facts).removeprefix(exp) if width or section == OTHER else ""
             body += f'<tr><td class="first">{escape(row.lead[0])}<small>{escape(about)}</small></td>'
             body += "".join(f"<td>{escape(text)}</td>" for text in row.lead[1:])
             body += "".join(html_cell(cell, source, css) for face in table.faces
@@ -649,79 +723,101 @@ def html_table(table, source, facts):
 
 
 def html_frame(frame):
-    """A data frame as a scrolling table."""
-    return html_box("<tr>" + "".join(f"<th>{escape(name)}</th>" for name in frame.columns) + "</tr>", "".join(
-        "<tr>" + "".join(f'<td{" class=long" * (len(value) > 40)}>{escape(value)}</td>' for value in map(str, row))
-        + "</tr>" for row in frame.itertuples(index=False)))
+    """A data frame as a scrolling table; long decimals are cut to four."""
+    def row(cells, tag):
+        texts = [f"{float(c):.4f}" if re.fullmatch(r"\d+\.\d{5,}", str(c)) else escape(str(c)) for c in cells]
+        return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+    return html_box(row([name.replace("_", " ") for name in frame.columns], "th"),
+                    "".join(row(cells, "td") for cells in frame.itertuples(index=False)))
 
 
 def html_picture(path, caption):
     """A picture of the disk, inlined."""
     kind, data = path.suffix[1:].replace("svg", "svg+xml"), base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure><div class="scroll" tabindex="0"><img alt="{escape(caption)}" '
-            f'src="data:image/{kind};base64,{data}"></div><figcaption>{escape(caption)}</figcaption></figure>')
+    caption = escape(caption)
+    image = f'<img alt="{caption}" src="data:image/{kind};base64,{data}">'
+    return (f'<figure><div class="scroll" tabindex="0">{image}</div><figcaption>{caption}</figcaption>'
+            "</figure>")
 
 
 def html_verdicts(files):
     """The claims: a row a statement, a column a test set, a line a source (our runs, the published runs)."""
-    frame = pd.concat([read_csv(path, "id family statement metric testset left right verdict effect ci_low ci_high "
-                                "p_holm source".split(), "evaluate/compare.py") for path in files])
-    marks = {"holds": "✓ holds", "contradicted": "✗ contradicted", "undecided": "? undecided", "not run": "not run"}
+    columns = "family statement metric testset left right verdict effect ci_low ci_high p_holm source".split()
+    frame = pd.concat([read_csv(path, columns, "evaluate/compare.py") for path in files])
+    marks = {"holds": "✓ holds", "contradicted": "✗ contradicted", "undecided": "? undecided",
+             "not run": "not run"}
     counts = frame.groupby(["source", "verdict"], sort=False).size().unstack(fill_value=0)
-    counts = counts.reindex(columns=list(marks), fill_value=0).reset_index().rename(columns={"source": "judged on"})
+    counts = counts.reindex(columns=list(marks), fill_value=0).rename_axis("judged on").reset_index()
     sets, body = [name for name in TEST_SETS if name in set(frame["testset"])], ""
     claims = frame.groupby(["family", "statement", "metric", "left", "right"], sort=False)
     for (family, statement, metric, left, right), claim in claims:
-        body += (f'<tr><td class="first long">{escape(statement)}<small>{family}: {escape(left)} against '
+        body += (f'<tr><td class="first">{escape(statement)}<small>{family}: {escape(left)} against '
                  f"{escape(right)}, {escape(metric)}</small></td>")
         for name in sets:
             body += '<td class="number">'
             for row in claim[claim["testset"] == name].to_dict("records"):
-                numbers = f": {float(row['effect']):+.4f}" if row["effect"] else ""
-                numbers += f" [{float(row['ci_low']):+.4f}, {float(row['ci_high']):+.4f}]" if row["ci_low"] else ""
-                numbers += f", p {float(row['p_holm']):.2g}" if row["p_holm"] else ""
+                numbers = f"{float(row['effect']):+.4f}" if row["effect"] else ""
+                ends = [f"{float(row[end]):.4f}" for end in ("ci_low", "ci_high") if row[end]]
+                numbers += f" [{', '.join(ends)}]" if ends else ""
+                numbers += f"<br>p = {float(row['p_holm']):.2g}" if row["p_holm"] else ""
                 body += (f'<span class="{row["verdict"].replace(" ", "-")}">{marks[row["verdict"]]}</span>'
-                         f'<small>{escape(row["source"])}{numbers.replace("-", "−")}</small>')
+                         f'<small>{escape(row["source"])}<br>{numbers.replace("-", "−")}</small>')
             body += "</td>"
         body += "</tr>"
     head = "".join(f"<th>{TEST_SETS[name][0]}</th>" for name in sets)
-    return (html_frame(counts) + "<p>Below: left minus right, its 95 % interval, and p adjusted by Holm within the "
-            "claim’s family.</p>" + html_box(f'<tr><th class="first">Claim</th>{head}</tr>', body))
+    return (html_frame(counts) + "<p>Below: left minus right, its 95 % interval, and p adjusted by Holm in "
+            "the claim’s family. Of the published runs only the spread over runs is known.</p>"
+            + html_box(f'<tr><th class="first">Claim</th>{head}</tr>', body))
 
 
-def test_set_sizes(predictions):
-    """Images, patients and positives of each test set, from the first prediction file of each."""
-    files = {path.stem: path for path in sorted(predictions.glob("*/predictions/seed*/*.csv"), reverse=True)}
-    if not files:
-        fail(f"{predictions} holds no <exp>/predictions/seed<k>/<testset>.csv; evaluate/predict.py writes them")
+def test_sets(metrics):
+    """Images, patients and positives of each test set, here and in the paper."""
     rows = []
-    for name, path in sorted(files.items()):
-        frame = read_csv(path, ["path", "patient"], "evaluate/predict.py")
+    for name in metrics.datasets:
         words, place, printed = TEST_SETS.get(name, (name, "", ""))
-        positives = [f"{column.removeprefix('true_')} {frame[column].isin(['1', '1.0']).sum():,}"
-                     for column in frame if column.startswith("true_")]
+        counts = [metrics.fact(name, what) for what in ("images", "patients")]
+        labels = metrics.frame.loc[metrics.frame["dataset"] == name, "label"].unique()
+        positives = {label: metrics.fact(name, "positives", label) for label in labels if label}
         rows.append({"Test set": words, "Location in the paper": place, "Images in the paper": printed,
-                     "Images here": f"{len(frame):,}", "Patients here": f"{frame['patient'].nunique():,}",
-                     "Positives here": ", ".join(positives)})
+                     **{what: "" if isnan(count) else f"{count:,.0f}"
+                        for what, count in zip(("Images here", "Patients here"), counts)},
+                     "Positives here": ", ".join(f"{k} {v:,.0f}" for k, v in positives.items() if v == v)})
+    return pd.DataFrame(rows)
+
+
+def prediction_files(predictions, metrics):
+    """Which file each run's numbers come from, as a frame of exp, seed, dataset, file and SHA-256."""
+    rows = []
+    runs = metrics.frame[["exp", "seed", "dataset"]].drop_duplicates()
+    for exp, seed, dataset in runs.itertuples(index=False):
+        path = predictions / exp / "predictions" / f"seed{seed}" / f"{dataset}.csv"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+        rows.append({"exp": exp, "seed": seed, "dataset": dataset, "file": path, "sha256": digest})
     return pd.DataFrame(rows)
 
 
 def page(title, notes, sections, sources):
     """The whole page. notes: texts; sections: {(id, head): html}; sources: the files that were read."""
-    links = "".join(f'<a href="#{anchor}">{head}</a>' for anchor, head in [*sections, ("sources", "Sources")])
-    body = "".join(f'<section><h2 id="{key}">{head}</h2>{html}</section>' for (key, head), html in sections.items())
-    files = pd.DataFrame([{"File": path, "Bytes": f"{path.stat().st_size:,}",
-                           "SHA-256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]} for path in sources])
+    links = "".join(f'<a href="#{key}">{head}</a>' for key, head in [*sections, ("sources", "Sources")])
+    body = "".join(f'<section><h2 id="{key}">{head}</h2>{html}</section>'
+                   for (key, head), html in sections.items())
+    read = [(path, path.read_bytes()) for path in sources]
+    files = pd.DataFrame([(path, f"{len(data):,}", hashlib.sha256(data).hexdigest()[:16])
+                          for path, data in read], columns=["File", "Bytes", "SHA-256"])
     notes = "".join(f'<p class="note">{escape(text)}</p>' for text in notes)
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>{CSS}</style></head><body><header><h1>{escape(title)}</h1>
-<p>A rerun of “From pre-training to downstream performance: does domain-specific pre-training make sense?” (Krones
-2026, arXiv:2605.08819): models with different starting weights are fine-tuned on NIH ChestX-ray14 and tested at
-several hospitals.</p>{notes}<nav>{links}</nav></header><main>{body}<section><h2 id="sources">Sources</h2>
-<p>Every number was read from these files. <code>tables/table1.csv … table8.csv</code> name, cell by cell, the lines
-of metrics.csv behind it; Markdown and LaTeX versions lie beside them, the figures in <code>figures/</code>. The
-printed numbers are the paper’s (CC BY 4.0).</p>{html_frame(files)}</section></main></body></html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title><style>{CSS}</style></head>
+<body><header><h1>{escape(title)}</h1>
+<p>A rerun of “From pre-training to downstream performance: does domain-specific pre-training make sense?”
+(Krones 2026, arXiv:2605.08819): models with different starting weights are fine-tuned on NIH ChestX-ray14 and
+tested at several hospitals.</p>{notes}<nav>{links}</nav></header>
+<main>{body}<section><h2 id="sources">Sources</h2>
+<p>Every number was read from these files. <code>tables/table1.csv … table8.csv</code> name, cell by cell, the
+lines of metrics.csv behind it; Markdown and LaTeX versions lie beside them, the figures in
+<code>figures/</code>. The printed numbers are the paper’s (CC BY 4.0).</p>
+{html_frame(files)}</section></main></body></html>
 """
 
 
@@ -731,82 +827,91 @@ def compose(args, metrics, by_number, facts, logs, beside):
     table = {number: html_table(t, args.metrics.name, facts) for number, t in by_number.items()}
     notes = [args.note] if args.note else []
     if demo := [exp for exp in metrics.exps if exp.startswith("demo")]:
-        notes.append(f"Stand-ins: {', '.join(demo)} were trained on drawn or miniature data, from starting weights "
-                     "made here. They show that the chain works and say nothing about the study’s question.")
+        notes.append(f"Stand-ins: {', '.join(demo)} were trained on drawn or miniature data, from starting "
+                     "weights made here. They show that the chain works and say nothing about the question.")
     run = (f"<p>{len(metrics.exps)} experiments, {metrics.seeds.sum()} fine-tuned models, "
-           f"{metrics.frame['dataset'].nunique()} test sets: {len(metrics.frame):,} rows of "
-           f"<code>{escape(str(args.metrics))}</code>.</p>{table[1]}")
-    if args.predictions:
-        run += "<h3>Test sets</h3>" + html_frame(test_set_sizes(args.predictions))
-    for path in (args.figure1, folder / "figure1.svg", folder / "figure1.png"):
-        if path and path.is_file():
-            run += html_picture(path, "Figure 1. One example image of each dataset.")
-            break
+           f"{len(metrics.datasets)} test sets: {len(metrics.frame):,} rows of <code>"
+           f"{escape(str(args.metrics))}</code>.</p>{table['1']}"
+           f"<h3>Test sets</h3>{html_frame(test_sets(metrics))}")
+    drawn = [args.figure1] if args.figure1 else sorted(args.out.rglob("figure1.[ps][nv]g"))
+    if drawn:
+        run += html_picture(drawn[0], "Figure 1. One example image of each dataset.")
     single = "patient-clustered bootstrap of each run, averaged over the runs"
     nested = f"of AUCs, nested bootstrap over runs and patients (components.csv); of the rest, {single}"
     sections = {("run", "What was run"): run, ("sites", "Across hospitals"):
-                f"{READING}{nested if 'components' in beside else single}.</p>{table[2]}"}
+                f"{READING}{nested if metrics.intervals else single}.</p>{table['2']}"}
     if args.verdicts:
         sections["claims", "The paper’s claims"] = html_verdicts(args.verdicts)
-    words = {"paper": "paper face: the best run of each arm", "corrected": "corrected face: mean over runs, bars: sd"}
-    drawn = [(figure2(by_number, section, face, facts, folder / f"figure2_{section.split()[0].lower()}_{face}"),
-              f"Figure 2. {section}; {words[face]}.") for section in (STUDY, OTHER) for face in FACES]
-    sections["reliability", "Diseases, thresholds, referral"] = "".join(
-        html_picture(path, caption) for path, caption in drawn if path) + table[3] + table[7] + table[8]
-    sections["options", "Backbones, options, pre-training size"] = table[4] + table[5] + table[6] + html_picture(
-        figure3(by_number[6], folder / "figure3"), "Figure 3. Number of pre-training images; bars: sd over runs.")
-    learning = html_picture(curves(logs, facts, folder / "curves"), f"Learning curves, from {args.runs}/<exp>/**/"
-                            "log.jsonl; bands: lowest to highest run.") if logs else ""
-    if args.runs and (shown := pictures(args.runs)):
-        learning += f'<div class="pictures">{"".join(html_picture(path, str(path)) for path in shown)}</div>'
+    words = {"paper": "paper face: the best run", "corrected": "corrected face: mean over runs, bars: sd"}
+    shown = ""
+    for section, face in ((section, face) for section in (STUDY, OTHER) for face in FACES):
+        path = folder / f"figure2_{'study' if section == STUDY else 'other'}_{face}"
+        if drawn := figure2(by_number, section, face, facts, path):
+            shown += html_picture(drawn, f"Figure 2. {section}; {words[face]}.")
+    sections["reliability", "Diseases, thresholds, referral"] = shown + "".join(table[n] for n in "378A")
+    shown = html_picture(figure3(by_number["6"], folder / "figure3"), "Figure 3. Pre-training size.")
+    sections["options", "Backbones, options, pre-training size"] = "".join(table[n] for n in "456") + shown
+    learning = html_picture(curves(logs, facts, folder / "curves"), "Learning curves, from "
+                            f"{args.runs}/<exp>/**/log.jsonl; bands: lowest to highest run.") if logs else ""
+    if args.runs and (last := pictures(args.runs)):
+        learning += f'<div class="pictures">{"".join(html_picture(path, str(path)) for path in last)}</div>'
     if learning:
         sections["learning", "Learning curves and pictures"] = learning
     if "detectable" in beside:
         sections["detectable", "What the test sets can tell"] = (
-            "<p>The smallest difference in mean AUC between two arms that a test at the 5 % level finds with 80 % "
-            "power.</p>" + html_frame(read_csv(beside["detectable"])))
+            "<p>The smallest difference in mean AUC between two arms that a test at the 5 % level finds with "
+            "80 % power.</p>" + html_frame(pd.concat(map(read_csv, beside["detectable"]))))
     if "errata" in beside:
         sections["errata", "Errata"] = (
             "<p>Printed numbers and sentences that the author’s published runs contradict, recomputed by "
-            "evaluate/compare.py.</p>" + html_frame(read_csv(beside["errata"])))
-    sources = [args.metrics, *args.verdicts, *beside.values(), *filter(None, [args.experiments]),
-               *sorted(REPORTED.glob("table[1-8].csv"))]
+            "evaluate/compare.py.</p>" + html_frame(pd.concat(map(read_csv, beside["errata"]))))
+    sources = [args.metrics, *args.verdicts, *sum(beside.values(), []), *filter(None, [args.experiments]),
+               *sorted((HERE / "reported").glob("table[1-8].csv"))]
     return page(args.title, notes, sections, sources)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--metrics", required=True, type=Path, help="metrics.csv of evaluate/metrics.py")
-    parser.add_argument("--out", required=True, type=Path, help="folder for tables/, figures/ and report.html")
-    parser.add_argument("--predictions", type=Path, help="folder with <exp>/predictions/: sizes of the test sets")
+    parser.add_argument("--out", required=True, type=Path, help="folder for tables, figures and report.html")
+    parser.add_argument("--predictions", type=Path, help="folder with <exp>/predictions/, to name them")
     parser.add_argument("--verdicts", type=Path, nargs="+", default=[], help="verdicts.csv of compare.py")
     parser.add_argument("--runs", type=Path, help="folder with <exp>/**/log.jsonl and pretrain/*.png")
-    parser.add_argument("--experiments", type=Path, help="experiments.yaml, to describe rows outside the study")
-    parser.add_argument("--figure1", type=Path, help="Figure 1, if not OUT/figures/figure1.svg or .png")
+    parser.add_argument("--experiments", type=Path, help="the grid (default: this project's)")
+    parser.add_argument("--figure1", type=Path, help="Figure 1 (default: figure1.* below OUT)")
     parser.add_argument("--title", default="Does domain-specific pre-training make sense?")
     parser.add_argument("--note", help="remark at the top of the page, e.g. which data are stand-ins")
     args = parser.parse_args()
     for folder in filter(None, (args.predictions, args.runs)):
         if not folder.is_dir():
             fail(f"{folder} is no folder")
-    beside = {name: path.parent / f"{name}.csv" for path in args.verdicts
-              for name in ("components", "detectable", "errata") if (path.parent / f"{name}.csv").is_file()}
+    grid = HERE.parent / "experiments.yaml"
+    args.experiments = args.experiments or (grid if grid.is_file() else None)
+    beside = {name: found for name in ("errata", "detectable", "components") if (
+        found := [file for path in args.verdicts if (file := path.parent / f"{name}.csv").is_file()])}
     logs = read_logs(args.runs) if args.runs else {}
     chosen = {exp: log.set_index("seed")[validation_auc(log)].idxmax() for (exp, part), log in logs.items()
               if part == "finetune" and validation_auc(log)}
-    metrics = Metrics(args.metrics, read_csv(beside["components"]) if "components" in beside else None, chosen)
-    facts = arm_facts(REPORTED, args.experiments, metrics.exps)
-    datasets = list(metrics.frame["dataset"].unique())
-    dataset = "chexpert_valid" if "chexpert_valid" in datasets else datasets[0]
-    by_number = {table.number: table for table in tables(metrics, printed_numbers(REPORTED), facts, dataset)}
+    nested = [part[part["source"] == "our runs"] for part in map(read_csv, beside.get("components", []))]
+    metrics = Metrics(args.metrics, pd.concat(nested) if nested else None, chosen)
+    facts = arm_facts(HERE / "reported", args.experiments, metrics.exps)
+    printed = printed_numbers(HERE / "reported")
+    dataset = "chexpert_valid" if "chexpert_valid" in metrics.datasets else metrics.datasets[0]
+    by_number = {table.number: table for table in [*auc_tables(metrics, printed, facts),
+                                                   *reliability_tables(metrics, printed, facts, dataset)]}
     try:
         for number, table in by_number.items():
-            for kind, text in (("md", markdown(table)), ("tex", latex(table)), ("csv", tidy(table, args.metrics.name))):
+            texts = {"md": markdown(table), "tex": latex(table), "csv": tidy(table, args.metrics.name)}
+            for kind, text in texts.items():
                 write(args.out / "tables" / f"table{number}.{kind}", text)
+        if args.predictions:
+            files = prediction_files(args.predictions, metrics)
+            write(args.out / "tables" / "predictions.csv", files.to_csv(index=False, lineterminator="\n"))
         write(args.out / "report.html", compose(args, metrics, by_number, facts, logs, beside))
     except OSError as error:
         fail(f"{args.out} cannot be written ({error.strerror}: {error.filename})")
-    print(terminal(by_number[2]))
+    print(terminal(by_number["2"]))
     print(f"wrote {args.out / 'report.html'}, with tables/ and figures/ beside it")
 
 
