@@ -311,9 +311,8 @@ def views(images, size, crops):
         return [resize(images, size)]
     x = resize(images, round(size * 256 / 224))
     edge = x.shape[2] - size
-    corners = ((0, 0), (0, edge), (edge, 0), (edge, edge), (edge // 2, edge // 2))
-    cut = [x[:, :, top:top + size, left:left + size] for top, left in corners]
-    return cut + [view.flip(3) for view in cut]
+    corners = ((0, 0), (0, edge), (edge, 0), (edge, edge), (round(edge / 2), round(edge / 2)))
+    return [image[:, :, top:top + size, left:left + size] for image in (x, x.flip(3)) for top, left in corners]
 
 
 def probabilities(model, images, facts, crops):

@@ -836,7 +836,7 @@ def validation_view(images, config):
     """Images stretched to img_size / crop_pct (224 of 256), their centre cut out, normalised."""
     size = config["img_size"]
     x = resize(images, round(size / config["crop_pct"]))
-    edge = (x.shape[2] - size) // 2
+    edge = round((x.shape[2] - size) / 2)
     x = normalise(x[:, :, edge:edge + size, edge:edge + size], config)
     return x.contiguous(memory_format=torch.channels_last)
 
