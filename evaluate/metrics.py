@@ -34,6 +34,7 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_matrix
 from scipy.special import expit, logit, ndtr, ndtri, xlogy
+from threadpoolctl import threadpool_limits
 
 NIH14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
          "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia")
@@ -711,7 +712,8 @@ def run(args):
     rows, bca, manifests = [], args.interval == "bca", tuple(args.manifest)
     jobs = [(paths, args.validation or next(folder.glob("nih_val.csv"), None), manifests, args.bootstrap, bca)
             for folder, paths in folders.items()]
-    with ProcessPoolExecutor(min(args.workers, len(jobs))) as pool:
+    workers = min(args.workers, len(jobs))                  # a process a core: BLAS threads would only fight
+    with ProcessPoolExecutor(workers, initializer=threadpool_limits, initargs=(1,)) as pool:
         for (paths, *_), scores in zip(jobs, pool.map(score_run, *zip(*jobs))):
             for path, (scored, remarks) in zip(paths, scores):
                 rows += [names[path] + row for row in scored]
