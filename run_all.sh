@@ -8,6 +8,7 @@
 #   --raw DIR     raw downloads, one folder a dataset (default raw)    --data DIR   packed data (default data)
 #   --out DIR     where runs/ and results/ go (default .)              --nproc N    processes (default: the GPUs here)
 #   --dry-run     print the exact commands and run nothing             --plan       cost and inputs of every row
+#   --scale S     size of the demo's stand-ins (default 1.0)
 #
 # A stage is skipped when its output is there and was made by the same command, row and inputs. Stopped or killed, run
 # it again. PYTHON=python bash run_all.sh ... uses an environment that has the packages already.
@@ -15,13 +16,13 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 usage_error() { echo "error: $1; bash run_all.sh --help lists the options" >&2; exit 2; }
-demo=0 exp="" raw="" data="" out="." nproc="" dry=0 plan=0
+demo=0 exp="" raw="" data="" out="." nproc="" scale=1.0 dry=0 plan=0
 while [ $# -gt 0 ]; do
   case "$1" in
     --demo) demo=1 ;;
     --dry-run) dry=1 ;;
     --plan) plan=1 ;;
-    --exp | --raw | --data | --out | --nproc)
+    --exp | --raw | --data | --out | --nproc | --scale)
       [ $# -ge 2 ] || usage_error "$1 needs a value"
       declare "${1#--}=$2"; shift ;;
     -h | --help) sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "$0"; exit 0 ;;
@@ -37,11 +38,11 @@ if [ "$plan" = 1 ]; then exec "$PYTHON" evaluate/plan.py ${exp:+--exp "$exp"} ${
 
 # The chain, worked out from experiments.yaml: one line a stage with name, output, key (a hash of command, row and
 # inputs) and command, tab-separated.
-stages=$("$PYTHON" - "$demo" "$exp" "$raw" "$data" "$out" "$nproc" <<'PY'
+stages=$("$PYTHON" - "$demo" "$exp" "$raw" "$data" "$out" "$nproc" "$scale" <<'PY'
 import difflib, hashlib, json, shlex, sys
 import yaml
 
-demo, chosen, raw, data, out, nproc = sys.argv[1:]
+demo, chosen, raw, data, out, nproc, scale = sys.argv[1:]
 demo, nproc = demo == "1", int(nproc)
 raw, data = raw or ("data/demo/raw" if demo else "raw"), data or ("data/demo" if demo else "data")
 runs, results = f"{out}/runs".removeprefix("./"), f"{out}/results{'/demo' if demo else ''}".removeprefix("./")
@@ -89,7 +90,7 @@ def packed(folder, size):
         flags = "--n-pretrain all" if "pretrain" in flags + packing else ""
     here, inputs = f"{data}/{folder}", []
     if demo:
-        inputs = [stage("demo data", f"{raw}/demo.json", f"data_prep/demo.py --out {raw}")]
+        inputs = [stage("demo data", f"{raw}/demo.json", f"data_prep/demo.py --out {raw} --scale {scale}")]
     index = stage(f"{folder} index", f"{here}/index.csv",
                   f"data_prep/{reader}.py --raw {raw}/{reader} --out {here}/index.csv {flags}".strip(), inputs)
     packing = packing if "--size" in packing else f"--size {size} {packing}"
@@ -173,7 +174,7 @@ while IFS=$'\t' read -r name output key command <&3; do
   mkdir -p "$(dirname "$log")" "$(dirname "$output")"
   echo "[$number/$count] $name: $(shorten "${command//\$PYTHON/$PYTHON}")"
   code=0
-  eval "$command" 2>&1 | tee "$log" | sed 's/^/    /' || code=${PIPESTATUS[0]}
+  eval "$command" 2>&1 | tee "$log" | sed -u 's/^/    /' || code=${PIPESTATUS[0]}
   if [ "$code" != 0 ]; then
     echo "error: stage '$name' failed with exit code $code; its log is $log; its command: ${command//\$PYTHON/$PYTHON}" >&2
     exit "$code"

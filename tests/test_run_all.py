@@ -1,0 +1,177 @@
+"""run_all.sh: the demo from raw stand-ins to the report at a small size, and every file contract on what it made."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from conftest import ROOT
+
+META = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
+EXP = "demo.gmml-mimic-imagenet"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the scripts in a folder of its own, as a fresh checkout would be."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("data_prep", "pretrain", "finetune", "evaluate", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("run_all.sh", "experiments.yaml", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def run_all(project, *flags):
+    return subprocess.run(["bash", "run_all.sh", *map(str, flags)], cwd=project, capture_output=True, text=True,
+                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"})
+
+
+def state(project):
+    """Content hash and time of every file a run made, logs apart."""
+    return {path.relative_to(project): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+            for top in ("data", "runs", "results") for path in sorted((project / top).rglob("*"))
+            if path.is_file() and "logs" not in path.parts}
+
+
+@pytest.fixture(scope="module")
+def demo(project):
+    """The demo arm that needs another one's weights, on a tenth of the stand-ins."""
+    result = run_all(project, "--demo", "--scale", 0.1, "--exp", EXP)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+@pytest.mark.slow
+def test_the_demo_ends_in_a_report(project, demo):
+    page = (project / "results/demo/report.html").read_text()
+    assert EXP in page and "stand-in" in page.lower()
+    assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", page), "the page must not load anything from elsewhere"
+    assert "report: results/demo/report.html" in demo.stdout
+
+
+@pytest.mark.slow
+def test_running_twice_does_no_work_twice(project, demo):
+    before = state(project)
+    again = run_all(project, "--demo", "--scale", 0.1, "--exp", EXP)
+    assert again.returncode == 0 and state(project) == before
+    stages = [line for line in again.stdout.splitlines() if line.startswith("[")]
+    assert stages and all(line.endswith(": complete") for line in stages)
+
+
+@pytest.mark.slow
+def test_a_changed_row_runs_again_and_what_it_does_not_touch_does_not(project, demo):
+    rows = project / "experiments.yaml"
+    text = rows.read_text()
+    try:
+        rows.write_text(text.replace("finetune: &demo_finetune {epochs: 12", "finetune: &demo_finetune {epochs: 11"))
+        assert rows.read_text() != text
+        plan = run_all(project, "--demo", "--scale", 0.1, "--exp", EXP, "--dry-run")
+        result = run_all(project, "--demo", "--scale", 0.1, "--exp", EXP)
+    finally:
+        rows.write_text(text)
+    assert plan.returncode == 0
+    assert f"{EXP} pretrain: complete" in result.stdout
+    assert result.returncode == 2 and f"stage '{EXP} finetune' failed" in result.stderr     # it is another run's folder
+    assert "epochs=12, now it is 11" in result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_index_and_manifest_contracts(project, demo):
+    folders = [path for path in (project / "data/demo").iterdir() if (path / "manifest.csv").exists()]
+    assert {path.name for path in folders} == {"nih", "mimic_cxr", "chexpert", "padchest", "vindr_cxr", "imagenet"}
+    for folder in folders:
+        index, manifest = (pd.read_csv(folder / name, dtype=str, keep_default_na=False) for name in ("index.csv", "manifest.csv"))
+        assert index.columns[:8].tolist() == META and manifest.columns.tolist() == index.columns.tolist()
+        assert set(index["split"]) <= {"pretrain", "train", "val", "test"}
+        labels = index[index.columns[8:]]
+        if folder.name != "imagenet":
+            assert labels.isin(["1", "0", "-1", ""]).all(axis=None), folder
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        assert images.dtype == np.uint8 and len(images) == len(manifest)
+        assert images.shape[1:] == ((64, 64, 3) if folder.name == "imagenet" else (64, 64))
+        rejected = pd.read_csv(folder / "rejected.csv")
+        assert list(rejected.columns) == ["path", "reason"]
+        facts = json.loads((folder / "pack.json").read_text())
+        assert facts["N"] == len(manifest) and facts["size"] == 64
+        assert abs(facts["mean"] - images.mean() / 255) < 1e-3 if np.ndim(facts["mean"]) == 0 else True
+        split_of = manifest.groupby("patient")["split"].nunique()
+        assert folder.name == "imagenet" or (split_of == 1).all(), f"a patient of {folder.name} is in two splits"
+
+
+@pytest.mark.slow
+def test_checkpoint_contracts(project, demo):
+    backbone = torch.load(project / f"runs/{EXP}/pretrain/backbone.pt", weights_only=True)
+    classifier = torch.load(project / f"runs/{EXP}/finetune/seed11/classifier.pt", weights_only=True)
+    keys = {"model", "arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "epoch", "config"}
+    assert keys <= set(backbone) and keys | {"labels"} <= set(classifier)
+    for content, classes in ((backbone, 0), (classifier, len(classifier["labels"]))):
+        model = timm.create_model(content["arch"], in_chans=content["in_chans"], num_classes=classes, **content["model_args"])
+        model.load_state_dict(content["model"], strict=True)
+    assert classifier["seed"] == 11 and backbone["exp"] == classifier["exp"] == EXP
+
+
+@pytest.mark.slow
+def test_prediction_and_metric_contracts(project, demo):
+    for name in ("nih_test", "vindr_test", "padchest", "chexpert_test", "chexpert_valid"):
+        table = pd.read_csv(project / f"runs/{EXP}/predictions/seed0/{name}.csv", dtype={"patient": str})
+        assert table.columns[:2].tolist() == ["path", "patient"] and table["path"].is_unique
+        truths = [c[5:] for c in table if c.startswith("true_")]
+        assert truths == [c[5:] for c in table if c.startswith("prob_")] and {"Atelectasis", "Effusion"} <= set(truths)
+        assert table[[f"true_{label}" for label in truths]].isin([0, 1]).all(axis=None)
+        assert table[[f"prob_{label}" for label in truths]].stack().between(0, 1).all()
+    metrics = pd.read_csv(project / "results/demo/metrics.csv", dtype={"exp": str})
+    assert metrics.columns.tolist() == ["exp", "seed", "dataset", "labels", "metric", "variant", "label", "threshold",
+                                        "value", "ci_low", "ci_high"]
+    assert set(metrics["variant"]) == {"paper", "corrected"} and set(metrics["seed"]) == {0, 11}
+    mean = metrics[(metrics["metric"] == "auc_mean") & (metrics["variant"] == "corrected")]
+    assert (mean["ci_low"] <= mean["value"]).all() and (mean["value"] <= mean["ci_high"]).all()
+
+
+def test_dry_run_prints_commands_and_runs_nothing(project):
+    result = run_all(project, "--exp", "3.4,0.1.6b", "--dry-run", "--data", "packs", "--nproc", 4)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and not (project / "packs").exists()
+    assert sum("pretrain/gmml.py --exp 3.4" in line and "--nproc_per_node=4" in line for line in lines) == 1
+    assert any("pretrain/simmim.py --exp 0.1.6 " in line for line in lines)                 # 0.1.6b starts from 0.1.6
+    assert sum("data_prep/pack.py" in line and "/nih " in line for line in lines) == 1      # shared, once
+
+
+def test_the_whole_grid_is_planned(project):
+    lines = run_all(project, "--dry-run").stdout.splitlines()
+    assert any("--exp 4.1.1-250k" in line for line in lines) and not any("--exp c.1" in line for line in lines)
+    assert any("--exp c.9" in line for line in run_all(project, "--exp", "all", "--dry-run").stdout.splitlines())
+
+
+@pytest.mark.parametrize("flags, fragment", [
+    (["--exp", "3.44"], "no experiment '3.44'; nearest: 3.4"), (["--fast"], "unknown option --fast"),
+    (["--nproc", "two"], "not a number"), (["--exp"], "--exp needs a value")])
+def test_mistakes_on_the_command_line(project, flags, fragment):
+    result = run_all(project, *flags)
+    assert result.returncode == 2 and fragment in result.stderr.strip().splitlines()[-1]
+
+
+def test_the_first_failure_stops_the_chain_with_command_and_log(project):
+    result = run_all(project, "--exp", "2.1", "--raw", "nowhere", "--data", "elsewhere")
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and last.startswith("error: stage 'nih index' failed with exit code 2")
+    log = re.search(r"its log is (\S+);", last)[1]
+    assert "error: " in (project / log).read_text() and "data_prep/nih.py --raw nowhere/nih" in last
+
+
+def test_the_plan_names_costs_and_missing_inputs(project):
+    result = run_all(project, "--plan", "--exp", "3.4,4.1.1-50k,0.1.4")
+    assert result.returncode == 0, result.stderr
+    row = next(line.split() for line in result.stdout.splitlines() if line.startswith("3.4 ") and "pretrain" in line)
+    assert row[2] == "390,000" and row[3] == "99,840,000"       # 100,000 // 256 steps an epoch, 1,000 epochs
+    # ViT-S/16: 4.6 billion multiply-adds, two views, backward twice the forward
+    assert abs(float(row[4].replace(",", "")) * 1e15 / (99_840_000 * 6 * 2 * 4.6e9) - 1) < 0.03
+    assert "missing: weights/simmim_pretrain__swin_base__img192_window6__800ep.pth" in result.stdout
