@@ -174,7 +174,7 @@ while IFS=$'\t' read -r name output key command <&3; do
   mkdir -p "$(dirname "$log")" "$(dirname "$output")"
   echo "[$number/$count] $name: $(shorten "${command//\$PYTHON/$PYTHON}")"
   code=0
-  eval "$command" 2>&1 | tee "$log" | sed -u 's/^/    /' || code=${PIPESTATUS[0]}
+  bash -c "$command" 2>&1 | tee "$log" | sed -u 's/^/    /' || code=${PIPESTATUS[0]}
   if [ "$code" != 0 ]; then
     echo "error: stage '$name' failed with exit code $code; its log is $log; its command: ${command//\$PYTHON/$PYTHON}" >&2
     exit "$code"

@@ -142,7 +142,7 @@ def test_dry_run_prints_commands_and_runs_nothing(project):
     assert result.returncode == 0 and not (project / "packs").exists()
     assert sum("pretrain/gmml.py --exp 3.4" in line and "--nproc_per_node=4" in line for line in lines) == 1
     assert any("pretrain/simmim.py --exp 0.1.6 " in line for line in lines)                 # 0.1.6b starts from 0.1.6
-    assert sum("data_prep/pack.py" in line and "/nih " in line for line in lines) == 1      # shared, once
+    assert sum("data_prep/pack.py" in line and "--out packs/nih --size" in line for line in lines) == 1      # once
 
 
 def test_the_whole_grid_is_planned(project):
