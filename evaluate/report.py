@@ -39,6 +39,7 @@ from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high".split()
+VERDICTS = "family statement metric testset left right verdict effect ci_low ci_high p_holm source".split()
 FACES = ("paper", "corrected")
 TEST_SETS = {  # name in the tables, location, images according to the paper
     "nih_test": ("NIH", "Bethesda (USA)", "25,596"),
@@ -66,6 +67,7 @@ plt.rcParams.update({
     "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.grid": True,
     "grid.color": "#8886", "grid.linewidth": .5, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4.5,
+    "svg.hashsalt": "the same figure, the same bytes",
     **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)})
 
@@ -367,7 +369,7 @@ def auc_tables(metrics, printed, facts):
         """ask() where the column belongs to the experiment's key: 0.1.1b, 4.2.1-100k."""
         def ask(exp, column, face):
             alone = number == "5" and ("5", exp, "") not in printed         # 0.2.2 and 0.2.3: recipe b alone
-            key = exp if alone and column == "b" else exp + column
+            key = (exp if column == "b" else "") if alone else exp + column
             return metrics.cell(key, "nih_test", "14", "auc_mean", face,
                                 printed=printed.get((number, exp, column), ()))
         return ask
@@ -740,10 +742,8 @@ def html_picture(path, caption):
             "</figure>")
 
 
-def html_verdicts(files):
+def html_verdicts(frame):
     """The claims: a row a statement, a column a test set, a line a source (our runs, the published runs)."""
-    columns = "family statement metric testset left right verdict effect ci_low ci_high p_holm source".split()
-    frame = pd.concat([read_csv(path, columns, "evaluate/compare.py") for path in files])
     marks = {"holds": "✓ holds", "contradicted": "✗ contradicted", "undecided": "? undecided",
              "not run": "not run"}
     counts = frame.groupby(["source", "verdict"], sort=False).size().unstack(fill_value=0)
@@ -821,8 +821,8 @@ lines of metrics.csv behind it; Markdown and LaTeX versions lie beside them, the
 """
 
 
-def compose(args, metrics, by_number, facts, logs, beside):
-    """Draw the figures and put the page together."""
+def compose(args, metrics, by_number, facts, logs, verdicts, beside):
+    """Draw the figures and put the page together. verdicts: a frame or None; beside: {name: files}."""
     folder = args.out / "figures"
     table = {number: html_table(t, args.metrics.name, facts) for number, t in by_number.items()}
     notes = [args.note] if args.note else []
@@ -840,8 +840,8 @@ def compose(args, metrics, by_number, facts, logs, beside):
     nested = f"of AUCs, nested bootstrap over runs and patients (components.csv); of the rest, {single}"
     sections = {("run", "What was run"): run, ("sites", "Across hospitals"):
                 f"{READING}{nested if metrics.intervals else single}.</p>{table['2']}"}
-    if args.verdicts:
-        sections["claims", "The paper’s claims"] = html_verdicts(args.verdicts)
+    if verdicts is not None:
+        sections["claims", "The paper’s claims"] = html_verdicts(verdicts)
     words = {"paper": "paper face: the best run", "corrected": "corrected face: mean over runs, bars: sd"}
     shown = ""
     for section, face in ((section, face) for section in (STUDY, OTHER) for face in FACES):
@@ -890,6 +890,7 @@ def main():
     args.experiments = args.experiments or (grid if grid.is_file() else None)
     beside = {name: found for name in ("errata", "detectable", "components") if (
         found := [file for path in args.verdicts if (file := path.parent / f"{name}.csv").is_file()])}
+    verdicts = [read_csv(path, VERDICTS, "evaluate/compare.py") for path in args.verdicts]
     logs = read_logs(args.runs) if args.runs else {}
     chosen = {exp: log.set_index("seed")[validation_auc(log)].idxmax() for (exp, part), log in logs.items()
               if part == "finetune" and validation_auc(log)}
@@ -908,7 +909,8 @@ def main():
         if args.predictions:
             files = prediction_files(args.predictions, metrics)
             write(args.out / "tables" / "predictions.csv", files.to_csv(index=False, lineterminator="\n"))
-        write(args.out / "report.html", compose(args, metrics, by_number, facts, logs, beside))
+        write(args.out / "report.html", compose(
+            args, metrics, by_number, facts, logs, pd.concat(verdicts) if verdicts else None, beside))
     except OSError as error:
         fail(f"{args.out} cannot be written ({error.strerror}: {error.filename})")
     print(terminal(by_number["2"]))
