@@ -474,10 +474,10 @@ def difference(first, other):
     if labels != labels2:
         return f"label {sorted(set(labels) ^ set(labels2))[0]!r} is in one of them only"
     if len(paths) != len(paths2) or (paths != paths2).any():
-        odd = sorted(set(paths) ^ set(paths2))[0]
+        odd = str(sorted(set(paths) ^ set(paths2))[0])
         return f"image {odd!r} is in one of them only; predict the same images with both"
     row = np.flatnonzero((y != y2).any(1) | (patient != patient2))[0]
-    return f"patient or true labels of image {paths[row]!r} differ"
+    return f"patient or true labels of image {str(paths[row])!r} differ"
 
 
 # ------------------------------------------------------------------ numbers that the author published

@@ -1,4 +1,4 @@
-"""report.py: printed numbers come out of the published runs, layouts are the paper's, the page stands alone."""
+"""report.py: printed numbers come out of the published runs, layouts are the paper's, the page is whole."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def cells(table):
 
 # ---------------------------------------------------------------------------- the printed numbers
 
-KNOWN_ERRATA = {  # printed cells that the published runs contradict: evaluation.md, errata 1 and 10
+KNOWN_ERRATA = {  # printed cells that the published runs contradict
     "2": {("1.1", "NIH, 14 labels"), ("1.2", "NIH, 14 labels"), ("3.1", "NIH, 14 labels")},
     "3": {("2.1", "Consolidation"), ("3.1", "Cardiomegaly"), ("3.1", "Consolidation"), ("3.1", "Edema"),
           ("3.3", "Cardiomegaly")},
