@@ -15,6 +15,7 @@ files/p10/p<subject>/s<study>/<dicom>.jpg. Labels belong to a study and go to ea
 are kept; the filters hold for every split."""
 
 import argparse
+import fnmatch
 import gzip
 import io
 import json
@@ -41,14 +42,18 @@ def fail(message):
 
 # --- begin copy: find ---
 def find(raw, *patterns, required=True):
-    """First match in `raw`, up to two folders below or in PhysioNet's tree; a link out of `raw` is none."""
-    for above in ("", "*/", "*/*/", "physionet.org/files/*/*/"):
-        for pattern in patterns:
-            for path in sorted(raw.glob(above + pattern)):
-                if os.path.realpath(path).startswith(os.path.realpath(raw) + os.sep):
-                    return path
-    if required:
-        fail(f"{raw}: no {' or '.join(patterns)} there or two folders below; unpack it or mend --raw")
+    """First match in `raw` or folders below; links, and folders of many folders (images), are not entered."""
+    found, home = [], os.path.realpath(raw) + os.sep
+    for folder, inner, names in os.walk(raw):
+        depth = len(Path(folder).relative_to(raw).parts)
+        found += [(depth, rank, Path(folder, name)) for rank, pattern in enumerate(patterns)
+                  for name in fnmatch.filter(filter(str.isprintable, inner + names), pattern)
+                  if os.path.realpath(os.path.join(folder, name)).startswith(home)]
+        if depth == 5 or len(inner) > 100:          # 5: physionet.org/files/<name>/<version>/<folder>
+            inner.clear()
+    if found or not required:
+        return min(found)[2] if found else None
+    fail(f"{raw}: no {' or '.join(patterns)} in it or the folders below; unpack the download or mend --raw")
 # --- end copy: find ---
 
 
@@ -82,7 +87,7 @@ def label_values(table, labels, source):
     wrong = ~values.isin(["1", "0", "-1", ""])
     if wrong.any(axis=None):
         row, label = wrong.stack().idxmax()
-        fail(f"{source} row {row}: label '{label}' is '{values.loc[row, label]}'; expected 1, 0, -1 or blank")
+        fail(f"{source} row {row}: label '{label}' is {values.loc[row, label]!r}; expected 1, 0, -1 or blank")
     return values
 # --- end copy: label values ---
 
@@ -122,13 +127,14 @@ def write_index(table, source, args, notes=(), may_share=False, beside=None, **f
     if table.empty:
         fail(f"{source}: no image is left to write; see --help for which are kept")
     table = table.reindex(columns=COLUMNS + [name for name in table if name not in COLUMNS], fill_value="")
+    table["sex"] = table.sex.where(table.sex.isin(["M", "F", "O"]), "")
     outside = table.path.str.contains(r"(?:^|/)\.{0,2}(?:/|$)|\\") | ~table.path.map(str.isprintable)
     absent = table.path.map(lambda path: args.require_files and not os.path.isfile(args.raw / path))
     for wrong, what in [(outside, "names no file below the raw folder; mend or remove the row"),
                         (table.path.duplicated(), "is listed twice; remove one of the rows"),
                         (absent, "is absent; unpack it, or leave out --require-files")]:
         if wrong.any():
-            fail(f"{source} row {table.index[wrong][0]}: image '{table.path[wrong].iloc[0]}' {what}")
+            fail(f"{source} row {table.index[wrong][0]}: image {table.path[wrong].iloc[0]!r} {what}")
     shared = int((table.groupby("patient").split.nunique() > 1).sum())
     if shared and not may_share:
         fail(f"{source}: {shared} patients stand in more than one split; mend the split lists")

@@ -75,13 +75,14 @@ def write_index(table, source, args, notes=(), may_share=False, beside=None, **f
     if table.empty:
         fail(f"{source}: no image is left to write; see --help for which are kept")
     table = table.reindex(columns=COLUMNS + [name for name in table if name not in COLUMNS], fill_value="")
+    table["sex"] = table.sex.where(table.sex.isin(["M", "F", "O"]), "")
     outside = table.path.str.contains(r"(?:^|/)\.{0,2}(?:/|$)|\\") | ~table.path.map(str.isprintable)
     absent = table.path.map(lambda path: args.require_files and not os.path.isfile(args.raw / path))
     for wrong, what in [(outside, "names no file below the raw folder; mend or remove the row"),
                         (table.path.duplicated(), "is listed twice; remove one of the rows"),
                         (absent, "is absent; unpack it, or leave out --require-files")]:
         if wrong.any():
-            fail(f"{source} row {table.index[wrong][0]}: image '{table.path[wrong].iloc[0]}' {what}")
+            fail(f"{source} row {table.index[wrong][0]}: image {table.path[wrong].iloc[0]!r} {what}")
     shared = int((table.groupby("patient").split.nunique() > 1).sum())
     if shared and not may_share:
         fail(f"{source}: {shared} patients stand in more than one split; mend the split lists")
@@ -121,7 +122,7 @@ def main():
     table = pd.DataFrame({"path": scan(args.raw, ".jpeg", ".jpg")}, dtype=str)
     place = table.path.str.extract(rf"(?:^|/)(train|val|test)/({'|'.join(CLASSES)})/([^/]+)$")
     table[["split", "class", "name"]] = place
-    table = table[table.name.notna()]
+    table = table[table.name.notna() & ~table.path.str.contains("chest_xray/")]
     if table.empty:
         fail(f"{args.raw}: no train/CNV/*.jpeg at any depth; unpack ZhangLabData.zip there or mend --raw")
     found = len(table)

@@ -15,6 +15,7 @@ columns of 0/1; one that the file lacks (Edema may be absent) is blank. There is
 a patient."""
 
 import argparse
+import fnmatch
 import gzip
 import io
 import json
@@ -42,14 +43,18 @@ def fail(message):
 
 # --- begin copy: find ---
 def find(raw, *patterns, required=True):
-    """First match in `raw`, up to two folders below or in PhysioNet's tree; a link out of `raw` is none."""
-    for above in ("", "*/", "*/*/", "physionet.org/files/*/*/"):
-        for pattern in patterns:
-            for path in sorted(raw.glob(above + pattern)):
-                if os.path.realpath(path).startswith(os.path.realpath(raw) + os.sep):
-                    return path
-    if required:
-        fail(f"{raw}: no {' or '.join(patterns)} there or two folders below; unpack it or mend --raw")
+    """First match in `raw` or folders below; links, and folders of many folders (images), are not entered."""
+    found, home = [], os.path.realpath(raw) + os.sep
+    for folder, inner, names in os.walk(raw):
+        depth = len(Path(folder).relative_to(raw).parts)
+        found += [(depth, rank, Path(folder, name)) for rank, pattern in enumerate(patterns)
+                  for name in fnmatch.filter(filter(str.isprintable, inner + names), pattern)
+                  if os.path.realpath(os.path.join(folder, name)).startswith(home)]
+        if depth == 5 or len(inner) > 100:          # 5: physionet.org/files/<name>/<version>/<folder>
+            inner.clear()
+    if found or not required:
+        return min(found)[2] if found else None
+    fail(f"{raw}: no {' or '.join(patterns)} in it or the folders below; unpack the download or mend --raw")
 # --- end copy: find ---
 
 
@@ -91,7 +96,7 @@ def label_values(table, labels, source):
     wrong = ~values.isin(["1", "0", "-1", ""])
     if wrong.any(axis=None):
         row, label = wrong.stack().idxmax()
-        fail(f"{source} row {row}: label '{label}' is '{values.loc[row, label]}'; expected 1, 0, -1 or blank")
+        fail(f"{source} row {row}: label '{label}' is {values.loc[row, label]!r}; expected 1, 0, -1 or blank")
     return values
 # --- end copy: label values ---
 
@@ -109,13 +114,14 @@ def write_index(table, source, args, notes=(), may_share=False, beside=None, **f
     if table.empty:
         fail(f"{source}: no image is left to write; see --help for which are kept")
     table = table.reindex(columns=COLUMNS + [name for name in table if name not in COLUMNS], fill_value="")
+    table["sex"] = table.sex.where(table.sex.isin(["M", "F", "O"]), "")
     outside = table.path.str.contains(r"(?:^|/)\.{0,2}(?:/|$)|\\") | ~table.path.map(str.isprintable)
     absent = table.path.map(lambda path: args.require_files and not os.path.isfile(args.raw / path))
     for wrong, what in [(outside, "names no file below the raw folder; mend or remove the row"),
                         (table.path.duplicated(), "is listed twice; remove one of the rows"),
                         (absent, "is absent; unpack it, or leave out --require-files")]:
         if wrong.any():
-            fail(f"{source} row {table.index[wrong][0]}: image '{table.path[wrong].iloc[0]}' {what}")
+            fail(f"{source} row {table.index[wrong][0]}: image {table.path[wrong].iloc[0]!r} {what}")
     shared = int((table.groupby("patient").split.nunique() > 1).sum())
     if shared and not may_share:
         fail(f"{source}: {shared} patients stand in more than one split; mend the split lists")
@@ -163,7 +169,7 @@ def vote(readings, rule):
     votes = by_image.sum(min_count=1).astype("Int64")                       # what the file lacks stays blank
     readers = by_image.size()
     needed = readers // 2 + 1 if rule == "majority" else 1
-    labels = votes.ge(needed, axis=0).astype("Int64")
+    labels = votes.ge(needed, axis=0).astype("Int64").astype(object).where(votes.notna(), "")
     first_row = readings.index.to_series().groupby(readings.image_id).min()
     return labels.reset_index().set_axis(first_row), votes.assign(readers=readers).reset_index()
 
@@ -178,7 +184,7 @@ def main():
                         help="a training image has the labels of most of its three readers, or of any")
     args = parser.parse_args()
 
-    sources = [find(args.raw, "image_labels_test.csv*", "annotations/image_labels_test.csv*")]
+    sources = [find(args.raw, "image_labels_test.csv*")]
     tables, beside = [read_labels(sources[0]).assign(split="test")], {}
     if args.with_train:
         sources.append(find(sources[0].parent, "image_labels_train.csv*"))

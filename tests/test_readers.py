@@ -1,0 +1,1051 @@
+"""The eight readers: every exact count on the real metadata, every trap of the layouts, and hostile downloads."""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import SHARED, assert_user_error, load_script, run_script
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+DATASETS = ("nih", "mimic_cxr", "chexpert", "padchest", "vindr_cxr", "covidx_ct", "oct", "imagenet")
+FACTS = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
+NIH = load_script("data_prep/nih.py").LABELS
+CHEXPERT = load_script("data_prep/chexpert.py").LABELS
+VINDR = load_script("data_prep/vindr_cxr.py").LABELS
+MIMIC = load_script("data_prep/mimic_cxr.py").LABELS
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"real data folder {SHARED} is absent")
+
+
+def run(dataset, raw, out, *flags):
+    """Call a reader as from the command line, in this process; returns its index as text and its index.json."""
+    command, sys.argv = sys.argv, [f"{dataset}.py", "--raw", str(raw), "--out", str(out), *map(str, flags)]
+    try:
+        load_script(f"data_prep/{dataset}.py").main()
+    finally:
+        sys.argv = command
+    return pd.read_csv(out, dtype=str, keep_default_na=False), json.loads(Path(out).with_suffix(".json").read_text())
+
+
+@pytest.fixture
+def read(tmp_path):
+    return lambda dataset, raw, *flags: run(dataset, raw, tmp_path / "out" / "index.csv", *flags)
+
+
+@pytest.fixture
+def refused(read, capsys):
+    """The one sentence with which a reader refuses its input."""
+    def sentence(dataset, raw, *flags):
+        with pytest.raises(SystemExit) as exit:
+            read(dataset, raw, *flags)
+        assert exit.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+    return sentence
+
+
+def write(root, files):
+    """{path: text, bytes or rows of cells} as files below root."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, list):
+            content = pd.DataFrame(content[1:], columns=content[0]).to_csv(index=False)
+        content = content.encode() if isinstance(content, str) else content
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return root
+
+
+def patients(table):
+    return table.groupby("split").patient.nunique().to_dict()
+
+
+# ---- small downloads, in the layouts of data.md; all ids are invented ----
+
+ENTRY = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+         "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]\n")
+
+
+def nih_files():
+    rows = [("00000007_000", "Cardiomegaly|Effusion", "58", "M", "PA"), ("00000007_001", "No Finding", "59", "M", "AP"),
+            ("00000008_000", "Hernia", "0", "F", "PA"), ("00000009_000", "Mass", "44", "F", "AP"),
+            ("00000010_000", "Pleural_Thickening", "71", "M", "PA")]
+    entry = ENTRY + "".join(f"{name}.png,{finding},{name[-1]},{int(name[:8])},{age},{sex},{view},2500,2048,0.171,0.171\n"
+                            for name, finding, age, sex, view in rows)
+    return {"Data_Entry_2017_v2020.csv": entry, "train_list.txt": "00000007_000.png\n00000007_001.png\n",
+            "val_list.txt": "00000008_000.png", "test_list.txt": "00000009_000.png\n00000010_000.png\n",
+            **{f"images/{name}.png": b"" for name, *_ in rows}}
+
+
+def mimic_files(n=12, gz=".gz"):
+    dicoms = [f"{i:08x}-11111111-22222222-33333333-44444444" for i in range(n)]
+    subject, study = [str(19000000 + i // 3) for i in range(n)], [str(59000000 + i // 2) for i in range(n)]
+    split = ["train"] * (n - 6) + ["validate"] * 3 + ["test"] * 3
+    views = ["AP", "PA", "LATERAL", "", "LL", "AP AXIAL"]
+    metadata = [["dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows"],
+                *[[d, s, t, "CHEST (PORTABLE AP)", views[i % 6], "3056"]
+                  for i, (d, s, t) in enumerate(zip(dicoms, subject, study))]]
+    labelled = dict.fromkeys(zip(subject[:-1], study[:-1]))             # the last study has no labels
+    labels = [["subject_id", "study_id", *MIMIC], *[[s, t, "1.0", "", "-1.0", "0.0", *[""] * 10] for s, t in labelled]]
+    splits = [["dicom_id", "study_id", "subject_id", "split"], *map(list, zip(dicoms, study, subject, split))]
+    return {f"mimic-cxr-2.0.0-{name}.csv{gz}": rows for name, rows in
+            (("split", splits), ("metadata", metadata), ("chexpert", labels))}
+
+
+CHEXPERT_HEADER = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT]
+
+
+def chexpert_row(split, patient, view="frontal", release="CheXpert-v1.0-small", one="1.0", **cells):
+    row = dict.fromkeys(CHEXPERT_HEADER, "") | {
+        "Path": f"{release}/{split}/patient{patient:05}/study1/view1_{view}.jpg", "Sex": "Female", "Age": "61",
+        "Frontal/Lateral": view.capitalize(), "AP/PA": "AP" if view == "frontal" else "", "Cardiomegaly": "-1.0",
+        "Edema": "0.0", "Pleural Effusion": one} | cells
+    return list(row.values())
+
+
+def chexpert_files(release="CheXpert-v1.0-small"):
+    train = [chexpert_row("train", 1, release=release), chexpert_row("train", 1, "lateral", release=release),
+             chexpert_row("train", 2, release=release, Sex="Unknown", Age="0"), chexpert_row("train", 3, release=release),
+             chexpert_row("train", 4, release=release)]
+    valid = [chexpert_row("valid", 90, release=release), chexpert_row("valid", 90, "lateral", release=release)]
+    split = "\n".join([",index,split", "0,0,train", "1,2,validate", "2,3,test", "3,4,test", ""])
+    return {"CheXpert-v1.0-small/train.csv": [CHEXPERT_HEADER, *train],
+            "CheXpert-v1.0-small/valid.csv": [CHEXPERT_HEADER, *valid],
+            "CheXpert-v1.0-small/chexpert_split_2021_08_20.csv": split}
+
+
+PADCHEST_CSV = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
+PADCHEST_HEADER = ["", "ImageID", "ImageDir", "StudyDate_DICOM", "StudyID", "PatientID", "PatientBirth", "PatientSex_DICOM",
+                   "ViewPosition_DICOM", "Projection", "MethodProjection", "Report", "Labels", "labelCUIS"]
+
+
+def padchest_row(number, **cells):
+    row = dict(zip(PADCHEST_HEADER, [
+        str(number), f"image{number}.png", "0", "20140102", f"{10 ** 37 + number}", f"{9 * 10 ** 37 + number}", "1950.0",
+        "F", "POSTEROANTERIOR", "PA", "Manual review of DICOM fields", "texto breve .", "['cardiomegaly']", "['C0000001']"]))
+    return list((row | cells).values())
+
+
+def padchest_files():
+    return {PADCHEST_CSV: [PADCHEST_HEADER, padchest_row(1), padchest_row(2, Labels="['normal']"), padchest_row(3)]}
+
+
+def vindr_files(header=VINDR):
+    def image(i):
+        return f"{i:032x}"
+
+    def cells(*positive):
+        return [str(int(label in positive)) for label in header]
+
+    test = [[image(1), *cells("Cardiomegaly")], [image(2), *cells("No finding")]]
+    train = [[image(3), f"R{r}", *cells(*(["Nodule/Mass"] * (r < 3) + ["COPD"] * (r == 1)))] for r in (1, 2, 3)]
+    return {"annotations/image_labels_test.csv": [["image_id", *header], *test],
+            "annotations/image_labels_train.csv": [["image_id", "rad_id", *header], *train]}
+
+
+def covidx_files(release="3A"):
+    metadata = [["patient id", "source", "country", "sex", "age", "finding", "verified finding", "slice selection", "view",
+                 "modality"],
+                ["NCP_9999", "CNCB", "China", "", "", "COVID-19", "Yes", "Expert", "Axial", "CT"],
+                ["patient45", "COVID-CTset", "Iran", "F", "77", "COVID-19", "Yes", "Expert", "Axial", "CT"],
+                ["LIDC-IDRI-0234", "LIDC-IDRI", "USA", "", "", "Pneumonia", "Yes", "Automatic", "Axial", "CT"],
+                ["volume-covid19-A-0003", "TCIA", "", "M", "40", "COVID-19", "Yes", "Expert", "Axial", "CT"]]
+    return {"metadata.csv": metadata,
+            f"train_COVIDx_CT-{release}.txt": "NCP_9999_1234_0017.png 2 0 130 512 429\n",
+            f"val_COVIDx_CT-{release}.txt": "137covid_patient45_SR_2_IM00010.png 2 0 71 560 413\n"
+                                            "LIDC-IDRI-0234-1.3.6.1.4.1.14519-0019.png 1 10 10 400 400\n",
+            f"test_COVIDx_CT-{release}.txt": "volume-covid19-A-0003_ct-0007.png 2 10 10 400 400"}
+
+
+def oct_files(root="CellData/OCT"):
+    return {f"{root}/train/CNV/CNV-101-1.jpeg": b"", f"{root}/train/CNV/CNV-101-2.jpeg": b"",
+            f"{root}/train/NORMAL/NORMAL-102-1.jpeg": b"", f"{root}/test/DRUSEN/DRUSEN-101-3.jpeg": b""}
+
+
+def imagenet_files():
+    return {"ILSVRC/Data/CLS-LOC/train/n02000000/n02000000_18.JPEG": b"",
+            "ILSVRC/Data/CLS-LOC/train/n01000000/n01000000_7.JPEG": b"",
+            "ILSVRC/Data/CLS-LOC/train/n01000000/n01000000_9.JPEG": b"",
+            "ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00000001.JPEG": b"",
+            "LOC_val_solution.csv": "ImageId,PredictionString\nILSVRC2012_val_00000001,n02000000 85 1 499 272 \n"}
+
+
+FILES = {"nih": nih_files, "mimic_cxr": mimic_files, "chexpert": chexpert_files, "padchest": padchest_files,
+         "vindr_cxr": vindr_files, "covidx_ct": covidx_files, "oct": oct_files, "imagenet": imagenet_files}
+ALL = {name: ["--n-pretrain", "all"] for name in ("mimic_cxr", "covidx_ct", "oct", "imagenet")}
+
+
+# ---- the exact counts, on the real metadata ----
+
+def link(folder, *files):
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fixtures():
+    if not SHARED.is_dir():
+        pytest.skip(f"real data folder {SHARED} is absent")
+    return SHARED / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def expected(fixtures):
+    return json.loads((fixtures / "expected_counts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def real_nih(fixtures, tmp_path_factory):
+    return link(tmp_path_factory.mktemp("nih"), *(fixtures / "nih").iterdir())
+
+
+@pytest.fixture(scope="module")
+def nih_index(real_nih, tmp_path_factory):
+    return run("nih", real_nih, tmp_path_factory.mktemp("nih_out") / "index.csv")
+
+
+@pytest.fixture(scope="module")
+def real_chexpert(fixtures, tmp_path_factory):
+    folder = fixtures / "chexpert"
+    return link(tmp_path_factory.mktemp("chexpert"), folder / "train.csv.gz", folder / "valid.csv")
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_nih_split_has_the_exact_counts(nih_index, expected, split):
+    table, facts = nih_index
+    rows, want, tables = table[table.split == split], expected[f"nih/{split}"], expected["tables"]["nih"][split]
+    assert (len(rows), rows.patient.nunique()) == (want["images"], want["patients"]) == (
+        facts["splits"][split]["images"], facts["splits"][split]["patients"])
+    assert {label: (rows[label] == "1").sum() for label in NIH} == want["positives"]
+    assert rows[NIH].isin(["0", "1"]).all(axis=None)
+    assert rows.view.value_counts().to_dict() == want["view"]
+    assert rows.drop_duplicates("patient").sex.value_counts().to_dict() == want["sex_of_patients"]
+    age = rows.age.astype(int)
+    assert [age.min(), age.max()] == want["age_min_max"] and age.sum() == tables["age_sum"]
+    assert round(age.mean(), 2) == want["age_mean"]
+    assert round(age[~rows.patient.duplicated()].mean(), 2) == want["age_mean_by_patient"]        # at the first image
+    assert (rows.sex == "F").sum() == tables["female_scans"]
+    assert rows[rows.sex == "F"].patient.nunique() == tables["female_patients"]
+    assert (rows[NIH] == "0").all(axis=1).sum() == tables["no_finding"]
+
+
+def test_nih_index_is_whole_and_no_patient_stands_in_two_splits(nih_index, expected):
+    table, facts = nih_index
+    assert (len(table), table.patient.nunique()) == (expected["nih/all"]["images"], expected["nih/all"]["patients"])
+    assert (table[NIH] == "0").all(axis=1).sum() == expected["nih/all"]["no_finding"]
+    groups = [set(rows.patient) for _, rows in table.groupby("split")]
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    assert facts["patients_in_two_splits"] == 0 and facts["fallback_split"] is False
+    assert list(table.columns) == FACTS + NIH and list(table.path) == sorted(table.path)
+
+
+def test_nih_labels_equal_those_of_the_official_lists(nih_index, fixtures):
+    table = nih_index[0].assign(name=nih_index[0].path.str.rpartition("/")[2]).set_index("name")
+    for split in ("train", "val", "test"):
+        listed = pd.read_csv(fixtures / "nih" / f"Xray14_{split}_official.txt.gz", sep=" ", header=None, dtype=str)
+        assert (table.loc[listed[0], NIH].to_numpy() == listed.iloc[:, 1:].to_numpy()).all()
+
+
+def test_nih_boxes_lie_in_the_test_split(nih_index, fixtures, expected):
+    boxes = load_script("data_prep/nih.py").read_table(fixtures / "nih" / "BBox_List_2017.csv.gz")
+    want = expected["nih/bbox"]
+    assert (len(boxes), boxes["Image Index"].nunique()) == (want["rows"], want["images"])
+    assert boxes["Finding Label"].value_counts().to_dict() == want["finding"]
+    table = nih_index[0]
+    test = set(table.path[table.split == "test"].str.rpartition("/")[2])
+    assert set(boxes["Image Index"]) <= test
+
+
+def test_nih_fallback_split_has_the_studys_sizes(real_nih, fixtures, nih_index, read, tmp_path):
+    table = nih_index[0]
+    names = table.path.str.rpartition("/")[2]
+    raw = link(tmp_path / "raw", real_nih / "Data_Entry_2017_v2020.csv.gz")
+    write(raw, {"train_val_list.txt": "\r\n".join(names[table.split != "test"]),
+                "test_list.txt": "\n".join(names[table.split == "test"])})
+    drawn, facts = read("nih", raw)
+    assert drawn.split.value_counts().to_dict() == {"train": 75_312, "val": 11_212, "test": 25_596}
+    assert drawn.groupby("patient").split.nunique().max() == 1
+    assert facts["fallback_split"] is True and any("fallback" in note for note in facts["notes"])
+    assert set(drawn.path[drawn.split == "test"]) == set(table.path[table.split == "test"])
+    both, draw = table.patient[table.split != "test"], load_script("data_prep/nih.py").draw_validation
+    assert draw(both, 11_212, 42) == set(drawn.patient[drawn.split == "val"]) != draw(both, 11_212, 7)
+    assert all(both.isin(draw(both, 11_212, seed)).sum() == 11_212 for seed in range(5))
+
+
+def test_nih_pretraining_sample_is_the_seeded_permutation_and_counts_its_test_images(nih_index, real_nih, read):
+    table = nih_index[0]
+    sample, facts = read("nih", real_nih, "--pretrain", "all")
+    order = np.random.default_rng(42).permutation(112_120)[:100_000]
+    assert list(sample.path) == list(np.array(sorted(table.path))[order])
+    test = sample.path.isin(table.path[table.split == "test"])
+    assert set(sample.split) == {"pretrain"} and facts["dataset"] == "nih_pretrain"
+    assert facts["test_images"] == test.sum() == 22_772
+    assert facts["test_patients"] == sample.patient[test].nunique()
+
+
+def test_nih_trainval_sample_holds_no_test_image(nih_index, real_nih, read):
+    sample, facts = read("nih", real_nih, "--pretrain", "trainval", "--n-pretrain", "all")
+    table = nih_index[0]
+    assert facts["test_images"] == 0 and len(sample) == 86_524
+    assert set(sample.path) == set(table.path[table.split != "test"])
+
+
+@needs_shared
+def test_nih_bundle_of_1000_real_images_is_found_whole(read):
+    table, facts = read("nih", SHARED / "realdata" / "nih", "--require-files")
+    assert table.split.value_counts().to_dict() == {"train": 599, "val": 96, "test": 305}
+    assert facts["patients_in_two_splits"] == 0 and facts["in_no_list"] == 0
+
+
+def chexpert_counts(rows):
+    """The counts of expected_counts.json from an index; `blank` and the rest are cells a label."""
+    cells = {name: {label: int((rows[label] == value).sum()) for label in CHEXPERT}
+             for name, value in (("positive", "1"), ("uncertain", "-1"), ("negative", "0"), ("blank", ""))}
+    return {"images": len(rows), "patients": rows.patient.nunique(), **cells}
+
+
+def assert_chexpert(rows, want):
+    got = chexpert_counts(rows)
+    assert got == {key: want[key] for key in got}
+
+
+@pytest.mark.parametrize("views, key", [("frontal", "valid_frontal"), ("all", "valid")])
+def test_chexpert_validation_has_the_exact_counts(real_chexpert, fixtures, expected, read, views, key):
+    table, _ = read("chexpert", real_chexpert, "--splits", "val", "--views", views, "--demographics",
+                    fixtures / "chexpert" / "valid_metadata.csv")
+    assert_chexpert(table, expected[f"chexpert/{key}"])
+    if views == "all":
+        for group, want in expected["tables"]["chexpert_valid"].items():
+            rows = table if group == "all" else table[table.race.str.contains(group.capitalize())]
+            assert (rows.patient.nunique(), len(rows)) == (want["patients"], want["scans"])
+            assert (rows.sex == "F").sum() == want["female_scans"]
+            assert rows[rows.sex == "F"].patient.nunique() == want["female_patients"]
+            age = rows.age.astype(int)
+            assert (age.sum(), age.min(), age.max()) == (want["age_sum"], want["age_min"], want["age_max"])
+            assert {label: (rows[label] == "1").sum() for label in CHEXPERT} == want["positive"]
+    else:
+        races = table.race.replace("", "NaN").value_counts().to_dict()
+        assert races == expected["chexpert/valid_metadata"]["race_label"]
+        guess = {label: round(1 - (table[label] == "1").mean(), 4) for label in
+                 ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")}
+        assert guess == expected["chexpert/valid_frontal"]["random_guess"]
+
+
+@pytest.mark.parametrize("name", ["chexpert_split_2021_08_20.csv.gz", "CheXpert_test_Glocker.csv.gz"])
+def test_chexpert_test_split_has_the_exact_counts_from_both_forms(real_chexpert, fixtures, expected, read, name):
+    by_row_number = name.startswith("chexpert_split")
+    table, facts = read("chexpert", real_chexpert, "--split-file", fixtures / "chexpert" / name,
+                        "--splits", "train,val,test" if by_row_number else "val,test")
+    if by_row_number:
+        split = load_script("data_prep/chexpert.py").SPLIT_PATIENTS
+        assert split == {part: want["patients"] for part, want in expected["chexpert/glocker_split"].items()
+                         if part in split}
+        want = expected["chexpert/glocker_split"]["train"]
+        assert facts["splits"]["train"] == {"images": want["images"], "patients": want["patients"]}
+    test = table[table.split == "test"]
+    assert_chexpert(test, expected["chexpert/test_glocker"])
+    want, age = expected["tables"]["glocker_test"]["all"], test.age.astype(int)
+    assert (age.sum(), age.min(), age.max()) == (want["age_sum"], want["age_min"], want["age_max"])
+    assert (test.sex == "F").sum() == want["female_scans"]
+    assert test[test.sex == "F"].patient.nunique() == want["female_patients"]
+    assert (table.split == "val").sum() == 202 and facts["patients_in_two_splits"] == 0
+    glocker = pd.read_csv(fixtures / "chexpert" / "CheXpert_test_Glocker.csv.gz", usecols=["Path"]).Path
+    assert set(test.path) == set(glocker.str.partition("/")[2])
+
+
+def test_chexpert_train_has_the_exact_counts(real_chexpert, fixtures, expected, read):
+    table, _ = read("chexpert", real_chexpert, "--splits", "train,val", "--views", "all")
+    train, want = table[table.split == "train"], expected["chexpert/train"]
+    assert_chexpert(train, want)
+    assert train.view[train.view != "Lateral"].value_counts().to_dict() == {
+        key: n for key, n in want["AP/PA"].items() if key != "blank"}
+    assert (train.view == "Lateral").sum() == want["AP/PA"]["blank"]
+    assert train.sex.map({"M": "Male", "F": "Female", "": "Unknown"}).value_counts().to_dict() == want["sex"]
+    assert (train.age == "").sum() == want["age_zero"] and train.age[train.age != ""].astype(int).max() == 90
+    frontal = train[train.view != "Lateral"]
+    assert (len(frontal), frontal.patient.nunique()) == (want["frontal"], want["frontal_patients"])
+
+
+def test_chexpert_row_numbers_are_refused_for_a_re_sorted_train_csv(real_chexpert, fixtures, refused, tmp_path):
+    train = pd.read_csv(real_chexpert / "train.csv.gz", dtype=str, keep_default_na=False)
+    raw = link(tmp_path / "raw", real_chexpert / "valid.csv")
+    train.sort_values("Age", kind="stable").to_csv(raw / "train.csv", index=False)
+    message = refused("chexpert", raw, "--split-file", fixtures / "chexpert" / "chexpert_split_2021_08_20.csv.gz")
+    assert "order" in message and "train.csv" in message
+
+
+def test_padchest_has_the_exact_counts(fixtures, expected, read, tmp_path):
+    table, facts = read("padchest", link(tmp_path / "raw", *(fixtures / "padchest").iterdir()))
+    want, tables = expected["padchest/filtered"], expected["tables"]["padchest"]
+    labels = table.drop(columns=FACTS).astype(int)
+    assert (len(table), table.patient.nunique()) == (want["images"], want["patients"])
+    assert table.sex.value_counts().to_dict() == want["sex"] and table.view.value_counts().to_dict() == tables["view"]
+    source = pd.read_csv(next((fixtures / "padchest").iterdir()), usecols=["ImageID"]).ImageID
+    first = table.set_index("path").loc["0/" + source].drop_duplicates("patient")        # two rounded ids merge sexes
+    assert (first.sex == "F").sum() == want["female_patients"]
+    assert labels.shape[1] == tables["distinct_labels"] and set(table.split) == {"test"}
+    for label, n in want["from_label_strings"].items():
+        assert labels.get(label, pd.Series(0)).sum() == n
+    some = [name for name in labels if "atelectasis" in name]
+    assert labels[some].sum().to_dict() == tables["atelectasis_labels"]
+    assert labels[some].any(axis=1).sum() == want["atelectasis_any"]
+    effusion = [name for name in labels if "pleural effusion" in name]
+    assert labels[effusion].any(axis=1).sum() == want["pleural effusion_any"]
+    assert facts["rounded_ids"] == 1860                     # the authors' copy went through a spreadsheet
+    age = table.age.astype(int)
+    assert (age.min(), age.max(), round(age.mean(), 1)) == (0, 98, 59.2)
+
+
+def test_covidx_has_the_exact_counts(fixtures, expected, read, tmp_path):
+    raw = link(tmp_path / "raw", *(fixtures / "covidx_ct").iterdir())
+    table, facts = read("covidx_ct", raw, "--n-pretrain", 0)
+    boxes = pd.read_csv(tmp_path / "out" / "boxes.csv")
+    assert list(boxes.path) == list(table.path)
+    for split in ("val", "test"):
+        rows, want = table[table.split == split], expected[f"covidx_ct/{split}"]
+        assert (len(rows), rows.patient.nunique()) == (want["images"], want["patients"])
+        for number, name in enumerate(("Normal", "Pneumonia", "COVID-19")):
+            positive = rows[rows[name] == "1"]
+            assert len(positive) == want["class_images"][str(number)]
+            assert positive.patient.nunique() == want["class_patients"][str(number)]
+        assert (boxes[table.split == split][["xmin", "ymin", "xmax", "ymax"]] > 512).any(axis=1).sum() \
+            == want["rows_with_box_beyond_512"]
+    assert facts["patients_in_two_lists"] == expected["covidx_ct/val&test shared patients"] == 0
+    assert not any("metadata" in note or "finding" in note for note in facts["notes"])
+    metadata = load_script("data_prep/covidx_ct.py").read_table(fixtures / "covidx_ct" / "metadata.csv.gz")
+    assert metadata.finding.value_counts().to_dict() == expected["covidx_ct/metadata"]["finding"]
+
+
+def test_mimic_paper_sample_is_the_released_loaders(expected):
+    want = expected["mimic/author_100k_row_numbers"]
+    rows = load_script("data_prep/mimic_cxr.py").released_rows(want["population"], 100_000, want["seed"])
+    assert list(rows[:8]) == want["first_8"] and int(rows.sum()) == want["sum"]
+    assert hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest() == want["sha256_int64_le"]
+    choice = np.random.RandomState(want["seed"]).choice(want["population"], 100_000, replace=False)
+    series = pd.Series(range(want["population"])).sample(100_000, random_state=want["seed"])
+    assert (choice == rows).all() and (series.to_numpy() == rows).all()
+
+
+# ---- NIH ----
+
+def test_nih_findings_become_labels_and_patients_keep_their_zeros(read, tmp_path):
+    table, _ = read("nih", write(tmp_path / "raw", nih_files()))
+    row = table.set_index("path").loc["images/00000007_000.png"]
+    assert row[row == "1"].index.to_list() == ["Cardiomegaly", "Effusion"]
+    assert (row.patient, row.study, row.split, row["view"], row.sex, row.age) == (
+        "00000007", "00000007_000", "train", "PA", "M", "58")
+
+
+def test_nih_twelve_columns_and_ages_of_the_older_file(read, tmp_path):
+    files = nih_files()
+    text = files.pop("Data_Entry_2017_v2020.csv").replace("\n", ",\n").replace(",58,", ",058Y,").replace(",44,", ",413,")
+    table, _ = read("nih", write(tmp_path / "raw", files | {"Data_Entry_2017.csv": text}))
+    assert list(table.age) == ["58", "59", "0", "", "71"]
+    assert list(table["view"]) == ["PA", "AP", "PA", "AP", "PA"] and (table.Hernia == "1").sum() == 1
+
+
+@pytest.mark.parametrize("place", ["images/{}", "{}", "images_001/images/{}", "images-224/images-224/{}"])
+def test_nih_images_are_found_in_every_layout_and_the_sample_is_the_same(read, tmp_path, place):
+    files = {name: text for name, text in nih_files().items() if not name.startswith("images/")}
+    names = [f"{name}.png" for name in ("00000007_000", "00000007_001", "00000008_000", "00000009_000", "00000010_000")]
+    raw = write(tmp_path / "raw" / "nih", files | {place.format(name): b"" for name in names}).parent
+    table, _ = read("nih", raw, "--require-files")
+    assert list(table.path) == [f"nih/{place.format(name)}" for name in names]
+    sample, _ = read("nih", raw, "--pretrain", "all", "--n-pretrain", 3)
+    order = np.random.default_rng(42).permutation(5)[:3]
+    assert list(sample.path) == [f"nih/{place.format(names[i])}" for i in order]
+
+
+def test_nih_whole_findings_are_compared_and_unknown_ones_refused(refused, tmp_path):
+    files = nih_files()
+    text = files["Data_Entry_2017_v2020.csv"].replace("Hernia", "Hernial")
+    message = refused("nih", write(tmp_path / "raw", files | {"Data_Entry_2017_v2020.csv": text}))
+    assert "row 4" in message and "'Hernial'" in message
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"val_list.txt": None}, "together"),
+    ({"val_list.txt": "00000007_001.png"}, "two lists"),
+    ({"test_list.txt": None}, "test_list.txt"),
+    ({"test_list.txt": "00000099_000.png"}, "none of its images"),
+    ({"train_list.txt": "00000007_000.png", "val_list.txt": "00000007_001.png"}, "more than one split"),
+    ({"Data_Entry_2017_v2020.csv": None}, "Data_Entry"),
+])
+def test_nih_lists_that_cannot_be_are_refused(refused, tmp_path, change, said):
+    files = {name: text for name, text in (nih_files() | change).items() if text is not None}
+    assert said in refused("nih", write(tmp_path / "raw", files))
+
+
+def test_nih_given_lists_win_over_found_ones_and_unlisted_images_are_left_out(read, tmp_path):
+    write(tmp_path, {"a.txt": "00000008_000.png 0 0\r\n", "b.txt": "00000010_000.png\r\n", "c.txt": "00000009_000.png"})
+    table, facts = read("nih", write(tmp_path / "raw", nih_files()), "--train-list", tmp_path / "a.txt", "--val-list",
+                        tmp_path / "b.txt", "--test-list", tmp_path / "c.txt")
+    assert dict(zip(table.patient, table.split)) == {"00000008": "train", "00000010": "val", "00000009": "test"}
+    assert facts["in_no_list"] == 2
+
+
+# ---- MIMIC-CXR ----
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+@pytest.mark.parametrize("below", ["", "2.0.0", "physionet.org/files/mimic-cxr-jpg/2.0.0"])
+def test_mimic_is_found_below_its_download_tree_packed_or_not(read, tmp_path, gz, below):
+    write(tmp_path / "raw" / below, mimic_files(gz=gz))
+    table, facts = read("mimic_cxr", tmp_path / "raw", "--n-pretrain", 0)
+    first = table.set_index("study").loc["59000000"].iloc[0]
+    beginning = f"{below}/".lstrip("/")
+    assert first.path == f"{beginning}files/p19/p19000000/s59000000/{first.path[-48:]}"
+    assert facts["available"] == len(table) == 12
+    assert table.split.value_counts().to_dict() == {"train": 6, "val": 3, "test": 3}
+
+
+def test_mimic_labels_go_to_every_image_of_a_study_and_stay_as_they_are(read, tmp_path):
+    table, facts = read("mimic_cxr", write(tmp_path / "raw", mimic_files()), "--n-pretrain", 0)
+    study = table[table.study == "59000001"]
+    assert len(study) == 2 and (study.Atelectasis == "1").all() and (study.Consolidation == "-1").all()
+    assert (study.Edema == "0").all() and (study.Pneumonia == "").all()
+    last = table[table.study == "59000005"]
+    assert set(last.path) and (last[MIMIC].iloc[-1] != "1").sum() >= 13
+    assert (table["view"] == "").sum() == 2 and list(table.columns) == FACTS + MIMIC
+
+
+def test_mimic_study_without_labels_is_kept_blank_or_left_out_on_request(read, tmp_path):
+    files = mimic_files()
+    files["mimic-cxr-2.0.0-chexpert.csv.gz"] = files["mimic-cxr-2.0.0-chexpert.csv.gz"][:-1]
+    raw = write(tmp_path / "raw", files)
+    table, facts = read("mimic_cxr", raw, "--n-pretrain", 0)
+    assert len(table) == 12 and (table[table.study == "59000005"][MIMIC] == "").all(axis=None)
+    assert any(note.startswith("2 of 12") for note in facts["notes"])
+    labelled, _ = read("mimic_cxr", raw, "--n-pretrain", 0, "--labelled-only")
+    assert len(labelled) == 10
+
+
+def test_mimic_samples_are_nested_and_come_from_official_train(read, tmp_path):
+    raw = write(tmp_path / "raw", mimic_files(306))
+    large, facts = read("mimic_cxr", raw, "--n-pretrain", 250)
+    small, _ = read("mimic_cxr", raw, "--n-pretrain", 100)
+    assert list(large.split[:250]) == ["pretrain"] * 250 and facts["drawn_from"] == {"train": 250}
+    assert list(large.path[:100]) == list(small.path[:100])
+    everything, _ = read("mimic_cxr", raw, "--n-pretrain", 0)
+    train = sorted(everything.path[everything.split == "train"])
+    assert list(large.path[:250]) == [train[i] for i in np.random.default_rng(42).permutation(300)[:250]]
+    assert set(large.split[250:]) == {"val", "test"} and list(large.path[250:]) == sorted(large.path[250:])
+
+
+def test_mimic_paper_sample_takes_rows_in_file_order(read, tmp_path):
+    files = mimic_files(306)
+    split = files["mimic-cxr-2.0.0-split.csv.gz"]
+    files["mimic-cxr-2.0.0-split.csv.gz"] = [split[0], *split[:0:-1]]        # so that file order is not path order
+    table, _ = read("mimic_cxr", write(tmp_path / "raw", files), "--n-pretrain", 20, "--sample-like", "paper")
+    train = [row[0] for row in split[:0:-1] if row[3] == "train"]
+    chosen = np.random.RandomState(42).choice(300, 20, replace=False)
+    assert [path[-48:-4] for path in table.path[:20]] == [train[i] for i in chosen]
+
+
+def test_mimic_views_and_splits_restrict_the_sample(read, refused, tmp_path):
+    raw = write(tmp_path / "raw", mimic_files(306))
+    table, facts = read("mimic_cxr", raw, "--views", "frontal", "--splits", "train,validate,test", "--n-pretrain", "all")
+    assert set(table["view"]) == {"AP", "PA"} and set(table.split) == {"pretrain"} and len(table) == 102
+    assert "102 images are eligible" in refused("mimic_cxr", raw, "--views", "frontal", "--n-pretrain", 250_000,
+                                                "--splits", "train,validate,test")
+    assert "--splits valid" in refused("mimic_cxr", raw, "--splits", "valid")
+
+
+def test_mimic_sex_and_age_come_from_the_patients_table(read, tmp_path):
+    write(tmp_path, {"patients.csv.gz": [["subject_id", "gender", "anchor_age"], ["19000000", "F", "52"]]})
+    table, _ = read("mimic_cxr", write(tmp_path / "raw", mimic_files()), "--n-pretrain", 0, "--patients",
+                    tmp_path / "patients.csv.gz")
+    assert set(map(tuple, table[["patient", "sex", "age"]][table.patient == "19000000"].to_numpy())) == {
+        ("19000000", "F", "52")}
+    assert (table.sex[table.patient != "19000000"] == "").all()
+
+
+def test_mimic_study_listed_twice_is_refused_rather_than_doubling_images(refused, tmp_path):
+    files = mimic_files()
+    labels = files["mimic-cxr-2.0.0-chexpert.csv.gz"]
+    files["mimic-cxr-2.0.0-chexpert.csv.gz"] = labels + [labels[1]]
+    message = refused("mimic_cxr", write(tmp_path / "raw", files))
+    assert "chexpert.csv.gz row" in message and "twice" in message
+
+
+# ---- CheXpert ----
+
+@pytest.mark.parametrize("release", ["CheXpert-v1.0-small", "CheXpert-v1.0"])
+def test_chexpert_release_in_the_path_need_not_be_the_folder(read, tmp_path, release):
+    table, _ = read("chexpert", write(tmp_path / "raw", chexpert_files(release)))
+    assert list(table.path) == [f"CheXpert-v1.0-small/train/patient0000{i}/study1/view1_frontal.jpg" for i in (3, 4)] \
+        + ["CheXpert-v1.0-small/valid/patient00090/study1/view1_frontal.jpg"]
+    assert list(table.split) == ["test", "test", "val"] and table.study[0] == "patient00003/study1"
+
+
+def test_chexpert_full_release_in_parts_is_put_together(read, tmp_path):
+    files = {Path(name).name: rows for name, rows in chexpert_files().items()}
+    first, parts = "CheXpert-v1.0 batch 1 (validate & csv)", ("CheXpert-v1.0 batch 2 (train 1)", "CheXpert-v1.0 batch 3 (train 2)")
+    raw = write(tmp_path / "raw" / "chexpertchestxrays-u20210408", {
+        **{f"{first}/{name}": rows for name, rows in files.items()}, f"{first}/valid/patient00090/study1/view1_frontal.jpg": b"",
+        f"{parts[0]}/patient00003/study1/view1_frontal.jpg": b"", f"{parts[0]}/patient00004/study2/view1_frontal.jpg": b"",
+        f"{parts[1]}/patient00004/study1/view1_frontal.jpg": b""}).parent
+    table, _ = read("chexpert", raw, "--require-files")
+    assert [path.split("/")[1] for path in table.path] == [first, parts[0], parts[1]]
+
+
+def test_chexpert_laterals_are_left_out_unless_all_views_are_asked(read, tmp_path):
+    raw = write(tmp_path / "raw", chexpert_files())
+    frontal, _ = read("chexpert", raw, "--splits", "val")
+    every, _ = read("chexpert", raw, "--splits", "val", "--views", "all")
+    assert list(frontal["view"]) == ["AP"] and sorted(every["view"]) == ["AP", "Lateral"]
+
+
+def test_chexpert_labels_sex_and_age_are_untouched_where_known(read, tmp_path):
+    files = chexpert_files()
+    files["CheXpert-v1.0-small/train.csv"][3] = chexpert_row("train", 2, one="1", Sex="Unknown", Age="0")
+    table, _ = read("chexpert", write(tmp_path / "raw", files), "--splits", "train")
+    row = table.set_index("patient").loc["patient00002"]
+    assert (row["Pleural Effusion"], row.Edema, row.Cardiomegaly, row.Fracture) == ("1", "0", "-1", "")
+    assert (row.sex, row.age) == ("", "")
+    assert set(table["Pleural Effusion"]) == {"1"} and table.sex[0] == "F" and table.age[0] == "61"
+
+
+@pytest.mark.parametrize("header", [["PATIENT", "GENDER", "AGE_AT_CXR", "PRIMARY_RACE", "ETHNICITY"],
+                                    ["patient_id", "sex", "age", "race", "ethnicity"]])
+def test_chexpert_race_is_the_patients_as_given(read, tmp_path, header):
+    write(tmp_path / "raw", {"CHEXPERT DEMO.csv": [
+        header, ["patient00003", "F", "61", "White, non-Hispanic", "Non-Hispanic/Non-Latino"],
+        ["patient00090", "F", "61", "Black or African American", "Unknown"]]})
+    table, _ = read("chexpert", write(tmp_path / "raw", chexpert_files()))
+    assert list(table.race) == ["White, non-Hispanic", "", "Black or African American"]
+
+
+@pytest.mark.parametrize("split, said", [
+    (",index,split\n0,1,test\n", "order"), (",index,split\n0,0,train\n1,5,test\n", "row 3"),
+    (",index,split\n0,zero,train\n", "row 2"), (",index,split\n0,0,holdout\n", "row 2"), ("number,part\n0,train\n", "index")])
+def test_chexpert_split_files_that_do_not_fit_are_refused(refused, tmp_path, split, said):
+    files = chexpert_files() | {"CheXpert-v1.0-small/chexpert_split_2021_08_20.csv": split}
+    assert said in refused("chexpert", write(tmp_path / "raw", files))
+
+
+@pytest.mark.parametrize("cells, said", [({"Path": "CheXpert-v1.0/train/../../etc/passwd"}, "row 2"), ({"Path": "/etc/passwd"}, "row 2"),
+                                         ({"Path": ""}, "row 2"), ({"Edema": "yes"}, "label 'Edema' is 'yes'"), ({"Edema": "2"}, "row 2")])
+def test_chexpert_rows_that_cannot_be_are_refused(refused, tmp_path, cells, said):
+    files = chexpert_files()
+    files["CheXpert-v1.0-small/valid.csv"][1] = chexpert_row("valid", 90, **cells)
+    assert said in refused("chexpert", write(tmp_path / "raw", files))
+
+
+def test_chexpert_names_what_it_misses(refused, tmp_path):
+    files = chexpert_files()
+    del files["CheXpert-v1.0-small/chexpert_split_2021_08_20.csv"]
+    raw = write(tmp_path / "raw", files)
+    assert "chexpert_split_2021_08_20.csv" in refused("chexpert", raw)
+    write(tmp_path, {"demo.xlsx": b"PK\x03\x04\xff\xfe\x00"})
+    assert "demo.xlsx" in refused("chexpert", raw, "--splits", "val", "--demographics", tmp_path / "demo.xlsx")
+    assert "--splits validate" in refused("chexpert", raw, "--splits", "validate")
+
+
+# ---- PadChest ----
+
+def padchest(tmp_path, *rows):
+    return write(tmp_path / "raw", {PADCHEST_CSV + ".gz": [PADCHEST_HEADER, *rows]})
+
+
+def test_padchest_filter_takes_reviewed_pa_and_ap_of_archive_0(read, tmp_path):
+    raw = padchest(tmp_path, padchest_row(1), padchest_row(2, Projection="AP", ImageDir="0.0"), padchest_row(3, Projection="L"),
+                   padchest_row(4, Projection="AP_horizontal"), padchest_row(5, ImageDir="10"),
+                   padchest_row(6, MethodProjection="Predicted by ResNet50"), padchest_row(7, Labels=""),
+                   padchest_row(8, Labels="None"), padchest_row(9, Labels="[]"), padchest_row(10, ImageDir=""))
+    table, facts = read("padchest", raw)
+    assert sorted(table.path) == ["0/image1.png", "0/image2.png", "0/image9.png"]
+    assert facts["without_labels"] == 2 and facts["available"] == 10
+    assert table.set_index("path").cardiomegaly.to_dict() == {"0/image1.png": "1", "0/image2.png": "1", "0/image9.png": "0"}
+
+
+def test_padchest_ids_of_38_digits_that_differ_in_the_last_stay_two_patients(read, tmp_path):
+    table, _ = read("padchest", padchest(tmp_path, padchest_row(1), padchest_row(2)))
+    assert table.patient.nunique() == 2 and table.patient[0] == "90000000000000000000000000000000000001"
+    assert table.study[1] == "10000000000000000000000000000000000002"
+
+
+def test_padchest_line_breaks_in_reports_and_spaces_in_labels(read, tmp_path):
+    raw = padchest(tmp_path, padchest_row(1, Report="texto\nbreve , otra\r\nlinea", Labels="[' laminar atelectasis ', '', 'pleural effusion']"),
+                   padchest_row(2))
+    table, _ = read("padchest", raw)
+    assert list(table.columns) == FACTS + ["cardiomegaly", "laminar atelectasis", "pleural effusion"]
+    assert table.set_index("path").loc["0/image1.png", "laminar atelectasis"] == "1"
+
+
+@pytest.mark.parametrize("text", ["normal", "['normal'", "{'normal': 1}", "['normal', 3]", "[" * 3000, "'normal'",
+                                  "__import__('os').mkdir('evaluated')"])
+def test_padchest_labels_are_read_never_evaluated(refused, tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refused("padchest", padchest(tmp_path, padchest_row(1), padchest_row(2, Labels=text)))
+    assert "row 3" in message and "not a list" in message and not (tmp_path / "evaluated").exists()
+
+
+def test_padchest_images_may_lie_in_one_flat_folder(read, tmp_path):
+    raw = write(padchest(tmp_path, padchest_row(1)), {"images/image1.png": b""})
+    assert list(read("padchest", raw, "--require-files")[0].path) == ["images/image1.png"]
+
+
+def test_padchest_age_is_year_of_study_less_year_of_birth(read, tmp_path):
+    raw = padchest(tmp_path, padchest_row(1), padchest_row(2, PatientBirth=""), padchest_row(3, PatientBirth="1800.0"),
+                   padchest_row(4, PatientSex_DICOM="O"))
+    table, _ = read("padchest", raw)
+    assert list(table.age) == ["64", "", "", "64"] and list(table.sex) == ["F", "F", "F", "O"]
+
+
+# ---- VinDr-CXR ----
+
+@pytest.mark.parametrize("below", ["", "vindr-cxr/1.0.0", "physionet.org/files/vindr-cxr/1.0.0"])
+@pytest.mark.parametrize("ending", [".dicom", ".dcm"])
+def test_vindr_images_are_found_under_both_endings(read, tmp_path, below, ending):
+    images = {f"test/{1:032x}{ending}": b""}
+    write(tmp_path / "raw" / below, vindr_files() | images)
+    table, _ = read("vindr_cxr", tmp_path / "raw")
+    beginning = f"{below}/".lstrip("/")
+    assert list(table.path) == [f"{beginning}test/{1:032x}{ending}", f"{beginning}test/{2:032x}.dicom"]
+    assert set(table.split) == {"test"} and set(table["view"]) == {"PA"} and table.patient[0] == f"{1:032x}"
+
+
+def test_vindr_columns_go_by_name_and_a_missing_one_is_blank(read, tmp_path):
+    header = [{"Other diseases": "Other disease", "COPD": "copd", "No finding": "No Finding"}.get(name, name)
+              for name in VINDR if name != "Edema"]
+    table, facts = read("vindr_cxr", write(tmp_path / "raw", vindr_files(header)), "--with-train")
+    assert list(table.columns) == FACTS + VINDR and (table.Edema == "").all()
+    assert any("Edema" in note for note in facts["notes"]) and set(table["Other diseases"]) == {"0"}
+
+
+@pytest.mark.parametrize("rule, nodule, copd", [("majority", "1", "0"), ("any", "1", "1")])
+def test_vindr_training_labels_are_votes_whose_counts_stay(read, tmp_path, rule, nodule, copd):
+    table, _ = read("vindr_cxr", write(tmp_path / "raw", vindr_files()), "--with-train", "--train-vote", rule)
+    row = table[table.split == "train"].iloc[0]
+    assert (row["Nodule/Mass"], row.COPD, row.ILD) == (nodule, copd, "0")
+    votes = pd.read_csv(tmp_path / "out" / "votes.csv")
+    assert (votes["Nodule/Mass"][0], votes.COPD[0], votes.ILD[0], votes.readers[0]) == (2, 1, 0, 3)
+
+
+def test_vindr_of_kaggle_cannot_stand_in(refused, tmp_path):
+    raw = write(tmp_path / "raw", {"train.csv": "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max\n"})
+    assert "image_labels_test.csv" in refused("vindr_cxr", raw)
+
+
+# ---- COVIDx ----
+
+def test_covidx_patient_of_every_family_of_names():
+    patient_of = load_script("data_prep/covidx_ct.py").patient_of
+    known = {"NCP_9999", "COVIDCTMD-P001", "COVIDCTMD-normal043", "volume-covid19-A-0003", "LIDC-IDRI-0234", "coronacases_001",
+             "radiopaedia_10_85902_1", "HUST-Patient1", "STOIC-10011", "A002304", "patient45"}
+    names = {"NCP_9999_1234_0017.png": "NCP_9999", "COVIDCTMD-P001-IM0001.png": "COVIDCTMD-P001",
+             "COVIDCTMD-normal043-IM0001.png": "COVIDCTMD-normal043", "LIDC-IDRI-0234-1.3.6.1-0019.png": "LIDC-IDRI-0234",
+             "volume-covid19-A-0003_ct-0007.png": "volume-covid19-A-0003", "volume-covid19-A-0003_1_ct-0007.png": "volume-covid19-A-0003",
+             "coronacases_001-0001.png": "coronacases_001", "radiopaedia_10_85902_1-0011.png": "radiopaedia_10_85902_1",
+             "HUST-Patient1-0011.png": "HUST-Patient1", "STOIC-10011-0011.png": "STOIC-10011", "A002304-12.png": "A002304",
+             "137covid_patient45_SR_2_IM00010.png": "patient45", "normal2_patient45_SR_3_IM1.png": "patient45",
+             "stranger-1-2.png": None, "NCP_99990_1_2.png": None}
+    assert {name: patient_of(name, known) for name in names} == names
+
+
+def test_covidx_sample_is_drawn_from_all_splits_and_boxes_stay(read, tmp_path):
+    table, facts = read("covidx_ct", write(tmp_path / "raw", covidx_files()), "--n-pretrain", "all")
+    assert set(table.split) == {"pretrain"} and facts["drawn_from"] == {"train": 1, "val": 2, "test": 1}
+    row = table.set_index("patient").loc["patient45"]
+    assert (row.sex, row.age, row["COVID-19"], row.Normal, row["view"]) == ("F", "77", "1", "0", "Axial")
+    boxes = pd.read_csv(tmp_path / "out" / "boxes.csv").set_index("path")
+    assert boxes.loc[row.path].to_list() == [0, 71, 560, 413]               # reaches beyond the image: left as it is
+    part, facts = read("covidx_ct", tmp_path / "raw", "--n-pretrain", "all", "--splits", "val,test")
+    assert sorted(part.split) == ["pretrain"] * 3 + ["train"] and facts["eligible"] == 3
+
+
+@pytest.mark.parametrize("folder", ["3A_images", "images", "COVIDx_CT-3A"])
+def test_covidx_image_folder_is_found_by_its_names(read, tmp_path, folder):
+    files = {("splits/v3/" if name.endswith(".txt") else "") + name: text for name, text in covidx_files().items()}
+    raw = write(tmp_path / "raw", files | {f"{folder}/NCP_9999_1234_0017.png": b""})
+    table, _ = read("covidx_ct", raw, "--n-pretrain", "all")
+    assert {path.rpartition("/")[0] for path in table.path} == {folder}
+
+
+def test_covidx_3b_is_read_when_asked(read, refused, tmp_path):
+    raw = write(tmp_path / "raw", covidx_files("3B"))
+    assert "3A.txt" in refused("covidx_ct", raw)
+    table, facts = read("covidx_ct", raw, "--release", "3B", "--n-pretrain", "all")
+    assert len(table) == 4 and facts["release"] == "3B"
+
+
+def test_covidx_tells_unknown_patients_contrary_classes_and_shared_patients(read, tmp_path):
+    files = covidx_files()
+    files["train_COVIDx_CT-3A.txt"] += "stranger_1_5.png 0 0 0 9 9\nNCP_9999_1235_0017.png 0 0 130 512 429\n"
+    files["test_COVIDx_CT-3A.txt"] += "\nNCP_9999_1234_0018.png 2 0 130 512 429\n"
+    table, facts = read("covidx_ct", write(tmp_path / "raw", files), "--n-pretrain", 0)
+    assert table.set_index("path").loc["3A_images/stranger_1_5.png", "patient"] == "stranger_1"
+    notes = " | ".join(facts["notes"])
+    assert "1 slices: no patient" in notes and "1 slices have another class" in notes and facts["patients_in_two_lists"] == 1
+
+
+@pytest.mark.parametrize("line", ["a_1_2.png 3 0 0 9 9", "a_1_2.png 2 0 0 9", "a_1_2.png 2 0 0 9 -9", "a_1_2.png", "a 1.png 2 0 0 9 9"])
+def test_covidx_lines_that_cannot_be_are_refused(refused, tmp_path, line):
+    files = covidx_files()
+    files["val_COVIDx_CT-3A.txt"] += line + "\n"
+    message = refused("covidx_ct", write(tmp_path / "raw", files), "--n-pretrain", "all")
+    assert "val_COVIDx_CT-3A.txt" in message and ("row 3" in message or "line 3" in message)
+
+
+# ---- OCT ----
+
+@pytest.mark.parametrize("root", ["CellData/OCT", "OCT2017", "OCT2017 ", "archive/OCT2017 /OCT2017 "])
+def test_oct_is_found_in_every_release(read, tmp_path, root):
+    table, facts = read("oct", write(tmp_path / "raw", oct_files(root)), "--n-pretrain", "all", "--require-files")
+    assert sorted(table.path) == sorted(oct_files(root)) and set(table.split) == {"pretrain"}
+    assert sorted(table.patient) == ["101", "101", "101", "102"] and facts["test_patients_in_train"] == 1
+    assert table.set_index("path").loc[f"{root}/train/NORMAL/NORMAL-102-1.jpeg", ["CNV", "DME", "DRUSEN", "NORMAL"]].to_list() \
+        == ["0", "0", "0", "1"]
+
+
+def test_oct_passes_over_companions_and_childrens_radiographs(read, tmp_path):
+    raw = write(tmp_path / "raw", oct_files() | {
+        "CellData/OCT/train/CNV/._CNV-101-1.jpeg": b"", "CellData/OCT/train/CNV/.DS_Store": b"",
+        "CellData/chest_xray/train/NORMAL/NORMAL-28501-0001.jpeg": b"", "__MACOSX/OCT/train/CNV/._CNV-101-2.jpeg": b""})
+    assert sorted(read("oct", raw, "--n-pretrain", "all")[0].path) == sorted(oct_files())
+
+
+def test_oct_second_copy_of_the_tree_counts_once(read, tmp_path):
+    raw = write(tmp_path / "raw", oct_files("OCT2017 ") | oct_files("oct2017/OCT2017 "))
+    table, facts = read("oct", raw, "--n-pretrain", "all")
+    assert sorted(table.path) == sorted(oct_files("OCT2017 ")) and any("second copy" in note for note in facts["notes"])
+
+
+def test_oct_with_too_few_images_names_the_release(refused, tmp_path):
+    message = refused("oct", write(tmp_path / "raw", oct_files()))
+    assert "4 images" in message and "v3" in message
+
+
+def test_oct_folder_wins_over_the_name_with_a_warning(read, tmp_path):
+    files = oct_files() | {"CellData/OCT/train/DME/CNV-103-1.jpeg": b"", "CellData/OCT/train/DME/scan.jpeg": b""}
+    table, facts = read("oct", write(tmp_path / "raw", files), "--n-pretrain", "all")
+    assert (table.DME == "1").sum() == 2 and "scan" in set(table.patient)
+    assert any(note.startswith("1 names begin with another class") for note in facts["notes"])
+
+
+# ---- ImageNet ----
+
+def test_imagenet_classes_are_wnids_in_sorted_order_and_flat_validation_has_its_table(read, tmp_path):
+    table, facts = read("imagenet", write(tmp_path / "raw", imagenet_files()), "--n-pretrain", "all")
+    assert dict(zip(table.patient, table["class"])) == {"n02000000_18": "1", "n01000000_7": "0", "n01000000_9": "0",
+                                                        "ILSVRC2012_val_00000001": "1"}
+    assert sorted(table.split) == ["pretrain"] * 3 + ["val"] and facts["wnids"] == ["n01000000", "n02000000"]
+
+
+def test_imagenet_validation_may_lie_in_class_folders(read, tmp_path):
+    raw = write(tmp_path / "raw", {"train/n01000000/a.JPEG": b"", "val/n02000000/b.JPEG": b"", "test/c.JPEG": b""})
+    table, _ = read("imagenet", raw, "--n-pretrain", "all")
+    assert dict(zip(table.path, table["class"])) == {"train/n01000000/a.JPEG": "0", "val/n02000000/b.JPEG": "1"}
+
+
+def test_imagenet_tar_files_and_missing_answers_are_named(refused, tmp_path):
+    assert "tar -xf" in refused("imagenet", write(tmp_path / "a", {"ILSVRC2012_img_train.tar": b""}))
+    files = imagenet_files() | {"LOC_val_solution.csv": "ImageId,PredictionString\n"}
+    assert "ILSVRC2012_val_00000001" in refused("imagenet", write(tmp_path / "b", files))
+    del files["LOC_val_solution.csv"]
+    assert "LOC_val_solution.csv" in refused("imagenet", write(tmp_path / "c", files))
+
+
+@needs_shared
+def test_imagenet_real_images_one_a_class(read):
+    table, facts = read("imagenet", SHARED / "realdata" / "imagenet", "--n-pretrain", "all", "--require-files")
+    assert len(table) == len(facts["wnids"]) == 1000
+    wnids = table.path.str.split("/").str[1]
+    assert [facts["wnids"][int(k)] for k in table["class"]] == list(wnids)
+
+
+# ---- all of them ----
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_index_has_the_contracts_columns_and_the_same_bytes_again(read, tmp_path, dataset):
+    raw = write(tmp_path / "raw", FILES[dataset]())
+    table, facts = read(dataset, raw, *ALL.get(dataset, []))
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert list(table.columns[:8]) == FACTS and set(table.split) <= {"pretrain", "train", "val", "test"}
+    assert facts["dataset"] == dataset and facts["images"] == len(table) and not any(name.endswith(".tmp") for name in written)
+    assert facts["splits"] == {split: {"images": len(rows), "patients": rows.patient.nunique()}
+                               for split, rows in table.groupby("split")}
+    assert b"\r" not in written["index.csv"]
+    read(dataset, raw, *ALL.get(dataset, []))
+    assert written == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_absent_images_stay_in_the_index_unless_required(read, refused, tmp_path, dataset):
+    raw = write(tmp_path / "raw", FILES[dataset]())
+    table, _ = read(dataset, raw, *ALL.get(dataset, []))
+    if dataset not in ("nih", "oct", "imagenet"):                           # those three have their images
+        assert "absent" in refused(dataset, raw, *ALL.get(dataset, []), "--require-files")
+    for path in table.path:
+        (raw / path).parent.mkdir(parents=True, exist_ok=True)
+        (raw / path).touch()
+    assert list(read(dataset, raw, *ALL.get(dataset, []), "--require-files")[0].path) == list(table.path)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_missing_folder_and_unwritable_output_are_said_in_a_sentence(refused, tmp_path, dataset):
+    assert "nowhere" in refused(dataset, tmp_path / "nowhere")
+    write(tmp_path, {"out": b"a file where the folder should be"})
+    assert "--out" in refused(dataset, write(tmp_path / "raw", FILES[dataset]()), *ALL.get(dataset, []))
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_help_tells_source_terms_size_and_command(dataset, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{dataset}.py", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        load_script(f"data_prep/{dataset}.py").main()
+    assert exit.value.code == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"python data_prep/{dataset}.py" in words and " GB" in words or " TB" in words
+    assert any(term in words for term in ("Free use", "credentialed", "agreement", "research use", "CC BY", "Creative Commons",
+                                          "non-commercial"))
+    assert any(command in words for command in ("wget", "kaggle", "azcopy", "unzip"))
+
+
+def test_a_mistake_on_the_command_line_exits_with_two():
+    assert_user_error(run_script("data_prep/nih.py", "--raw", "/nonexistent"), "Data_Entry_2017", "--raw")
+    assert run_script("data_prep/oct.py", "--n-pretrain", "some").returncode == 2
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda text: text.replace("No Finding", "No F\xefnding").encode("latin-1"), "row 3"),
+    (lambda text: text.replace("Patient Age", "Age").encode(), "Patient Age"),
+    (lambda text: gzip.compress(text.encode())[:-20], "not a readable table"),
+    (lambda text: b"", "not a readable table"),
+    (lambda text: text.replace("\n00000008", "\n\"00000008").encode(), "not a readable table"),
+    (lambda text: (text + text.splitlines()[2] + "\n").encode(), "row 7: image 'images/00000007_001.png' is listed twice"),
+    (lambda text: text.replace("00000007_001.png", "../../x.png").encode(), "row 3: image 'images/../../x.png' names no file")])
+def test_damaged_metadata_is_refused_with_its_row(refused, tmp_path, damage, said):
+    files = nih_files()
+    files["Data_Entry_2017_v2020.csv"] = damage(files["Data_Entry_2017_v2020.csv"])
+    files["train_list.txt"] += "../../x.png\n"
+    message = refused("nih", write(tmp_path / "raw", files))
+    assert "Data_Entry_2017_v2020.csv" in message and said in message
+
+
+def test_byte_order_marks_crlf_and_blank_lines_do_no_harm(read, tmp_path):
+    plain, _ = read("nih", write(tmp_path / "a", nih_files()))
+    text = nih_files()["Data_Entry_2017_v2020.csv"].replace("\n", "\r\n\r\n")
+    dressed, _ = read("nih", write(tmp_path / "b", nih_files() | {"Data_Entry_2017_v2020.csv": "\ufeff" + text}))
+    assert dressed.equals(plain)
+
+
+def test_a_failed_run_leaves_the_index_of_the_last_one(read, refused, tmp_path):
+    raw = write(tmp_path / "raw", nih_files())
+    read("nih", raw)
+    before = (tmp_path / "out" / "index.csv").read_bytes()
+    (raw / "test_list.txt").unlink()
+    refused("nih", raw)
+    assert (tmp_path / "out" / "index.csv").read_bytes() == before
+
+
+# ---- hostile downloads ----
+
+opened, watched = [], []
+
+
+def watch(event, details):
+    """Note every path that is opened or listed while a test watches; audit hooks cannot be removed."""
+    if watched and event in ("open", "os.listdir", "os.scandir") and isinstance(details[0], (str, os.PathLike)):
+        opened.append(os.path.realpath(details[0]))
+
+
+sys.addaudithook(watch)
+CELLS = ["", " ", "NaN", "None", "../../../etc/passwd", "/etc/passwd", "C:\\x", "..\\x", "a/../../b", "\x00", "\n", "é", "1e308",
+         "-1", "2", "inf", "9" * 400, "[[[", "=1+1", "train", "0", "\u202e", "x" * 5000, "|", ",", '"', "00000007_000.png"]
+
+
+@st.composite
+def damages(draw):
+    """One way to spoil a download: which file, which line and cell, and what is done to it."""
+    kind = draw(st.sampled_from(["cell", "drop column", "drop line", "double line", "cut", "bytes", "crlf", "spaces", "header",
+                                 "empty", "link out", "folder", "odd name", "gone"]))
+    return kind, draw(st.integers(0, 9)), draw(st.integers(0, 9)), draw(st.integers(0, 30)), draw(st.sampled_from(CELLS))
+
+
+def spoil(raw, outside, damage):
+    kind, file, line, cell, value = damage
+    files = sorted(path for path in raw.rglob("*") if path.is_file() and not path.is_symlink())
+    if not files:
+        return
+    path = files[file % len(files)]
+    data = path.read_bytes()
+    packed = data[:2] == b"\x1f\x8b"
+    text = (gzip.decompress(data) if packed else data).decode(errors="replace")
+    lines = text.splitlines() or [""]
+    mark = "," if "," in lines[0] else " "
+    cells = lines[line % len(lines)].split(mark)
+    if kind == "cell":
+        cells[cell % len(cells)] = value
+        lines[line % len(lines)] = mark.join(cells)
+    elif kind == "drop column":
+        lines = [mark.join(part for i, part in enumerate(row.split(mark)) if i != cell % len(cells)) for row in lines]
+    elif kind == "drop line":
+        del lines[line % len(lines)]
+    elif kind == "double line":
+        lines.append(lines[line % len(lines)])
+    elif kind == "header":
+        lines[0] = lines[0].upper()
+    elif kind == "spaces":
+        lines = [mark.join(f" {part} " for part in row.split(mark)) for row in lines]
+    text = ("\r\n" if kind == "crlf" else "\n").join(lines)
+    data = gzip.compress(text.encode()) if packed else text.encode()
+    if kind == "cut":
+        data = data[:len(data) * (line + 1) // 11]
+    elif kind == "bytes":
+        data = data[:cell] + b"\xff\xfe\x80" + data[cell:]
+    elif kind == "empty":
+        data = b""
+    path.unlink()
+    if kind == "link out":
+        path.symlink_to(outside / "secret.csv")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "odd name":
+        path.with_name(f"{path.stem}\n\udcff{path.suffix}").write_bytes(data)
+    elif kind != "gone":
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@settings(deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(spoils=st.lists(damages(), min_size=1, max_size=3), require=st.booleans())
+def test_spoilt_download_gives_safe_paths_or_one_sentence(dataset, tmp_path_factory, capsys, spoils, require):
+    base = tmp_path_factory.mktemp("hostile")
+    outside = write(base / "outside", {"secret.csv": "secret", "train/CNV/CNV-1-1.jpeg": b""})
+    raw = write(base / "raw", FILES[dataset]())
+    (raw / "link").symlink_to(outside)
+    for damage in spoils:
+        spoil(raw, outside, damage)
+    flags = ALL.get(dataset, []) + ["--require-files"] * require
+    opened.clear()
+    watched.append(True)
+    try:
+        table, _ = run(dataset, raw, base / "out" / "index.csv", *flags)
+    except SystemExit as exit:
+        assert exit.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        assert not list((base / "out").glob("*")) if (base / "out").exists() else True
+    else:
+        for path in map(PurePosixPath, table.path):
+            assert path.parts and not path.is_absolute() and ".." not in path.parts and "\\" not in str(path)
+        assert table.path.is_unique and set(table.split) <= {"pretrain", "train", "val", "test"}
+        labels = table.drop(columns=[*FACTS, "class"], errors="ignore")
+        assert labels.isin(["1", "0", "-1", ""]).all(axis=None)
+        assert set(table.sex) <= {"M", "F", "O", ""}
+        assert all(age == "" or 0 <= int(age) <= 120 for age in table.age)
+    finally:
+        watched.clear()
+        capsys.readouterr()
+        assert not [path for path in opened if path.startswith(str(outside))]
+        shutil.rmtree(base)
