@@ -138,6 +138,26 @@ def test_a_set_against_another_and_a_difference_of_differences(ours):
     assert table["effect"][1] == pytest.approx(table["effect"][2] - table["effect"][3])
 
 
+class Given:
+    """A source of numbers that are simply given: {arm: values over runs}."""
+    source, files = "given", {}
+
+    def __init__(self, tmp, arms):
+        self.tmp, self.arms = tmp, arms
+
+    def values(self, exp, *_):
+        return list(range(len(self.arms[exp]))), np.array(self.arms[exp]), None
+
+
+def test_holm_within_the_family_can_undo_a_verdict(tmp_path):
+    source = Given(tmp_path, {"1": [0.80, 0.82, 0.84], "2": [0.76, 0.77, 0.79], "3": [0.81, 0.82, 0.83]})
+    claim, empty = ("auc_mean5", "nih_test", "1", "2", "1"), ("auc_mean5", "nih_test", "1", "3", "1")
+    alone, family = judged(source, claim), judged(source, claim, *[empty] * 4)
+    assert alone["verdict"][0] == "holds" and 0.02 < alone["p"][0] == alone["p_holm"][0] < 0.05
+    assert family["verdict"][0] == "undecided" and family["p_holm"][0] == pytest.approx(5 * family["p"][0])
+    assert family["ci_low"][0] > 0                               # the interval alone would have said "holds"
+
+
 def test_identical_predictions_cannot_be_told_apart(tmp_path):
     y, patient = truth(np.random.default_rng(1))
     p = probabilities(np.random.default_rng(2), y, 1)
@@ -287,6 +307,10 @@ def test_variance_is_told_apart():
     fixed = compare.estimate([(1, compare.make_arm("a", runs, np.tile(runs[:, None], 500)))])
     assert fixed.se_patients == pytest.approx(0, abs=1e-12)
     assert fixed.se_runs == pytest.approx(runs.std(ddof=1) / 2)
+    noise = 0.01 * rng.normal(size=500)                          # two runs that other patients move apart
+    draws = np.stack([0.80 + noise, 0.84 - noise])
+    moved = compare.estimate([(1, compare.make_arm("a", [0.80, 0.84], draws))])
+    assert moved.se_runs == pytest.approx(np.sqrt((0.04 ** 2 / 2 - 2 * noise.var(ddof=1)) / 2))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.6])
