@@ -37,8 +37,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
-from scipy.special import ndtr, ndtri
-from scipy.stats import t as student
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 REPORTED = Path(__file__).resolve().parent / "reported"
 NIH14 = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation "
@@ -277,8 +276,8 @@ def estimate(arms, offset=0.0):
     if predictions:
         low, high = interval(sum(sign * arm.nested for sign, arm in arms) - offset)
     else:
-        low, high = effect + student.ppf([0.025, 0.975], freedom) * error if error else (np.nan, np.nan)
-    p = 2 * student.sf(abs(effect) / error, freedom) if error else (np.nan if effect else 1.0)
+        low, high = effect + stdtrit(freedom, [0.025, 0.975]) * error if error else (np.nan, np.nan)
+    p = 2 * stdtr(freedom, -abs(effect) / error) if error else (np.nan if effect else 1.0)
     return Estimate(effect, low, high, p, np.sqrt(sum(parts)), np.sqrt(patients), counts)
 
 

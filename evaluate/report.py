@@ -665,7 +665,7 @@ border-bottom:1px solid var(--line)}
 thead th{vertical-align:bottom;background:var(--tint)}tbody tr:last-child>*{border-bottom:0}
 .number{white-space:nowrap}.missing{color:var(--soft)}.face{border-left:2px solid var(--line)}
 .first{position:sticky;left:0;z-index:1;background:var(--paper);max-width:14rem}
-td.first small{max-width:10rem}
+td.first small{max-width:10rem;overflow-wrap:anywhere}
 thead .first,.section th{background:var(--tint)}.section th,.not-run{color:var(--soft)}
 .holds{color:var(--holds)}.contradicted{color:var(--contradicted)}.undecided{color:var(--undecided)}
 figure{margin:1.2rem 0}img{display:block;width:100%;max-width:64rem;min-width:42rem;height:auto}
