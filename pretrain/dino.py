@@ -479,6 +479,21 @@ def strong_view(images, u, crop_scale, size, blur, solarise, config):
 # --- end copy: strong views ---
 
 
+# --- begin copy: model ---
+def make_model(facts, num_classes, drop_path=None):
+    """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
+    arch, kwargs = facts["arch"], dict(facts["model_args"])
+    card = timm.get_pretrained_cfg(arch)
+    if card and card.fixed_input_size:
+        kwargs.setdefault("img_size", facts["img_size"])
+    try:
+        return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
+                                 drop_path_rate=drop_path, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as problem:
+        fail(f"timm cannot make {arch} with {kwargs}: {' '.join(str(problem).split())[:200]}")
+# --- end copy: model ---
+
+
 # --- begin copy: weights ---
 def read_weights(file, key=None):
     """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept."""
@@ -657,6 +672,8 @@ def open_run(out, config, resume, main):
     if main:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            if hasattr(open_run, "lock"):  # of the run before in this process: another seed
+                os.close(open_run.lock)
             open_run.lock = os.open(out, os.O_RDONLY)
             fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             (out / "run.json.part").write_text(json.dumps(dict(
@@ -852,6 +869,14 @@ def plan_step(config, order, step, rank, world_size):
     return order[begin + rank:begin + config["batch"]:world_size], uniforms[:, rank::world_size], step
 
 
+def local_crop_size(config, patch):
+    """Side of a local crop in pixels: 96 where a global one has 224, rounded to whole patches."""
+    size = config["local_size"] or max(1, round(config["img_size"] * 96 / 224 / patch)) * patch
+    if size % patch:
+        fail(f"local_size {size} is not a multiple of the patch of {patch} pixels")
+    return size
+
+
 def make_crops(images, uniforms, local_size, config):
     """Two global crops [2, b, C, S, S], and local ones [V, b, C, s, s] where there are any.
 
@@ -882,9 +907,9 @@ def attention_picture(vit, images, config, path):
 
     Args: images uint8 [B, C, H, W], or a list of such of any size.
     """
-    size = config["img_size"]
+    size, zero = config["img_size"], torch.zeros(1)
     whole = torch.cat([crop_resize(image[None], (zero, zero, zero + image.shape[1], zero + image.shape[2]),
-                                   zero > 0, size) for image in images for zero in [torch.zeros(1)]])
+                                   zero > 0, size) for image in images])
     maps = cls_attention(vit, normalise(whole, config)).float()
     maps = F.interpolate(maps / maps.amax((2, 3), keepdim=True), size=(size, size)) * 255
     columns = torch.cat([luminance(whole), maps], 1)                                # [B, 1 + heads, S, S]
@@ -897,17 +922,12 @@ def attention_picture(vit, images, config, path):
 def train(config, args, rank, world_size, device):
     """Pre-train. All random numbers of a step depend on (seed, step) alone: a resumed run is the same run."""
     torch.manual_seed(config["seed"])
-    kwargs = dict(img_size=config["img_size"]) | config["model_args"]
-    backbone = timm.create_model(config["arch"], num_classes=0, in_chans=config["in_chans"],
-                                 drop_path_rate=config["drop_path"], **kwargs)
+    backbone = make_model(config, 0, config["drop_path"])
     n_patches = backbone.patch_embed.num_patches if hasattr(backbone, "patch_embed") else 0
     if getattr(backbone, "pos_embed", None) is None or backbone.pos_embed.shape[1] != 1 + n_patches:
         fail(f"arch {config['arch']} is no vision transformer with a CLS token and absolute positions")
     backbone.patch_embed.strict_img_size = False                            # local crops are smaller
-    patch = backbone.patch_embed.patch_size[0]
-    local_size = config["local_size"] or max(1, round(config["img_size"] * 96 / 224 / patch)) * patch
-    if local_size % patch:
-        fail(f"local_size {local_size} is not a multiple of the patch of {patch} pixels")
+    local_size = local_crop_size(config, backbone.patch_embed.patch_size[0])
     if config["export"] not in ("teacher", "student"):
         fail(f"export is '{config['export']}'; expected teacher or student")
     note = load_backbone(backbone, config)

@@ -472,6 +472,21 @@ def strong_view(images, u, crop_scale, size, blur, solarise, config):
 # --- end copy: strong views ---
 
 
+# --- begin copy: model ---
+def make_model(facts, num_classes, drop_path=None):
+    """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
+    arch, kwargs = facts["arch"], dict(facts["model_args"])
+    card = timm.get_pretrained_cfg(arch)
+    if card and card.fixed_input_size:
+        kwargs.setdefault("img_size", facts["img_size"])
+    try:
+        return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
+                                 drop_path_rate=drop_path, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as problem:
+        fail(f"timm cannot make {arch} with {kwargs}: {' '.join(str(problem).split())[:200]}")
+# --- end copy: model ---
+
+
 # --- begin copy: weights ---
 def read_weights(file, key=None):
     """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept."""
@@ -650,6 +665,8 @@ def open_run(out, config, resume, main):
     if main:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            if hasattr(open_run, "lock"):  # of the run before in this process: another seed
+                os.close(open_run.lock)
             open_run.lock = os.open(out, os.O_RDONLY)
             fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             (out / "run.json.part").write_text(json.dumps(dict(
@@ -822,8 +839,7 @@ def make_backbone(config):
 
     Weights of `init` take the place of both; they stay fixed all the same. Returns: backbone, a note on them.
     """
-    kwargs = dict(img_size=config["img_size"]) | config["model_args"]
-    vit = timm.create_model(config["arch"], num_classes=0, in_chans=config["in_chans"], **kwargs)
+    vit = make_model(config, 0)
     rows, columns = vit.patch_embed.grid_size if hasattr(vit, "patch_embed") else (0, 0)
     if getattr(vit, "pos_embed", None) is None or vit.pos_embed.shape[1] != 1 + rows * columns:
         fail(f"arch {config['arch']} is no vision transformer with a CLS token and absolute positions")
@@ -935,8 +951,7 @@ def train(config, args, rank, world_size, device):
               f"steps {begun} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
     net = model
     if world_size > 1:
-        net = nn.parallel.DistributedDataParallel(
-            model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     own = torch.arange(rank, config["batch"], world_size, device=device)    # rows of the global batch
     micro = args.micro_batch or len(own)
     if len(own) % micro or micro * world_size < 2:
