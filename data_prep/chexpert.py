@@ -239,7 +239,10 @@ def main():
         table["race"] = table.patient.map(read_race(demographics)).fillna("")
     table["path"] = locate(table, args.raw)
     table = table.drop(columns=["folder", "frontal"]).sort_values("path")
-    write_index(table, " or ".join(map(str, sources)), args, dataset="chexpert", views=args.views)
+    published = [find(args.raw, name, required=False) for name in ("train.csv*", "valid.csv*")]
+    available = sum(len(read_table(path, ["Path"])) for path in published if path)
+    write_index(table, " or ".join(map(str, sources)), args, dataset="chexpert", views=args.views,
+                available=available)
 
 
 if __name__ == "__main__":

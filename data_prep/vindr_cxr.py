@@ -202,7 +202,7 @@ def main():
     notes = [f"not in the file, so left blank: {', '.join(blank)}"] if blank else []
     table = table.drop(columns="image_id").assign(view="PA").sort_values("path")
     write_index(table, " or ".join(map(str, sources)), args, notes, beside=beside, dataset="vindr_cxr",
-                train_vote=args.train_vote if args.with_train else None)
+                available=len(table), train_vote=args.train_vote if args.with_train else None)
 
 
 if __name__ == "__main__":
