@@ -26,7 +26,7 @@ REPORTED = Path(__file__).resolve().parent.parent / "evaluate" / "reported"
 FACTS = ["path", "patient", "study", "split", "view", "sex", "age", "race"]         # other columns are labels
 
 # Images, patients and positives a label, counted in the published metadata; labels in the order of the index.
-# PadChest has 156 of them, and its original file, whose ids are not rounded, may tell more patients than 1,754.
+# PadChest has 156 of them; its original file, whose ids are not rounded, may tell more patients than 1,754.
 EXACT = {
     ("nih", "train"): (75_312, 24_342, [7205, 1501, 7649, 12036, 3574, 4060, 770, 2244, 2480, 1210, 1250,
                                         1083, 1927, 126]),
@@ -130,7 +130,7 @@ def positives(rows, dataset, finding):
 
 
 def measure(rows, dataset, quantity, like):
-    """A quantity of Tables 10-13: (text rounded like the printed, numerator, denominator or None), or None."""
+    """A quantity of Tables 10-13: (text rounded as printed, numerator, denominator or None), or None."""
     if quantity in ("Patients", "Scans"):
         n = rows.patient.nunique() if quantity == "Patients" else len(rows)
         return str(n), n, None
@@ -157,8 +157,8 @@ def compare(indexes, reported):
         agrees = "" if not printed or not found else "yes" if text == printed else "no"
         open_question = agrees == "no" or (printed and not found and rows is not None)
         why = WHY.get((table, where, quantity), "") if open_question else ""
-        cells.append(dict(table=table, part=where, quantity=quantity, group=group, printed=printed,
-                          computed=text, numerator=numerator, denominator=denominator, agrees=agrees, why=why))
+        cells.append(dict(table=table, part=where, quantity=quantity, group=group, printed=printed, computed=text,
+                          numerator=numerator, denominator=denominator, agrees=agrees, why=why))
 
     for _, line in reported[9].iterrows():
         dataset, splits = USED[line.role, line.dataset]

@@ -1,4 +1,4 @@
-"""The eight readers: every exact count on the real metadata, every trap of the layouts, and hostile downloads."""
+"""The eight readers: exact counts on the real metadata, the traps of every layout, and hostile downloads."""
 
 import gzip
 import hashlib
@@ -24,13 +24,14 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"real data folder
 
 
 def run(dataset, raw, out, *flags):
-    """Call a reader as from the command line, in this process; returns its index as text and its index.json."""
+    """Call a reader as from the command line, in this process; returns its index and its index.json."""
     command, sys.argv = sys.argv, [f"{dataset}.py", "--raw", str(raw), "--out", str(out), *map(str, flags)]
     try:
         load_script(f"data_prep/{dataset}.py").main()
     finally:
         sys.argv = command
-    return pd.read_csv(out, dtype=str, keep_default_na=False), json.loads(Path(out).with_suffix(".json").read_text())
+    index = pd.read_csv(out, dtype=str, keep_default_na=False)
+    return index, json.loads(Path(out).with_suffix(".json").read_text())
 
 
 @pytest.fixture
@@ -74,10 +75,12 @@ ENTRY = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient 
 
 
 def nih_files():
-    rows = [("00000007_000", "Cardiomegaly|Effusion", "58", "M", "PA"), ("00000007_001", "No Finding", "59", "M", "AP"),
+    rows = [("00000007_000", "Cardiomegaly|Effusion", "58", "M", "PA"),
+            ("00000007_001", "No Finding", "59", "M", "AP"),
             ("00000008_000", "Hernia", "0", "F", "PA"), ("00000009_000", "Mass", "44", "F", "AP"),
             ("00000010_000", "Pleural_Thickening", "71", "M", "PA")]
-    entry = ENTRY + "".join(f"{name}.png,{finding},{name[-1]},{int(name[:8])},{age},{sex},{view},2500,2048,0.171,0.171\n"
+    size = "2500,2048,0.171,0.171"
+    entry = ENTRY + "".join(f"{name}.png,{finding},{name[-1]},{int(name[:8])},{age},{sex},{view},{size}\n"
                             for name, finding, age, sex, view in rows)
     return {"Data_Entry_2017_v2020.csv": entry, "train_list.txt": "00000007_000.png\n00000007_001.png\n",
             "val_list.txt": "00000008_000.png", "test_list.txt": "00000009_000.png\n00000010_000.png\n",
@@ -89,11 +92,13 @@ def mimic_files(n=12, gz=".gz"):
     subject, study = [str(19000000 + i // 3) for i in range(n)], [str(59000000 + i // 2) for i in range(n)]
     split = ["train"] * (n - 6) + ["validate"] * 3 + ["test"] * 3
     views = ["AP", "PA", "LATERAL", "", "LL", "AP AXIAL"]
-    metadata = [["dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows"],
+    metadata = [["dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition",
+                 "Rows"],
                 *[[d, s, t, "CHEST (PORTABLE AP)", views[i % 6], "3056"]
                   for i, (d, s, t) in enumerate(zip(dicoms, subject, study))]]
     labelled = dict.fromkeys(zip(subject[:-1], study[:-1]))             # the last study has no labels
-    labels = [["subject_id", "study_id", *MIMIC], *[[s, t, "1.0", "", "-1.0", "0.0", *[""] * 10] for s, t in labelled]]
+    labels = [["subject_id", "study_id", *MIMIC],
+              *[[s, t, "1.0", "", "-1.0", "0.0", *[""] * 10] for s, t in labelled]]
     splits = [["dicom_id", "study_id", "subject_id", "split"], *map(list, zip(dicoms, study, subject, split))]
     return {f"mimic-cxr-2.0.0-{name}.csv{gz}": rows for name, rows in
             (("split", splits), ("metadata", metadata), ("chexpert", labels))}
@@ -104,17 +109,21 @@ CHEXPERT_HEADER = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT]
 
 def chexpert_row(split, patient, view="frontal", release="CheXpert-v1.0-small", one="1.0", **cells):
     row = dict.fromkeys(CHEXPERT_HEADER, "") | {
-        "Path": f"{release}/{split}/patient{patient:05}/study1/view1_{view}.jpg", "Sex": "Female", "Age": "61",
-        "Frontal/Lateral": view.capitalize(), "AP/PA": "AP" if view == "frontal" else "", "Cardiomegaly": "-1.0",
+        "Path": f"{release}/{split}/patient{patient:05}/study1/view1_{view}.jpg", "Sex": "Female",
+        "Age": "61",
+        "Frontal/Lateral": view.capitalize(), "AP/PA": "AP" if view == "frontal" else "",
+        "Cardiomegaly": "-1.0",
         "Edema": "0.0", "Pleural Effusion": one} | cells
     return list(row.values())
 
 
 def chexpert_files(release="CheXpert-v1.0-small"):
     train = [chexpert_row("train", 1, release=release), chexpert_row("train", 1, "lateral", release=release),
-             chexpert_row("train", 2, release=release, Sex="Unknown", Age="0"), chexpert_row("train", 3, release=release),
+             chexpert_row("train", 2, release=release, Sex="Unknown", Age="0"),
+             chexpert_row("train", 3, release=release),
              chexpert_row("train", 4, release=release)]
-    valid = [chexpert_row("valid", 90, release=release), chexpert_row("valid", 90, "lateral", release=release)]
+    valid = [chexpert_row("valid", 90, release=release),
+             chexpert_row("valid", 90, "lateral", release=release)]
     split = "\n".join([",index,split", "0,0,train", "1,2,validate", "2,3,test", "3,4,test", ""])
     return {"CheXpert-v1.0-small/train.csv": [CHEXPERT_HEADER, *train],
             "CheXpert-v1.0-small/valid.csv": [CHEXPERT_HEADER, *valid],
@@ -122,19 +131,23 @@ def chexpert_files(release="CheXpert-v1.0-small"):
 
 
 PADCHEST_CSV = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
-PADCHEST_HEADER = ["", "ImageID", "ImageDir", "StudyDate_DICOM", "StudyID", "PatientID", "PatientBirth", "PatientSex_DICOM",
+PADCHEST_HEADER = ["", "ImageID", "ImageDir", "StudyDate_DICOM", "StudyID", "PatientID", "PatientBirth",
+                   "PatientSex_DICOM",
                    "ViewPosition_DICOM", "Projection", "MethodProjection", "Report", "Labels", "labelCUIS"]
 
 
 def padchest_row(number, **cells):
     row = dict(zip(PADCHEST_HEADER, [
-        str(number), f"image{number}.png", "0", "20140102", f"{10 ** 37 + number}", f"{9 * 10 ** 37 + number}", "1950.0",
-        "F", "POSTEROANTERIOR", "PA", "Manual review of DICOM fields", "texto breve .", "['cardiomegaly']", "['C0000001']"]))
+        str(number), f"image{number}.png", "0", "20140102", f"{10 ** 37 + number}",
+        f"{9 * 10 ** 37 + number}", "1950.0",
+        "F", "POSTEROANTERIOR", "PA", "Manual review of DICOM fields", "texto breve .", "['cardiomegaly']",
+        "['C0000001']"]))
     return list((row | cells).values())
 
 
 def padchest_files():
-    return {PADCHEST_CSV: [PADCHEST_HEADER, padchest_row(1), padchest_row(2, Labels="['normal']"), padchest_row(3)]}
+    return {PADCHEST_CSV: [PADCHEST_HEADER, padchest_row(1), padchest_row(2, Labels="['normal']"),
+                           padchest_row(3)]}
 
 
 def vindr_files(header=VINDR):
@@ -145,17 +158,20 @@ def vindr_files(header=VINDR):
         return [str(int(label in positive)) for label in header]
 
     test = [[image(1), *cells("Cardiomegaly")], [image(2), *cells("No finding")]]
-    train = [[image(3), f"R{r}", *cells(*(["Nodule/Mass"] * (r < 3) + ["COPD"] * (r == 1)))] for r in (1, 2, 3)]
+    train = [[image(3), f"R{r}", *cells(*(["Nodule/Mass"] * (r < 3) + ["COPD"] * (r == 1)))]
+             for r in (1, 2, 3)]
     return {"annotations/image_labels_test.csv": [["image_id", *header], *test],
             "annotations/image_labels_train.csv": [["image_id", "rad_id", *header], *train]}
 
 
 def covidx_files(release="3A"):
-    metadata = [["patient id", "source", "country", "sex", "age", "finding", "verified finding", "slice selection", "view",
+    metadata = [["patient id", "source", "country", "sex", "age", "finding", "verified finding",
+                 "slice selection", "view",
                  "modality"],
                 ["NCP_9999", "CNCB", "China", "", "", "COVID-19", "Yes", "Expert", "Axial", "CT"],
                 ["patient45", "COVID-CTset", "Iran", "F", "77", "COVID-19", "Yes", "Expert", "Axial", "CT"],
-                ["LIDC-IDRI-0234", "LIDC-IDRI", "USA", "", "", "Pneumonia", "Yes", "Automatic", "Axial", "CT"],
+                ["LIDC-IDRI-0234", "LIDC-IDRI", "USA", "", "", "Pneumonia", "Yes", "Automatic", "Axial",
+                 "CT"],
                 ["volume-covid19-A-0003", "TCIA", "", "M", "40", "COVID-19", "Yes", "Expert", "Axial", "CT"]]
     return {"metadata.csv": metadata,
             f"train_COVIDx_CT-{release}.txt": "NCP_9999_1234_0017.png 2 0 130 512 429\n",
@@ -174,7 +190,8 @@ def imagenet_files():
             "ILSVRC/Data/CLS-LOC/train/n01000000/n01000000_7.JPEG": b"",
             "ILSVRC/Data/CLS-LOC/train/n01000000/n01000000_9.JPEG": b"",
             "ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00000001.JPEG": b"",
-            "LOC_val_solution.csv": "ImageId,PredictionString\nILSVRC2012_val_00000001,n02000000 85 1 499 272 \n"}
+            "LOC_val_solution.csv": "ImageId,PredictionString\n"
+                                    "ILSVRC2012_val_00000001,n02000000 85 1 499 272 \n"}
 
 
 FILES = {"nih": nih_files, "mimic_cxr": mimic_files, "chexpert": chexpert_files, "padchest": padchest_files,
@@ -222,7 +239,8 @@ def real_chexpert(fixtures, tmp_path_factory):
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_nih_split_has_the_exact_counts(nih_index, expected, split):
     table, facts = nih_index
-    rows, want, tables = table[table.split == split], expected[f"nih/{split}"], expected["tables"]["nih"][split]
+    rows, want = table[table.split == split], expected[f"nih/{split}"]
+    tables = expected["tables"]["nih"][split]
     assert (len(rows), rows.patient.nunique()) == (want["images"], want["patients"]) == (
         facts["splits"][split]["images"], facts["splits"][split]["patients"])
     assert {label: (rows[label] == "1").sum() for label in NIH} == want["positives"]
@@ -232,7 +250,8 @@ def test_nih_split_has_the_exact_counts(nih_index, expected, split):
     age = rows.age.astype(int)
     assert [age.min(), age.max()] == want["age_min_max"] and age.sum() == tables["age_sum"]
     assert round(age.mean(), 2) == want["age_mean"]
-    assert round(age[~rows.patient.duplicated()].mean(), 2) == want["age_mean_by_patient"]        # at the first image
+    # at the first image
+    assert round(age[~rows.patient.duplicated()].mean(), 2) == want["age_mean_by_patient"]
     assert (rows.sex == "F").sum() == tables["female_scans"]
     assert rows[rows.sex == "F"].patient.nunique() == tables["female_patients"]
     assert (rows[NIH] == "0").all(axis=1).sum() == tables["no_finding"]
@@ -240,7 +259,8 @@ def test_nih_split_has_the_exact_counts(nih_index, expected, split):
 
 def test_nih_index_is_whole_and_no_patient_stands_in_two_splits(nih_index, expected):
     table, facts = nih_index
-    assert (len(table), table.patient.nunique()) == (expected["nih/all"]["images"], expected["nih/all"]["patients"])
+    assert (len(table), table.patient.nunique()) == (expected["nih/all"]["images"],
+                                                     expected["nih/all"]["patients"])
     assert (table[NIH] == "0").all(axis=1).sum() == expected["nih/all"]["no_finding"]
     groups = [set(rows.patient) for _, rows in table.groupby("split")]
     assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
@@ -251,7 +271,8 @@ def test_nih_index_is_whole_and_no_patient_stands_in_two_splits(nih_index, expec
 def test_nih_labels_equal_those_of_the_official_lists(nih_index, fixtures):
     table = nih_index[0].assign(name=nih_index[0].path.str.rpartition("/")[2]).set_index("name")
     for split in ("train", "val", "test"):
-        listed = pd.read_csv(fixtures / "nih" / f"Xray14_{split}_official.txt.gz", sep=" ", header=None, dtype=str)
+        listed = pd.read_csv(fixtures / "nih" / f"Xray14_{split}_official.txt.gz", sep=" ", header=None,
+                             dtype=str)
         assert (table.loc[listed[0], NIH].to_numpy() == listed.iloc[:, 1:].to_numpy()).all()
 
 
@@ -281,7 +302,7 @@ def test_nih_fallback_split_has_the_studys_sizes(real_nih, fixtures, nih_index, 
     assert all(both.isin(draw(both, 11_212, seed)).sum() == 11_212 for seed in range(5))
 
 
-def test_nih_pretraining_sample_is_the_seeded_permutation_and_counts_its_test_images(nih_index, real_nih, read):
+def test_nih_sample_is_the_seeded_permutation_and_counts_its_test_images(nih_index, real_nih, read):
     table = nih_index[0]
     sample, facts = read("nih", real_nih, "--pretrain", "all")
     order = np.random.default_rng(42).permutation(112_120)[:100_000]
@@ -341,7 +362,7 @@ def test_chexpert_validation_has_the_exact_counts(real_chexpert, fixtures, expec
 
 
 @pytest.mark.parametrize("name", ["chexpert_split_2021_08_20.csv.gz", "CheXpert_test_Glocker.csv.gz"])
-def test_chexpert_test_split_has_the_exact_counts_from_both_forms(real_chexpert, fixtures, expected, read, name):
+def test_chexpert_test_split_has_the_exact_counts(real_chexpert, fixtures, expected, read, name):
     by_row_number = name.startswith("chexpert_split")
     table, facts = read("chexpert", real_chexpert, "--split-file", fixtures / "chexpert" / name,
                         "--splits", "train,val,test" if by_row_number else "val,test")
@@ -375,11 +396,12 @@ def test_chexpert_train_has_the_exact_counts(real_chexpert, fixtures, expected, 
     assert (len(frontal), frontal.patient.nunique()) == (want["frontal"], want["frontal_patients"])
 
 
-def test_chexpert_row_numbers_are_refused_for_a_re_sorted_train_csv(real_chexpert, fixtures, refused, tmp_path):
+def test_chexpert_row_numbers_do_not_fit_a_re_sorted_train_csv(real_chexpert, fixtures, refused, tmp_path):
     train = pd.read_csv(real_chexpert / "train.csv.gz", dtype=str, keep_default_na=False)
     raw = link(tmp_path / "raw", real_chexpert / "valid.csv")
     train.sort_values("Age", kind="stable").to_csv(raw / "train.csv", index=False)
-    message = refused("chexpert", raw, "--split-file", fixtures / "chexpert" / "chexpert_split_2021_08_20.csv.gz")
+    message = refused("chexpert", raw, "--split-file",
+                      fixtures / "chexpert" / "chexpert_split_2021_08_20.csv.gz")
     assert "order" in message and "train.csv" in message
 
 
@@ -388,9 +410,11 @@ def test_padchest_has_the_exact_counts(fixtures, expected, read, tmp_path):
     want, tables = expected["padchest/filtered"], expected["tables"]["padchest"]
     labels = table.drop(columns=FACTS).astype(int)
     assert (len(table), table.patient.nunique()) == (want["images"], want["patients"])
-    assert table.sex.value_counts().to_dict() == want["sex"] and table.view.value_counts().to_dict() == tables["view"]
+    assert table.sex.value_counts().to_dict() == want["sex"]
+    assert table.view.value_counts().to_dict() == tables["view"]
     source = pd.read_csv(next((fixtures / "padchest").iterdir()), usecols=["ImageID"]).ImageID
-    first = table.set_index("path").loc["0/" + source].drop_duplicates("patient")        # two rounded ids merge sexes
+    # two rounded ids merge sexes
+    first = table.set_index("path").loc["0/" + source].drop_duplicates("patient")
     assert (first.sex == "F").sum() == want["female_patients"]
     assert labels.shape[1] == tables["distinct_labels"] and set(table.split) == {"test"}
     for label, n in want["from_label_strings"].items():
@@ -447,7 +471,8 @@ def test_nih_findings_become_labels_and_patients_keep_their_zeros(read, tmp_path
 
 def test_nih_twelve_columns_and_ages_of_the_older_file(read, tmp_path):
     files = nih_files()
-    text = files.pop("Data_Entry_2017_v2020.csv").replace("\n", ",\n").replace(",58,", ",058Y,").replace(",44,", ",413,")
+    text = files.pop("Data_Entry_2017_v2020.csv").replace("\n", ",\n")
+    text = text.replace(",58,", ",058Y,").replace(",44,", ",413,")
     table, _ = read("nih", write(tmp_path / "raw", files | {"Data_Entry_2017.csv": text}))
     assert list(table.age) == ["58", "59", "0", "", "71"]
     assert list(table["view"]) == ["PA", "AP", "PA", "AP", "PA"] and (table.Hernia == "1").sum() == 1
@@ -456,7 +481,8 @@ def test_nih_twelve_columns_and_ages_of_the_older_file(read, tmp_path):
 @pytest.mark.parametrize("place", ["images/{}", "{}", "images_001/images/{}", "images-224/images-224/{}"])
 def test_nih_images_are_found_in_every_layout_and_the_sample_is_the_same(read, tmp_path, place):
     files = {name: text for name, text in nih_files().items() if not name.startswith("images/")}
-    names = [f"{name}.png" for name in ("00000007_000", "00000007_001", "00000008_000", "00000009_000", "00000010_000")]
+    names = [f"{name}.png" for name in ("00000007_000", "00000007_001", "00000008_000", "00000009_000",
+                                        "00000010_000")]
     raw = write(tmp_path / "raw" / "nih", files | {place.format(name): b"" for name in names}).parent
     table, _ = read("nih", raw, "--require-files")
     assert list(table.path) == [f"nih/{place.format(name)}" for name in names]
@@ -486,10 +512,13 @@ def test_nih_lists_that_cannot_be_are_refused(refused, tmp_path, change, said):
 
 
 def test_nih_given_lists_win_over_found_ones_and_unlisted_images_are_left_out(read, tmp_path):
-    write(tmp_path, {"a.txt": "00000008_000.png 0 0\r\n", "b.txt": "00000010_000.png\r\n", "c.txt": "00000009_000.png"})
-    table, facts = read("nih", write(tmp_path / "raw", nih_files()), "--train-list", tmp_path / "a.txt", "--val-list",
+    write(tmp_path, {"a.txt": "00000008_000.png 0 0\r\n", "b.txt": "00000010_000.png\r\n",
+                     "c.txt": "00000009_000.png"})
+    table, facts = read("nih", write(tmp_path / "raw", nih_files()), "--train-list", tmp_path / "a.txt",
+                        "--val-list",
                         tmp_path / "b.txt", "--test-list", tmp_path / "c.txt")
-    assert dict(zip(table.patient, table.split)) == {"00000008": "train", "00000010": "val", "00000009": "test"}
+    assert dict(zip(table.patient, table.split)) == {"00000008": "train", "00000010": "val",
+                                                     "00000009": "test"}
     assert facts["in_no_list"] == 2
 
 
@@ -543,7 +572,7 @@ def test_mimic_samples_are_nested_and_come_from_official_train(read, tmp_path):
 def test_mimic_paper_sample_takes_rows_in_file_order(read, tmp_path):
     files = mimic_files(306)
     split = files["mimic-cxr-2.0.0-split.csv.gz"]
-    files["mimic-cxr-2.0.0-split.csv.gz"] = [split[0], *split[:0:-1]]        # so that file order is not path order
+    files["mimic-cxr-2.0.0-split.csv.gz"] = [split[0], *split[:0:-1]]  # so that file order is not path order
     table, _ = read("mimic_cxr", write(tmp_path / "raw", files), "--n-pretrain", 20, "--sample-like", "paper")
     train = [row[0] for row in split[:0:-1] if row[3] == "train"]
     chosen = np.random.RandomState(42).choice(300, 20, replace=False)
@@ -552,9 +581,11 @@ def test_mimic_paper_sample_takes_rows_in_file_order(read, tmp_path):
 
 def test_mimic_views_and_splits_restrict_the_sample(read, refused, tmp_path):
     raw = write(tmp_path / "raw", mimic_files(306))
-    table, facts = read("mimic_cxr", raw, "--views", "frontal", "--splits", "train,validate,test", "--n-pretrain", "all")
+    table, facts = read("mimic_cxr", raw, "--views", "frontal", "--splits", "train,validate,test",
+                        "--n-pretrain", "all")
     assert set(table["view"]) == {"AP", "PA"} and set(table.split) == {"pretrain"} and len(table) == 102
-    assert "102 images are eligible" in refused("mimic_cxr", raw, "--views", "frontal", "--n-pretrain", 250_000,
+    assert "102 images are eligible" in refused("mimic_cxr", raw, "--views", "frontal", "--n-pretrain",
+                                                250_000,
                                                 "--splits", "train,validate,test")
     assert "--splits valid" in refused("mimic_cxr", raw, "--splits", "valid")
 
@@ -581,17 +612,21 @@ def test_mimic_study_listed_twice_is_refused_rather_than_doubling_images(refused
 @pytest.mark.parametrize("release", ["CheXpert-v1.0-small", "CheXpert-v1.0"])
 def test_chexpert_release_in_the_path_need_not_be_the_folder(read, tmp_path, release):
     table, _ = read("chexpert", write(tmp_path / "raw", chexpert_files(release)))
-    assert list(table.path) == [f"CheXpert-v1.0-small/train/patient0000{i}/study1/view1_frontal.jpg" for i in (3, 4)] \
+    assert list(table.path) == [f"CheXpert-v1.0-small/train/patient0000{i}/study1/view1_frontal.jpg"
+                                for i in (3, 4)] \
         + ["CheXpert-v1.0-small/valid/patient00090/study1/view1_frontal.jpg"]
     assert list(table.split) == ["test", "test", "val"] and table.study[0] == "patient00003/study1"
 
 
 def test_chexpert_full_release_in_parts_is_put_together(read, tmp_path):
     files = {Path(name).name: rows for name, rows in chexpert_files().items()}
-    first, parts = "CheXpert-v1.0 batch 1 (validate & csv)", ("CheXpert-v1.0 batch 2 (train 1)", "CheXpert-v1.0 batch 3 (train 2)")
+    first = "CheXpert-v1.0 batch 1 (validate & csv)"
+    parts = "CheXpert-v1.0 batch 2 (train 1)", "CheXpert-v1.0 batch 3 (train 2)"
     raw = write(tmp_path / "raw" / "chexpertchestxrays-u20210408", {
-        **{f"{first}/{name}": rows for name, rows in files.items()}, f"{first}/valid/patient00090/study1/view1_frontal.jpg": b"",
-        f"{parts[0]}/patient00003/study1/view1_frontal.jpg": b"", f"{parts[0]}/patient00004/study2/view1_frontal.jpg": b"",
+        **{f"{first}/{name}": rows for name, rows in files.items()},
+        f"{first}/valid/patient00090/study1/view1_frontal.jpg": b"",
+        f"{parts[0]}/patient00003/study1/view1_frontal.jpg": b"",
+        f"{parts[0]}/patient00004/study2/view1_frontal.jpg": b"",
         f"{parts[1]}/patient00004/study1/view1_frontal.jpg": b""}).parent
     table, _ = read("chexpert", raw, "--require-files")
     assert [path.split("/")[1] for path in table.path] == [first, parts[0], parts[1]]
@@ -626,14 +661,18 @@ def test_chexpert_race_is_the_patients_as_given(read, tmp_path, header):
 
 @pytest.mark.parametrize("split, said", [
     (",index,split\n0,1,test\n", "order"), (",index,split\n0,0,train\n1,5,test\n", "row 3"),
-    (",index,split\n0,zero,train\n", "row 2"), (",index,split\n0,0,holdout\n", "row 2"), ("number,part\n0,train\n", "index")])
+    (",index,split\n0,zero,train\n", "row 2"), (",index,split\n0,0,holdout\n", "row 2"),
+    ("number,part\n0,train\n", "index")])
 def test_chexpert_split_files_that_do_not_fit_are_refused(refused, tmp_path, split, said):
     files = chexpert_files() | {"CheXpert-v1.0-small/chexpert_split_2021_08_20.csv": split}
     assert said in refused("chexpert", write(tmp_path / "raw", files))
 
 
-@pytest.mark.parametrize("cells, said", [({"Path": "CheXpert-v1.0/train/../../etc/passwd"}, "row 2"), ({"Path": "/etc/passwd"}, "row 2"),
-                                         ({"Path": ""}, "row 2"), ({"Edema": "yes"}, "label 'Edema' is 'yes'"), ({"Edema": "2"}, "row 2")])
+@pytest.mark.parametrize("cells, said", [({"Path": "CheXpert-v1.0/train/../../etc/passwd"}, "row 2"),
+                                         ({"Path": "/etc/passwd"}, "row 2"),
+                                         ({"Path": ""}, "row 2"),
+                                         ({"Edema": "yes"}, "label 'Edema' is 'yes'"),
+                                         ({"Edema": "2"}, "row 2")])
 def test_chexpert_rows_that_cannot_be_are_refused(refused, tmp_path, cells, said):
     files = chexpert_files()
     files["CheXpert-v1.0-small/valid.csv"][1] = chexpert_row("valid", 90, **cells)
@@ -646,7 +685,8 @@ def test_chexpert_names_what_it_misses(refused, tmp_path):
     raw = write(tmp_path / "raw", files)
     assert "chexpert_split_2021_08_20.csv" in refused("chexpert", raw)
     write(tmp_path, {"demo.xlsx": b"PK\x03\x04\xff\xfe\x00"})
-    assert "demo.xlsx" in refused("chexpert", raw, "--splits", "val", "--demographics", tmp_path / "demo.xlsx")
+    assert "demo.xlsx" in refused("chexpert", raw, "--splits", "val", "--demographics",
+                                  tmp_path / "demo.xlsx")
     assert "--splits validate" in refused("chexpert", raw, "--splits", "validate")
 
 
@@ -657,14 +697,17 @@ def padchest(tmp_path, *rows):
 
 
 def test_padchest_filter_takes_reviewed_pa_and_ap_of_archive_0(read, tmp_path):
-    raw = padchest(tmp_path, padchest_row(1), padchest_row(2, Projection="AP", ImageDir="0.0"), padchest_row(3, Projection="L"),
+    raw = padchest(tmp_path, padchest_row(1), padchest_row(2, Projection="AP", ImageDir="0.0"),
+                   padchest_row(3, Projection="L"),
                    padchest_row(4, Projection="AP_horizontal"), padchest_row(5, ImageDir="10"),
                    padchest_row(6, MethodProjection="Predicted by ResNet50"), padchest_row(7, Labels=""),
-                   padchest_row(8, Labels="None"), padchest_row(9, Labels="[]"), padchest_row(10, ImageDir=""))
+                   padchest_row(8, Labels="None"), padchest_row(9, Labels="[]"),
+                   padchest_row(10, ImageDir=""))
     table, facts = read("padchest", raw)
     assert sorted(table.path) == ["0/image1.png", "0/image2.png", "0/image9.png"]
     assert facts["without_labels"] == 2 and facts["available"] == 10
-    assert table.set_index("path").cardiomegaly.to_dict() == {"0/image1.png": "1", "0/image2.png": "1", "0/image9.png": "0"}
+    assert table.set_index("path").cardiomegaly.to_dict() == {"0/image1.png": "1", "0/image2.png": "1",
+                                                              "0/image9.png": "0"}
 
 
 def test_padchest_ids_of_38_digits_that_differ_in_the_last_stay_two_patients(read, tmp_path):
@@ -674,14 +717,16 @@ def test_padchest_ids_of_38_digits_that_differ_in_the_last_stay_two_patients(rea
 
 
 def test_padchest_line_breaks_in_reports_and_spaces_in_labels(read, tmp_path):
-    raw = padchest(tmp_path, padchest_row(1, Report="texto\nbreve , otra\r\nlinea", Labels="[' laminar atelectasis ', '', 'pleural effusion']"),
+    raw = padchest(tmp_path, padchest_row(1, Report="texto\nbreve , otra\r\nlinea",
+                                          Labels="[' laminar atelectasis ', '', 'pleural effusion']"),
                    padchest_row(2))
     table, _ = read("padchest", raw)
     assert list(table.columns) == FACTS + ["cardiomegaly", "laminar atelectasis", "pleural effusion"]
     assert table.set_index("path").loc["0/image1.png", "laminar atelectasis"] == "1"
 
 
-@pytest.mark.parametrize("text", ["normal", "['normal'", "{'normal': 1}", "['normal', 3]", "[" * 3000, "'normal'",
+@pytest.mark.parametrize("text", ["normal", "['normal'", "{'normal': 1}", "['normal', 3]", "[" * 3000,
+                                  "'normal'",
                                   "__import__('os').mkdir('evaluated')"])
 def test_padchest_labels_are_read_never_evaluated(refused, tmp_path, text, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -695,7 +740,8 @@ def test_padchest_images_may_lie_in_one_flat_folder(read, tmp_path):
 
 
 def test_padchest_age_is_year_of_study_less_year_of_birth(read, tmp_path):
-    raw = padchest(tmp_path, padchest_row(1), padchest_row(2, PatientBirth=""), padchest_row(3, PatientBirth="1800.0"),
+    raw = padchest(tmp_path, padchest_row(1), padchest_row(2, PatientBirth=""),
+                   padchest_row(3, PatientBirth="1800.0"),
                    padchest_row(4, PatientSex_DICOM="O"))
     table, _ = read("padchest", raw)
     assert list(table.age) == ["64", "", "", "64"] and list(table.sex) == ["F", "F", "F", "O"]
@@ -732,7 +778,8 @@ def test_vindr_training_labels_are_votes_whose_counts_stay(read, tmp_path, rule,
 
 
 def test_vindr_of_kaggle_cannot_stand_in(refused, tmp_path):
-    raw = write(tmp_path / "raw", {"train.csv": "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max\n"})
+    raw = write(tmp_path / "raw",
+                {"train.csv": "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max\n"})
     assert "image_labels_test.csv" in refused("vindr_cxr", raw)
 
 
@@ -740,14 +787,20 @@ def test_vindr_of_kaggle_cannot_stand_in(refused, tmp_path):
 
 def test_covidx_patient_of_every_family_of_names():
     patient_of = load_script("data_prep/covidx_ct.py").patient_of
-    known = {"NCP_9999", "COVIDCTMD-P001", "COVIDCTMD-normal043", "volume-covid19-A-0003", "LIDC-IDRI-0234", "coronacases_001",
+    known = {"NCP_9999", "COVIDCTMD-P001", "COVIDCTMD-normal043", "volume-covid19-A-0003", "LIDC-IDRI-0234",
+             "coronacases_001",
              "radiopaedia_10_85902_1", "HUST-Patient1", "STOIC-10011", "A002304", "patient45"}
     names = {"NCP_9999_1234_0017.png": "NCP_9999", "COVIDCTMD-P001-IM0001.png": "COVIDCTMD-P001",
-             "COVIDCTMD-normal043-IM0001.png": "COVIDCTMD-normal043", "LIDC-IDRI-0234-1.3.6.1-0019.png": "LIDC-IDRI-0234",
-             "volume-covid19-A-0003_ct-0007.png": "volume-covid19-A-0003", "volume-covid19-A-0003_1_ct-0007.png": "volume-covid19-A-0003",
-             "coronacases_001-0001.png": "coronacases_001", "radiopaedia_10_85902_1-0011.png": "radiopaedia_10_85902_1",
-             "HUST-Patient1-0011.png": "HUST-Patient1", "STOIC-10011-0011.png": "STOIC-10011", "A002304-12.png": "A002304",
-             "137covid_patient45_SR_2_IM00010.png": "patient45", "normal2_patient45_SR_3_IM1.png": "patient45",
+             "COVIDCTMD-normal043-IM0001.png": "COVIDCTMD-normal043",
+             "LIDC-IDRI-0234-1.3.6.1-0019.png": "LIDC-IDRI-0234",
+             "volume-covid19-A-0003_ct-0007.png": "volume-covid19-A-0003",
+             "volume-covid19-A-0003_1_ct-0007.png": "volume-covid19-A-0003",
+             "coronacases_001-0001.png": "coronacases_001",
+             "radiopaedia_10_85902_1-0011.png": "radiopaedia_10_85902_1",
+             "HUST-Patient1-0011.png": "HUST-Patient1", "STOIC-10011-0011.png": "STOIC-10011",
+             "A002304-12.png": "A002304",
+             "137covid_patient45_SR_2_IM00010.png": "patient45",
+             "normal2_patient45_SR_3_IM1.png": "patient45",
              "stranger-1-2.png": None, "NCP_99990_1_2.png": None}
     assert {name: patient_of(name, known) for name in names} == names
 
@@ -758,14 +811,15 @@ def test_covidx_sample_is_drawn_from_all_splits_and_boxes_stay(read, tmp_path):
     row = table.set_index("patient").loc["patient45"]
     assert (row.sex, row.age, row["COVID-19"], row.Normal, row["view"]) == ("F", "77", "1", "0", "Axial")
     boxes = pd.read_csv(tmp_path / "out" / "boxes.csv").set_index("path")
-    assert boxes.loc[row.path].to_list() == [0, 71, 560, 413]               # reaches beyond the image: left as it is
+    assert boxes.loc[row.path].to_list() == [0, 71, 560, 413]  # reaches beyond the image: left as it is
     part, facts = read("covidx_ct", tmp_path / "raw", "--n-pretrain", "all", "--splits", "val,test")
     assert sorted(part.split) == ["pretrain"] * 3 + ["train"] and facts["eligible"] == 3
 
 
 @pytest.mark.parametrize("folder", ["3A_images", "images", "COVIDx_CT-3A"])
 def test_covidx_image_folder_is_found_by_its_names(read, tmp_path, folder):
-    files = {("splits/v3/" if name.endswith(".txt") else "") + name: text for name, text in covidx_files().items()}
+    files = {("splits/v3/" if name.endswith(".txt") else "") + name: text
+             for name, text in covidx_files().items()}
     raw = write(tmp_path / "raw", files | {f"{folder}/NCP_9999_1234_0017.png": b""})
     table, _ = read("covidx_ct", raw, "--n-pretrain", "all")
     assert {path.rpartition("/")[0] for path in table.path} == {folder}
@@ -785,10 +839,13 @@ def test_covidx_tells_unknown_patients_contrary_classes_and_shared_patients(read
     table, facts = read("covidx_ct", write(tmp_path / "raw", files), "--n-pretrain", 0)
     assert table.set_index("path").loc["3A_images/stranger_1_5.png", "patient"] == "stranger_1"
     notes = " | ".join(facts["notes"])
-    assert "1 slices: no patient" in notes and "1 slices have another class" in notes and facts["patients_in_two_lists"] == 1
+    assert "1 slices: no patient" in notes
+    assert "1 slices have another class" in notes
+    assert facts["patients_in_two_lists"] == 1
 
 
-@pytest.mark.parametrize("line", ["a_1_2.png 3 0 0 9 9", "a_1_2.png 2 0 0 9", "a_1_2.png 2 0 0 9 -9", "a_1_2.png", "a 1.png 2 0 0 9 9"])
+@pytest.mark.parametrize("line", ["a_1_2.png 3 0 0 9 9", "a_1_2.png 2 0 0 9", "a_1_2.png 2 0 0 9 -9",
+                                  "a_1_2.png", "a 1.png 2 0 0 9 9"])
 def test_covidx_lines_that_cannot_be_are_refused(refused, tmp_path, line):
     files = covidx_files()
     files["val_COVIDx_CT-3A.txt"] += line + "\n"
@@ -800,24 +857,27 @@ def test_covidx_lines_that_cannot_be_are_refused(refused, tmp_path, line):
 
 @pytest.mark.parametrize("root", ["CellData/OCT", "OCT2017", "OCT2017 ", "archive/OCT2017 /OCT2017 "])
 def test_oct_is_found_in_every_release(read, tmp_path, root):
-    table, facts = read("oct", write(tmp_path / "raw", oct_files(root)), "--n-pretrain", "all", "--require-files")
+    table, facts = read("oct", write(tmp_path / "raw", oct_files(root)), "--n-pretrain", "all",
+                        "--require-files")
     assert sorted(table.path) == sorted(oct_files(root)) and set(table.split) == {"pretrain"}
     assert sorted(table.patient) == ["101", "101", "101", "102"] and facts["test_patients_in_train"] == 1
-    assert table.set_index("path").loc[f"{root}/train/NORMAL/NORMAL-102-1.jpeg", ["CNV", "DME", "DRUSEN", "NORMAL"]].to_list() \
-        == ["0", "0", "0", "1"]
+    normal = table.set_index("path").loc[f"{root}/train/NORMAL/NORMAL-102-1.jpeg"]
+    assert normal[["CNV", "DME", "DRUSEN", "NORMAL"]].to_list() == ["0", "0", "0", "1"]
 
 
 def test_oct_passes_over_companions_and_childrens_radiographs(read, tmp_path):
     raw = write(tmp_path / "raw", oct_files() | {
         "CellData/OCT/train/CNV/._CNV-101-1.jpeg": b"", "CellData/OCT/train/CNV/.DS_Store": b"",
-        "CellData/chest_xray/train/NORMAL/NORMAL-28501-0001.jpeg": b"", "__MACOSX/OCT/train/CNV/._CNV-101-2.jpeg": b""})
+        "CellData/chest_xray/train/NORMAL/NORMAL-28501-0001.jpeg": b"",
+        "__MACOSX/OCT/train/CNV/._CNV-101-2.jpeg": b""})
     assert sorted(read("oct", raw, "--n-pretrain", "all")[0].path) == sorted(oct_files())
 
 
 def test_oct_second_copy_of_the_tree_counts_once(read, tmp_path):
     raw = write(tmp_path / "raw", oct_files("OCT2017 ") | oct_files("oct2017/OCT2017 "))
     table, facts = read("oct", raw, "--n-pretrain", "all")
-    assert sorted(table.path) == sorted(oct_files("OCT2017 ")) and any("second copy" in note for note in facts["notes"])
+    assert sorted(table.path) == sorted(oct_files("OCT2017 "))
+    assert any("second copy" in note for note in facts["notes"])
 
 
 def test_oct_with_too_few_images_names_the_release(refused, tmp_path):
@@ -826,7 +886,8 @@ def test_oct_with_too_few_images_names_the_release(refused, tmp_path):
 
 
 def test_oct_folder_wins_over_the_name_with_a_warning(read, tmp_path):
-    files = oct_files() | {"CellData/OCT/train/DME/CNV-103-1.jpeg": b"", "CellData/OCT/train/DME/scan.jpeg": b""}
+    files = oct_files() | {"CellData/OCT/train/DME/CNV-103-1.jpeg": b"",
+                           "CellData/OCT/train/DME/scan.jpeg": b""}
     table, facts = read("oct", write(tmp_path / "raw", files), "--n-pretrain", "all")
     assert (table.DME == "1").sum() == 2 and "scan" in set(table.patient)
     assert any(note.startswith("1 names begin with another class") for note in facts["notes"])
@@ -836,15 +897,18 @@ def test_oct_folder_wins_over_the_name_with_a_warning(read, tmp_path):
 
 def test_imagenet_classes_are_wnids_in_sorted_order_and_flat_validation_has_its_table(read, tmp_path):
     table, facts = read("imagenet", write(tmp_path / "raw", imagenet_files()), "--n-pretrain", "all")
-    assert dict(zip(table.patient, table["class"])) == {"n02000000_18": "1", "n01000000_7": "0", "n01000000_9": "0",
+    assert dict(zip(table.patient, table["class"])) == {"n02000000_18": "1", "n01000000_7": "0",
+                                                        "n01000000_9": "0",
                                                         "ILSVRC2012_val_00000001": "1"}
     assert sorted(table.split) == ["pretrain"] * 3 + ["val"] and facts["wnids"] == ["n01000000", "n02000000"]
 
 
 def test_imagenet_validation_may_lie_in_class_folders(read, tmp_path):
-    raw = write(tmp_path / "raw", {"train/n01000000/a.JPEG": b"", "val/n02000000/b.JPEG": b"", "test/c.JPEG": b""})
+    raw = write(tmp_path / "raw", {"train/n01000000/a.JPEG": b"", "val/n02000000/b.JPEG": b"",
+                                   "test/c.JPEG": b""})
     table, _ = read("imagenet", raw, "--n-pretrain", "all")
-    assert dict(zip(table.path, table["class"])) == {"train/n01000000/a.JPEG": "0", "val/n02000000/b.JPEG": "1"}
+    assert dict(zip(table.path, table["class"])) == {"train/n01000000/a.JPEG": "0",
+                                                     "val/n02000000/b.JPEG": "1"}
 
 
 def test_imagenet_tar_files_and_missing_answers_are_named(refused, tmp_path):
@@ -857,7 +921,8 @@ def test_imagenet_tar_files_and_missing_answers_are_named(refused, tmp_path):
 
 @needs_shared
 def test_imagenet_real_images_one_a_class(read):
-    table, facts = read("imagenet", SHARED / "realdata" / "imagenet", "--n-pretrain", "all", "--require-files")
+    table, facts = read("imagenet", SHARED / "realdata" / "imagenet", "--n-pretrain", "all",
+                        "--require-files")
     assert len(table) == len(facts["wnids"]) == 1000
     wnids = table.path.str.split("/").str[1]
     assert [facts["wnids"][int(k)] for k in table["class"]] == list(wnids)
@@ -871,7 +936,9 @@ def test_index_has_the_contracts_columns_and_the_same_bytes_again(read, tmp_path
     table, facts = read(dataset, raw, *ALL.get(dataset, []))
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert list(table.columns[:8]) == FACTS and set(table.split) <= {"pretrain", "train", "val", "test"}
-    assert facts["dataset"] == dataset and facts["images"] == len(table) and not any(name.endswith(".tmp") for name in written)
+    assert facts["dataset"] == dataset
+    assert facts["images"] == len(table)
+    assert not any(name.endswith(".tmp") for name in written)
     assert facts["splits"] == {split: {"images": len(rows), "patients": rows.patient.nunique()}
                                for split, rows in table.groupby("split")}
     assert b"\r" not in written["index.csv"]
@@ -906,7 +973,8 @@ def test_help_tells_source_terms_size_and_command(dataset, monkeypatch, capsys):
     assert exit.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
     assert f"python data_prep/{dataset}.py" in words and " GB" in words or " TB" in words
-    assert any(term in words for term in ("Free use", "credentialed", "agreement", "research use", "CC BY", "Creative Commons",
+    assert any(term in words for term in ("Free use", "credentialed", "agreement", "research use", "CC BY",
+                                          "Creative Commons",
                                           "non-commercial"))
     assert any(command in words for command in ("wget", "kaggle", "azcopy", "unzip"))
 
@@ -922,8 +990,10 @@ def test_a_mistake_on_the_command_line_exits_with_two():
     (lambda text: gzip.compress(text.encode())[:-20], "not a readable table"),
     (lambda text: b"", "not a readable table"),
     (lambda text: text.replace("\n00000008", "\n\"00000008").encode(), "not a readable table"),
-    (lambda text: (text + text.splitlines()[2] + "\n").encode(), "row 7: image 'images/00000007_001.png' is listed twice"),
-    (lambda text: text.replace("00000007_001.png", "../../x.png").encode(), "row 3: image 'images/../../x.png' names no file")])
+    (lambda text: (text + text.splitlines()[2] + "\n").encode(),
+     "row 7: image 'images/00000007_001.png' is listed twice"),
+    (lambda text: text.replace("00000007_001.png", "../../x.png").encode(),
+     "row 3: image 'images/../../x.png' names no file")])
 def test_damaged_metadata_is_refused_with_its_row(refused, tmp_path, damage, said):
     files = nih_files()
     files["Data_Entry_2017_v2020.csv"] = damage(files["Data_Entry_2017_v2020.csv"])
@@ -935,7 +1005,8 @@ def test_damaged_metadata_is_refused_with_its_row(refused, tmp_path, damage, sai
 def test_byte_order_marks_crlf_and_blank_lines_do_no_harm(read, tmp_path):
     plain, _ = read("nih", write(tmp_path / "a", nih_files()))
     text = nih_files()["Data_Entry_2017_v2020.csv"].replace("\n", "\r\n\r\n")
-    dressed, _ = read("nih", write(tmp_path / "b", nih_files() | {"Data_Entry_2017_v2020.csv": "\ufeff" + text}))
+    dressed, _ = read("nih",
+                      write(tmp_path / "b", nih_files() | {"Data_Entry_2017_v2020.csv": "\ufeff" + text}))
     assert dressed.equals(plain)
 
 
@@ -955,21 +1026,26 @@ opened, watched = [], []
 
 def watch(event, details):
     """Note every path that is opened or listed while a test watches; audit hooks cannot be removed."""
-    if watched and event in ("open", "os.listdir", "os.scandir") and isinstance(details[0], (str, os.PathLike)):
+    events = "open", "os.listdir", "os.scandir"
+    if watched and event in events and isinstance(details[0], (str, os.PathLike)):
         opened.append(os.path.realpath(details[0]))
 
 
 sys.addaudithook(watch)
-CELLS = ["", " ", "NaN", "None", "../../../etc/passwd", "/etc/passwd", "C:\\x", "..\\x", "a/../../b", "\x00", "\n", "é", "1e308",
-         "-1", "2", "inf", "9" * 400, "[[[", "=1+1", "train", "0", "\u202e", "x" * 5000, "|", ",", '"', "00000007_000.png"]
+CELLS = ["", " ", "NaN", "None", "../../../etc/passwd", "/etc/passwd", "C:\\x", "..\\x", "a/../../b", "\x00",
+         "\n", "é", "1e308",
+         "-1", "2", "inf", "9" * 400, "[[[", "=1+1", "train", "0", "\u202e", "x" * 5000, "|", ",", '"',
+         "00000007_000.png"]
 
 
 @st.composite
 def damages(draw):
     """One way to spoil a download: which file, which line and cell, and what is done to it."""
-    kind = draw(st.sampled_from(["cell", "drop column", "drop line", "double line", "cut", "bytes", "crlf", "spaces", "header",
+    kind = draw(st.sampled_from(["cell", "drop column", "drop line", "double line", "cut", "bytes", "crlf",
+                                 "spaces", "header",
                                  "empty", "link out", "folder", "odd name", "gone"]))
-    return kind, draw(st.integers(0, 9)), draw(st.integers(0, 9)), draw(st.integers(0, 30)), draw(st.sampled_from(CELLS))
+    file, line, cell = (draw(st.integers(0, high)) for high in (9, 9, 30))
+    return kind, file, line, cell, draw(st.sampled_from(CELLS))
 
 
 def spoil(raw, outside, damage):
@@ -988,7 +1064,8 @@ def spoil(raw, outside, damage):
         cells[cell % len(cells)] = value
         lines[line % len(lines)] = mark.join(cells)
     elif kind == "drop column":
-        lines = [mark.join(part for i, part in enumerate(row.split(mark)) if i != cell % len(cells)) for row in lines]
+        lines = [mark.join(part for i, part in enumerate(row.split(mark)) if i != cell % len(cells))
+                 for row in lines]
     elif kind == "drop line":
         del lines[line % len(lines)]
     elif kind == "double line":
@@ -1017,7 +1094,8 @@ def spoil(raw, outside, damage):
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-@settings(deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, derandomize=True, max_examples=30,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(spoils=st.lists(damages(), min_size=1, max_size=3), require=st.booleans())
 def test_spoilt_download_gives_safe_paths_or_one_sentence(dataset, tmp_path_factory, capsys, spoils, require):
     base = tmp_path_factory.mktemp("hostile")
