@@ -567,6 +567,8 @@ def open_run(out, config, resume, main):
     if main:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            if hasattr(open_run, "lock"):  # of the run before in this process: another seed
+                os.close(open_run.lock)
             open_run.lock = os.open(out, os.O_RDONLY)
             fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             (out / "run.json.part").write_text(json.dumps(dict(
