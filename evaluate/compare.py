@@ -170,26 +170,29 @@ def auc_draws(y, p, patient, draws, chunk=128):
         halves, rows = np.full(len(next_row), 0.5, np.float32), (len(first) // 32 + 1) * 32
         step = csr_matrix((halves, (next_row, np.tile(owner[~positive], 2))), (rows, patients))
         at = csr_matrix((np.ones(len(row), np.float32), (row, owner[positive])), (rows, patients))
-        maps.append((step, at))
+        maps.append((step, at, np.bincount(owner[positive], minlength=patients).astype(np.float32)))
     for start in range(0, len(draws), chunk):
         weight = draws[start:start + chunk].T.astype(np.float32, order="C")     # [P, b]
-        for k, (step, at) in enumerate(maps):
-            at, below = at @ weight, triangle @ (step @ weight).reshape(-1, 32, weight.shape[1])
+        for k, (step, at, count) in enumerate(maps):
+            below = triangle @ (step @ weight).reshape(-1, 32, weight.shape[1])
             below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                  # what the blocks before hold
-            below = below.reshape(at.shape)                                     # [rows, b]
-            ordered = np.einsum("ij,ij->j", at, below, dtype=np.float64)
+            below = below.reshape(-1, weight.shape[1])                          # [rows, b]
+            ordered = np.einsum("ij,ij->j", at @ weight, below, dtype=np.float64)
             with np.errstate(invalid="ignore"):
-                values[start:start + chunk, k] = ordered / (at.sum(0, dtype=np.float64) * below[-1])
+                values[start:start + chunk, k] = ordered / ((count @ weight).astype(float) * below[-1])
     return values
 
 
 def sum_draws(columns, patient, draws, chunk=128):
-    """Sums of columns [n, M] in every resample, float [B, M]: the rates of a resample are ratios of these."""
-    shape, images = (draws.shape[1], len(patient)), np.arange(len(patient))
-    by_patient = csr_matrix((np.ones(len(patient)), (patient, images)), shape) @ columns
-    sums = np.empty((len(draws), columns.shape[1]))
+    """Sums of columns [n, M] in every resample, [B, M] of their dtype; a resample's rates are ratios of them.
+
+    float32 is exact for counts below 2^24, and twice as fast.
+    """
+    ones, shape = np.ones(len(patient), columns.dtype), (draws.shape[1], len(patient))
+    by_patient = csr_matrix((ones, (patient, np.arange(len(patient)))), shape) @ columns
+    sums = np.empty((len(draws), columns.shape[1]), columns.dtype)
     for start in range(0, len(draws), chunk):
-        sums[start:start + chunk] = draws[start:start + chunk].astype(float) @ by_patient
+        sums[start:start + chunk] = draws[start:start + chunk].astype(columns.dtype) @ by_patient
     return sums
 
 

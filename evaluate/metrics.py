@@ -163,26 +163,29 @@ def auc_draws(y, p, patient, draws, chunk=128):
         halves, rows = np.full(len(next_row), 0.5, np.float32), (len(first) // 32 + 1) * 32
         step = csr_matrix((halves, (next_row, np.tile(owner[~positive], 2))), (rows, patients))
         at = csr_matrix((np.ones(len(row), np.float32), (row, owner[positive])), (rows, patients))
-        maps.append((step, at))
+        maps.append((step, at, np.bincount(owner[positive], minlength=patients).astype(np.float32)))
     for start in range(0, len(draws), chunk):
         weight = draws[start:start + chunk].T.astype(np.float32, order="C")     # [P, b]
-        for k, (step, at) in enumerate(maps):
-            at, below = at @ weight, triangle @ (step @ weight).reshape(-1, 32, weight.shape[1])
+        for k, (step, at, count) in enumerate(maps):
+            below = triangle @ (step @ weight).reshape(-1, 32, weight.shape[1])
             below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                  # what the blocks before hold
-            below = below.reshape(at.shape)                                     # [rows, b]
-            ordered = np.einsum("ij,ij->j", at, below, dtype=np.float64)
+            below = below.reshape(-1, weight.shape[1])                          # [rows, b]
+            ordered = np.einsum("ij,ij->j", at @ weight, below, dtype=np.float64)
             with np.errstate(invalid="ignore"):
-                values[start:start + chunk, k] = ordered / (at.sum(0, dtype=np.float64) * below[-1])
+                values[start:start + chunk, k] = ordered / ((count @ weight).astype(float) * below[-1])
     return values
 
 
 def sum_draws(columns, patient, draws, chunk=128):
-    """Sums of columns [n, M] in every resample, float [B, M]: the rates of a resample are ratios of these."""
-    shape, images = (draws.shape[1], len(patient)), np.arange(len(patient))
-    by_patient = csr_matrix((np.ones(len(patient)), (patient, images)), shape) @ columns
-    sums = np.empty((len(draws), columns.shape[1]))
+    """Sums of columns [n, M] in every resample, [B, M] of their dtype; a resample's rates are ratios of them.
+
+    float32 is exact for counts below 2^24, and twice as fast.
+    """
+    ones, shape = np.ones(len(patient), columns.dtype), (draws.shape[1], len(patient))
+    by_patient = csr_matrix((ones, (patient, np.arange(len(patient)))), shape) @ columns
+    sums = np.empty((len(draws), columns.shape[1]), columns.dtype)
     for start in range(0, len(draws), chunk):
-        sums[start:start + chunk] = draws[start:start + chunk].astype(float) @ by_patient
+        sums[start:start + chunk] = draws[start:start + chunk].astype(columns.dtype) @ by_patient
     return sums
 
 
@@ -495,49 +498,68 @@ def choose(validation):
 
 
 class Score:
-    """Collects the rows of one label set of one file: metric, variant, label, threshold, value, interval."""
+    """Collects the rows of one file, from `labels` to `ci_high`; `sets`: the label sets that means are over.
 
-    def __init__(self, test, labels, patient, draws):
-        self.rows, self.labels, self.patient, self.draws = [], labels, patient, draws
-        self.y, self.p = test.of(labels)
+    What belongs to a label is computed once and written in every set that holds the label.
+    """
 
-    def put(self, metric, value, threshold=np.nan, variant="corrected", draws=None, label="", influence=None):
-        """One row, with an interval if there are draws [B]."""
+    def __init__(self, test, sets, patient, draws):
+        self.rows, self.patient, self.draws = [], patient, draws
+        self.labels = [label for label in test.labels if any(label in labels for labels in sets.values())]
+        self.y, self.p = test.of(self.labels)
+        self.sets = {size: [self.labels.index(label) for label in labels] for size, labels in sets.items()}
+
+    def of_sets(self):
+        """(size, y, p) of every label set, for what is computed from all labels of an image."""
+        return [(size, self.y[:, columns], self.p[:, columns]) for size, columns in self.sets.items()]
+
+    def put(self, size, metric, value, threshold=np.nan, variant="corrected", draws=None, influence=None):
+        """One row without a label, with an interval if there are draws [B]."""
         low, high = (np.nan, np.nan) if draws is None else interval(draws, value, influence)
-        self.rows.append((metric, variant, label, threshold, value, low, high))
+        self.rows.append((size, metric, variant, "", threshold, value, low, high))
 
-    def put_labels(self, metric, values, threshold=np.nan, variant="corrected", draws=None, mean=True):
-        """A row a label and one for the mean of the defined ones; values [K], draws [B, K]."""
-        for k, label in enumerate(self.labels):
-            self.put(metric, values[k], threshold, variant, None if draws is None else draws[:, k], label)
-        if mean:
-            draws = None if draws is None else mean_over_labels(draws)
-            self.put(metric, mean_over_labels(values), threshold, variant, draws)
+    def put_labels(self, metric, values, threshold=np.nan, variant="corrected", draws=None, influence=None,
+                   mean=True):
+        """A row a label, one for the mean of the defined; values [K], draws [B, K], influence [P, K]."""
+        spans = [(np.nan, np.nan) if draws is None else
+                 interval(draws[:, k], values[k], None if influence is None else influence[:, k])
+                 for k in range(len(values))]
+        for size, columns in self.sets.items():
+            self.rows += [(size, metric, variant, self.labels[k], threshold, values[k], *spans[k])
+                          for k in columns]
+            if mean:
+                self.put(size, metric, mean_over_labels(values[columns]), threshold, variant,
+                         None if draws is None else mean_over_labels(draws[:, columns]))
 
     def baselines(self):
         """What is in the file, and what an answer without a look at the image scores."""
         prevalence = self.y.mean(0)
-        self.put("images", len(self.y))
-        self.put("patients", self.draws.shape[1])
+        for size, y, _ in self.of_sets():
+            self.put(size, "images", len(y))
+            self.put(size, "patients", self.draws.shape[1])
+            self.put(size, "always_negative_subset_accuracy", (y == 0).all(1).mean())
         self.put_labels("positives", self.y.sum(0), mean=False)
         self.put_labels("random_guess_accuracy", 1 - prevalence, variant="paper")
         self.put_labels("random_guess_accuracy", prevalence ** 2 + (1 - prevalence) ** 2)
         self.put_labels("always_negative_accuracy", 1 - prevalence)
-        self.put("always_negative_subset_accuracy", (self.y == 0).all(1).mean())
 
-    def ranking(self, draws, bca):
-        """Metrics without a threshold; draws: the AUCs of every resample, float [B, K]."""
-        influence = dict.fromkeys(self.labels)
-        for label, y, p in zip(self.labels, self.y.T, self.p.T) if bca else ():
-            if y.any() and not y.all():
-                influence[label] = np.bincount(self.patient, auc_influence(y, p), self.draws.shape[1])
+    def ranking(self, bca=False):
+        """Metrics without a threshold."""
+        draws, influence = auc_draws(self.y, self.p, self.patient, self.draws), None
+        if bca:
+            influence = np.zeros((self.draws.shape[1], len(self.labels)))
+            for k in np.flatnonzero(self.y.any(0) & ~self.y.all(0)):
+                added = auc_influence(self.y[:, k], self.p[:, k])
+                influence[:, k] = np.bincount(self.patient, added, len(influence))
         for variant in ("paper", "corrected"):
             values = auc(self.y, self.p, variant)
-            for k, label in enumerate(self.labels):
-                self.put("auc", values[k], np.nan, variant, draws[:, k], label, influence[label])
-            self.put("auc_mean", mean_over_labels(values, variant), np.nan, variant, mean_over_labels(draws),
-                     influence=sum(part for part in influence.values() if part is not None) if bca else None)
-        self.put("auc_labels", np.count_nonzero(~np.isnan(values)))
+            self.put_labels("auc", values, variant=variant, draws=draws, influence=influence, mean=False)
+            for size, columns in self.sets.items():
+                self.put(size, "auc_mean", mean_over_labels(values[columns], variant), variant=variant,
+                         draws=mean_over_labels(draws[:, columns]),
+                         influence=influence[:, columns].sum(1) if bca else None)
+        for size, columns in self.sets.items():
+            self.put(size, "auc_labels", np.count_nonzero(~np.isnan(values[columns])))
         if len(draws):
             self.put_labels("undefined_resamples", np.isnan(draws).mean(0), mean=False)
         self.put_labels("auprc", average_precision(self.y, self.p))
@@ -546,28 +568,32 @@ class Score:
 
     def decisions(self):
         """Metrics of p > threshold, and the Brier score; the rates of a resample are ratios of its sums."""
-        positive = self.y == 1
-        counted = [positive, ~positive, (self.p - self.y) ** 2]
+        positive, squares = self.y == 1, (self.p - self.y) ** 2
+        counted = [positive, ~positive]
         for threshold in THRESHOLDS:
             wrong = (self.p > threshold) != positive
-            counted += [wrong & positive, wrong & ~positive, wrong.any(1, keepdims=True)]
-        sums = sum_draws(np.hstack(counted).astype(float), self.patient, self.draws)
-        sums = np.split(sums, np.cumsum([part.shape[1] for part in counted])[:-1], 1)
-        positives, negatives, images = *sums[:2], (sums[0] + sums[1])[:, :1]
-        self.put_labels("brier", counted[2].mean(0), draws=sums[2] / images)
-        for threshold, missed, alarms, spoilt in zip(THRESHOLDS, sums[3::3], sums[4::3], sums[5::3]):
-            here, accuracy = rates(self.y, self.p, threshold), 1 - (missed + alarms) / images
+            spoilt = np.stack([wrong[:, columns].any(1) for columns in self.sets.values()], 1)
+            counted += [wrong & positive, wrong & ~positive, spoilt]
+        sums = sum_draws(np.hstack(counted, dtype=np.float32), self.patient, self.draws)
+        ends = np.cumsum([part.shape[1] for part in counted])[:-1]
+        positives, negatives, *sums = np.split(sums.astype(float), ends, 1)
+        images = (positives + negatives)[:, :1]
+        self.put_labels("brier", squares.mean(0), draws=sum_draws(squares, self.patient, self.draws) / images)
+        for threshold, missed, alarms, spoilt in zip(THRESHOLDS, sums[::3], sums[1::3], sums[2::3]):
+            here = rates(self.y, self.p, threshold)
+            right, whole = 1 - (missed + alarms) / images, 1 - spoilt / images
             with np.errstate(invalid="ignore"):
                 missed, alarms = missed / positives, alarms / negatives
-                balanced, subset = 1 - (missed + alarms) / 2, 1 - (spoilt / images)[:, 0]
-            self.put_labels("accuracy", here["accuracy"], threshold, draws=accuracy, mean=False)
-            self.put_labels("balanced_accuracy", here["balanced_accuracy"], threshold, draws=balanced)
+            self.put_labels("accuracy", here["accuracy"], threshold, draws=right, mean=False)
+            self.put_labels("balanced_accuracy", here["balanced_accuracy"], threshold,
+                            draws=1 - (missed + alarms) / 2)
             for variant in ("paper", "corrected"):
-                mean = mean_accuracy(self.y, self.p, threshold, variant)
-                right = subset_accuracy(self.y, self.p, threshold)
-                self.put("mean_accuracy", mean, threshold, variant, accuracy.mean(1))
-                self.put("subset_accuracy", right, threshold, variant, subset)
                 self.put_labels("fnr", fnr(self.y, self.p, threshold), threshold, variant, missed)
+                for i, (size, y, p) in enumerate(self.of_sets()):
+                    mean, subset = mean_accuracy(y, p, threshold, variant), subset_accuracy(y, p, threshold)
+                    rights = right[:, self.sets[size]].mean(1)
+                    self.put(size, "mean_accuracy", mean, threshold, variant, rights)
+                    self.put(size, "subset_accuracy", subset, threshold, variant, whole[:, i])
 
     def calibration(self):
         """How far p is from a probability."""
@@ -575,23 +601,24 @@ class Score:
             self.put_labels("calibration_error", values, threshold, "paper")
         self.put_labels("ece", ece(self.y, self.p))
         self.put_labels("adaptive_ece", ece(self.y, self.p, adaptive=True))
-        for label, y, p in zip(self.labels, self.y.T, self.p.T):
-            for b, row in enumerate(zip(*reliability(y, p))):
-                for name, value in zip(("images", "predicted", "observed"), row if row[0] else ()):
-                    self.put(f"reliability_{name}", value, b / BINS, label=label)
+        curves = np.array([reliability(y, p) for y, p in zip(self.y.T, self.p.T)])      # [K, 3, BINS]
+        for edge, curve in zip(np.arange(BINS) / BINS, curves.T):
+            for name, values in zip(("images", "predicted", "observed"), curve):
+                self.put_labels(f"reliability_{name}", values, edge, mean=False)
 
     def referral(self):
         """An expert answers the uncertain images (oracle), or they are left out (rejection)."""
-        for variant in ("paper", "corrected"):
-            for fraction, values, share in zip(FRACTIONS, *oracle_auc(self.y, self.p, FRACTIONS, variant)):
-                self.put("oracle_auc", mean_over_labels(values, variant), fraction, variant)
-                self.put("referred", share, fraction, variant)
-        rejection, _ = oracle_auc(self.y, self.p, FRACTIONS, how="drop")
-        by_label = [oracle_auc(self.y[:, [k]], self.p[:, [k]], FRACTIONS)[0] for k in range(len(self.labels))]
-        for fraction, kept, answered in zip(FRACTIONS, rejection, np.hstack(by_label)):
-            self.put("rejection_auc", mean_over_labels(kept), fraction)
-            self.put_labels("oracle_auc_by_label", answered, fraction)
-        self.put("risk_coverage_area", risk_coverage_area(self.y, self.p))
+        for size, y, p in self.of_sets():
+            for variant in ("paper", "corrected"):
+                for fraction, values, share in zip(FRACTIONS, *oracle_auc(y, p, FRACTIONS, variant)):
+                    self.put(size, "oracle_auc", mean_over_labels(values, variant), fraction, variant)
+                    self.put(size, "referred", share, fraction, variant)
+            for fraction, values in zip(FRACTIONS, oracle_auc(y, p, FRACTIONS, how="drop")[0]):
+                self.put(size, "rejection_auc", mean_over_labels(values), fraction)
+            self.put(size, "risk_coverage_area", risk_coverage_area(y, p))
+        alone = [oracle_auc(self.y[:, [k]], self.p[:, [k]], FRACTIONS)[0] for k in range(len(self.labels))]
+        for fraction, values in zip(FRACTIONS, np.hstack(alone)):
+            self.put_labels("oracle_auc_by_label", values, fraction)
 
     def chosen_on_validation(self, thresholds, temperature):
         """The thresholds and the temperature of `choose`, applied."""
@@ -601,9 +628,10 @@ class Score:
             for name, values in rates(self.y, self.p, at).items():
                 self.put_labels(f"{name}_{rule}", np.where(np.isnan(at), np.nan, values))
         tempered = temper(self.p, temperature)
-        self.put("temperature", temperature)
         self.put_labels("ece_temperature", ece(self.y, tempered))
         self.put_labels("brier_temperature", ((tempered - self.y) ** 2).mean(0))
+        for size in self.sets:
+            self.put(size, "temperature", temperature)
 
     def subgroups(self, groups):
         """AUC of each sex, age band and race, and per label the gap between best and worst."""
@@ -613,8 +641,9 @@ class Score:
                 here = (groups[attribute] == group).to_numpy()
                 values.append(auc(self.y[here], self.p[here]))
                 draws.append(auc_draws(self.y[here], self.p[here], self.patient[here], self.draws))
-                self.put(f"images[{attribute}={group}]", here.sum())
                 self.put_labels(f"auc[{attribute}={group}]", values[-1], draws=draws[-1])
+                for size in self.sets:
+                    self.put(size, f"images[{attribute}={group}]", here.sum())
             if len(values) > 1:
                 self.put_labels(f"auc_gap[{attribute}]", gap(values), draws=gap(draws))
 
@@ -629,35 +658,28 @@ def gap(values):
 
 def score_file(path, resamples, chosen=None, groups=None, bca=False):
     """Rows of one file, from `labels` to `ci_high`, and remarks to print."""
-    test, rows, remarks = read_predictions(path), [], []
+    test = read_predictions(path)
+    score = Score(test, label_sets(test.labels), *draw_patients(test.patient, resamples))
+    score.baselines()
+    score.ranking(bca)
+    score.decisions()
+    score.calibration()
+    score.referral()
+    if chosen is not None:
+        score.chosen_on_validation(*chosen)
     if groups is not None:
         places = groups.index.get_indexer(test.path)
         for row in np.flatnonzero(places < 0)[:1]:
             raise InputError(f"{path} row {row + 1}: image '{test.path[row]}' is in no manifest; give the "
                              "one that the predictions were made from")
-        groups = groups.iloc[places]
-    sets = label_sets(test.labels)
-    used = [label for label in test.labels if any(label in labels for labels in sets.values())]
-    if len(used) < len(test.labels):
-        remarks.append(f"not scored: {', '.join(sorted(set(test.labels) - set(used)))}")
-    patient, draws = draw_patients(test.patient, resamples)
-    auc_samples = auc_draws(*test.of(used), patient, draws)
-    for size, labels in sets.items():
-        score = Score(test, labels, patient, draws)
-        score.baselines()
-        score.ranking(auc_samples[:, [used.index(label) for label in labels]], bca)
-        score.decisions()
-        score.calibration()
-        score.referral()
-        if chosen is not None:
-            score.chosen_on_validation(*chosen)
-        if groups is not None:
-            score.subgroups(groups)
-        rows += [(size, *row) for row in score.rows]
-        ranked = [label for label, value in zip(labels, auc(score.y, score.p)) if not np.isnan(value)]
-        if len(ranked) < size:
-            remarks.append(f"mean of {size} over {len(ranked)}: {', '.join(ranked)}")
-    return rows, remarks
+        score.subgroups(groups.iloc[places])
+    left_out = sorted(set(test.labels) - set(score.labels))
+    remarks = [f"not scored: {', '.join(left_out)}"] if left_out else []
+    for size, y, p in score.of_sets():
+        defined = [score.labels[k] for k, value in zip(score.sets[size], auc(y, p)) if not np.isnan(value)]
+        if len(defined) < size:
+            remarks.append(f"mean of {size} over {len(defined)}: {', '.join(defined)}")
+    return score.rows, remarks
 
 
 def score_run(paths, validation, manifests, resamples, bca):
