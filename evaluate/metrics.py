@@ -177,7 +177,7 @@ def auc_draws(y, p, patient, draws, chunk=128):
 
 
 def sum_draws(columns, patient, draws, chunk=128):
-    """Sums of columns [n, M] in every resample, [B, M] of their dtype; a resample's rates are ratios of them.
+    """Sums of float columns [n, M] in every resample, [B, M]: the rates of a resample are ratios of these.
 
     float32 is exact for counts below 2^24, and twice as fast.
     """
