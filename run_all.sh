@@ -156,8 +156,22 @@ for exp in chosen:
 
 files = " ".join(f"{prediction.rsplit('/', 1)[0]}/{name}.csv" for prediction in predictions for name in TESTS if name != "nih_val")
 metrics = stage("metrics", f"{results}/metrics.csv", f"evaluate/metrics.py {files} --out {results}/metrics.csv", predictions)
+
+if demo:                # Figure 1 shows all eight datasets
+    packed("covidx_ct", size)
+packs = [output.rsplit("/", 1)[0] for output in keys if output.endswith("/manifest.csv")]
+figure = stage("data tables", f"{results}/figures/figure1.svg",
+               f"data_prep/describe.py --index {' '.join(f'{pack}/index.csv' for pack in packs)} --packs {' '.join(packs)} "
+               f"--out {results}/figures", [f"{pack}/manifest.csv" for pack in packs])
+verdicts = [stage("verdicts on the published runs", f"{results}/published/verdicts.csv",
+                  f"evaluate/compare.py --reported --out {results}/published")]
+if not demo:
+    verdicts.insert(0, stage("verdicts", f"{results}/verdicts.csv",
+                             f"evaluate/compare.py --predictions {runs} --out {results}", predictions))
 title = " --title 'Demo: drawn stand-in data and stand-in weights'" if demo else ""
-stage("report", f"{results}/report.html", f"evaluate/report.py --metrics {metrics} --out {results} --runs {runs}{title}", [metrics])
+stage("report", f"{results}/report.html",
+      f"evaluate/report.py --metrics {metrics} --out {results} --runs {runs} --predictions {runs} "
+      f"--verdicts {' '.join(verdicts)}{title}", [metrics, figure, *verdicts])
 PY
 ) || { echo "$stages" >&2; exit 2; }
 

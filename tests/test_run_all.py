@@ -87,7 +87,7 @@ def test_a_changed_row_runs_again_and_what_it_does_not_touch_does_not(project, d
 @pytest.mark.slow
 def test_index_and_manifest_contracts(project, demo):
     folders = [path for path in (project / "data/demo").iterdir() if (path / "manifest.csv").exists()]
-    assert {path.name for path in folders} == {"nih", "mimic_cxr", "chexpert", "padchest", "vindr_cxr", "imagenet"}
+    assert {path.name for path in folders} == {"nih", "mimic_cxr", "chexpert", "padchest", "vindr_cxr", "imagenet", "covidx_ct"}
     for folder in folders:
         index, manifest = (pd.read_csv(folder / name, dtype=str, keep_default_na=False) for name in ("index.csv", "manifest.csv"))
         assert index.columns[:8].tolist() == META and manifest.columns.tolist() == index.columns.tolist()
