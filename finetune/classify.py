@@ -1144,14 +1144,14 @@ def probe(config, data, val, chosen, args, rank, world_size, device):
         if not 0 < y.sum() < len(y):                    # one class only: a constant far on its side
             bias[k] = 10.0 if y.sum() else -10.0
             continue
-        best, regression = -1.0, LogisticRegression(max_iter=1000, warm_start=True)
-        for strength in PROBE_C:
+        best, regression = None, LogisticRegression(max_iter=1000, warm_start=True)
+        for strength in PROBE_C:                        # the strongest penalty where no AUC can choose
             regression.set_params(C=strength).fit(x, y)
             score = regression.decision_function(val_features[judged])
-            value = auc(val.values[judged, k].numpy(), score) or 0.0
-            if value > best:
+            value = auc(val.values[judged, k].numpy(), score)
+            if strength == PROBE_C[0] or value is not None and value > best:
                 best, weight[k], bias[k] = value, regression.coef_[0], regression.intercept_[0]
-        print(f"{label}  validation AUC {best:.4f}", flush=True)
+        print(f"{label}  val_auc {'undefined' if best is None else f'{best:.4f}'}", flush=True)
     weight /= scaler.scale_                             # the scaler folded into the head
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(weight))
