@@ -491,6 +491,12 @@ def test_nih_images_are_found_in_every_layout_and_the_sample_is_the_same(read, t
     assert list(sample.path) == [f"nih/{place.format(names[i])}" for i in order]
 
 
+def test_nih_image_in_two_sizes_is_taken_from_the_shorter_path(read, tmp_path):
+    small = {f"images-224/images-224/{Path(name).name}": b"" for name in nih_files() if name.endswith(".png")}
+    table, _ = read("nih", write(tmp_path / "raw", nih_files() | small))
+    assert all(path.startswith("images/") for path in table.path)
+
+
 def test_nih_whole_findings_are_compared_and_unknown_ones_refused(refused, tmp_path):
     files = nih_files()
     text = files["Data_Entry_2017_v2020.csv"].replace("Hernia", "Hernial")
@@ -666,6 +672,13 @@ def test_chexpert_race_is_the_patients_as_given(read, tmp_path, header):
 def test_chexpert_split_files_that_do_not_fit_are_refused(refused, tmp_path, split, said):
     files = chexpert_files() | {"CheXpert-v1.0-small/chexpert_split_2021_08_20.csv": split}
     assert said in refused("chexpert", write(tmp_path / "raw", files))
+
+
+def test_chexpert_published_split_must_give_the_published_patients(refused, tmp_path, monkeypatch):
+    raw = write(tmp_path / "raw", chexpert_files())
+    # of 127,118: this is that split
+    monkeypatch.setattr(load_script("data_prep/chexpert.py"), "SPLIT_ROWS", 4)
+    assert "order" in refused("chexpert", raw)
 
 
 @pytest.mark.parametrize("cells, said", [({"Path": "CheXpert-v1.0/train/../../etc/passwd"}, "row 2"),
@@ -1020,6 +1033,28 @@ def test_a_failed_run_leaves_the_index_of_the_last_one(read, refused, tmp_path):
 
 
 # ---- hostile downloads ----
+
+@pytest.mark.parametrize("linked", ["Data_Entry_2017_v2020.csv", "test_list.txt"])
+def test_metadata_that_are_a_link_out_of_the_raw_folder_are_not_read(refused, tmp_path, linked):
+    raw, outside = write(tmp_path / "raw", nih_files()), tmp_path / "outside"
+    outside.mkdir()
+    (raw / linked).rename(outside / linked)
+    (raw / linked).symlink_to(outside / linked)
+    assert linked[:9] in refused("nih", raw)
+
+
+def test_folders_full_of_folders_are_not_searched_for_metadata(refused, tmp_path):
+    files = {f"patients/{i}/{name}": text for i in range(101) for name, text in nih_files().items()
+             if "images" not in name}
+    assert "Data_Entry" in refused("nih", write(tmp_path / "raw", files))
+
+
+def test_a_raw_folder_may_itself_be_a_link(read, tmp_path):
+    write(tmp_path / "elsewhere", nih_files())
+    (tmp_path / "raw").symlink_to(tmp_path / "elsewhere")
+    table, _ = read("nih", tmp_path / "raw", "--require-files")
+    assert len(table) == 5 and table.path[0] == "images/00000007_000.png"
+
 
 opened, watched = [], []
 
