@@ -341,7 +341,8 @@ def main():
             figure1(args.packs, args.out)
     except OSError as problem:
         fail(f"{args.out} cannot be written ({problem.strerror}); choose another --out")
-    print(texts["distributions.md"])
+    head = texts["distributions.md"].partition("| table | quantity")[0]
+    print(f"{head}every cell: {args.out}/distributions.md")
     wrong = missed + [f"{dataset}, {what}: expected 0, found {n:,}"
                       for dataset, what, n, zero in found if zero and n]
     if args.check and wrong:
