@@ -208,7 +208,7 @@ def read_image(file, channels=1, variant="corrected", dicom="display", stretch=F
         values = np.asarray(image.convert(mode))
     if stretch:
         image = Image.fromarray(window_to_grey8(values, *percentile_window(values)))
-    return image.convert(mode), facts
+    return image if image.mode == mode else image.convert(mode), facts
 
 
 def is_constant(image):
@@ -396,8 +396,6 @@ def resume(out, config):
     on disk. Returns: the two files, positioned at their ends, and the number of rows they hold.
     """
     images_path, journal_path = (out / name for name in UNFINISHED)
-    if journal_path.exists() and (out / "images.npy").exists():     # killed after the rename: one step back
-        os.replace(out / "images.npy", images_path)
     images, journal = (open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
                        for path in (images_path, journal_path))
     done, images_end, journal_end = -1, len(npy_header(0, config)), 0
@@ -445,7 +443,7 @@ def pack_rows(out, config, index, total, workers):
 
 
 def finish(out, config, index, images, journal):
-    """Write the tables from index and journal, images.npy, and last pack.json, the sign of a whole pack."""
+    """Write the tables and pack.json from index and journal, and last give images.npy its name."""
     tally = Counter(dict.fromkeys(("N", "rejected", "upscaled", "monochrome1", "sixteen_bit",
                                    "sixteen_bit_below_4096", "duplicates"), 0))
     reasons, first = Counter(), {}
@@ -485,17 +483,18 @@ def finish(out, config, index, images, journal):
     images.write(npy_header(tally["N"], config))
     images.flush()
     os.fsync(images.fileno())
-    if config["size"] != "original":
-        os.replace(out / "images.npy.part", out / "images.npy")
     with replacing(out / "pack.json") as file:
         file.write(json.dumps(summary, indent=1) + "\n")
+    if config["size"] != "original":
+        os.replace(out / "images.npy.part", out / "images.npy")
     return summary
 
 
 def report(summary):
     """Print what was packed, and what to know before training on it."""
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in summary["reasons"].items()) or "none"
     print("packed {N:,} images, mean {mean:.4f}, std {std:.4f}, {upscaled:,} upscaled, "
-          "{duplicates:,} duplicates, {rejected:,} rejected {reasons}".format(**summary))
+          "{duplicates:,} duplicates; rejected: ".format(**summary) + reasons)
     if summary["monochrome1"]:
         face = "left as photographic negatives" if summary["dicom"] == "paper" else "inverted"
         print(f"{summary['monochrome1']:,} MONOCHROME1 files, {face}")
@@ -527,6 +526,8 @@ def pack(args):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"{out}: another run is packing into this folder")
+    except OSError as error:                        # NFS, for one, locks no folders
+        print(f"warning: {out} cannot be locked ({error.strerror}): start no second run into it", flush=True)
     if args.overwrite:
         remove(out, OUTPUTS + UNFINISHED)
     config = {"index_sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "splits": splits,
