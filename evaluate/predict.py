@@ -312,7 +312,7 @@ def views(images, size, crops):
     x = resize(images, round(size * 256 / 224))
     edge = x.shape[2] - size
     corners = ((0, 0), (0, edge), (edge, 0), (edge, edge), (round(edge / 2), round(edge / 2)))
-    return [image[:, :, top:top + size, left:left + size] for image in (x, x.flip(3)) for top, left in corners]
+    return [side[:, :, top:top + size, left:left + size] for side in (x, x.flip(3)) for top, left in corners]
 
 
 def probabilities(model, images, facts, crops):

@@ -325,7 +325,8 @@ def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path, m
 
 @pytest.mark.slow
 def test_batch_norm_sees_the_images_of_all_processes(pack, tmp_path, monkeypatch):
-    flags = ["--train", pack, *TINY[2:], "--arch", "resnet18", "--img_size", 32, "--recipe", "b", "--epochs", 2,
+    flags = ["--train", pack, *TINY[2:], "--arch", "resnet18", "--img_size", 32, "--recipe", "b",
+             "--model_args", '{"channels": [16, 16, 32, 32], "layers": [1, 1, 1, 1]}', "--epochs", 2,
              "--batch", 12]
     run(monkeypatch, *flags, "--out", tmp_path / "1")
     result = run_script("finetune/classify.py", *flags, "--out", tmp_path / "2", nproc=2)
