@@ -157,8 +157,9 @@ def compare(indexes, reported):
         agrees = "" if not printed or not found else "yes" if text == printed else "no"
         open_question = agrees == "no" or (printed and not found and rows is not None)
         why = WHY.get((table, where, quantity), "") if open_question else ""
-        cells.append(dict(table=table, part=where, quantity=quantity, group=group, printed=printed, computed=text,
-                          numerator=numerator, denominator=denominator, agrees=agrees, why=why))
+        cells.append(dict(table=table, part=where, quantity=quantity, group=group, printed=printed,
+                          computed=text, numerator=numerator, denominator=denominator,
+                          agrees=agrees, why=why))
 
     for _, line in reported[9].iterrows():
         dataset, splits = USED[line.role, line.dataset]

@@ -216,7 +216,8 @@ def test_markdown_and_csv_hold_every_cell_and_come_out_the_same_again(tmp_path, 
     assert call("data_prep/describe.py", *args) == 0
     first = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert set(first) == {"distributions.csv", "distributions.md"}
-    text = capsys.readouterr().out
+    assert "| 12 | 8 |" in capsys.readouterr().out                              # the summary alone
+    text = first["distributions.md"].decode()
     assert "| Atelectasis | **100.0 (1/1)** ✗ printed 5.7 |" in text
     assert "| Patients | **1** ✗ printed 1754 |" in text
     assert len(pd.read_csv(tmp_path / "out" / "distributions.csv")) == 22 + 160 + 60 + 8 + 7
