@@ -113,7 +113,7 @@ def mixed(folder, n=12):
         save(raw / f"a/{i:03}.png", noise(20 + i, 33))
     save(raw / "grey16.png", noise(30, 20, 65536, np.uint16))
     save(raw / "twelve.png", noise(30, 20, 4096, np.uint16))
-    save(raw / "colour.jpg", RNG.integers(0, 256, (40, 20, 3)).astype(np.uint8))
+    save(raw / "colour.jpg", RNG.integers(0, 256, (40, 12, 3)).astype(np.uint8))
     dicom(raw / "one.dicom", noise(25, 31, 4096, np.uint16), "MONOCHROME1", 12)
     (raw / "copy.png").write_bytes((raw / "a/000.png").read_bytes())
     (raw / "empty.png").touch()
@@ -586,7 +586,7 @@ def test_the_pack_is_what_the_contract_says(tmp_path):
     expected = {"dataset": "out", "size": 16, "channels": 1, "N": len(kept), "rejected": 6, "splits": [],
                 "index_sha256": digest, "raw": str(tmp_path / "raw"), "variant": "corrected",
                 "dicom": "display", "resample": "bicubic", "monochrome1": 1, "sixteen_bit": 2,
-                "sixteen_bit_below_4096": 1, "duplicates": 1, "upscaled": 0}
+                "sixteen_bit_below_4096": 1, "duplicates": 1, "upscaled": 1}
     assert {key: summary[key] for key in expected} == expected
     assert "1 MONOCHROME1 files, inverted" in result.stdout and "\r" not in result.stdout
 
@@ -774,6 +774,22 @@ def many(folder, n=150):
     write_index(folder / "index.csv", [f"{i:04}.png" for i in range(n)])
 
 
+def test_workers_end_with_a_killed_parent(tmp_path):
+    many(tmp_path)
+    process = start(tmp_path, "out")
+    wait_for_rows(tmp_path, "out", 3, process)
+    process.kill()
+    process.wait()
+    for _ in range(500):
+        try:
+            os.killpg(process.pid, 0)      # is anybody left in its group?
+        except ProcessLookupError:
+            return
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("workers outlived their parent")
+
+
 def test_kills_and_stops_at_random_moments_change_no_byte(tmp_path):
     many(tmp_path)
     assert start(tmp_path, "whole").wait() == 0
@@ -787,7 +803,7 @@ def test_kills_and_stops_at_random_moments_change_no_byte(tmp_path):
         wait_for_rows(tmp_path, "cut", done + chance.randrange(25), process)
         time.sleep(chance.random() / 100)
         (os.kill if sign == signal.SIGKILL else os.killpg)(process.pid, sign)   # the others reach the workers
-        error = process.communicate()[1]
+        error = process.communicate(timeout=60)[1]
         assert process.returncode == (-sign if sign == signal.SIGKILL else 128 + sign), error
         assert "Traceback" not in error, error
     assert (tmp_path / "cut/journal.part").read_bytes().count(b"\n") > 1
@@ -795,26 +811,11 @@ def test_kills_and_stops_at_random_moments_change_no_byte(tmp_path):
     assert finished_bytes(tmp_path, "cut") == expected
 
 
-def test_workers_end_with_a_killed_parent(tmp_path):
-    many(tmp_path)
-    process = start(tmp_path, "out")
-    wait_for_rows(tmp_path, "out", 3, process)
-    process.kill()
-    process.wait()
-    for _ in range(500):
-        try:
-            os.killpg(process.pid, 0)      # is anybody left in its group?
-        except ProcessLookupError:
-            return
-        time.sleep(0.01)
-    pytest.fail("workers outlived their parent")
-
-
 def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(tmp_path):
     mixed(tmp_path, 1)
     (tmp_path / "out").mkdir()
     lock = os.open(tmp_path / "out", os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    fcntl.flock(lock, fcntl.LOCK_SH)                    # refused only by who asks for it alone
     assert_user_error(run_pack(tmp_path, "--overwrite"), "another run", "out")
     os.close(lock)
     assert fork_pack(tmp_path, "out", kill_at=5) == -signal.SIGKILL      # it held the lock
@@ -826,7 +827,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
     assert start(tmp_path, "whole").wait() == 0
     limit = (20_000, 20_000)                            # bytes a file: 77 images
     process = start(tmp_path, "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    error = process.communicate()[1]
+    error = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert "File too large" in error and "the same command goes on" in error
     assert (tmp_path / "out/journal.part").read_bytes().count(b"\n") > 40
