@@ -742,7 +742,7 @@ def test_killed_before_any_step_on_disk_it_ends_in_the_same_bytes(tmp_path):
         if kills % 3 == 0:      # sometimes a second and a third kill follow
             fork_pack(tmp_path, out, kill_at=2)
             fork_pack(tmp_path, out, kill_at=4)
-        for part in (tmp_path / out).glob("*.part"):    # what a crashing machine may leave behind the last sync
+        for part in (tmp_path / out).glob("*.part"):    # what a crash of the machine may leave
             with open(part, "ab") as file:
                 file.write(b"\0" * 5000)
         assert fork_pack(tmp_path, out) == 0, kills
