@@ -94,7 +94,6 @@ def test_entropy_and_accuracy_equal_loops():
 
 # Network
 
-@pytest.mark.slow
 def test_parameter_counts_and_heads_at_default_size():
     config = {**moco.DEFAULTS, "in_chans": 3}
     backbone, _ = moco.make_backbone(config)
@@ -192,7 +191,7 @@ dist.destroy_process_group()
 
 def test_a_step_is_the_definition_written_out(pack, tmp_path, monkeypatch):
     """Queries first, then the momentum encoder with the weights from before the step, then AdamW: 2 steps by hand."""
-    log, last = run_here(monkeypatch, pack, tmp_path, "--batch", 10, "--lr", 0.02, "--steps", 2)
+    log, last = run_here(monkeypatch, pack, tmp_path, "--batch", 10, "--lr", 0.005, "--steps", 2)
     config, source = config_of(batch=10), np.load(pack.parent / "images.npy")
     torch.manual_seed(0)
     model = moco.MoCo(moco.make_backbone(config)[0], 64, 16)
@@ -209,8 +208,8 @@ def test_a_step_is_the_definition_written_out(pack, tmp_path, monkeypatch):
                 mean.copy_(momentum * mean + (1 - momentum) * new)
             keys = average(views)[0]
         loss = moco.symmetric_loss(queries, keys, torch.arange(10), 0.2)
-        assert abs(log[step]["loss"] - loss.item()) < 1e-5 and abs(log[step]["lr"] - 0.02 * 10 / 256 * part) < 1e-12
-        optimizer.param_groups[0]["lr"] = 0.02 * 10 / 256 * part
+        assert abs(log[step]["loss"] - loss.item()) < 1e-5 and abs(log[step]["lr"] - 0.005 * 10 / 256 * part) < 1e-12
+        optimizer.param_groups[0]["lr"] = 0.005 * 10 / 256 * part
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -343,9 +342,16 @@ def test_user_mistakes_get_one_sentence(pack, tmp_path, monkeypatch, capsys, fla
 
 
 @pytest.mark.slow
-def test_the_loss_falls_and_queries_find_their_keys_without_collapse(pack, tmp_path, monkeypatch):
-    log, _ = run_here(monkeypatch, pack, tmp_path, "--batch", 20, "--epochs", 60, "--lr", 0.01)
+def test_the_loss_falls_and_queries_find_their_keys_without_collapse(tmp_path, monkeypatch):
+    """40 stripes told apart by direction and period; the embeddings of a batch of 20 have to tell them apart."""
+    y, x = np.mgrid[:40, :40]
+    images = [127.5 + 110 * np.sin(2 * np.pi / period * (x * np.cos(a) + y * np.sin(a)))
+              for period in (3, 4.5, 7, 11, 18) for a in np.linspace(0, np.pi / 2, 8)]
+    np.save(tmp_path / "images.npy", np.array(images).astype(np.uint8))
+    pd.DataFrame({"path": [f"{i}.png" for i in range(40)]}).to_csv(tmp_path / "manifest.csv", index=False)
+    log, _ = run_here(monkeypatch, tmp_path / "manifest.csv", tmp_path / "run", "--batch", 20, "--epochs", 60, "--lr", 0.05,
+                      "--warmup_epochs", 2, "--out_dim", 32, "--crop_scale", "[0.5, 1]")
     chance = 4 * 0.2 * math.log(20)                                         # two directions, times 2 temperature
-    last = {key: np.mean([line[key] for line in log[-10:]]) for key in ("loss", "accuracy", "feature_std")}
-    assert last["loss"] < 0.8 * chance and last["loss"] < 0.9 * log[0]["loss"], (chance, log[0], last)
-    assert last["accuracy"] > 5 / 20 and last["feature_std"] > 0.2, last
+    last = {key: np.mean([line[key] for line in log[-20:]]) for key in ("loss", "accuracy", "feature_std")}
+    assert last["loss"] < 0.9 * chance and last["loss"] < 0.9 * log[0]["loss"], (chance, log[0], last)
+    assert last["accuracy"] > 2 / 20 and last["feature_std"] > 0.4, last
