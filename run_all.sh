@@ -39,7 +39,7 @@ if [ "$plan" = 1 ]; then exec "$PYTHON" evaluate/plan.py ${exp:+--exp "$exp"} ${
 # The chain, worked out from experiments.yaml: one line a stage with name, output, key (a hash of command, row and
 # inputs) and command, tab-separated.
 stages=$("$PYTHON" - "$demo" "$exp" "$raw" "$data" "$out" "$nproc" "$scale" <<'PY'
-import difflib, hashlib, json, shlex, sys
+import difflib, hashlib, json, re, sys
 import yaml
 
 demo, chosen, raw, data, out, nproc, scale = sys.argv[1:]
@@ -86,8 +86,8 @@ def stage(name, output, command, inputs=(), row=None, launcher=python):
 
 def packed(folder, size):
     reader, flags, packing = READERS[folder]
-    if demo:            # the stand-ins are small: their whole pre-training split is the sample
-        flags = "--n-pretrain all" if "pretrain" in flags + packing else ""
+    if demo and (folder.startswith("nih_pretrain") or reader in ("mimic_cxr", "covidx_ct", "oct", "imagenet")):
+        flags = re.sub("--n-pretrain \\S+", "", flags) + " --n-pretrain all"      # stand-ins are few: all are drawn
     here, inputs = f"{data}/{folder}", []
     if demo:
         inputs = [stage("demo data", f"{raw}/demo.json", f"data_prep/demo.py --out {raw} --scale {scale}")]
