@@ -1,6 +1,7 @@
 """The eight readers: exact counts on the real metadata, the traps of every layout, and hostile downloads."""
 
 import gzip
+import zlib
 import hashlib
 import json
 import os
@@ -1091,7 +1092,10 @@ def spoil(raw, outside, damage):
     path = files[file % len(files)]
     data = path.read_bytes()
     packed = data[:2] == b"\x1f\x8b"
-    text = (gzip.decompress(data) if packed else data).decode(errors="replace")
+    try:
+        text = (gzip.decompress(data) if packed else data).decode(errors="replace")
+    except (OSError, EOFError, zlib.error):     # an earlier damage went through the archive: as spoilt as it gets
+        return
     lines = text.splitlines() or [""]
     mark = "," if "," in lines[0] else " "
     cells = lines[line % len(lines)].split(mark)
