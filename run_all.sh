@@ -30,8 +30,13 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ -z "$nproc" ] && nproc=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-[ "${nproc:-0}" -ge 1 ] 2>/dev/null || { [ "${nproc:-0}" = 0 ] && nproc=1; } || usage_error "--nproc is $nproc, not a number"
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+if [ -z "$nproc" ]; then        # the demo's networks are small: on CPUs two processes of one thread beat one of two
+  nproc=$gpus
+  if [ "$gpus" = 0 ]; then nproc=1; [ "$demo" = 1 ] && [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && nproc=2; fi
+fi
+[ "$nproc" -ge 1 ] 2>/dev/null || usage_error "--nproc is $nproc, not a number of processes"
+if [ "$gpus" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 . tests/setup_env.sh
 
 if [ "$plan" = 1 ]; then exec "$PYTHON" evaluate/plan.py ${exp:+--exp "$exp"} ${data:+--data "$data"}; fi
@@ -152,7 +157,7 @@ for exp in chosen:
         predictions.append(stage(
             f"{exp} predict seed {seed}", f"{folder}/chexpert_valid.csv",
             f"evaluate/predict.py --checkpoint {runs}/{exp}/finetune/seed{seed}/classifier.pt {sets} --out {folder}",
-            [last, *packs.values()], None, torchrun if nproc > 1 else python))
+            [last, *packs.values()], None, torchrun if nproc > 1 and not demo else python))
 
 files = " ".join(f"{prediction.rsplit('/', 1)[0]}/{name}.csv" for prediction in predictions for name in TESTS if name != "nih_val")
 metrics = stage("metrics", f"{results}/metrics.csv", f"evaluate/metrics.py {files} --out {results}/metrics.csv", predictions)

@@ -153,7 +153,7 @@ def test_the_whole_grid_is_planned(project):
 
 @pytest.mark.parametrize("flags, fragment", [
     (["--exp", "3.44"], "no experiment '3.44'; nearest: 3.4"), (["--fast"], "unknown option --fast"),
-    (["--nproc", "two"], "not a number"), (["--exp"], "--exp needs a value")])
+    (["--nproc", "two"], "not a number of processes"), (["--exp"], "--exp needs a value")])
 def test_mistakes_on_the_command_line(project, flags, fragment):
     result = run_all(project, *flags)
     assert result.returncode == 2 and fragment in result.stderr.strip().splitlines()[-1]
