@@ -20,7 +20,8 @@ VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads"
 TINY = {
     "vit_small_patch16_224": VIT,
     "vit_base_patch16_224": VIT,
-    "beit_base_patch16_224": VIT | {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "init_values": 0.1},
+    "beit_base_patch16_224": VIT | {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True,
+                                    "init_values": 0.1, "global_pool": "token"},
     "swin_base_patch4_window7_224": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]},
     "resnet50": {"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 32], "stem_width": 16},
 }
