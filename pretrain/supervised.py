@@ -501,15 +501,19 @@ def fit_channels(kernel, in_chans, how):
 
 
 def fit_positions(value, wanted):
-    """Position embeddings [1, 1 + h*h, D] or bias tables [(2w-1)^2, heads] on another grid, bicubic."""
+    """Position embeddings [1, 1 + h*h, D] or bias tables [(2w-1)^2, heads] on another grid, bicubic.
+
+    What is no grid stays: the CLS row in front, BEiT's three further biases at the end of its table.
+    """
     table = value.ndim == 2
-    grid = value if table else value[0]
-    n_extra = 0 if table else len(grid) - math.isqrt(len(grid)) ** 2        # CLS row: untouched
-    old, new = math.isqrt(len(grid) - n_extra), math.isqrt(wanted[0 if table else 1] - n_extra)
-    image = grid[n_extra:].float().T.reshape(1, -1, old, old)
+    rows, n_wanted = (value, wanted[0]) if table else (value[0], wanted[1])
+    old = math.isqrt(len(rows))
+    n_extra = len(rows) - old ** 2
+    grid, extra = (rows[:old ** 2], rows[old ** 2:]) if table else (rows[n_extra:], rows[:n_extra])
+    image, new = grid.float().T.reshape(1, -1, old, old), math.isqrt(n_wanted - n_extra)
     image = F.interpolate(image, size=(new, new), mode="bicubic", align_corners=False)
-    resized = torch.cat([grid[:n_extra], image[0].flatten(1).T.to(grid.dtype)])
-    return resized if table else resized[None]
+    resized = image[0].flatten(1).T.to(grid.dtype)
+    return torch.cat([resized, extra]) if table else torch.cat([extra, resized])[None]
 
 
 def prefixes(model, key):

@@ -304,6 +304,20 @@ def test_position_embeddings_are_resampled_bicubically_and_cls_is_kept(tmp_path)
     assert torch.equal(target.pos_embed[:, 0], source.pos_embed[:, 0])
 
 
+def test_beit_bias_tables_are_resampled_and_their_cls_biases_kept(tmp_path):
+    def beit(size):
+        return timm.create_model("beit_base_patch16_224", num_classes=0, img_size=size, patch_size=8, embed_dim=48,
+                                 depth=1, num_heads=3, use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
+    source, target = beit(32), beit(48)
+    table = source.rel_pos_bias.relative_position_bias_table
+    torch.nn.init.normal_(table)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    gmml.load_backbone(target, config_of(init=str(tmp_path / "w.pth"), arch="beit_base_patch16_224"))
+    got = target.rel_pos_bias.relative_position_bias_table
+    wanted = torch.nn.functional.interpolate(table[:49].T.view(1, 3, 7, 7), (11, 11), mode="bicubic")[0].flatten(1).T
+    assert torch.equal(got[-3:], table[-3:]) and torch.allclose(got[:-3], wanted, atol=1e-5)
+
+
 def test_incomplete_misfitting_hostile_and_absent_checkpoints_are_refused(tmp_path, capsys):
     class Hostile:
         def __reduce__(self):
