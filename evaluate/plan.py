@@ -1,13 +1,13 @@
-"""What every experiment costs before it is run: inputs and which are missing, steps, images, FLOPs, GPU-hours, disk.
+"""What every experiment costs before it is run: steps, images, FLOPs, GPU-hours, disk, and missing inputs.
 
     python evaluate/plan.py                        every row of experiments.yaml
     python evaluate/plan.py --exp 3.4,4.1.1-50k    these rows
     bash run_all.sh --plan                         the same
 
-Reads experiments.yaml, the DEFAULTS written in the training scripts (as text, nothing is run), and looks which files
-exist. FLOPs are counted by PyTorch on the real architecture (two per multiply-add) for one forward pass, and
-multiplied by the passes of the method; a backward pass counts as two forward passes. GPU-hours divide them by the
-tensor cores' peak rate times a utilisation that is an assumption, stated in GPUS: measure yours and scale.
+Reads experiments.yaml, the DEFAULTS written in the training scripts (as text, nothing is run), and looks which
+files exist. FLOPs are counted by PyTorch on the real architecture (two per multiply-add) for one forward pass
+and multiplied by the passes of the method; a backward pass counts as two forward passes. GPU-hours divide them
+by the tensor cores' peak rate times a utilisation that is an assumption, stated in GPUS: measure and scale.
 """
 
 import argparse
@@ -19,12 +19,13 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-GPUS = {"V100": (125e12, 0.25), "A100": (312e12, 0.35), "H100": (989e12, 0.30)}     # half-precision peak, assumed share
+GPUS = {"V100": (125e12, 0.25), "A100": (312e12, 0.35), "H100": (989e12, 0.30)}     # peak, assumed share
 N_IMAGES = {                        # images of a packed dataset, where the study does not say how many to use
     "nih": (75_312, 11_212), "imagenet": (1_281_167, 0)}
 TEST_IMAGES = 25_596 + 3_000 + 1_860 + 38_240 + 202
-# Forward passes an image: (student, each three with its backward pass; teacher, one each), DINO's local crops apart.
-PASSES = {"gmml": (2, 0), "sit": (2, 2), "moco_v3": (2, 2), "dino": (2, 2), "simmim": (1, 0), "supervised": (1, 0)}
+# Passes an image: student (forward and backward), teacher (forward); DINO's local crops are counted apart.
+PASSES = {"gmml": (2, 0), "sit": (2, 2), "moco_v3": (2, 2), "dino": (2, 2), "simmim": (1, 0),
+          "supervised": (1, 0)}
 
 
 # --- begin copy: error ---
@@ -57,7 +58,7 @@ forward_cache = {}
 
 
 def forward(config, size=None):
-    """(FLOPs of one image's forward pass, parameters) of a row's backbone, counted on PyTorch's meta device."""
+    """FLOPs of one image's forward pass, and parameters, of a row's backbone: counted on the meta device."""
     import timm
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -68,7 +69,8 @@ def forward(config, size=None):
         if timm.models.get_pretrained_cfg(config["arch"]).fixed_input_size:
             args["img_size"] = size
         with torch.device("meta"):
-            model = timm.create_model(config["arch"], num_classes=0, in_chans=config["in_chans"], **args).eval()
+            model = timm.create_model(config["arch"], num_classes=0, in_chans=config["in_chans"], **args)
+            model.eval()
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(torch.empty(1, config["in_chans"], size, size))
         forward_cache[key] = counter.get_total_flops(), sum(p.numel() for p in model.parameters())
@@ -92,7 +94,7 @@ def pretraining(table, exp):
 
 
 def finetuning(table, exp):
-    """Steps, images seen, FLOPs and parameters of all seeds of a row's fine-tuning, with validation and prediction."""
+    """Steps, images, FLOPs and parameters of all seeds' fine-tuning, with validation and prediction."""
     config = resolve(table, exp, "finetune", "finetune/classify.py")
     n_train, n_val = N_IMAGES["nih"]
     flops, parameters = forward(config)
@@ -114,11 +116,12 @@ def inputs(table, exp, data):
     elif source not in ("random", "timm", "torchvision"):
         wanted.append(Path(row["init"]))
     names = [(str(path), path.exists()) for path in wanted]
-    return names + ([(f"{row['init']} weights (download)", True)] if source in ("timm", "torchvision") else [])
+    return names
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--exp", help="rows, comma-separated (default: all)")
     parser.add_argument("--data", default="data", metavar="DIR", help="folder of the packed datasets")
     args = parser.parse_args()
@@ -140,8 +143,9 @@ def main():
             steps, images, flops, parameters = cost(table, exp)
             hours = [flops / peak / share / 3600 for peak, share in GPUS.values()]
             totals = [total + hour for total, hour in zip(totals, hours)]
-            n_files = 1 if stage == "pretrain" else len({**table["defaults"]["finetune"], **(table[exp].get("finetune") or {})}["seeds"])
-            disk = n_files * 4 * parameters * 4 / 1e9            # weights, and weights with Adam's two moments
+            seeds = {**table["defaults"]["finetune"], **(table[exp].get("finetune") or {})}["seeds"]
+            n_runs = 1 if stage == "pretrain" else len(seeds)
+            disk = n_runs * 4 * parameters * 4 / 1e9        # weights, and weights with Adam's two moments
             print(f"{exp:24} {stage:9} {steps:10,} {images:12,} {flops / 1e15:10,.0f} "
                   + " ".join(f"{hour:8,.1f}" for hour in hours) + f" {disk:8.2f}")
         for name, there in inputs(table, exp, args.data):
