@@ -474,6 +474,30 @@ def make_model(facts, num_classes, drop_path=None):
 # --- end copy: model ---
 
 
+# --- begin copy: drop path ---
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv:1603.09382) told which images skip the branch, in place of drawing them itself:
+    then any number of processes, any micro-batch and any resume leave out the same."""
+
+    def forward(self, x):
+        return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
+
+
+def take_drop_path(model):
+    """Replace timm's DropPath in a model; returns the replacements, to be told by `set_drop_path`."""
+    modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
+    for module in modules:
+        module.__class__ = DropPath
+    return modules
+
+
+def set_drop_path(modules, u):
+    """u uniform [B, len(modules)]: image b skips module m if u[b, m] < its drop_prob, else counts for more."""
+    for module, column in zip(modules, u.unbind(1)):
+        module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
+# --- end copy: drop path ---
+
+
 # --- begin copy: weights ---
 def read_weights(file, key=None):
     """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept."""
@@ -896,21 +920,6 @@ def synchronise_batch_norm(model, device):
 # --- end copy: sync batch norm of maps ---
 
 
-class DropPath(nn.Module):
-    """Stochastic depth that leaves out the images it is told to, in place of drawing them itself."""
-
-    def forward(self, x):
-        return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
-
-
-def take_drop_path(model):
-    """Replace timm's DropPath in a model; returns the replacements (each has a drop_prob, wants a `kept`)."""
-    modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
-    for module in modules:
-        module.__class__ = DropPath
-    return modules
-
-
 def auc(truth, score):
     """Area under the ROC curve (scikit-learn), or None without both classes."""
     from sklearn.metrics import roc_auc_score
@@ -1071,15 +1080,14 @@ def train(config, data, val, chosen, args, rank, world_size, device):
 
     for (own, u, n_known, step), images in data.source.prefetch(plans()):
         x = augment(images, u, config)
-        values, known, kept = (tensor.to(device, non_blocking=True) for tensor in (
+        values, known, depth = (tensor.to(device, non_blocking=True) for tensor in (
             data.values[own], data.known[own], u[:, N_CROP + 1:]))
         torch.manual_seed(step_generator(config["seed"], step, 1 + rank).initial_seed())     # dropout, if any
         loss = torch.zeros((), device=device)
         optimizer.zero_grad()
-        parts = zip(*(tensor.tensor_split(n_parts) for tensor in (x, values, known, kept)))
-        for part, (x_part, values_part, known_part, kept_part) in enumerate(parts):
-            for module, column in zip(drop_paths, kept_part.unbind(1)):
-                module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
+        parts = zip(*(tensor.tensor_split(n_parts) for tensor in (x, values, known, depth)))
+        for part, (x_part, values_part, known_part, depth_part) in enumerate(parts):
+            set_drop_path(drop_paths, depth_part)
             with contextlib.nullcontext() if part == n_parts - 1 or world_size == 1 else ddp.no_sync(), amp():
                 part_loss = label_loss(net(x_part), values_part, known_part, pos_weight)
                 # divided by the known labels of the global batch: averaged by DDP it is their mean

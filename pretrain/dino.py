@@ -494,6 +494,30 @@ def make_model(facts, num_classes, drop_path=None):
 # --- end copy: model ---
 
 
+# --- begin copy: drop path ---
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv:1603.09382) told which images skip the branch, in place of drawing them itself:
+    then any number of processes, any micro-batch and any resume leave out the same."""
+
+    def forward(self, x):
+        return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
+
+
+def take_drop_path(model):
+    """Replace timm's DropPath in a model; returns the replacements, to be told by `set_drop_path`."""
+    modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
+    for module in modules:
+        module.__class__ = DropPath
+    return modules
+
+
+def set_drop_path(modules, u):
+    """u uniform [B, len(modules)]: image b skips module m if u[b, m] < its drop_prob, else counts for more."""
+    for module, column in zip(modules, u.unbind(1)):
+        module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
+# --- end copy: drop path ---
+
+
 # --- begin copy: weights ---
 def read_weights(file, key=None):
     """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept."""
@@ -830,14 +854,22 @@ class DINO(nn.Module):
                  by_scale=False):
         super().__init__()
         self.backbone, self.by_scale = backbone, by_scale
+        self.drop_paths = take_drop_path(backbone)
         self.head = DINOHead(backbone.embed_dim, out_dim, hidden_dim, bottleneck_dim, norm_last_layer)
 
-    def forward(self, *crops):
-        """Crops [V, B, C, s, s], a tensor for each size s -> logits [sum of V, B, K], features [.., B, D]."""
-        vit, features = self.backbone, []
+    def forward(self, crops, depth=None):
+        """Crops of every size -> logits [sum of V, B, K], features [sum of V, B, D].
+
+        Args: crops: a tensor [V, B, C, s, s] for each size s; depth: uniforms [sum of V, B, drop paths], which
+            a student in training needs.
+        """
+        vit, features, done = self.backbone, [], 0
         for views in crops:                                                 # one pass for each size
+            if depth is not None:
+                set_drop_path(self.drop_paths, depth[done:done + len(views)].flatten(0, 1))
             tokens = vit.norm(vit.blocks(embed(vit, views.flatten(0, 1), self.by_scale)))
             features.append(tokens[:, 0].unflatten(0, views.shape[:2]))
+            done += len(views)
         features = torch.cat(features)
         return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2]), features
 
@@ -980,14 +1012,14 @@ def train(config, args, rank, world_size, device):
     def save(step):
         epoch = step // steps_an_epoch
         facts = dict(config=config, exp=config["exp"], seed=config["seed"], step=step, epoch=epoch)
-        save_atomic(dict(student=student.state_dict(), teacher=teacher.state_dict(), centre=centre,
-                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                         meter=progress.meter(), **facts), out / "last.pt")
-        if step == last_step:
+        if step == last_step:         # before last.pt, which says that nothing is left to do
             chosen = teacher if config["export"] == "teacher" else student
             weights = {name: value.cpu() for name, value in chosen.backbone.state_dict().items()}
             save_atomic(dict(model=weights, **{key: config[key] for key in (
                 "arch", "model_args", "in_chans", "img_size", "mean", "std")}, **facts), out / "backbone.pt")
+        save_atomic(dict(student=student.state_dict(), teacher=teacher.state_dict(), centre=centre,
+                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                         meter=progress.meter(), **facts), out / "last.pt")
 
     for (_, uniforms, step), images in source.prefetch(plans()):
         lr = cosine(step, n_steps, config["lr"], config["min_lr"], n_warm) * config["batch"] / 256
@@ -996,7 +1028,10 @@ def train(config, args, rank, world_size, device):
             group.update(lr=lr, weight_decay=decay)
         teacher_temp = teacher_temperature(config, step // steps_an_epoch)
 
-        torch.manual_seed(step_generator(config["seed"], step, 3 + rank).initial_seed())     # drop path
+        torch.manual_seed(step_generator(config["seed"], step, 2 + rank).initial_seed())  # dropout, if any
+        depth = torch.rand(2 + config["n_local_crops"], config["batch"], len(student.drop_paths),
+                           generator=step_generator(config["seed"], step, 1))
+        depth = depth[:, rank::world_size].to(device, non_blocking=True)
         crops = make_crops(images, uniforms, local_size, config)
         loss, entropy, mean_target, mean_logits, features = 0, 0, 0, 0, []
         optimizer.zero_grad()
@@ -1007,8 +1042,8 @@ def train(config, args, rank, world_size, device):
             with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
                 with amp():
                     with torch.no_grad():
-                        teacher_logits, teacher_features = teacher(part[0])
-                    student_logits, _ = net(*part)
+                        teacher_logits, teacher_features = teacher(part[:1])
+                    student_logits, _ = net(part, depth[:, begin:begin + micro])
                 targets = teacher_targets(teacher_logits, centre, teacher_temp)
                 part_loss = dino_loss(student_logits, targets, config["student_temp"]) * share
                 scaler.scale(part_loss).backward()

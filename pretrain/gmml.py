@@ -451,6 +451,45 @@ def normalise(x, config):
 # --- end copy: normalise ---
 
 
+# --- begin copy: model ---
+def make_model(facts, num_classes, drop_path=None):
+    """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
+    arch, kwargs = facts["arch"], dict(facts["model_args"])
+    card = timm.get_pretrained_cfg(arch)
+    if card and card.fixed_input_size:
+        kwargs.setdefault("img_size", facts["img_size"])
+    try:
+        return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
+                                 drop_path_rate=drop_path, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as problem:
+        fail(f"timm cannot make {arch} with {kwargs}: {' '.join(str(problem).split())[:200]}")
+# --- end copy: model ---
+
+
+# --- begin copy: drop path ---
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv:1603.09382) told which images skip the branch, in place of drawing them itself:
+    then any number of processes, any micro-batch and any resume leave out the same."""
+
+    def forward(self, x):
+        return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
+
+
+def take_drop_path(model):
+    """Replace timm's DropPath in a model; returns the replacements, to be told by `set_drop_path`."""
+    modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
+    for module in modules:
+        module.__class__ = DropPath
+    return modules
+
+
+def set_drop_path(modules, u):
+    """u uniform [B, len(modules)]: image b skips module m if u[b, m] < its drop_prob, else counts for more."""
+    for module, column in zip(modules, u.unbind(1)):
+        module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
+# --- end copy: drop path ---
+
+
 # --- begin copy: weights ---
 def read_weights(file, key=None):
     """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept."""
@@ -884,12 +923,10 @@ def reconstruction_picture(clean, corrupted, recon, masks, config, path):
 def train(config, args, rank, world_size, device):
     """Pre-train. All random numbers of a step depend on (seed, step) alone: a resumed run is the same run."""
     torch.manual_seed(config["seed"])
-    kwargs = dict(img_size=config["img_size"]) | config["model_args"]
-    backbone = timm.create_model(config["arch"], num_classes=0, in_chans=config["in_chans"],
-                                 drop_path_rate=config["drop_path"], **kwargs)
+    backbone = make_model(config, 0, config["drop_path"])
     if not hasattr(backbone, "blocks"):
         fail(f"arch {config['arch']} has no transformer blocks; GMML needs a vision transformer")
-    note = load_backbone(backbone, config)
+    drop_paths, note = take_drop_path(backbone), load_backbone(backbone, config)
     model = GMML(backbone, config["in_chans"], config["recon_blocks"]).to(device)
     optimizer = torch.optim.AdamW(decay_groups(model), lr=config["lr"], weight_decay=config["wd"], fused=True)
     amp, scaler = autocast(device)
@@ -928,12 +965,12 @@ def train(config, args, rank, world_size, device):
     def save(step):
         epoch = step // steps_an_epoch
         facts = dict(config=config, exp=config["exp"], seed=config["seed"], step=step, epoch=epoch)
-        save_atomic(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         scaler=scaler.state_dict(), meter=progress.meter(), **facts), out / "last.pt")
-        if step == last_step:
+        if step == last_step:         # before last.pt, which says that nothing is left to do
             weights = {name: value.cpu() for name, value in backbone.state_dict().items()}
             save_atomic(dict(model=weights, **{key: config[key] for key in (
                 "arch", "model_args", "in_chans", "img_size", "mean", "std")}, **facts), out / "backbone.pt")
+        save_atomic(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         scaler=scaler.state_dict(), meter=progress.meter(), **facts), out / "last.pt")
 
     for plan, images in source.prefetch(plans()):
         step = plan[-1]
@@ -942,7 +979,9 @@ def train(config, args, rank, world_size, device):
         for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
             group.update(lr=lr, weight_decay=decay)
 
-        torch.manual_seed(step_generator(config["seed"], step, 3 + rank).initial_seed())     # drop path
+        torch.manual_seed(step_generator(config["seed"], step, 4 + rank).initial_seed())  # dropout, if any
+        depth = torch.rand(2, config["batch"], len(drop_paths), generator=step_generator(config["seed"], step, 3))
+        depth = depth[:, rank::world_size].flatten(0, 1).to(device, non_blocking=True)
         clean, corrupted, masks = make_views(images, plan, config, rank, world_size, device)
         n_masked = mean_over_processes(masks.sum().double()) * clean.shape[1]
         loss = torch.zeros((), device=device)
@@ -950,6 +989,7 @@ def train(config, args, rank, world_size, device):
         for begin in range(0, len(clean), micro):
             part = slice(begin, begin + micro)
             last = begin + micro >= len(clean)
+            set_drop_path(drop_paths, depth[part])
             with contextlib.nullcontext() if last or world_size == 1 else net.no_sync(), amp():
                 # a sum over the mean count of all processes: averaged by DDP it is the global mean
                 part_loss = masked_l1(net(corrupted[part]), clean[part], masks[part])[0] / n_masked

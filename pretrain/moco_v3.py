@@ -973,13 +973,13 @@ def train(config, args, rank, world_size, device):
     def save(step):
         epoch = step // steps_an_epoch
         facts = dict(config=config, exp=config["exp"], seed=config["seed"], step=step, epoch=epoch)
-        save_atomic(dict(model=model.state_dict(), momentum_encoder=momentum_encoder.state_dict(),
-                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                         meter=progress.meter(), **facts), out / "last.pt")
-        if step == last_step:
+        if step == last_step:         # before last.pt, which says that nothing is left to do
             weights = {name: value.cpu() for name, value in backbone.state_dict().items()}
             save_atomic(dict(model=weights, **{key: config[key] for key in (
                 "arch", "model_args", "in_chans", "img_size", "mean", "std")}, **facts), out / "backbone.pt")
+        save_atomic(dict(model=model.state_dict(), momentum_encoder=momentum_encoder.state_dict(),
+                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                         meter=progress.meter(), **facts), out / "last.pt")
 
     for (_, uniforms, step), images in source.prefetch(plans()):
         lr = cosine(step, n_steps, config["lr"], config["min_lr"], n_warm) * config["batch"] / 256

@@ -472,6 +472,30 @@ def make_model(facts, num_classes, drop_path=None):
 # --- end copy: model ---
 
 
+# --- begin copy: drop path ---
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv:1603.09382) told which images skip the branch, in place of drawing them itself:
+    then any number of processes, any micro-batch and any resume leave out the same."""
+
+    def forward(self, x):
+        return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
+
+
+def take_drop_path(model):
+    """Replace timm's DropPath in a model; returns the replacements, to be told by `set_drop_path`."""
+    modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
+    for module in modules:
+        module.__class__ = DropPath
+    return modules
+
+
+def set_drop_path(modules, u):
+    """u uniform [B, len(modules)]: image b skips module m if u[b, m] < its drop_prob, else counts for more."""
+    for module, column in zip(modules, u.unbind(1)):
+        module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
+# --- end copy: drop path ---
+
+
 # --- begin copy: weights ---
 def read_weights(file, key=None):
     """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept."""
@@ -1006,7 +1030,7 @@ def train(config, args, rank, world_size, device):
     for key, known in (("export", ("teacher", "student")), ("fill", ("zeros", "noise"))):
         if config[key] not in known:
             fail(f"{key} is '{config[key]}'; expected {' or '.join(known)}")
-    note = load_backbone(backbone, config)
+    drop_paths, note = take_drop_path(backbone), load_backbone(backbone, config)
     student = SiT(backbone, config["in_chans"], config["hidden_dim"], config["out_dim"]).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)                  # its batch norm: as the student's
     teacher.backbone.eval()                                                 # no stochastic depth
@@ -1053,14 +1077,14 @@ def train(config, args, rank, world_size, device):
     def save(step):
         epoch = step // steps_an_epoch
         facts = dict(config=config, exp=config["exp"], seed=config["seed"], step=step, epoch=epoch)
-        save_atomic(dict(student=student.state_dict(), teacher=teacher.state_dict(),
-                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                         meter=progress.meter(), **facts), out / "last.pt")
-        if step == last_step:
+        if step == last_step:         # before last.pt, which says that nothing is left to do
             chosen = teacher if config["export"] == "teacher" else student
             weights = {name: value.cpu() for name, value in chosen.backbone.state_dict().items()}
             save_atomic(dict(model=weights, **{key: config[key] for key in (
                 "arch", "model_args", "in_chans", "img_size", "mean", "std")}, **facts), out / "backbone.pt")
+        save_atomic(dict(student=student.state_dict(), teacher=teacher.state_dict(),
+                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                         meter=progress.meter(), **facts), out / "last.pt")
 
     for plan, images in source.prefetch(plans()):
         step = plan[-1]
@@ -1069,7 +1093,9 @@ def train(config, args, rank, world_size, device):
         for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
             group.update(lr=lr, weight_decay=decay)
 
-        torch.manual_seed(step_generator(config["seed"], step, 3 + rank).initial_seed())     # drop path
+        torch.manual_seed(step_generator(config["seed"], step, 4 + rank).initial_seed())  # dropout, if any
+        depth = torch.rand(2, config["batch"], len(drop_paths), generator=step_generator(config["seed"], step, 3))
+        depth = depth[:, rank::world_size].to(device, non_blocking=True)
         views = make_views(images, plan, config, rank, world_size, device)
         clean, corrupted, masks = (x.unflatten(0, (2, n_own)) for x in views)       # [2, b, ...]: by view
         n_masked = mean_over_processes(masks.sum().double()) * clean.shape[2]
@@ -1080,7 +1106,9 @@ def train(config, args, rank, world_size, device):
         contrast_loss, recon_loss = torch.zeros(2, device=device)
         optimizer.zero_grad()
         for part in parts:
-            x, target, masked = (views[:, part].flatten(0, 1) for views in (corrupted, clean, masks))
+            x, target, masked, depth_part = (
+                views[:, part].flatten(0, 1) for views in (corrupted, clean, masks, depth))
+            set_drop_path(drop_paths, depth_part)
             with contextlib.nullcontext() if part is parts[-1] or world_size == 1 else net.no_sync(), amp():
                 embedding, recon = net(x)
                 part_contrast = contrast(embedding, keys, own[part], config["temperature"])

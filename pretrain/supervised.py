@@ -449,6 +449,30 @@ def make_model(facts, num_classes, drop_path=None):
 # --- end copy: model ---
 
 
+# --- begin copy: drop path ---
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv:1603.09382) told which images skip the branch, in place of drawing them itself:
+    then any number of processes, any micro-batch and any resume leave out the same."""
+
+    def forward(self, x):
+        return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
+
+
+def take_drop_path(model):
+    """Replace timm's DropPath in a model; returns the replacements, to be told by `set_drop_path`."""
+    modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
+    for module in modules:
+        module.__class__ = DropPath
+    return modules
+
+
+def set_drop_path(modules, u):
+    """u uniform [B, len(modules)]: image b skips module m if u[b, m] < its drop_prob, else counts for more."""
+    for module, column in zip(modules, u.unbind(1)):
+        module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
+# --- end copy: drop path ---
+
+
 # --- begin copy: weights ---
 def read_weights(file, key=None):
     """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept."""
@@ -862,7 +886,7 @@ def train(config, args, rank, world_size, device):
 
     torch.manual_seed(config["seed"])
     model = make_model(config, len(labels), config["drop_path"])
-    note = load_backbone(model, config)
+    drop_paths, note = take_drop_path(model), load_backbone(model, config)
     model.to(device, memory_format=torch.channels_last)
     if world_size > 1:
         model = synchronise_batch_norm(model, device)
@@ -905,13 +929,13 @@ def train(config, args, rank, world_size, device):
     def save(step):
         epoch = step // steps_an_epoch
         facts = dict(config=config, exp=config["exp"], seed=config["seed"], step=step, epoch=epoch)
-        save_atomic(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         scaler=scaler.state_dict(), meter=progress.meter(), **facts), out / "last.pt")
-        if step == last_step:
+        if step == last_step:         # before last.pt, which says that nothing is left to do
             weights = {name: value.cpu() for name, value in model.state_dict().items()
                        if not name.startswith(prefixes(model, "classifier"))}
             save_atomic(dict(model=weights, labels=labels, **{key: config[key] for key in (
                 "arch", "model_args", "in_chans", "img_size", "mean", "std")}, **facts), out / "backbone.pt")
+        save_atomic(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         scaler=scaler.state_dict(), meter=progress.meter(), **facts), out / "last.pt")
 
     for (chosen, u, step), images in source.prefetch(plans()):
         lr = cosine(step, n_steps, config["lr"], config["min_lr"], n_warm) * config["batch"] / 256
@@ -919,13 +943,16 @@ def train(config, args, rank, world_size, device):
         for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
             group.update(lr=lr, weight_decay=decay)
 
-        torch.manual_seed(step_generator(config["seed"], step, 1 + rank).initial_seed())     # drop path
+        torch.manual_seed(step_generator(config["seed"], step, 2 + rank).initial_seed())  # dropout, if any
+        depth = torch.rand(config["batch"], len(drop_paths), generator=step_generator(config["seed"], step, 1))
+        depth = depth[rank::world_size].to(device, non_blocking=True)
         views, truth = augment(images, u, config), targets[torch.from_numpy(chosen).to(device)]
         loss = torch.zeros((), device=device)
         optimizer.zero_grad()
         for begin in range(0, n_own, micro):
             part = slice(begin, begin + micro)
             last = begin + micro >= n_own
+            set_drop_path(drop_paths, depth[part])
             with contextlib.nullcontext() if last or world_size == 1 else net.no_sync(), amp():
                 # weighted by its share: equal shares of all processes make it the global mean
                 part_loss = label_loss(net(views[part]), truth[part]) * len(views[part]) / n_own

@@ -356,7 +356,7 @@ def weights(file):
 
 
 def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path):
-    flags = ["--batch", 12, "--steps", 5, "--epochs", 4, "--lr", 0.02, "--drop_path", 0, "--in_chans", 3]
+    flags = ["--batch", 12, "--steps", 5, "--epochs", 4, "--lr", 0.02, "--drop_path", 0.3, "--in_chans", 3]
     runs = dict(one=[], micro=["--micro-batch", 5])
     for name, more in runs.items():
         assert start(pack, tmp_path / name, *flags, *more).returncode == 0

@@ -153,7 +153,7 @@ def test_ema_runs_from_its_start_to_one():
 # Whole runs
 
 def test_processes_do_not_change_the_weights(pack, tmp_path, monkeypatch):
-    flags = ["--batch", 12, "--steps", 5, "--lr", 0.01, "--drop_path", 0, "--in_chans", 3]
+    flags = ["--batch", 12, "--steps", 5, "--lr", 0.01, "--drop_path", 0.3, "--in_chans", 3]
     train_here(monkeypatch, pack, tmp_path / "one", *flags)
     result = run_script("pretrain/sit.py", "--manifest", pack, "--out", tmp_path / "two", *TINY, *flags, nproc=2)
     assert result.returncode == 0, result.stderr

@@ -141,7 +141,7 @@ def test_validation_images_are_of_split_val_and_in_the_paper_face_the_first_trai
 # Whole runs
 
 def test_processes_and_micro_batches_do_not_change_the_weights(findings, tmp_path, monkeypatch):
-    flags = [*TINY, "--batch", 12, "--steps", 5, "--lr", 0.02, "--drop_path", 0]
+    flags = [*TINY, "--batch", 12, "--steps", 5, "--lr", 0.02, "--drop_path", 0.3]
     train_here(monkeypatch, findings, tmp_path / "one", *flags)
     train_here(monkeypatch, findings, tmp_path / "parts", *flags, "--micro-batch", 5)
     result = run_script("pretrain/supervised.py", "--manifest", findings, "--out", tmp_path / "two", *flags, nproc=2)
@@ -156,7 +156,7 @@ def test_processes_and_micro_batches_do_not_change_the_weights(findings, tmp_pat
 
 
 def test_batch_norm_of_a_resnet_sees_the_images_of_all_processes(findings, tmp_path, monkeypatch):
-    flags = [*RESNET, "--batch", 12, "--steps", 2, "--lr", 0.02, "--drop_path", 0, "--val_samples", 0]
+    flags = [*RESNET, "--batch", 12, "--steps", 2, "--lr", 0.02, "--drop_path", 0.3, "--val_samples", 0]
     train_here(monkeypatch, findings, tmp_path / "one", *flags)
     result = run_script("pretrain/supervised.py", "--manifest", findings, "--out", tmp_path / "two", *flags, nproc=2)
     assert result.returncode == 0, result.stderr
