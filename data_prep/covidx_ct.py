@@ -10,8 +10,8 @@ makers' scripts: see --release.
 
 Reads {train,val,test}_COVIDx_CT-3A.txt (name class xmin ymin xmax ymax) and metadata.csv; images lie in
 3A_images/, images/ or COVIDx_CT-3A/. All splits are eligible. Writes split pretrain in the order of the draw,
-the class as three 0/1 columns, and boxes.csv with the body's box in pixels, to which the study does not crop.
-The slices of a volume are near-copies: look at the number of patients, not of images alone."""
+the class as three 0/1 columns, and boxes.csv with the body's box in pixels, for pack.py --crop-box (the
+study does not crop). The slices of a volume are near-copies: look at the number of patients, too."""
 
 import argparse
 import fnmatch
@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 CLASSES = ["Normal", "Pneumonia", "COVID-19"]           # 0, 1, 2 of the lists, `finding` of the metadata
-BOX = ["xmin", "ymin", "xmax", "ymax"]                  # pixels; may reach beyond the image
+BOX = ["xmin", "ymin", "xmax", "ymax"]                  # pixels, max exclusive; slices need not be 512 x 512
 
 
 # --- begin copy: error ---

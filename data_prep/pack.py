@@ -7,8 +7,11 @@ command goes on where it stopped and ends in the same bytes, whatever the number
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih_full --size original
     python data_prep/pack.py --index data/oct/index.csv --raw raw/oct --out data/oct --workers 16
+    python data_prep/pack.py --index data/covidx_ct/index.csv --raw raw/covidx_ct --out data/covidx_ct_body \\
+        --crop-box data/covidx_ct/boxes.csv
 
-Reads   the index (its column path is relative to --raw; nothing outside --raw is opened) and the images.
+Reads   the index (its column path is relative to --raw; nothing outside --raw is opened) and the images
+        boxes on request: path, xmin, ymin, xmax, ymax in pixels, xmax and ymax not included
 Writes  images.npy      uint8 [N, S, S] or [N, S, S, 3]; none with --size original
         manifest.csv    the packed rows of the index; row i describes images.npy[i]
         rejected.csv    path, reason
@@ -28,6 +31,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -51,6 +55,7 @@ MAX_BYTES = 1 << 30                     # a DICOM file is read whole before its 
 COMMIT_SECONDS = 5                      # the work a kill can cost, and the time between progress lines
 AHEAD = 16                              # rows a worker may be ahead of the last one written
 FACES = {"corrected": "display", "paper": "paper"}      # the DICOM conversion of each variant
+BOX = ("xmin", "ymin", "xmax", "ymax")
 UNFINISHED = ("images.npy.part", "journal.part")
 OUTPUTS = ("pack.json", "images.npy", "manifest.csv", "rejected.csv", "duplicates.csv")
 
@@ -218,6 +223,13 @@ def is_constant(image):
                for picture in (sample, image))
 
 
+def crop(image, box):
+    """Cut out (xmin, ymin, xmax, ymax), xmax and ymax not included. Raises: Rejected if it does not fit."""
+    if box[2] > image.width or box[3] > image.height:
+        raise Rejected(f"box outside the image: {box} in {image.width} x {image.height} pixels")
+    return image.crop(box)
+
+
 def fit(image, size, resample="bicubic", keep_aspect=False):
     """Stretch a Pillow image to size x size; with keep_aspect it is first padded to a square with black."""
     if keep_aspect:
@@ -248,13 +260,18 @@ def locate(root, path):
     return file
 
 
-def pack_row(path, earlier, config):
-    """Answer one index row: its journal record, and its bytes (none if rejected or kept at original size)."""
+def pack_row(path, earlier, box, config):
+    """Answer one index row: its journal record, and its bytes (none if rejected or kept at original size).
+
+    earlier: number of an earlier row of this path, or None; box: (xmin, ymin, xmax, ymax) or None: no crop.
+    """
     try:
         if earlier:
             raise Rejected(f"duplicate path: first in row {earlier}")
         image, facts = read_image(locate(config["raw"], path), config["channels"], config["variant"],
                                   config["dicom"], config["stretch"])
+        if box:
+            image = crop(image, box)
         if is_constant(image):
             raise Rejected("all-constant")
         if config["size"] != "original":
@@ -317,26 +334,47 @@ def answers_in_order(rows, workers, config):
 
 # ---- files: the index, the unfinished pack, the finished one ----
 
+def read_rows(path, *columns):
+    """Yield (number, {column: cell}) for each row of a CSV file that has these columns."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            names = reader.fieldnames or []
+            if not set(columns) <= set(names) or len(set(names)) < len(names):
+                fail(f"{path} row 1: expected a column {', '.join(columns)}, no name twice; "
+                     f"not {','.join(names)[:300]}")
+            for number, row in enumerate(reader, start=2):
+                if None in row or None in row.values():
+                    fail(f"{path} row {number}: expected as many cells as the header has, {len(names)}")
+                yield number, row
+    except UnicodeDecodeError as error:
+        fail(f"{path}: not UTF-8 (byte {error.object[error.start]:#x}: {error.reason}); save it as UTF-8")
+    except (csv.Error, OSError) as error:
+        fail(f"{path}: {getattr(error, 'strerror', None) or error}")
+
+
 def index_rows(index, splits=()):
     """Yield the index rows of these splits (of all, if empty) as {column: cell}, each with the number of the
     earlier row that has the same path, or None."""
     first = {}
-    try:
-        with open(index, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            if "path" not in columns or len(set(columns)) < len(columns):
-                fail(f"{index} row 1: expected a path column, no name twice; not {','.join(columns)[:300]}")
-            for number, row in enumerate(reader, start=2):
-                if None in row or None in row.values():
-                    fail(f"{index} row {number}: expected as many cells as the header has, {len(columns)}")
-                if not splits or row.get("split") in splits:
-                    earlier = first.setdefault(row["path"], number)
-                    yield row, earlier if earlier < number else None
-    except UnicodeDecodeError as error:
-        fail(f"{index}: not UTF-8 (byte {error.object[error.start]:#x}: {error.reason}); save it as UTF-8")
-    except (csv.Error, OSError) as error:
-        fail(f"{index}: {getattr(error, 'strerror', None) or error}")
+    for number, row in read_rows(index, "path"):
+        if not splits or row.get("split") in splits:
+            earlier = first.setdefault(row["path"], number)
+            yield row, earlier if earlier < number else None
+
+
+def read_boxes(path):
+    """The file of --crop-box as {path: (xmin, ymin, xmax, ymax)}."""
+    boxes = {}
+    for number, row in read_rows(path, "path", *BOX):
+        text = ",".join(row[name] for name in BOX)
+        box = tuple(map(int, text.split(","))) if re.fullmatch(r"([0-9]{1,9},){3}[0-9]{1,9}", text) else None
+        if not box or box[0] >= box[2] or box[1] >= box[3]:
+            fail(f"{path} row {number}: {text[:99]!r} is no box of whole pixels, xmin < xmax and ymin < ymax")
+        if row["path"] in boxes:
+            fail(f"{path} row {number}: a second box for {row['path']!r}; remove one")
+        boxes[row["path"]] = box
+    return boxes
 
 
 def image_shape(config):
@@ -361,6 +399,11 @@ def replacing(path):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def sha256(path):
+    """Hash of a file's bytes, None without a file."""
+    return path and hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def remove(out, names):
@@ -419,11 +462,12 @@ def resume(out, config):
     return images, journal, done
 
 
-def pack_rows(out, config, index, total, workers):
+def pack_rows(out, config, index, boxes, total, workers):
     """Pack the rows that are not packed yet. Returns: images.npy.part and journal.part, open and complete."""
     images, journal, begun = resume(out, config)
     started = committed = time.monotonic()
-    rows = ((row["path"], earlier) for row, earlier in index_rows(index, config["splits"]))
+    rows = ((row["path"], earlier, boxes.get(row["path"]))
+            for row, earlier in index_rows(index, config["splits"]))
     answers = answers_in_order(islice(rows, begun, None), workers, config)
     lines = []
     for done, (record, pixels) in enumerate(answers, start=begun + 1):
@@ -519,6 +563,12 @@ def pack(args):
         gone = [row["path"] for row, _ in index_rows(index, splits) if not (args.raw / row["path"]).is_file()]
         if gone:
             fail(f"{index}: {len(gone):,} of {total:,} images are missing in {args.raw}, first {gone[0]!r}")
+    boxes = {}
+    if args.crop_box:
+        boxes = read_boxes(args.crop_box)
+        bare = [row["path"] for row, _ in index_rows(index, splits) if row["path"] not in boxes]
+        if bare:
+            fail(f"{args.crop_box}: no box for {len(bare):,} of {total:,} images, first {bare[0]!r}")
 
     out.mkdir(parents=True, exist_ok=True)
     lock = os.open(out, os.O_RDONLY)                # held until this process ends, however it ends
@@ -530,14 +580,14 @@ def pack(args):
         print(f"warning: {out} cannot be locked ({error.strerror}): start no second run into it", flush=True)
     if args.overwrite:
         remove(out, OUTPUTS + UNFINISHED)
-    config = {"index_sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "splits": splits,
+    config = {"index_sha256": sha256(index), "crop_box_sha256": sha256(args.crop_box), "splits": splits,
               "raw": os.path.abspath(args.raw), "size": args.size, "channels": args.channels,
               "variant": args.variant, "dicom": args.dicom or FACES[args.variant], "resample": args.resample,
               "keep_aspect": args.keep_aspect, "stretch": args.stretch}
     if is_finished(out, config):
         print(f"{out} is packed already: nothing to do")
     else:
-        report(finish(out, config, index, *pack_rows(out, config, index, total, args.workers)))
+        report(finish(out, config, index, *pack_rows(out, config, index, boxes, total, args.workers)))
     remove(out, UNFINISHED)
 
 
@@ -562,6 +612,8 @@ def main():
     option("--dicom", choices=FACES.values(), help="the DICOM conversion alone (default: as --variant says)")
     option("--resample", default="bicubic", choices=("bicubic", "bilinear", "hamming", "box"),
            help="Pillow's filter for resizing (default bicubic)")
+    option("--crop-box", type=Path, metavar="FILE",
+           help="crop each image to its box before it is resized: CSV of path, xmin, ymin, xmax, ymax")
     option("--keep-aspect", action="store_true", help="pad to a square with black instead of stretching")
     option("--stretch", action="store_true", help="map each image's own 0.5-99.5 percentile range to 0..255")
     option("--splits", default="", metavar="A,B", help="pack the rows of these splits only (default: all)")
@@ -572,6 +624,8 @@ def main():
     args = parser.parse_args()
     if args.workers < 1 or args.size != "original" and args.size < 1:
         fail("--workers and --size have to be at least 1")
+    if args.crop_box and args.size == "original":
+        fail("--crop-box crops what is packed, and --size original packs nothing; leave out one of them")
     if not args.raw.is_dir():
         fail(f"--raw {args.raw}: no such folder")
     for stop in (signal.SIGTERM, signal.SIGINT):    # what is packed stays, as with any other end

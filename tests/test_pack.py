@@ -1,8 +1,10 @@
 """Packing: the bytes of every kind of file, the reason of every rejection, and packs that survive a kill."""
 
+import contextlib
 import csv
 import fcntl
 import hashlib
+import io
 import json
 import os
 import random
@@ -94,6 +96,26 @@ def write_index(path, rows):
 def run_pack(folder, *options, out="out", **env):
     return run_script("data_prep/pack.py", "--index", folder / "index.csv", "--raw", folder / "raw",
                       "--out", folder / out, "--workers", 2, "--size", 16, *options, **env)
+
+
+def run_main(folder, *options):
+    """The command in this process, for mistakes that stop it early. Returns: as run_pack."""
+    output, error = io.StringIO(), io.StringIO()
+    command = ["pack.py", "--index", folder / "index.csv", "--raw", folder / "raw", "--out", folder / "out",
+               *options]
+    argv, handlers = sys.argv, {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = list(map(str, command))
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+            pack.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = argv
+        for stop, handler in handlers.items():
+            signal.signal(stop, handler)
+    return subprocess.CompletedProcess(command, code, output.getvalue(), error.getvalue())
 
 
 def contents(folder):
@@ -423,7 +445,7 @@ CONFIG = {"channels": 1, "variant": "corrected", "dicom": "display", "stretch": 
 def reason(root, path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pack.pack_row(path, None, {**CONFIG, "raw": str(root)})[0].get("reason")
+        return pack.pack_row(path, None, None, {**CONFIG, "raw": str(root)})[0].get("reason")
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -690,6 +712,75 @@ def test_mistakes_are_one_sentence(tmp_path):
     assert list(contents(other)) == ["manifest.csv", "pack.json"]
 
 
+# ---- boxes ----
+
+def boxes(folder, text):
+    (folder / "boxes.csv").write_text("path,xmin,ymin,xmax,ymax\n" + text)
+    return "--crop-box", folder / "boxes.csv"
+
+
+def test_a_box_is_cut_out_before_resizing_and_one_that_does_not_fit_is_rejected(tmp_path):
+    pixels = {name: noise(40, 60) for name in ("a.png", "b.png", "c.png", "d.png")}
+    pixels["d.png"][5:25, 10:30] = 9
+    for name, image in pixels.items():
+        save(tmp_path / "raw" / name, image)
+    write_index(tmp_path / "index.csv", list(pixels))
+    crop = boxes(tmp_path, "d.png,10,5,30,25\nb.png,44,24,60,40\na.png,8,2,40,34\nc.png,0,0,40,41\n"
+                           "x.png,0,0,1,1\n")
+    assert run_pack(tmp_path, *crop).returncode == 0
+    images = np.load(tmp_path / "out/images.npy")
+    large = Image.fromarray(np.ascontiguousarray(pixels["a.png"][2:34, 8:40]))
+    assert (images[0] == np.asarray(large.resize((16, 16), Image.Resampling.BICUBIC))).all()
+    assert (images[1] == pixels["b.png"][24:40, 44:60]).all() and len(images) == 2
+    assert table(tmp_path / "out/rejected.csv") == [
+        {"path": "c.png", "reason": "box outside the image: (0, 0, 40, 41) in 60 x 40 pixels"},
+        {"path": "d.png", "reason": "all-constant"}]
+
+
+def test_the_boxes_belong_to_the_settings_of_a_pack(tmp_path):
+    many(tmp_path, 20)
+    rows = [f"{i:04}.png,{i},0,{i + 50},100\n" for i in range(20)]
+    crop = boxes(tmp_path, "".join(rows))
+    assert fork_pack(tmp_path, "out", *crop, kill_at=20) == -signal.SIGKILL
+    digest = hashlib.sha256((tmp_path / "boxes.csv").read_bytes()).hexdigest()
+    settings = json.loads((tmp_path / "out/journal.part").read_text().splitlines()[0])
+    assert settings["crop_box_sha256"] == digest
+    assert_user_error(run_pack(tmp_path), "crop_box_sha256", "None", "--overwrite")
+    assert fork_pack(tmp_path, "out", *crop) == fork_pack(tmp_path, "whole", *crop) == 0
+    assert finished_bytes(tmp_path, "out") == finished_bytes(tmp_path, "whole")
+    assert json.loads((tmp_path / "out/pack.json").read_text())["crop_box_sha256"] == digest
+    rows[3] = "0003.png,0,0,50,100\n"
+    assert_user_error(run_pack(tmp_path, *boxes(tmp_path, "".join(rows))), "crop_box_sha256", digest)
+    assert run_pack(tmp_path, out="plain").returncode == 0
+    assert json.loads((tmp_path / "plain/pack.json").read_text())["crop_box_sha256"] is None
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "no box for 1 of 1 images, first 'x.png'"),
+    ("y.png,0,0,5,5\n", "no box for 1 of 1 images, first 'x.png'"),
+    ("x.png,0,0,5,5\nx.png,0,0,5,5\n", "row 3: a second box for 'x.png'"),
+    ("x.png,0,0,5\n", "row 2"), ("x.png,5,0,5,5\n", "'5,0,5,5' is no box"), ("x.png,0,6,5,5\n", "row 2"),
+    ("x.png,-1,0,5,5\n", "row 2"), ("x.png,0,0,5.0,5\n", "row 2"), ("x.png,,0,5,5\n", "row 2"),
+    ('x.png,"0,0",0,5,5\n', "row 2"), (f"x.png,0,0,5,{'9' * 5000}\n", "row 2"),
+    ("x.png,0,0,5,\u0665\n", "row 2"), ("\udcff,0,0,5,5\n", "UTF-8")])
+def test_a_file_that_holds_no_boxes_of_the_index_is_refused(tmp_path, text, said):
+    save(tmp_path / "raw/x.png", noise(9, 9))
+    write_index(tmp_path / "index.csv", ["x.png"])
+    (tmp_path / "boxes.csv").write_bytes(f"path,xmin,ymin,xmax,ymax\n{text}".encode(errors="surrogateescape"))
+    result = run_main(tmp_path, "--crop-box", tmp_path / "boxes.csv")
+    assert_user_error(result, "boxes.csv", said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_boxes_that_cannot_be_used_are_refused(tmp_path):
+    save(tmp_path / "raw/x.png", noise(9, 9))
+    index = write_index(tmp_path / "index.csv", ["x.png"])
+    assert_user_error(run_main(tmp_path, "--crop-box", index), "index.csv row 1", "xmin")
+    assert_user_error(run_main(tmp_path, "--crop-box", tmp_path / "no.csv"), "no.csv", "No such file")
+    crop = boxes(tmp_path, "x.png,0,0,5,5\n")
+    assert_user_error(run_main(tmp_path, *crop, "--size", "original"), "--crop-box")
+
+
 # ---- trust ----
 
 def finished_bytes(folder, out):
@@ -698,7 +789,7 @@ def finished_bytes(folder, out):
     return {**contents(folder / out), "pack.json": text}
 
 
-def fork_pack(folder, out, kill_at=0):
+def fork_pack(folder, out, *options, kill_at=0):
     """The command in a fork of this process, without workers, committing after every row, killed before its
     kill_at-th fsync, rename or removal. Returns: its exit code."""
     child = os.fork()
@@ -720,7 +811,7 @@ def fork_pack(folder, out, kill_at=0):
         pack.COMMIT_SECONDS = 0
         pack.answers_in_order = lambda rows, workers, config: (pack.pack_row(*row, config) for row in rows)
         sys.argv = ["pack.py", "--index", str(folder / "index.csv"), "--raw", str(folder / "raw"), "--out",
-                    str(folder / out), "--size", "16"]
+                    str(folder / out), "--size", "16", *map(str, options)]
         warnings.simplefilter("ignore")
         pack.main()
         os._exit(0)
