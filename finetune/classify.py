@@ -63,7 +63,7 @@ DEFAULTS = dict(
     mean=None, std=None,            # of pixels in 0..1; none: 0.485 / 0.229, in 3 channels ImageNet's
     init="random",                  # random | timm[:NAME] | torchvision | exp:KEY | a checkpoint file
     init_key=None,                  # which weights of the file (teacher, student, ...); none: the usual one
-    channel_adapt="average",  # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate | duplicate_mean
+    channel_adapt="average",        # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate[_mean]
     dataset="nih",                  # folder below --data with the packed images
     label_names=None,               # columns to learn, in this order; none: NIH's 14 or else all of them
     labels=1.0,                     # share of the training patients whose labels are used
@@ -492,7 +492,7 @@ def take_drop_path(model):
 
 
 def set_drop_path(modules, u):
-    """u uniform [B, len(modules)]: image b skips module m if u[b, m] < its drop_prob, else counts for more."""
+    """u uniform [B, len(modules)]: image b skips module m where u[b, m] < its drop_prob."""
     for module, column in zip(modules, u.unbind(1)):
         module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
 # --- end copy: drop path ---

@@ -46,7 +46,7 @@ DEFAULTS = dict(
     mean=None, std=None,            # of pixels in 0..1; none: 0.485 / 0.229, in 3 channels ImageNet's
     init="random",                  # random | timm[:NAME] | exp:KEY | a checkpoint file
     init_key=None,                  # which weights of the file (teacher, student, ...); none: the usual one
-    channel_adapt="average",  # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate | duplicate_mean
+    channel_adapt="average",        # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate[_mean]
     dataset="mimic_cxr",            # folder below --data with the packed images
     samples=None,                   # use the first so many images of the split; none: all
     epochs=300, warmup_epochs=10,
@@ -512,7 +512,7 @@ def take_drop_path(model):
 
 
 def set_drop_path(modules, u):
-    """u uniform [B, len(modules)]: image b skips module m if u[b, m] < its drop_prob, else counts for more."""
+    """u uniform [B, len(modules)]: image b skips module m where u[b, m] < its drop_prob."""
     for module, column in zip(modules, u.unbind(1)):
         module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
 # --- end copy: drop path ---
@@ -860,8 +860,9 @@ class DINO(nn.Module):
     def forward(self, crops, depth=None):
         """Crops of every size -> logits [sum of V, B, K], features [sum of V, B, D].
 
-        Args: crops: a tensor [V, B, C, s, s] for each size s; depth: uniforms [sum of V, B, drop paths], which
-            a student in training needs.
+        Args:
+            crops: a tensor [V, B, C, s, s] for each size s.
+            depth: uniforms [sum of V, B, drop paths], which a student in training needs.
         """
         vit, features, done = self.backbone, [], 0
         for views in crops:                                                 # one pass for each size

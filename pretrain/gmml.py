@@ -46,7 +46,7 @@ DEFAULTS = dict(
     mean=None, std=None,            # of pixels in 0..1; none: 0.485 / 0.229, in 3 channels ImageNet's
     init="random",                  # random | timm[:NAME] | torchvision | exp:KEY | a checkpoint file
     init_key=None,                  # which weights of the file (teacher, student, ...); none: the usual one
-    channel_adapt="average",  # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate | duplicate_mean
+    channel_adapt="average",        # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate[_mean]
     dataset="nih_pretrain",         # folder below --data with the packed images
     samples=None,                   # use the first so many images of the split; none: all
     epochs=1000, warmup_epochs=10,
@@ -59,9 +59,9 @@ DEFAULTS = dict(
     variant="corrected",            # stored with the weights; this script has no second face
     drop=0.75,                      # noise covers a fraction U(min(0.5, drop), drop) of the image
     fill="noise",                   # what the blocks show: noise | zeros, the mean grey (as in SiT)
-    replace=0.3,  # another image's pixels cover this fraction instead, for half of the images
+    replace=0.3,                    # half of the images: another image's pixels cover this fraction
     align=1,                        # blocks start and end on multiples of so many pixels
-    recon_blocks=None,  # blocks (from 1) whose mean is decoded; none: 1/2, 2/3, 5/6 and all of the depth
+    recon_blocks=None,              # blocks (from 1) whose mean is decoded; none: 6, 8, 10, 12 of 12
     crop_scale=[0.05, 1.0],         # area of the random resized crop
 )
 
@@ -484,7 +484,7 @@ def take_drop_path(model):
 
 
 def set_drop_path(modules, u):
-    """u uniform [B, len(modules)]: image b skips module m if u[b, m] < its drop_prob, else counts for more."""
+    """u uniform [B, len(modules)]: image b skips module m where u[b, m] < its drop_prob."""
     for module, column in zip(modules, u.unbind(1)):
         module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
 # --- end copy: drop path ---
@@ -846,11 +846,11 @@ def corrupt(clean, donor, noise, masks, replaced):
 
 
 def masked_l1(recon, clean, masks):
-    """Sum of absolute differences over masked pixels and channels, and how many; the loss is their ratio.
+    """Sum of absolute differences over masked pixels and channels: the loss times their number.
 
     Args: recon, clean float [B, C, S, S]; masks bool [B, S, S].
     """
-    return ((recon.float() - clean).abs() * masks[:, None]).sum(), masks.sum() * clean.shape[1]
+    return ((recon.float() - clean).abs() * masks[:, None]).sum()
 
 
 def plan_step(config, order, step, rank, world_size):
@@ -980,7 +980,8 @@ def train(config, args, rank, world_size, device):
             group.update(lr=lr, weight_decay=decay)
 
         torch.manual_seed(step_generator(config["seed"], step, 4 + rank).initial_seed())  # dropout, if any
-        depth = torch.rand(2, config["batch"], len(drop_paths), generator=step_generator(config["seed"], step, 3))
+        depth = torch.rand(2, config["batch"], len(drop_paths),
+                           generator=step_generator(config["seed"], step, 3))
         depth = depth[:, rank::world_size].flatten(0, 1).to(device, non_blocking=True)
         clean, corrupted, masks = make_views(images, plan, config, rank, world_size, device)
         n_masked = mean_over_processes(masks.sum().double()) * clean.shape[1]
@@ -992,7 +993,7 @@ def train(config, args, rank, world_size, device):
             set_drop_path(drop_paths, depth[part])
             with contextlib.nullcontext() if last or world_size == 1 else net.no_sync(), amp():
                 # a sum over the mean count of all processes: averaged by DDP it is the global mean
-                part_loss = masked_l1(net(corrupted[part]), clean[part], masks[part])[0] / n_masked
+                part_loss = masked_l1(net(corrupted[part]), clean[part], masks[part]) / n_masked
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         scaler.unscale_(optimizer)

@@ -54,7 +54,7 @@ DEFAULTS = dict(
     mean=None, std=None,            # of pixels in 0..1; none: 0.485 / 0.229, in 3 channels ImageNet's
     init="random",                  # random | timm | timm:NAME | a checkpoint file
     init_key=None,                  # which weights of the file (teacher, student, ...); none: the usual one
-    channel_adapt="average",  # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate | duplicate_mean
+    channel_adapt="average",        # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate[_mean]
     dataset="nih_pretrain",         # folder below --data with the packed images
     samples=None,                   # use the first so many images of the split; none: all
     epochs=100, warmup_epochs=10,
@@ -429,7 +429,7 @@ def take_drop_path(model):
 
 
 def set_drop_path(modules, u):
-    """u uniform [B, len(modules)]: image b skips module m if u[b, m] < its drop_prob, else counts for more."""
+    """u uniform [B, len(modules)]: image b skips module m where u[b, m] < its drop_prob."""
     for module, column in zip(modules, u.unbind(1)):
         module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
 # --- end copy: drop path ---
@@ -855,7 +855,8 @@ def train(config, args, rank, world_size, device):
             group["lr"] = lr
 
         torch.manual_seed(step_generator(config["seed"], step, 2 + rank).initial_seed())  # dropout, if any
-        depth = torch.rand(config["batch"], len(drop_paths), generator=step_generator(config["seed"], step, 1))
+        depth = torch.rand(config["batch"], len(drop_paths),
+                           generator=step_generator(config["seed"], step, 1))
         depth = depth[rank::world_size].to(device, non_blocking=True)
         clean, masks = make_views(images, u, config)
         loss = torch.zeros((), device=device)

@@ -48,7 +48,7 @@ DEFAULTS = dict(
     mean=None, std=None,            # of pixels in 0..1; none: 0.485 / 0.229, in 3 channels ImageNet's
     init="random",                  # random | timm | timm:NAME | a checkpoint file
     init_key=None,                  # which weights of the file (teacher, student, ...); none: the usual one
-    channel_adapt="average",  # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate | duplicate_mean
+    channel_adapt="average",        # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate[_mean]
     dataset="mimic_cxr",            # folder below --data with the packed images
     samples=None,                   # use the first so many images of the split; none: all
     epochs=300, warmup_epochs=10,
@@ -61,7 +61,7 @@ DEFAULTS = dict(
     variant="corrected",            # stored with the weights; this script has no second face
     drop=0.5,                       # empty blocks cover a fraction U(min(0.5, drop), drop) of the image
     fill="zeros",                   # what they show: zeros, the mean grey | noise (as in GMML)
-    replace=0.3,  # another image's pixels cover this fraction instead, for half of the images
+    replace=0.3,                    # half of the images: another image's pixels cover this fraction
     align=1,                        # blocks start and end on multiples of so many pixels
     crop_scale=[0.05, 1.0],         # area of the random resized crop
     hidden_dim=4096, out_dim=256,   # widths of the contrastive head
@@ -490,7 +490,7 @@ def take_drop_path(model):
 
 
 def set_drop_path(modules, u):
-    """u uniform [B, len(modules)]: image b skips module m if u[b, m] < its drop_prob, else counts for more."""
+    """u uniform [B, len(modules)]: image b skips module m where u[b, m] < its drop_prob."""
     for module, column in zip(modules, u.unbind(1)):
         module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
 # --- end copy: drop path ---
@@ -906,11 +906,11 @@ def corrupt(clean, donor, noise, masks, replaced):
 
 
 def masked_l1(recon, clean, masks):
-    """Sum of absolute differences over masked pixels and channels, and how many; the loss is their ratio.
+    """Sum of absolute differences over masked pixels and channels: the loss times their number.
 
     Args: recon, clean float [B, C, S, S]; masks bool [B, S, S].
     """
-    return ((recon.float() - clean).abs() * masks[:, None]).sum(), masks.sum() * clean.shape[1]
+    return ((recon.float() - clean).abs() * masks[:, None]).sum()
 
 
 def plan_step(config, order, step, rank, world_size):
@@ -1094,7 +1094,8 @@ def train(config, args, rank, world_size, device):
             group.update(lr=lr, weight_decay=decay)
 
         torch.manual_seed(step_generator(config["seed"], step, 4 + rank).initial_seed())  # dropout, if any
-        depth = torch.rand(2, config["batch"], len(drop_paths), generator=step_generator(config["seed"], step, 3))
+        depth = torch.rand(2, config["batch"], len(drop_paths),
+                           generator=step_generator(config["seed"], step, 3))
         depth = depth[:, rank::world_size].to(device, non_blocking=True)
         views = make_views(images, plan, config, rank, world_size, device)
         clean, corrupted, masks = (x.unflatten(0, (2, n_own)) for x in views)       # [2, b, ...]: by view
@@ -1114,7 +1115,7 @@ def train(config, args, rank, world_size, device):
                 part_contrast = contrast(embedding, keys, own[part], config["temperature"])
                 part_contrast = part_contrast * len(own[part]) / n_own
                 # a sum over the mean count of all processes: averaged by DDP it is the global mean
-                part_recon = masked_l1(recon, target, masked)[0] / n_masked
+                part_recon = masked_l1(recon, target, masked) / n_masked
                 scaler.scale(part_contrast + config["recon_weight"] * part_recon).backward()
             contrast_loss += part_contrast.detach()
             recon_loss += part_recon.detach()

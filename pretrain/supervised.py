@@ -48,7 +48,7 @@ DEFAULTS = dict(
     mean=None, std=None,            # of pixels in 0..1; none: 0.485 / 0.229, in 3 channels ImageNet's
     init="random",                  # random | timm | timm:NAME | torchvision | a checkpoint file
     init_key=None,                  # which weights of the file (teacher, student, ...); none: the usual one
-    channel_adapt="average",  # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate | duplicate_mean
+    channel_adapt="average",        # 3 -> 1: average (as in the study) | sum; 1 -> 3: duplicate[_mean]
     dataset="mimic_cxr",            # folder below --data with the packed images
     samples=None,                   # use the first so many images of the split; none: all
     task="auto",                    # multilabel | classes (one a row) | auto: classes if all rows are so
@@ -467,7 +467,7 @@ def take_drop_path(model):
 
 
 def set_drop_path(modules, u):
-    """u uniform [B, len(modules)]: image b skips module m if u[b, m] < its drop_prob, else counts for more."""
+    """u uniform [B, len(modules)]: image b skips module m where u[b, m] < its drop_prob."""
     for module, column in zip(modules, u.unbind(1)):
         module.kept = (column >= module.drop_prob) / (1 - module.drop_prob)
 # --- end copy: drop path ---
@@ -944,7 +944,8 @@ def train(config, args, rank, world_size, device):
             group.update(lr=lr, weight_decay=decay)
 
         torch.manual_seed(step_generator(config["seed"], step, 2 + rank).initial_seed())  # dropout, if any
-        depth = torch.rand(config["batch"], len(drop_paths), generator=step_generator(config["seed"], step, 1))
+        depth = torch.rand(config["batch"], len(drop_paths),
+                           generator=step_generator(config["seed"], step, 1))
         depth = depth[rank::world_size].to(device, non_blocking=True)
         views, truth = augment(images, u, config), targets[torch.from_numpy(chosen).to(device)]
         loss = torch.zeros((), device=device)

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import ROOT, assert_user_error, load_script, run_script
+from conftest import ROOT, blobs, load_script, log_of, run_here, run_script, write_pack
 from PIL import Image, ImageOps
 
 dino = load_script("pretrain/dino.py")
@@ -26,13 +26,7 @@ TINY = ["--model_args", json.dumps(MODEL), "--device", "cpu", "--log-steps", 1, 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    """40 grey 40 x 40 images of smooth random blobs, packed."""
-    folder = tmp_path_factory.mktemp("pack")
-    coarse = np.random.default_rng(0).integers(0, 256, (40, 5, 5), dtype=np.uint8)
-    images = np.stack([np.array(Image.fromarray(c).resize((40, 40), Image.BICUBIC)) for c in coarse])
-    np.save(folder / "images.npy", images)
-    pd.DataFrame({"path": [f"{i}.png" for i in range(40)], "split": "pretrain"}).to_csv(folder / "manifest.csv", index=False)
-    return folder / "manifest.csv"
+    return write_pack(tmp_path_factory.mktemp("pack"), blobs(40))
 
 
 def config_of(**changes):
@@ -46,12 +40,10 @@ def vit(seed=0, **changes):
     return model
 
 
-def run_here(monkeypatch, pack, out, *flags):
-    """Run main() in this process; returns the log and what last.pt holds."""
-    monkeypatch.setattr(sys, "argv", ["dino.py", *map(str, ["--manifest", pack, "--out", out, *TINY, *flags])])
-    dino.main()
-    log = [json.loads(line) for line in (out / "log.jsonl").open()]
-    return log, torch.load(out / "last.pt", weights_only=True)
+def train_here(monkeypatch, pack, out, *flags):
+    """A whole run; returns its log and what last.pt holds."""
+    run_here(dino, monkeypatch, "--manifest", pack, "--out", out, *TINY, *flags)
+    return log_of(out), torch.load(out / "last.pt", weights_only=True)
 
 
 # Loss, centre, temperatures
@@ -92,7 +84,7 @@ def test_teacher_temperature_is_linear_by_epoch_then_constant(first, last, n):
 def test_a_step_is_the_definition_written_out(pack, tmp_path, monkeypatch):
     """Loss with the old centre, teacher and centre averaged afterwards, last layer still: 2 steps by hand."""
     flags = ["--batch", 10, "--drop_path", 0, "--lr", 0.05, "--clip", 0.01]
-    log, last = run_here(monkeypatch, pack, tmp_path, *flags, "--steps", 2)
+    log, last = train_here(monkeypatch, pack, tmp_path, *flags, "--steps", 2)
     config = config_of(batch=10)
     student = dino.DINO(vit(), **HEAD)
     teacher, centre, source = copy.deepcopy(student), torch.zeros(64), np.load(pack.parent / "images.npy")
@@ -134,12 +126,12 @@ def test_last_layer_is_still_in_the_first_epoch_and_its_lengths_are_one(pack, tm
     names = [f"head.last_layer.parametrizations.weight.original{i}" for i in (0, 1)]
     fresh = dino.DINO(vit(), **HEAD).state_dict()
     flags = ["--batch", 10, "--lr", 0.05]
-    first = run_here(monkeypatch, pack, tmp_path / "a", *flags, "--steps", 4)[1]["student"]
+    first = train_here(monkeypatch, pack, tmp_path / "a", *flags, "--steps", 4)[1]["student"]
     assert all(torch.equal(first[name], fresh[name]) for name in names)
     assert not torch.equal(first["head.mlp.0.weight"], fresh["head.mlp.0.weight"])
-    second = run_here(monkeypatch, pack, tmp_path / "a", *flags, "--steps", 5)[1]["student"]
+    second = train_here(monkeypatch, pack, tmp_path / "a", *flags, "--steps", 5)[1]["student"]
     assert torch.equal(second[names[0]], torch.ones(64, 1)) and not torch.equal(second[names[1]], fresh[names[1]])
-    free = run_here(monkeypatch, pack, tmp_path / "b", *flags, "--steps", 5, "--norm_last_layer", "false")[1]["student"]
+    free = train_here(monkeypatch, pack, tmp_path / "b", *flags, "--steps", 5, "--norm_last_layer", "false")[1]["student"]
     assert not torch.equal(free[names[0]], torch.ones(64, 1))
 
 
@@ -294,8 +286,8 @@ def test_local_crops_are_in_proportion_and_whole_patches(size, patch, expected):
 
 def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path, monkeypatch):
     flags = ["--batch", 12, "--steps", 5, "--epochs", 4, "--lr", 0.005, "--drop_path", 0.3, "--in_chans", 3]
-    log, one = run_here(monkeypatch, pack, tmp_path / "one", *flags)
-    run_here(monkeypatch, pack, tmp_path / "micro", *flags, "--micro-batch", 5)
+    log, one = train_here(monkeypatch, pack, tmp_path / "one", *flags)
+    train_here(monkeypatch, pack, tmp_path / "micro", *flags, "--micro-batch", 5)
     result = run_script("pretrain/dino.py", "--manifest", pack, "--out", tmp_path / "two", *TINY, *flags, nproc=2)
     assert result.returncode == 0, result.stderr
     for name in ("micro", "two"):
@@ -304,14 +296,14 @@ def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path, m
         for whose in ("student", "teacher"):
             worst = max(float((one[whose][key] - other[whose][key]).abs().max()) for key in one[whose])
             assert worst <= 1e-5, (name, whose)
-        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").open()]
+        lines = log_of(tmp_path / name)
         for key in ("loss", "entropy", "batch_entropy", "feature_std"):
             assert np.allclose([a[key] for a in log], [b[key] for b in lines], rtol=1e-4), (name, key)
 
 
 def test_a_killed_run_continues_to_the_same_bytes(pack, tmp_path, monkeypatch):
     flags = ["--batch", 10, "--epochs", 5, "--lr", 0.002, "--save-minutes", 0, "--picture-epochs", 2, "--n_local_crops", 2]
-    run_here(monkeypatch, pack, tmp_path / "whole", *flags)
+    train_here(monkeypatch, pack, tmp_path / "whole", *flags)
     command = [sys.executable, ROOT / "pretrain/dino.py", "--manifest", pack, "--out", tmp_path / "cut", *TINY, *flags]
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = tmp_path / "cut/log.jsonl"
@@ -334,7 +326,7 @@ def test_backbone_is_the_teachers_or_the_students_and_loads_strictly_without_thi
             "m = timm.create_model(c['arch'], in_chans=c['in_chans'], num_classes=0, **c['model_args']); "
             "m.load_state_dict(c['model'], strict=True); print(m(torch.zeros(1, 1, 32, 32)).shape[1])")
     for whose in ("teacher", "student"):
-        _, last = run_here(monkeypatch, pack, tmp_path / whose, "--batch", 20, "--epochs", 1, "--lr", 0.05, "--export", whose)
+        _, last = train_here(monkeypatch, pack, tmp_path / whose, "--batch", 20, "--epochs", 1, "--lr", 0.05, "--export", whose)
         exported = torch.load(tmp_path / whose / "backbone.pt", weights_only=True)["model"]
         assert all(torch.equal(value, last[whose][f"backbone.{name}"]) for name, value in exported.items())
     assert not torch.equal(last["student"]["backbone.cls_token"], last["teacher"]["backbone.cls_token"])
@@ -344,7 +336,7 @@ def test_backbone_is_the_teachers_or_the_students_and_loads_strictly_without_thi
 
 
 def test_the_paper_face_is_positions_by_scale(pack, tmp_path, monkeypatch):
-    first = {name: run_here(monkeypatch, pack, tmp_path / name, "--batch", 20, "--steps", 1, "--variant", name)[0][0]["loss"]
+    first = {name: train_here(monkeypatch, pack, tmp_path / name, "--batch", 20, "--steps", 1, "--variant", name)[0][0]["loss"]
              for name in ("paper", "corrected")}
     assert first["paper"] != first["corrected"] and math.isclose(*first.values(), rel_tol=0.05)
 
@@ -354,12 +346,11 @@ def test_the_paper_face_is_positions_by_scale(pack, tmp_path, monkeypatch):
     (["--arch", "swin_tiny_patch4_window7_224", "--model_args", "{}"], ["swin_tiny", "CLS token"]),
     (["--local_size", 20], ["local_size 20", "patch of 8"]),
     (["--export", "both"], ["export is 'both'"]),
-    (["--exp", "1"], ["row of gmml", "pretrain/gmml.py"]),
     (["--exp", "2"], ["unknown key 'local_siz'", "local_size"]),
 ])
 def test_user_mistakes_get_one_sentence(pack, tmp_path, monkeypatch, capsys, flags, fragments):
     rows = tmp_path / "rows.yaml"
-    rows.write_text('"1": {pretrain: {strategy: gmml}}\n"2": {pretrain: {local_siz: 96}}\n')
+    rows.write_text('"2": {pretrain: {local_siz: 96}}\n')
     monkeypatch.setattr(sys, "argv", ["dino.py", *map(str, [
         "--manifest", pack, "--out", tmp_path / "run", *TINY, "--experiments", rows, "--drop_path", 0, *flags])])
     with pytest.raises(SystemExit) as stop:
@@ -376,7 +367,7 @@ def test_the_student_learns_to_predict_the_teacher_without_collapse(tmp_path, mo
               for level in (30, 80, 130, 180, 225) for period in (5, 9, 16, 30) for amplitude in (15, 60)]
     np.save(tmp_path / "images.npy", np.clip(images, 0, 255).astype(np.uint8))
     pd.DataFrame({"path": [f"{i}.png" for i in range(40)]}).to_csv(tmp_path / "manifest.csv", index=False)
-    log, _ = run_here(monkeypatch, tmp_path / "manifest.csv", tmp_path / "run", "--batch", 40, "--epochs", 100, "--lr", 0.003,
+    log, _ = train_here(monkeypatch, tmp_path / "manifest.csv", tmp_path / "run", "--batch", 40, "--epochs", 100, "--lr", 0.003,
                       "--warmup_epochs", 20, "--freeze_last_layer", 10, "--n_local_crops", 2, "--drop_path", 0, "--ema", 0.99,
                       "--wd_end", 0.04, "--out_dim", 256, "--hidden_dim", 128, "--bottleneck_dim", 64)
     first, last = ({key: np.mean([line[key] for line in lines]) for key in log[0]} for lines in (log[:10], log[-10:]))

@@ -1,6 +1,5 @@
 """Facts about pretrain/gmml.py and the blocks other training scripts copy from it."""
 
-import json
 import math
 import os
 import pickle
@@ -16,7 +15,7 @@ import pytest
 import timm
 import torch
 import torchvision.transforms.functional as tv
-from conftest import ROOT, assert_user_error, load_script, run_script
+from conftest import ROOT, assert_user_error, blobs, load_script, log_of, run_here, run_script, write_pack
 from PIL import Image, ImageEnhance
 
 gmml = load_script("pretrain/gmml.py")
@@ -26,14 +25,7 @@ TINY = ["--model_args", '{"img_size": 32, "patch_size": 8, "embed_dim": 48, "dep
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    """60 grey 40 x 40 images of smooth random blobs, packed."""
-    folder = tmp_path_factory.mktemp("pack")
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (60, 5, 5), dtype=np.uint8)
-    images = np.stack([np.array(Image.fromarray(c).resize((40, 40), Image.BICUBIC)) for c in coarse])
-    np.save(folder / "images.npy", images)
-    pd.DataFrame({"path": [f"{i}.png" for i in range(60)], "split": "pretrain"}).to_csv(folder / "manifest.csv", index=False)
-    return folder / "manifest.csv"
+    return write_pack(tmp_path_factory.mktemp("pack"), blobs(60))
 
 
 def config_of(**changes):
@@ -113,8 +105,7 @@ def test_masked_l1_equals_a_loop_over_pixels():
                 for x in range(6):
                     if masks[b, y, x]:
                         total, n = total + abs(float(recon[b, c, y, x]) - float(clean[b, c, y, x])), n + 1
-    loss_sum, count = gmml.masked_l1(recon, clean, masks)
-    assert count == n and abs(float(loss_sum) - total) < 1e-4
+    assert n == masks.sum() * 3 and abs(float(gmml.masked_l1(recon, clean, masks)) - total) < 1e-4
 
 
 def test_donor_pixels_are_the_other_images_own_view():
@@ -363,13 +354,39 @@ def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path):
     for nproc in (2, 3):
         result = run_script("pretrain/gmml.py", "--manifest", pack, "--out", tmp_path / f"{nproc}", *TINY, *flags, nproc=nproc)
         assert result.returncode == 0, result.stderr
-    one, begin = weights(tmp_path / "one/last.pt"), None
+    one = weights(tmp_path / "one/last.pt")
     assert max(float(v.abs().max()) for v in one.values()) > 0.02
     for name in ("micro", "2", "3"):
         other = weights(tmp_path / name / "last.pt")
         assert max(float((one[key] - other[key]).abs().max()) for key in one) <= 1e-5, name
-        logs = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").open()] for run in ("one", name)]
+        logs = [[line["loss"] for line in log_of(tmp_path / run)] for run in ("one", name)]
         assert np.allclose(*logs, rtol=1e-5), name
+
+
+def test_stochastic_depth_leaves_out_the_images_it_is_told_to():
+    model = timm.create_model("vit_small_patch16_224", num_classes=0, drop_path_rate=0.5, img_size=32, patch_size=8,
+                              embed_dim=48, depth=3, num_heads=3).train()
+    x, u = torch.randn(5, 3, 32, 32), torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    modules = gmml.take_drop_path(model)
+    assert [module.drop_prob for module in modules] == [0.25, 0.25, 0.5, 0.5]               # the first block: none
+    gmml.set_drop_path(modules, u)
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    for number, block in enumerate(model.blocks):
+        for half, branch in enumerate((lambda t: block.attn(block.norm1(t)), lambda t: block.mlp(block.norm2(t)))):
+            p, column = 0.25 * number, 2 * number - 2 + half
+            for i in range(5):
+                if number == 0 or u[i, column] >= p:
+                    tokens[i] = tokens[i] + branch(tokens[i:i + 1])[0] / (1 - p)
+    assert torch.allclose(model.forward_features(x), model.norm(tokens), atol=1e-5)
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_last_pt_is_written_when_nothing_else_is_left_to_write(pack, tmp_path, monkeypatch):
+    """Killed between the two files, the same command has to find its work not done."""
+    written, save = [], gmml.save_atomic
+    monkeypatch.setattr(gmml, "save_atomic", lambda value, path: (written.append(path.name), save(value, path)))
+    run_here(gmml, monkeypatch, "--manifest", pack, "--out", tmp_path, *TINY, "--batch", 12, "--epochs", 1)
+    assert written == ["backbone.pt", "last.pt"]
 
 
 def test_a_killed_run_continues_to_the_same_bytes(pack, tmp_path):
@@ -388,8 +405,8 @@ def test_a_killed_run_continues_to_the_same_bytes(pack, tmp_path):
     assert result.returncode == 0 and "steps 0 to" not in result.stdout, result.stderr
     for name in ("backbone.pt", "recon_0002.png", "recon_0006.png"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
-    logs = [[{k: v for k, v in json.loads(line).items() if k not in ("time", "img_per_s")}
-             for line in (tmp_path / run / "log.jsonl").open()] for run in ("whole", "cut")]
+    logs = [[{k: v for k, v in line.items() if k not in ("time", "img_per_s")} for line in log_of(tmp_path / run)]
+            for run in ("whole", "cut")]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 37))
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
 
@@ -403,7 +420,7 @@ def test_sigterm_saves_and_leaves_with_its_own_code(pack, tmp_path):
     process.terminate()
     assert process.wait(60) == 75
     step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
-    lines = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()]
+    lines = [line["step"] for line in log_of(tmp_path)]
     assert lines == list(range(1, step + 1))
 
 
@@ -521,6 +538,6 @@ def test_another_configuration_is_not_resumed(pack, tmp_path):
 
 def test_the_loss_falls(pack, tmp_path):
     assert start(pack, tmp_path, "--batch", 20, "--epochs", 40, "--lr", "1e-2", "--log-steps", 3).returncode == 0
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").open()]
+    losses = [line["loss"] for line in log_of(tmp_path)]
     # predicting the mean grey of every image costs about the first value; half of that needs the neighbours
     assert losses[-1] < 0.75 * losses[0], losses

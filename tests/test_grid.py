@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, run_here
 
 TABLE = yaml.safe_load((ROOT / "experiments.yaml").read_text())
 ROWS = [exp for exp in TABLE if exp != "defaults"]
@@ -142,6 +142,15 @@ def test_row_starts(exp, place, monkeypatch):
         "data/manifest.csv", "--out", f"runs/{exp}/predictions/seed0/nih_test.csv", "--device", "cpu")
     predictions = pd.read_csv(place / f"runs/{exp}/predictions/seed0/nih_test.csv")
     assert len(predictions) == 12 and predictions.filter(like="prob_").notna().all(axis=None)
+
+
+@pytest.mark.parametrize("strategy", ["gmml", "sit", "dino", "moco_v3", "simmim", "supervised"])
+def test_a_row_of_another_strategy_is_refused(strategy, monkeypatch, capsys):
+    exp, other = ("3.1", "gmml") if strategy != "gmml" else ("2.3", "supervised")
+    with pytest.raises(SystemExit) as leaving:
+        run_here(load_script(f"pretrain/{strategy}.py"), monkeypatch, "--exp", exp)
+    assert leaving.value.code == 2
+    assert f"error: {exp} is a row of {other}; run pretrain/{other}.py" in capsys.readouterr().err
 
 
 def test_every_row_of_the_study_is_there():

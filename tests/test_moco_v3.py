@@ -12,10 +12,8 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-import timm
 import torch
-from conftest import ROOT, load_script, run_script
-from PIL import Image
+from conftest import ROOT, blobs, load_script, log_of, run_here, run_script, write_pack
 
 moco = load_script("pretrain/moco_v3.py")
 MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
@@ -25,25 +23,17 @@ TINY = ["--model_args", json.dumps(MODEL), "--device", "cpu", "--log-steps", 1, 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    """40 grey 40 x 40 images of smooth random blobs, packed."""
-    folder = tmp_path_factory.mktemp("pack")
-    coarse = np.random.default_rng(0).integers(0, 256, (40, 5, 5), dtype=np.uint8)
-    images = np.stack([np.array(Image.fromarray(c).resize((40, 40), Image.BICUBIC)) for c in coarse])
-    np.save(folder / "images.npy", images)
-    pd.DataFrame({"path": [f"{i}.png" for i in range(40)], "split": "pretrain"}).to_csv(folder / "manifest.csv", index=False)
-    return folder / "manifest.csv"
+    return write_pack(tmp_path_factory.mktemp("pack"), blobs(40))
 
 
 def config_of(**changes):
     return {**moco.DEFAULTS, "mean": [0.485], "std": [0.229], "img_size": 32, "exp": None, "model_args": MODEL, **changes}
 
 
-def run_here(monkeypatch, pack, out, *flags):
-    """Run main() in this process; returns the log and what last.pt holds."""
-    monkeypatch.setattr(sys, "argv", ["moco_v3.py", *map(str, ["--manifest", pack, "--out", out, *TINY, *flags])])
-    moco.main()
-    log = [json.loads(line) for line in (out / "log.jsonl").open()]
-    return log, torch.load(out / "last.pt", weights_only=True)
+def train_here(monkeypatch, pack, out, *flags):
+    """A whole run; returns its log and what last.pt holds."""
+    run_here(moco, monkeypatch, "--manifest", pack, "--out", out, *TINY, *flags)
+    return log_of(out), torch.load(out / "last.pt", weights_only=True)
 
 
 def worst_difference(a, b):
@@ -180,7 +170,7 @@ def test_batch_norm_over_processes_is_pytorchs_over_the_whole_batch(tmp_path):
 
 def test_a_step_is_the_definition_written_out(pack, tmp_path, monkeypatch):
     """Queries first, then the momentum encoder with the weights from before the step, then AdamW: 2 steps by hand."""
-    log, last = run_here(monkeypatch, pack, tmp_path, "--batch", 10, "--lr", 0.005, "--steps", 2)
+    log, last = train_here(monkeypatch, pack, tmp_path, "--batch", 10, "--lr", 0.005, "--steps", 2)
     config, source = config_of(batch=10), np.load(pack.parent / "images.npy")
     torch.manual_seed(0)
     model = moco.MoCo(moco.make_backbone(config)[0], 64, 16)
@@ -209,7 +199,7 @@ def test_a_step_is_the_definition_written_out(pack, tmp_path, monkeypatch):
 
 
 def test_all_trained_parameters_decay_and_frozen_ones_do_not(pack, tmp_path, monkeypatch):
-    _, last = run_here(monkeypatch, pack, tmp_path, "--batch", 10, "--steps", 1, "--lr", 0.02)
+    _, last = train_here(monkeypatch, pack, tmp_path, "--batch", 10, "--steps", 1, "--lr", 0.02)
     torch.manual_seed(0)
     model = moco.MoCo(moco.make_backbone(config_of())[0], 64, 16)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -227,7 +217,7 @@ def test_momentum_goes_from_its_start_to_one():
 def test_the_paper_face_has_temperature_one(pack, tmp_path, monkeypatch):
     losses = {}
     for name, flags in dict(paper=["--variant", "paper"], one=["--temperature", 1], default=[], published=["--temperature", 0.2]).items():
-        losses[name] = run_here(monkeypatch, pack, tmp_path / name, "--batch", 10, "--steps", 1, *flags)[0][0]["loss"]
+        losses[name] = train_here(monkeypatch, pack, tmp_path / name, "--batch", 10, "--steps", 1, *flags)[0][0]["loss"]
     assert losses["paper"] == losses["one"] and losses["default"] == losses["published"] != losses["paper"]
 
 
@@ -248,21 +238,21 @@ def test_views_have_their_shares_of_blur_and_solarisation():
 @pytest.mark.slow
 def test_two_processes_do_not_change_the_weights(pack, tmp_path, monkeypatch):
     flags = ["--batch", 12, "--steps", 5, "--epochs", 4, "--lr", 0.01, "--in_chans", 3]
-    log, one = run_here(monkeypatch, pack, tmp_path / "one", *flags)
+    log, one = train_here(monkeypatch, pack, tmp_path / "one", *flags)
     result = run_script("pretrain/moco_v3.py", "--manifest", pack, "--out", tmp_path / "two", *TINY, *flags, nproc=2)
     assert result.returncode == 0, result.stderr
     two = torch.load(tmp_path / "two/last.pt", weights_only=True)
     for whose in ("model", "momentum_encoder"):
         assert worst_difference(one[whose], two[whose]) <= 1e-5, whose
-    lines = [json.loads(line) for line in (tmp_path / "two/log.jsonl").open()]
+    lines = log_of(tmp_path / "two")
     for key in ("loss", "entropy", "accuracy", "feature_std"):
         assert np.allclose([a[key] for a in log], [b[key] for b in lines], rtol=1e-4), key
 
 
 def test_micro_batches_meet_the_keys_of_the_whole_batch(pack, tmp_path, monkeypatch):
     flags = ["--batch", 12, "--steps", 1, "--temperature", 1]
-    whole = run_here(monkeypatch, pack, tmp_path / "whole", *flags)[0][0]
-    parts = run_here(monkeypatch, pack, tmp_path / "parts", *flags, "--micro-batch", 4)[0][0]
+    whole = train_here(monkeypatch, pack, tmp_path / "whole", *flags)[0][0]
+    parts = train_here(monkeypatch, pack, tmp_path / "parts", *flags, "--micro-batch", 4)[0][0]
     # among 4 keys alone the entropy could not exceed log 4; the norms see 4 images in place of 12
     assert math.log(4) < parts["entropy"] <= math.log(12) and abs(parts["loss"] - whole["loss"]) < 0.1 * whole["loss"]
 
@@ -270,7 +260,7 @@ def test_micro_batches_meet_the_keys_of_the_whole_batch(pack, tmp_path, monkeypa
 @pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_bytes(pack, tmp_path, monkeypatch):
     flags = ["--batch", 10, "--epochs", 5, "--lr", 0.002, "--save-minutes", 0]
-    _, whole = run_here(monkeypatch, pack, tmp_path / "whole", *flags)
+    _, whole = train_here(monkeypatch, pack, tmp_path / "whole", *flags)
     command = [sys.executable, ROOT / "pretrain/moco_v3.py", "--manifest", pack, "--out", tmp_path / "cut", *TINY, *flags]
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = tmp_path / "cut/log.jsonl"
@@ -289,7 +279,7 @@ def test_a_killed_run_continues_to_the_same_bytes(pack, tmp_path, monkeypatch):
 
 
 def test_backbone_is_the_trained_encoders_and_loads_strictly_without_this_project(pack, tmp_path, monkeypatch):
-    _, last = run_here(monkeypatch, pack, tmp_path, "--batch", 20, "--epochs", 1, "--lr", 0.01)
+    _, last = train_here(monkeypatch, pack, tmp_path, "--batch", 20, "--epochs", 1, "--lr", 0.01)
     checkpoint = torch.load(tmp_path / "backbone.pt", weights_only=True)
     assert checkpoint["model_args"]["num_heads"] == 3
     assert all(torch.equal(value, last["model"][f"base_encoder.backbone.{name}"]) for name, value in checkpoint["model"].items())
@@ -302,7 +292,7 @@ def test_backbone_is_the_trained_encoders_and_loads_strictly_without_this_projec
 
 
 def test_weights_of_a_run_are_a_start_for_the_next(pack, tmp_path, monkeypatch):
-    _, last = run_here(monkeypatch, pack, tmp_path / "a", "--batch", 20, "--steps", 2, "--lr", 0.01)
+    _, last = train_here(monkeypatch, pack, tmp_path / "a", "--batch", 20, "--steps", 2, "--lr", 0.01)
     vit, note = moco.make_backbone(config_of(init=str(tmp_path / "a/last.pt")))
     assert "loaded" in note
     for name, value in vit.state_dict().items():
@@ -338,7 +328,7 @@ def test_the_loss_falls_and_queries_find_their_keys_without_collapse(tmp_path, m
               for period in (3, 4.5, 7, 11, 18) for a in np.linspace(0, np.pi / 2, 8)]
     np.save(tmp_path / "images.npy", np.array(images).astype(np.uint8))
     pd.DataFrame({"path": [f"{i}.png" for i in range(40)]}).to_csv(tmp_path / "manifest.csv", index=False)
-    log, _ = run_here(monkeypatch, tmp_path / "manifest.csv", tmp_path / "run", "--batch", 20, "--epochs", 60, "--lr", 0.05,
+    log, _ = train_here(monkeypatch, tmp_path / "manifest.csv", tmp_path / "run", "--batch", 20, "--epochs", 60, "--lr", 0.05,
                       "--warmup_epochs", 2, "--out_dim", 32, "--crop_scale", "[0.5, 1]")
     chance = 4 * 0.2 * math.log(20)                                         # two directions, times 2 temperature
     last = {key: np.mean([line[key] for line in log[-20:]]) for key in ("loss", "accuracy", "feature_std")}

@@ -6,12 +6,11 @@ import subprocess
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 import timm
 import timm.scheduler
 import torch
-from conftest import load_script, run_script
+from conftest import load_script, log_of, run_here, run_script, write_pack
 from PIL import Image
 
 simmim = load_script("pretrain/simmim.py")
@@ -30,20 +29,12 @@ def pack(tmp_path_factory):
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:64, :64] / 64
     slopes = [a * (x - 0.5) + b * (y - 0.5) + c for a, b, c in rng.uniform(-1, 1, (60, 3))]
-    np.save(folder / "images.npy", (127 + 60 * np.stack(slopes)).astype(np.uint8))
-    pd.DataFrame({"path": [f"{i}.png" for i in range(60)], "split": "pretrain"}).to_csv(folder / "manifest.csv", index=False)
-    return folder / "manifest.csv"
+    return write_pack(folder, (127 + 60 * np.stack(slopes)).astype(np.uint8))
 
 
 def train_here(monkeypatch, manifest, out, *flags):
-    """A whole run in this process: the same main(), without the seconds of importing."""
-    words = ["simmim.py", "--manifest", manifest, "--out", out, "--device", "cpu", "--log-steps", 1, "--warmup_epochs", 1, *flags]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    simmim.main()
-
-
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").open()]
+    run_here(simmim, monkeypatch, "--manifest", manifest, "--out", out, "--device", "cpu", "--log-steps", 1, "--warmup_epochs", 1,
+             *flags)
 
 
 def small(kind, in_chans=1):
@@ -189,7 +180,7 @@ def test_decay_spares_vectors_positions_and_only_when_corrected_bias_tables(vari
 # Whole runs
 
 def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path, monkeypatch):
-    flags = [*VIT, "--batch", 12, "--steps", 5, "--lr", 0.02, "--in_chans", 3]
+    flags = [*VIT, "--batch", 12, "--steps", 5, "--lr", 0.02, "--drop_path", 0.3, "--in_chans", 3]
     train_here(monkeypatch, pack, tmp_path / "one", *flags)
     train_here(monkeypatch, pack, tmp_path / "parts", *flags, "--micro-batch", 5)
     result = run_script("pretrain/simmim.py", "--manifest", pack, "--out", tmp_path / "two", "--device", "cpu",
@@ -199,7 +190,7 @@ def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path, m
     for name in ("parts", "two"):
         other = torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
         assert max(float((one[key] - other[key]).abs().max()) for key in one) <= 1e-5, name
-        for here, there in zip(log(tmp_path / "one"), log(tmp_path / name), strict=True):
+        for here, there in zip(log_of(tmp_path / "one"), log_of(tmp_path / name), strict=True):
             assert abs(here["loss"] - there["loss"]) < 1e-5
 
 
@@ -211,7 +202,7 @@ def test_a_run_in_two_pieces_gives_the_same_bytes(pack, tmp_path, monkeypatch):
     train_here(monkeypatch, pack, tmp_path / "cut", *flags)
     for name in ("backbone.pt", "recon_0001.png", "recon_0003.png"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
-    assert [line["loss"] for line in log(tmp_path / "whole")] == [line["loss"] for line in log(tmp_path / "cut")]
+    assert [line["loss"] for line in log_of(tmp_path / "whole")] == [line["loss"] for line in log_of(tmp_path / "cut")]
     assert Image.open(tmp_path / "whole/recon_0003.png").size == (8 * 32, 4 * 32)
 
 
@@ -229,15 +220,8 @@ def test_backbones_load_strictly_into_timm_without_this_project(pack, tmp_path, 
 
 def test_the_loss_falls(pack, tmp_path, monkeypatch):
     train_here(monkeypatch, pack, tmp_path, *VIT, "--batch", 20, "--epochs", 60, "--lr", 0.02, "--log-steps", 20)
-    losses = [line["loss"] for line in log(tmp_path)]
+    losses = [line["loss"] for line in log_of(tmp_path)]
     assert losses[-1] < 0.7 * losses[0], losses
-
-
-def test_a_row_of_another_strategy_is_refused(tmp_path, monkeypatch, capsys):
-    (tmp_path / "rows.yaml").write_text("'3.1': {pretrain: {strategy: gmml}}\n")
-    with pytest.raises(SystemExit) as leaving:
-        train_here(monkeypatch, "none.csv", tmp_path, "--experiments", tmp_path / "rows.yaml", "--exp", "3.1")
-    assert leaving.value.code == 2 and "3.1 is a row of gmml; run pretrain/gmml.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -1,18 +1,15 @@
 """Facts about pretrain/sit.py (its masks, views and blocks shared with GMML: test_gmml.py)."""
 
-import json
 import math
 import subprocess
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import load_script, run_script
-from PIL import Image
+from conftest import blobs, load_script, log_of, run_here, run_script, write_pack
 
 sit = load_script("pretrain/sit.py")
 TINY = ["--model_args", '{"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}', "--hidden_dim", 64,
@@ -21,23 +18,11 @@ TINY = ["--model_args", '{"img_size": 32, "patch_size": 8, "embed_dim": 48, "dep
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    """60 grey 40 x 40 images of smooth random blobs, packed."""
-    folder = tmp_path_factory.mktemp("pack")
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (60, 5, 5), dtype=np.uint8)
-    np.save(folder / "images.npy", np.stack([np.array(Image.fromarray(c).resize((40, 40), Image.BICUBIC)) for c in coarse]))
-    pd.DataFrame({"path": [f"{i}.png" for i in range(60)], "split": "pretrain"}).to_csv(folder / "manifest.csv", index=False)
-    return folder / "manifest.csv"
+    return write_pack(tmp_path_factory.mktemp("pack"), blobs(60))
 
 
 def train_here(monkeypatch, manifest, out, *flags):
-    """A whole run in this process: the same main(), without the seconds of importing."""
-    monkeypatch.setattr(sys, "argv", [str(word) for word in ["sit.py", "--manifest", manifest, "--out", out, *TINY, *flags]])
-    sit.main()
-
-
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").open()]
+    run_here(sit, monkeypatch, "--manifest", manifest, "--out", out, *TINY, *flags)
 
 
 def tiny(seed=0, in_chans=1):
@@ -168,7 +153,7 @@ def test_processes_do_not_change_the_weights(pack, tmp_path, monkeypatch):
             if key.endswith("qkv.bias"):
                 gap = gap[[*range(48), *range(96, 144)]]
             assert gap.max() <= 1e-5, (part, key)
-    for here, there in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+    for here, there in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert all(abs(here[term] - there[term]) < 2e-5 for term in ("loss", "contrast", "recon", "feature_std"))
 
 
@@ -180,7 +165,7 @@ def test_a_run_in_two_pieces_gives_the_same_bytes(pack, tmp_path, monkeypatch):
     train_here(monkeypatch, pack, tmp_path / "cut", *flags)
     for name in ("backbone.pt", "recon_0001.png", "recon_0003.png"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
-    assert [line["loss"] for line in log(tmp_path / "whole")] == [line["loss"] for line in log(tmp_path / "cut")]
+    assert [line["loss"] for line in log_of(tmp_path / "whole")] == [line["loss"] for line in log_of(tmp_path / "cut")]
 
 
 @pytest.mark.parametrize("export", ["teacher", "student"])
@@ -200,16 +185,9 @@ def test_the_chosen_backbone_loads_strictly_into_timm_without_this_project(pack,
 
 def test_both_losses_fall_and_features_do_not_collapse(pack, tmp_path, monkeypatch):
     train_here(monkeypatch, pack, tmp_path, "--batch", 20, "--epochs", 50, "--lr", 0.02, "--log-steps", 15, "--crop_scale", "[0.5, 1.0]")
-    first, *_, last = log(tmp_path)
+    first, *_, last = log_of(tmp_path)
     assert last["recon"] < 0.85 * first["recon"] and last["contrast"] < 0.85 * first["contrast"], (first, last)
     assert last["feature_std"] > 0.1
-
-
-def test_a_row_of_another_strategy_is_refused(tmp_path, monkeypatch, capsys):
-    (tmp_path / "rows.yaml").write_text("'3.1': {pretrain: {strategy: gmml}}\n")
-    with pytest.raises(SystemExit) as leaving:
-        train_here(monkeypatch, "none.csv", tmp_path, "--experiments", tmp_path / "rows.yaml", "--exp", "3.1")
-    assert leaving.value.code == 2 and "3.1 is a row of gmml; run pretrain/gmml.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, words", [
