@@ -247,7 +247,7 @@ def normalise(x, config):
     mean, std = (x.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     if x.shape[1] > config["in_chans"]:
         x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    return (x / 255 - mean) / std                               # one grey channel broadcasts to three
+    return torch.addcmul(-mean / std, x, 1 / (255 * std))       # in one pass; a grey channel broadcasts to three
 # --- end copy: normalise ---
 
 

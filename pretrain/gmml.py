@@ -356,16 +356,31 @@ def resample_matrix(start, length, in_size, out_size, cubic=True):
 
 
 def crop_resize(images, boxes, flip, size, cubic=True):
-    """Cut, stretch to size x size and mirror a batch: two matrix products an image, no loop.
+    """Cut, stretch to size x size and mirror a batch; antialiased as Pillow does it.
+
+    PyTorch's kernel for 8-bit images on the CPU is the fastest and takes them one by one; on a GPU hundreds of
+    small kernels would take longer than the images, there two matrix products do the whole batch.
 
     Args: images uint8 [B, C, H, W]; boxes: top, left, height, width, each [B]; flip bool [B].
-    Returns: float32 [B, C, size, size], 0-255, unrounded.
+    Returns: float32 [B, C, size, size], 0-255, on the CPU rounded.
     """
+    if images.device.type == "cpu":
+        mode = "bicubic" if cubic else "bilinear"
+        cuts = (image[None, :, top:top + h, left:left + w]
+                for image, (top, left, h, w) in zip(images, torch.stack(boxes, 1).int().tolist()))
+        views = torch.cat([F.interpolate(cut, (size, size), mode=mode, antialias=True) for cut in cuts])
+        views[flip] = views[flip].flip(3)
+        return views.float()
     top, left, h, w = (side.to(images.device, torch.float32, non_blocking=True) for side in boxes)
-    rows = resample_matrix(top, h, images.shape[2], size, cubic)
-    columns = resample_matrix(left, w, images.shape[3], size, cubic)
-    columns = torch.where(flip.to(images.device, non_blocking=True)[:, None, None], columns.flip(1), columns)
-    return (rows[:, None] @ images.float() @ columns.mT[:, None]).clamp_(0, 255)
+    return crop_by_matrices(images.float(), top, left, h, w, flip.to(images.device, non_blocking=True), size, cubic)
+
+
+def crop_by_matrices(x, top, left, h, w, flip, size, cubic=True):
+    """crop_resize of float images: rows and columns of all of them are resampled by a matrix each."""
+    rows = resample_matrix(top, h, x.shape[2], size, cubic)
+    columns = resample_matrix(left, w, x.shape[3], size, cubic)
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    return (rows[:, None] @ x @ columns.mT[:, None]).clamp_(0, 255)
 
 
 def random_resized_crop(images, u, scale, size, cubic=True):
@@ -400,7 +415,7 @@ def luminance(x):
 
 
 def colour_jitter(x, u, strength, p):
-    """Brightness, contrast, saturation and hue in random order, for a share p of the images.
+    """Brightness, contrast, saturation and hue in random order, for a share p of the images; changes x.
 
     Args: x float [B, C, H, W], 0-255; u uniform [B, >= 9] on the CPU (known there: no synchronisation);
     strength: (brightness, contrast, saturation, hue). Grey images have neither saturation nor hue.
@@ -420,24 +435,30 @@ def colour_jitter(x, u, strength, p):
             else:                       # away from black, from the mean grey, from each pixel's grey
                 grey = luminance(part) if op else torch.zeros_like(amount)
                 grey = grey.mean((1, 2, 3), keepdim=True) if op == 1 else grey
-                part = (grey + (1 + amount) * (part - grey)).clamp_(0, 255)
-            x = x.index_copy(0, chosen, part)
+                part = torch.lerp(grey, part, 1 + amount).clamp_(0, 255)
+            x[chosen] = part
     return x
 
 
 def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
-    """Blur a share p of the images x [B, C, H, W] with width U(sigma) pixels; u uniform [B, 2] on the CPU."""
+    """Blur a share p of the images x [B, C, H, W] with width U(sigma) pixels; u uniform [B, 2] on the CPU.
+
+    The kernel ends at 4 widths, edges are continued. Changes x.
+    """
     chosen = (u[:, 0] < p).nonzero()[:, 0]
     if len(chosen) == 0:
         return x
-    width = (sigma[0] + u[chosen, 1] * (sigma[1] - sigma[0])).to(x.device, non_blocking=True).view(-1, 1, 1)
+    width = (sigma[0] + u[chosen, 1] * (sigma[1] - sigma[0])).to(x.device, non_blocking=True)
     chosen = chosen.to(x.device, non_blocking=True)
-    part = x[chosen]
-    for _ in range(2):                                                      # rows, then columns
-        place = torch.arange(part.shape[2], device=x.device, dtype=x.dtype)
-        weights = torch.exp(-0.5 * ((place[:, None] - place) / width) ** 2)
-        part = ((weights / weights.sum(-1, keepdim=True))[:, None] @ part).mT
-    return x.index_copy(0, chosen, part)
+    part, radius = x[chosen], math.ceil(4 * sigma[1])
+    place = torch.arange(-radius, radius + 1, device=x.device)
+    weights = torch.exp(-0.5 * (place / width[:, None]) ** 2)
+    weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(x.shape[1], 0)
+    planes = F.pad(part, [radius] * 4, mode="replicate").flatten(0, 1)[None]        # a group a plane
+    planes = F.conv2d(planes, weights[:, None, None, :], groups=len(weights))
+    planes = F.conv2d(planes, weights[:, None, :, None], groups=len(weights))
+    x[chosen] = planes.view_as(part)
+    return x
 # --- end copy: colour and blur ---
 
 
@@ -447,7 +468,7 @@ def normalise(x, config):
     mean, std = (x.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     if x.shape[1] > config["in_chans"]:
         x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    return (x / 255 - mean) / std                               # one grey channel broadcasts to three
+    return torch.addcmul(-mean / std, x, 1 / (255 * std))       # in one pass; a grey channel broadcasts to three
 # --- end copy: normalise ---
 
 
@@ -837,12 +858,12 @@ def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
     return block_masks(blocks, fraction, side, align), replaced
 
 
-def corrupt(clean, donor, noise, masks, replaced):
-    """Overwrite masked pixels: by the donor's pixels of the same place where `replaced`, else by noise.
+def corrupt(clean, fill, masks):
+    """Overwrite masked pixels by those of the same place in `fill`, noise or another image's view.
 
-    Args: clean, donor, noise float [B, C, S, S]; masks bool [B, S, S]; replaced bool [B].
+    Args: clean, fill float [B, C, S, S]; masks bool [B, S, S].
     """
-    return torch.where(masks[:, None], torch.where(replaced[:, None, None, None], donor, noise), clean)
+    return torch.where(masks[:, None], fill, clean)
 
 
 def masked_l1(recon, clean, masks):
@@ -856,13 +877,14 @@ def masked_l1(recon, clean, masks):
 def plan_step(config, order, step, rank, world_size):
     """Which images a step needs and all its random numbers, drawn for the global batch; own rows are kept.
 
-    Donor images of the replacement may belong to another process: they are gathered and cropped here again,
-    which costs little and lets any number of processes do the same step.
-    Returns: image indices [own, donors of view 1, donors of view 2], one dict a view, the step.
+    Donor images of the replacement that belong to another process are gathered and cropped here again, which
+    costs little and lets any number of processes do the same step.
+    Returns: image indices [own, foreign donors of view 1, of view 2], one dict a view, the step.
     """
     generator = step_generator(config["seed"], step)
     batch, views = config["batch"], []
     own = torch.arange(rank, batch, world_size)
+    needed = [own]
     n_blocks = n_blocks_for(max(config["drop"], config["replace"]))
     for _ in range(2):
         crop, colour, corruption, blocks = (torch.rand(batch, *shape, generator=generator)
@@ -870,11 +892,14 @@ def plan_step(config, order, step, rank, world_size):
         masks, replaced = draw_masks(corruption[own], blocks[own], config["img_size"],
                                      config["drop"], config["replace"], config["align"])
         donors = (corruption[own[replaced], 2] * batch).long()
-        views.append(dict(crop=crop[own], colour=colour[own], masks=masks, replaced=replaced, donors=donors,
-                          donor_crop=crop[donors], donor_colour=colour[donors]))
-    needed = torch.cat([own, views[0]["donors"], views[1]["donors"]])
+        foreign = donors % world_size != rank
+        places = torch.where(foreign, len(own) - 1 + foreign.cumsum(0), donors // world_size)
+        needed.append(donors[foreign])
+        seen = torch.cat([own, donors[foreign]])
+        views.append(dict(crop=crop[seen], colour=colour[seen], masks=masks,
+                          replaced=replaced.nonzero()[:, 0], donors=places))
     begin = step % (len(order) // batch) * batch
-    return order[begin:begin + batch][needed.numpy()], views, step
+    return order[begin:begin + batch][torch.cat(needed).numpy()], views, step
 
 
 def augment(images, crop, colour, config):
@@ -887,21 +912,22 @@ def augment(images, crop, colour, config):
 def make_views(images, plan, config, rank, world_size, device):
     """Both views of a process's images: clean, corrupted [2B, C, S, S] and masks [2B, S, S]."""
     _, views, step = plan
-    n, begin, results = len(views[0]["crop"]), len(views[0]["crop"]), []
+    n = begin = len(views[0]["masks"])
+    results = []
     for number, view in enumerate(views):
-        clean = augment(images[:n], view["crop"], view["colour"], config)
-        noise = donor = torch.zeros_like(clean)
+        end = begin + len(view["crop"]) - n
+        foreign = images[begin:end]
+        both = [*images[:n], *foreign] if isinstance(images, list) else torch.cat([images[:n], foreign])
+        seen = augment(both, view["crop"], view["colour"], config)          # own images, then foreign donors
+        clean, fill = seen[:n], torch.zeros_like(seen[:n])
         if config["fill"] == "noise":
             generator = step_generator(config["seed"], step, 1 + number, device)
-            noise = torch.randn(config["batch"], *clean.shape[1:], device=device, generator=generator)
-            noise = donor = noise[rank::world_size]
-        end = begin + len(view["donors"])
-        if end > begin:
-            donors = augment(images[begin:end], view["donor_crop"], view["donor_colour"], config)
-            places = view["replaced"].nonzero()[:, 0].to(device, non_blocking=True)
-            donor = noise.index_copy(0, places, donors)
-        masks, replaced = (view[key].to(device, non_blocking=True) for key in ("masks", "replaced"))
-        results.append((clean, corrupt(clean, donor, noise, masks, replaced), masks))
+            fill = torch.randn(config["batch"], *clean.shape[1:], device=device, generator=generator)
+            fill = fill[rank::world_size]
+        masks, replaced, donors = (view[key].to(device, non_blocking=True)
+                                   for key in ("masks", "replaced", "donors"))
+        fill[replaced] = seen[donors]
+        results.append((clean, corrupt(clean, fill, masks), masks))
         begin = end
     return (torch.cat(parts) for parts in zip(*results))
 # --- end copy: group masking ---

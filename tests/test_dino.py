@@ -285,7 +285,7 @@ def test_local_crops_are_in_proportion_and_whole_patches(size, patch, expected):
 # Running
 
 def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path, monkeypatch):
-    flags = ["--batch", 12, "--steps", 5, "--epochs", 4, "--lr", 0.005, "--drop_path", 0.3, "--in_chans", 3]
+    flags = ["--batch", 12, "--steps", 5, "--epochs", 4, "--lr", 0.002, "--drop_path", 0.3, "--in_chans", 3]
     log, one = train_here(monkeypatch, pack, tmp_path / "one", *flags)
     train_here(monkeypatch, pack, tmp_path / "micro", *flags, "--micro-batch", 5)
     result = run_script("pretrain/dino.py", "--manifest", pack, "--out", tmp_path / "two", *TINY, *flags, nproc=2)
