@@ -86,30 +86,45 @@ def window_to_grey8(values, black, white):
     return np.rint(np.clip((values - black) / (white - black), 0, 1) * 255).astype(np.uint8)
 
 
-def percentile_window(values):
-    """The 0.5 and 99.5 percentiles; minimum and maximum, at least 1 apart, where those coincide."""
-    black, white = np.percentile(values, (0.5, 99.5)) if values.size else (0, 1)
-    return (black, white) if black < white else (float(values.min()), max(values.max(), values.min() + 1.0))
+def percentile_window(levels, counts):
+    """The 0.5 and 99.5 percentiles of pixels, counts[i] of them at levels[i], equal to np.percentile's;
+    minimum and maximum, at least 1 apart, where those coincide."""
+    if not counts.any():
+        return 0, 1
+    order = np.argsort(levels, kind="stable")
+    levels, ends = levels[order], np.cumsum(counts[order])      # the pixel of rank r: the first end beyond r
+    ranks = [quantile * (ends[-1] - 1) for quantile in (0.005, 0.995)]
+    black, white = (np.quantile(levels[np.searchsorted(ends, (rank // 1, np.ceil(rank)), "right")], rank % 1)
+                    for rank in ranks)
+    if black < white:
+        return black, white
+    used = levels[np.diff(ends, prepend=0) > 0]
+    return float(used[0]), max(used[-1], used[0] + 1.0)
 
 
-def dicom_paper(stored):
-    """What the released notebook did: stored value / maximum * 255, cut; MONOCHROME1 stays a negative."""
-    return (np.maximum(stored, 0) / max(int(stored.max()), 1) * 255).astype(np.uint8)
+def strips(pixels):
+    """Views of some 64 rows each: NumPy widens indices to 8 bytes, which for a strip stay in the cache."""
+    return np.array_split(pixels, max(1, len(pixels) // 64))
 
 
-def dicom_display(stored, ds):
+def dicom_paper(values, stored, ds):
+    """What the released notebook did: stored value / maximum * 255, cut; MONOCHROME1 stays a negative.
+
+    Args, Returns: as dicom_display.
+    """
+    return (np.maximum(values, 0) / max(int(stored.max()), 1) * 255).astype(np.uint8)
+
+
+def dicom_display(values, stored, ds):
     """What a viewer shows: modality LUT or rescale, then VOI LUT or first window or else the 0.5-99.5
     percentiles; MONOCHROME1 inverted once, padding black.
 
-    All of it depends on the stored value alone, so it is worked out for every possible value and looked up
-    for the pixels: exact, and several times faster.
-
-    Args: stored: 8- or 16-bit integers [H, W]; ds: the pydicom dataset. Returns: uint8 [H, W].
+    Args: values: int32, every value that 8 or 16 bits can hold, in the order of their unsigned codes;
+        stored: the pixels, 8- or 16-bit integers [H, W]; ds: the pydicom dataset.
+    Returns: uint8, the grey level of each of the values.
     Source: DICOM PS3.3, C.7.5.1.1.2, C.11.1, C.11.2.
     """
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
-    code = stored.view(f"u{stored.itemsize}")
-    values = np.arange(256 ** stored.itemsize, dtype=code.dtype).view(stored.dtype).astype(np.int32)
     padded = np.zeros(len(values), bool)
     if ds.get("PixelPaddingValue") is not None:
         ends = ds.PixelPaddingValue, ds.get("PixelPaddingRangeLimit", ds.PixelPaddingValue)
@@ -125,14 +140,15 @@ def dicom_display(stored, ds):
         black, white = apply_voi_lut(np.array([-np.inf, np.inf]), ds)     # either side of the window
         shown = apply_voi_lut(values, ds)
     else:
-        counts = np.bincount(code.ravel(), minlength=len(values))
-        black, white = percentile_window(np.repeat(values, np.where(padded, 0, counts)))
+        counts = sum(np.bincount(strip.ravel(), minlength=len(values))
+                     for strip in strips(stored.view(f"u{stored.itemsize}")))
+        black, white = percentile_window(values, np.where(padded, 0, counts))
         shown = values
     table = window_to_grey8(shown, float(black), float(white))
     if ds.PhotometricInterpretation == "MONOCHROME1":
         table = 255 - table
     table[padded] = 0
-    return np.take(table, code, mode="clip")    # no code is out of range: "clip" only spares NumPy the check
+    return table
 
 
 def read_dicom(file, dicom="display"):
@@ -160,7 +176,12 @@ def read_dicom(file, dicom="display"):
                        + ", ".join(decoder.missing_dependencies))
     stored = ds.pixel_array
     stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
-    return dicom_paper(stored) if dicom == "paper" else dicom_display(stored, ds), kind == "MONOCHROME1"
+    # A grey level depends on the stored value alone: worked out once a value, then looked up for each pixel.
+    code = stored.view(f"u{stored.itemsize}")
+    values = np.arange(256 ** code.itemsize, dtype=code.dtype).view(stored.dtype).astype(np.int32)
+    table = (dicom_paper if dicom == "paper" else dicom_display)(values, stored, ds)
+    grey = [np.take(table, strip, mode="clip") for strip in strips(code)]   # "clip" spares NumPy a check
+    return np.concatenate(grey), kind == "MONOCHROME1"
 
 
 def read_pillow(file):
@@ -212,7 +233,9 @@ def read_image(file, channels=1, variant="corrected", dicom="display", stretch=F
     elif stretch:
         values = np.asarray(image.convert(mode))
     if stretch:
-        image = Image.fromarray(window_to_grey8(values, *percentile_window(values)))
+        counts = np.bincount(values.ravel())
+        levels = np.arange(len(counts))
+        image = Image.fromarray(window_to_grey8(levels, *percentile_window(levels, counts))[values])
     return image if image.mode == mode else image.convert(mode), facts
 
 
