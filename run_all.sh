@@ -2,7 +2,7 @@
 # The whole study as a chain of commands a person could type: prepare, pack, pre-train, fine-tune, predict, metrics, report.
 #
 #   bash run_all.sh --demo               everything in miniature on drawn stand-ins: no download, no GPU, some minutes
-#   bash run_all.sh --exp 3.4,2.2        these rows of experiments.yaml, with the data they need
+#   bash run_all.sh --exp '3.4,4.*'      these rows of experiments.yaml, with the data they need
 #   bash run_all.sh                      every row of the study (--exp all: and the controls), resumable, over days
 #
 #   --raw DIR     raw downloads, one folder a dataset (default raw)    --data DIR   packed data (default data)
@@ -44,7 +44,7 @@ if [ "$plan" = 1 ]; then exec "$PYTHON" evaluate/plan.py ${exp:+--exp "$exp"} ${
 # The chain, worked out from experiments.yaml: one line a stage with name, output, key (a hash of command, row and
 # inputs) and command, tab-separated.
 stages=$("$PYTHON" - "$demo" "$exp" "$raw" "$data" "$out" "$nproc" "$scale" <<'PY'
-import difflib, hashlib, json, re, sys
+import difflib, fnmatch, hashlib, json, re, sys
 import yaml
 
 demo, chosen, raw, data, out, nproc, scale = sys.argv[1:]
@@ -55,11 +55,10 @@ python, torchrun = "$PYTHON", f"$PYTHON -m torch.distributed.run --standalone --
 table = yaml.safe_load(open("experiments.yaml"))
 defaults = table.pop("defaults")
 if demo and not chosen:
-    chosen = [key for key in table if key.startswith("demo.")]
+    chosen = "demo.*"
 elif chosen in ("", "all"):
-    chosen = [key for key in table if not key.startswith("demo.") and (chosen == "all" or not key.startswith("c."))]
-else:
-    chosen = chosen.split(",")
+    chosen = ",".join(key for key in table if key[0].isdigit() or chosen == "all" and key.startswith("c."))
+chosen = [key for part in chosen.split(",") for key in fnmatch.filter(table, part) or [part]]
 
 READERS = {     # packed folder: reader and its flags, packing flags
     "nih": ("nih", "", ""),

@@ -94,7 +94,7 @@ def signature(exp):
 
 FIRST = {}
 for exp in ROWS:
-    if not exp.startswith("demo."):         # these run as they are in the demo's own test
+    if exp[0] in "0123456789c":              # demo.* and mini.* run as they are, in the demo
         FIRST.setdefault(signature(exp), exp)
 
 
