@@ -415,12 +415,14 @@ def write_csv(table, file):
             os.fsync(stream.fileno())
         os.replace(part, file)
     except OSError as problem:
+        if part.is_file():
+            part.unlink()
         fail(f"cannot write {file}: {problem.strerror}; choose another --out")
 
 
 def predict(model, facts, source, rows, known, file, args, rank, world_size):
     """Predict one test set and write its file; rows: path and patient of the images of `source`."""
-    begun = time.time()
+    begun = time.monotonic()
     table = forward_all(lambda images: probabilities(model, images, facts, args.test_crops), source,
                         len(facts["labels"]), args.batch, rank, world_size).numpy()
     if rank > 0:
@@ -431,7 +433,7 @@ def predict(model, facts, source, rows, known, file, args, rank, world_size):
     columns |= {f"prob_{label}": table[:, facts["labels"].index(label)] for label in labels}
     write_csv(pd.DataFrame(columns), file)
     print(f"{file}: {len(rows):,} images, {len(known)} of {len(facts['labels'])} labels with truth, "
-          f"{len(rows) / (time.time() - begun):,.0f} img/s", flush=True)
+          f"{len(rows) / (time.monotonic() - begun):,.0f} img/s", flush=True)
 
 
 def main():

@@ -670,18 +670,27 @@ def clip_each(parameters, largest):
 
 
 # --- begin copy: checkpoint ---
-def save_atomic(content, path):
-    """torch.save under a temporary name, flush, rename: a crash leaves the old file or the new one."""
+def write_atomic(path, write):
+    """Let write(file) fill a temporary file, flush, rename: a crash leaves the old file or the new one."""
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as problem:
+    except (OSError, RuntimeError) as problem:
+        # torch.save raises an error of its own over that of a full disk
+        reason = problem if isinstance(problem, OSError) else problem.__context__
+        if not isinstance(reason, OSError):
+            raise
         part.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {problem.strerror}; the last complete checkpoint is untouched")
+        fail(f"cannot write {path}: {reason.strerror}; the last complete checkpoint is untouched")
+
+
+def save_atomic(content, path):
+    """torch.save of a checkpoint."""
+    write_atomic(path, lambda file: torch.save(content, file))
 
 
 def open_run(out, config, resume, main):
@@ -697,17 +706,17 @@ def open_run(out, config, resume, main):
                 os.close(open_run.lock)
             open_run.lock = os.open(out, os.O_RDONLY)
             fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (out / "run.json.part").write_text(json.dumps(dict(
-                command=sys.argv, config=config, python=platform.python_version(), torch=torch.__version__,
-                timm=timm.__version__, numpy=np.__version__, host=platform.node(),
-                device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                commit=subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
-                                      capture_output=True, text=True).stdout.strip()), indent=1))
-            os.replace(out / "run.json.part", out / "run.json")
         except BlockingIOError:
             fail(f"{out} is in use by another run; wait for it or choose another --out")
         except OSError as problem:
             fail(f"cannot write into {out}: {problem.strerror}; choose another --out")
+        facts = dict(
+            command=sys.argv, config=config, python=platform.python_version(), torch=torch.__version__,
+            timm=timm.__version__, numpy=np.__version__, host=platform.node(),
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            commit=subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+                                  capture_output=True, text=True).stdout.strip())
+        write_atomic(out / "run.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
         for part in out.glob("*.part"):
             part.unlink()
     last = out / "last.pt"
@@ -727,20 +736,28 @@ def open_run(out, config, resume, main):
     if main and (out / "log.jsonl").exists():  # lines after the checkpoint come again
         lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        (out / "log.jsonl.part").write_text("".join(lines))
-        os.replace(out / "log.jsonl.part", out / "log.jsonl")
+        write_atomic(out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
     return state
 # --- end copy: checkpoint ---
 
 
 # --- begin copy: progress ---
+def log_line(out, entry):
+    """One more line in log.jsonl."""
+    try:
+        with open(Path(out) / "log.jsonl", "a") as log:
+            log.write(json.dumps(entry) + "\n")
+    except OSError as problem:
+        fail(f"cannot write {out}/log.jsonl: {problem.strerror}; the last complete checkpoint is untouched")
+
+
 class Progress:
     """Means of the loss terms since the last line, as a line on the terminal and one in log.jsonl."""
 
     def __init__(self, out, n_steps, step, images_a_step, main, meter=None):
         self.out, self.n_steps, self.images_a_step, self.main = out, n_steps, images_a_step, main
         self.sums = dict(meter or {})  # name -> sum, on the device: no waiting
-        self.first, self.seen, self.begun = step, step, time.time()
+        self.first, self.seen, self.begun = step, step, time.monotonic()
 
     def add(self, **terms):
         for name, value in {**terms, "n": 1}.items():
@@ -762,15 +779,14 @@ class Progress:
     def line(self, step, epoch, **facts):
         """Write the line of `step` (steps done so far)."""
         self.seen = step
-        means, elapsed = self.means(), time.time() - self.begun
+        means, elapsed = self.means(), time.monotonic() - self.begun
         rate = (step - self.first) * self.images_a_step / max(elapsed, 1e-9)
         left = int((self.n_steps - step) * elapsed / max(1, step - self.first))
         self.sums = {}
         if not self.main:
             return
         entry = dict(step=step, epoch=epoch, **means, **facts, img_per_s=round(rate, 1), time=time.time())
-        with open(Path(self.out) / "log.jsonl", "a") as log:
-            log.write(json.dumps(entry) + "\n")
+        log_line(self.out, entry)
         terms = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **facts}.items())
         days = f"{left // 86400} d " if left >= 86400 else ""
         print(f"epoch {epoch}  step {step}/{self.n_steps}  {terms}  {rate:,.0f} img/s  "
@@ -940,9 +956,8 @@ def reconstruction_picture(clean, corrupted, recon, masks, config, path):
     rows = torch.cat([clean, corrupted, recon, torch.where(masks[:, None], recon, clean)], 2)  # [B, C, 4S, S]
     mean, std = (rows.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     pixels = ((rows * std + mean) * 255).round().clamp(0, 255).byte().permute(2, 0, 3, 1).flatten(1, 2)
-    part = Path(f"{path}.part")
-    Image.fromarray(pixels.expand(-1, -1, 3).cpu().numpy()).save(part, format="png")
-    os.replace(part, path)
+    image = Image.fromarray(pixels.expand(-1, -1, 3).cpu().numpy())
+    write_atomic(path, lambda file: image.save(file, format="png"))
 # --- end copy: reconstruction picture ---
 
 
@@ -980,7 +995,7 @@ def train(config, args, rank, world_size, device):
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     micro = 2 * (args.micro_batch or config["batch"] // world_size)         # two views an image
-    stop, saved, out = catch_sigterm(), time.time(), Path(args.out)
+    stop, saved, out = catch_sigterm(), time.monotonic(), Path(args.out)
 
     def plans():
         for step in range(begun, last_step):
@@ -1040,9 +1055,9 @@ def train(config, args, rank, world_size, device):
             picture = out / f"recon_{epoch:04}.png"
             reconstruction_picture(clean[:8], corrupted[:8], recon, masks[:8], config, picture)
         stopping = any_process(stop["now"])
-        if rank == 0 and (stopping or done == last_step or time.time() - saved > 60 * args.save_minutes):
+        if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
             save(done)
-            saved = time.time()
+            saved = time.monotonic()
         if stopping and done < last_step:
             sys.exit(75)  # EX_TEMPFAIL: run the same command again
 

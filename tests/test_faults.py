@@ -1,0 +1,300 @@
+"""Long runs under attack: killed at random moments they end in the same bytes; every other fault loses nothing.
+
+KILLS (default 2) is how often each script is killed with SIGKILL: KILLS=20 bash tests/run.sh tests/test_faults.py
+"""
+
+import contextlib
+import io
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from conftest import ROOT, blobs, load_script, log_of, run_here, run_script, write_pack
+from PIL import Image
+
+KILLS = int(os.environ.get("KILLS", 2))
+MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+TINY = ["--model_args", json.dumps(MODEL), "--device", "cpu", "--log-steps", 1, "--warmup_epochs", 1, "--save-minutes", 0]
+TRAIN = ["--manifest", "{data}/manifest.csv", "--out", "{out}", *TINY, "--batch", 8, "--epochs", 6, "--picture-epochs", 2]
+TINY_HEAD = ["--hidden_dim", 32, "--out_dim", 16]
+RUNS = {                            # every long-running script, and a command that keeps it busy for some seconds
+    "pack": ["data_prep/pack.py", "--index", "{data}/index.csv", "--raw", "{data}/raw", "--out", "{out}",
+             "--size", 32, "--workers", 2],
+    "gmml": ["pretrain/gmml.py", *TRAIN],
+    "sit": ["pretrain/sit.py", *TRAIN, *TINY_HEAD],
+    "dino": ["pretrain/dino.py", *TRAIN, *TINY_HEAD, "--bottleneck_dim", 16, "--n_local_crops", 2],
+    "moco_v3": ["pretrain/moco_v3.py", *TRAIN, *TINY_HEAD],
+    "simmim": ["pretrain/simmim.py", *TRAIN, "--mask_unit", 8],
+    "supervised": ["pretrain/supervised.py", *TRAIN],
+    "classify": ["finetune/classify.py", "--train", "{data}/manifest.csv", "--out", "{out}", *TINY, "--batch", 12,
+                 "--epochs", 3, "--seeds", "0,1"],
+    "predict": ["evaluate/predict.py", "--checkpoint", "{data}/classifier.pt", "--out", "{out}", "--batch", 1,
+                *(word for name in ("train", "val", "all") for word in ("--set", f"{name}={{data}}/manifest.csv:{name}"))],
+}
+TRAINING = [name for name in RUNS if name not in ("pack", "predict")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Inputs of all the commands: raw files with an index, some of them bad; a pack; a classifier."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "raw").mkdir()
+    big = Image.fromarray(blobs(1)[0]).resize((1500, 1500))
+    big.save(folder / "raw/0.png")
+    (folder / "raw/bad.png").write_bytes((folder / "raw/0.png").read_bytes()[:9999])
+    for i in range(1, 30 * min(KILLS, 15)):         # the more kills, the longer the run: pack commits after 5 seconds
+        os.link(folder / "raw/0.png", folder / f"raw/{i}.png")
+    files = pd.DataFrame({"path": sorted(os.listdir(folder / "raw")) + ["none.png"], "split": "train"})
+    files.to_csv(folder / "index.csv", index=False)
+    rng = np.random.default_rng(0)
+    labels = {name: rng.integers(0, 2, 64) for name in "AB"}
+    write_pack(folder, blobs(64), split=["pretrain"] * 24 + ["train"] * 24 + ["val"] * 16, **labels)
+    facts = dict(arch="vit_small_patch16_224", model_args=MODEL, in_chans=1, img_size=32, mean=[0.485], std=[0.229])
+    model = timm.create_model(facts["arch"], in_chans=1, num_classes=2, **MODEL)
+    torch.save(dict(model=model.state_dict(), labels=["A", "B"], **facts), folder / "classifier.pt")
+    return folder
+
+
+def words(name, data, out, *flags):
+    """Script and command line of a run."""
+    script, *line = RUNS[name]
+    return [script, *(str(word).replace("{data}", str(data)).replace("{out}", str(out)) for word in line), *map(str, flags)]
+
+
+# Imports what the scripts import, then forks for every line of its input (log, command): a run without the seconds of
+# importing. Answers with the process id, later with the exit code.
+FORK = """
+import json, os, runpy, sys
+import matplotlib.pyplot, pandas, sklearn.metrics, timm, torch, torchvision
+for line in sys.stdin:
+    log, sys.argv = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.setsid()
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit()
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """A process that forks runs."""
+    process = subprocess.Popen([sys.executable, "-c", FORK], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               bufsize=1, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    yield process
+    process.stdin.close()
+    process.wait()
+
+
+class Run:
+    """A command running as the leader of its own process group, its output in the file `log`."""
+
+    def __init__(self, forks, command, log):
+        log.unlink(missing_ok=True)
+        self.forks, self.log, self.code = forks, log, None
+        print(json.dumps([str(log), [str(ROOT / command[0]), *command[1:]]]), file=forks.stdin)
+        self.pid = int(forks.stdout.readline())
+
+    def ends_within(self, seconds):
+        """Wait so long; whether it has ended, its exit code is then in `code`."""
+        if self.code is None and select.select([self.forks.stdout], [], [], seconds)[0]:
+            self.code = int(self.forks.stdout.readline())
+        return self.code is not None
+
+    def says_something(self):
+        """Wait for its first output, or its end."""
+        while not (self.log.exists() and self.log.stat().st_size) and not self.ends_within(0.01):
+            pass
+
+    def kill(self):
+        """SIGKILL for the whole group; whether it was in time."""
+        os.killpg(self.pid, signal.SIGKILL)
+        assert self.ends_within(60)
+        return self.code == -signal.SIGKILL
+
+
+def plain(value):
+    """The content of a checkpoint in comparable form, tensors as dtype, shape and bytes."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.contiguous().view(-1).numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def content(folder):
+    """{file name: what a rerun has to reproduce}: bytes, but of logs no times and of run.json no command."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        value = path.read_bytes()
+        if path.name == "log.jsonl":
+            value = [{key: cell for key, cell in line.items() if key not in ("time", "img_per_s")}
+                     for line in log_of(path.parent)]
+        elif path.name == "run.json":
+            value = {key: cell for key, cell in json.loads(value).items() if key != "command"}
+        elif path.name == "last.pt":
+            value = plain(torch.load(path, weights_only=True))
+        found[str(path.relative_to(folder))] = value
+    return found
+
+
+def assert_same(folder, expected):
+    found = content(folder)
+    assert found.keys() == expected.keys()
+    assert not [name for name in expected if found[name] != expected[name]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(name, data, forks, tmp_path):
+    log, out, begun = tmp_path / "log", tmp_path / "cut/run", time.monotonic()
+    whole = Run(forks, words(name, data, tmp_path / "whole/run"), log)
+    whole.says_something()
+    first = time.monotonic() - begun
+    assert whole.ends_within(300) and whole.code == 0, log.read_text()
+    seconds, expected = time.monotonic() - begun, content(tmp_path / "whole/run")
+    assert not [path for path in expected if path.endswith((".part", ".tmp"))]
+    for path, lines in expected.items():
+        if path.endswith("log.jsonl"):
+            assert [line["step"] for line in lines if "lr" in line] == list(range(1, lines[-1]["step"] + 1))
+
+    rng, kills, runs = np.random.default_rng(zlib.crc32(name.encode())), 0, 1
+    while kills < KILLS:
+        run = Run(forks, words(name, data, out), log)
+        if not run.ends_within(rng.uniform(0, seconds)) and run.kill():
+            kills += 1
+        else:                                           # faster than the shot: check, begin anew
+            assert run.code == 0, log.read_text()
+            assert_same(out, expected)
+            shutil.rmtree(out)
+            runs += 1
+    last = Run(forks, words(name, data, out), log)
+    assert last.ends_within(300) and last.code == 0, log.read_text()
+    assert_same(out, expected)
+    print(f"{name}: {kills} kills over {runs} runs of {seconds:.1f} s ({first:.1f} s to the first word)")
+
+
+# Faults within one run: main() in this process
+
+def run(name, data, out, monkeypatch, *flags):
+    """A run in this process, as its command line would do it. Returns: exit code, last line on stderr."""
+    script, *line = words(name, data, out, *flags)
+    stderr, before = io.StringIO(), signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
+            run_here(load_script(script), monkeypatch, *line)
+    except SystemExit as stop:
+        return stop.code, stderr.getvalue().strip().split("\n")[-1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0, stderr.getvalue()
+
+
+def run_folder(name, out):
+    return out / "seed0" if name == "classify" else out
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_sigterm_saves_at_the_end_of_the_step_and_leaves_with_75(name, data, tmp_path, monkeypatch):
+    line = load_script(RUNS[name][0]).Progress.line
+
+    def terminate(self, step, *args, **facts):
+        line(self, step, *args, **facts)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(load_script(RUNS[name][0]).Progress, "line", terminate)
+    assert run(name, data, tmp_path, monkeypatch, "--save-minutes", 60) == (75, "")
+    folder = run_folder(name, tmp_path)
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 3
+    assert [line["step"] for line in log_of(folder) if "lr" in line] == [1, 2, 3]
+    assert not (folder / "backbone.pt").exists() and not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_loss_that_is_no_number_stops_the_run_names_the_step_and_keeps_the_checkpoint(name, data, tmp_path, monkeypatch):
+    assert run(name, data, tmp_path, monkeypatch, "--steps", 3, "--seeds" if name == "classify" else "--seed", 0)[0] == 0
+    last = run_folder(name, tmp_path) / "last.pt"
+    state = torch.load(last, weights_only=True)
+    for weights in (state[whose] for whose in ("model", "student") if whose in state):
+        for value in weights.values():
+            if value.is_floating_point():
+                value += float("nan")
+    torch.save(state, last)
+    before = last.read_bytes()
+    code, error = run(name, data, tmp_path, monkeypatch, "--seeds" if name == "classify" else "--seed", 0)
+    assert code == 2 and error.startswith("error: the loss is nan after step 4;") and str(last) in error
+    assert last.read_bytes() == before
+
+
+@contextlib.contextmanager
+def disk_full(size):
+    """No file can grow beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("name", [*TRAINING, "predict"])       # pack: test_pack.py
+def test_a_full_disk_is_one_sentence_with_the_path_and_loses_nothing(name, data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    if name != "predict":
+        assert run(name, data, out, monkeypatch, "--steps", 3)[0] == 0
+    before = {path: path.read_bytes() for path in out.rglob("*.pt")}
+    for size in (0, 100, 1000, 5000, 30000)[:3 if name == "predict" else 5]:    # run.json, log, picture, checkpoint
+        with disk_full(size):
+            code, error = run(name, data, out, monkeypatch)
+        assert code == 2 and error.startswith("error: ") and str(out) in error, (size, error)
+        assert not [path for path in out.rglob("*") if path.suffix in (".part", ".tmp")], size
+        assert all(path.read_bytes() == content for path, content in before.items())
+    assert run(name, data, out, monkeypatch)[0] == 0
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_folder_that_cannot_be_written_is_one_sentence(name, data, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    code, error = run(name, data, tmp_path / "file/run", monkeypatch)
+    assert code == 2 and error.startswith("error: ") and str(tmp_path / "file/run") in error, error
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_clock_that_goes_backwards_changes_neither_saving_nor_rates(name, data, tmp_path, monkeypatch):
+    module, saved, clock = load_script(RUNS[name][0]), [], iter(range(10 ** 9, 0, -3600))
+    save = module.save_atomic
+    monkeypatch.setattr(module, "save_atomic", lambda value, path: (saved.append(value["step"]), save(value, path)))
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    assert run(name, data, tmp_path, monkeypatch, "--steps", 3)[0] == 0
+    assert {1, 2, 3} <= set(saved)
+    rates = [line["img_per_s"] for line in log_of(run_folder(name, tmp_path)) if "lr" in line]
+    assert len(rates) == 3 and all(0 < rate < 1e5 for rate in rates)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_run_folder_says_what_made_it(name, data, tmp_path, monkeypatch):
+    assert run(name, data, tmp_path, monkeypatch, "--steps", 1)[0] == 0
+    facts = json.loads((run_folder(name, tmp_path) / "run.json").read_text())
+    assert facts["command"][1:] == words(name, data, tmp_path, "--steps", 1)[1:] and facts["device"] == "cpu"
+    assert (facts["torch"], facts["timm"], facts["numpy"]) == (torch.__version__, timm.__version__, np.__version__)
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert facts["commit"] == head and facts["config"]["seed"] == 0
