@@ -7,22 +7,25 @@
 #
 #   --raw DIR     raw downloads, one folder a dataset (default raw)    --data DIR   packed data (default data)
 #   --out DIR     where runs/ and results/ go (default .)              --nproc N    processes (default: the GPUs here)
+#   --tests LIST  test sets to predict, e.g. nih_test,chexpert_valid (default all five)
 #   --dry-run     print the exact commands and run nothing             --plan       cost and inputs of every row
-#   --scale S     size of the demo's stand-ins (default 1.0)
+#   --only PART   data, rows or results: that part of the chain        --scale S    size of the demo's stand-ins
+#   --slurm DIR   write a job script and DIR/submit.sh: data, then a job a row, each after those it needs, results
 #
 # A stage is skipped when its output is there and was made by the same command, row and inputs. Stopped or killed, run
-# it again. PYTHON=python bash run_all.sh ... uses an environment that has the packages already.
+# it again; SIGTERM is passed on, and the exit code is then 75. PYTHON=python bash run_all.sh ... uses an environment
+# that has the packages already.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 usage_error() { echo "error: $1; bash run_all.sh --help lists the options" >&2; exit 2; }
-demo=0 exp="" raw="" data="" out="." nproc="" scale=1.0 dry=0 plan=0
+demo=0 exp="" raw="" data="" out="." nproc="" scale=1.0 tests="" only="" slurm="" dry=0 plan=0 given=("$@")
 while [ $# -gt 0 ]; do
   case "$1" in
     --demo) demo=1 ;;
     --dry-run) dry=1 ;;
     --plan) plan=1 ;;
-    --exp | --raw | --data | --out | --nproc | --scale)
+    --exp | --raw | --data | --out | --nproc | --scale | --tests | --only | --slurm)
       [ $# -ge 2 ] || usage_error "$1 needs a value"
       declare "${1#--}=$2"; shift ;;
     -h | --help) sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "$0"; exit 0 ;;
@@ -36,18 +39,20 @@ if [ -z "$nproc" ]; then        # the demo's networks are small: on CPUs two pro
   if [ "$gpus" = 0 ]; then nproc=1; [ "$demo" = 1 ] && [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && nproc=2; fi
 fi
 [ "$nproc" -ge 1 ] 2>/dev/null || usage_error "--nproc is $nproc, not a number of processes"
+case "$only" in "" | data | rows | results) ;; *) usage_error "--only is $only, not data, rows or results" ;; esac
 if [ "$gpus" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 . tests/setup_env.sh
 
 if [ "$plan" = 1 ]; then exec "$PYTHON" evaluate/plan.py ${exp:+--exp "$exp"} ${data:+--data "$data"}; fi
 
-# The chain, worked out from experiments.yaml: one line a stage with name, output, key (a hash of command, row and
-# inputs) and command, tab-separated.
-stages=$("$PYTHON" - "$demo" "$exp" "$raw" "$data" "$out" "$nproc" "$scale" <<'PY'
-import difflib, fnmatch, hashlib, json, re, sys
+# The chain, worked out from experiments.yaml: one line a stage with part, name, output, key (a hash of command, row
+# and inputs) and command, tab-separated.
+stages=$("$PYTHON" - "$demo" "$exp" "$raw" "$data" "$out" "$nproc" "$scale" "$tests" "$slurm" "${given[@]}" <<'PY'
+import difflib, fnmatch, hashlib, json, os, re, shlex, sys
+from pathlib import Path
 import yaml
 
-demo, chosen, raw, data, out, nproc, scale = sys.argv[1:]
+demo, chosen, raw, data, out, nproc, scale, tests, slurm, *given = sys.argv[1:]
 demo, nproc = demo == "1", int(nproc)
 raw, data = raw or ("data/demo/raw" if demo else "raw"), data or ("data/demo" if demo else "data")
 runs, results = f"{out}/runs".removeprefix("./"), f"{out}/results{'/demo' if demo else ''}".removeprefix("./")
@@ -76,6 +81,9 @@ READERS = {     # packed folder: reader and its flags, packing flags
 }
 TESTS = {"nih_val": ("nih", "val"), "nih_test": ("nih", "test"), "vindr_test": ("vindr_cxr", "test"),
          "padchest": ("padchest", "test"), "chexpert_test": ("chexpert", "test"), "chexpert_valid": ("chexpert", "val")}
+if unknown := [name for name in tests.split(",") if tests and name not in TESTS]:
+    sys.exit(f"error: --tests has no {unknown[0]}; choose from {', '.join(TESTS)}")
+tests = ["nih_val", *(name for name in TESTS if name in tests.split(",") and name != "nih_val")] if tests else list(TESTS)
 keys = {}       # output -> key of the stage that makes it
 
 
@@ -84,7 +92,9 @@ def stage(name, output, command, inputs=(), row=None, launcher=python):
     if output not in keys:
         facts = [command, row, [keys[file] for file in inputs]]
         keys[output] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        print(name, output, keys[output], f"{launcher} {command}", sep="\t")
+        part = "rows" if name.split()[0] in table else "results" if output.startswith(f"{results}/") else "data"
+        if not slurm:
+            print(part, name, output, keys[output], f"{launcher} {command}", sep="\t")
     return output
 
 
@@ -134,6 +144,59 @@ def pretrain(exp):
                  torchrun if nproc > 1 else python)
 
 
+JOB = """#!/bin/bash
+#SBATCH --nodes=1 --ntasks=1 --gpus-per-node=4 --cpus-per-task=32 --mem=128G --time=24:00:00
+#SBATCH --requeue --open-mode=append --signal=TERM@600      # ten minutes to save, then the queue again
+#SBATCH --output={folder}/%x-%A_%a.log
+# job.sh PART ROW...: one part of run_all.sh; of several rows an array job takes that of its number.
+part=$1; shift; rows=("$@")
+[ "$part" = rows ] && rows=("${{rows[${{SLURM_ARRAY_TASK_ID:-0}}]}}")
+cd {here}
+srun bash run_all.sh {flags} --only "$part" --exp "$(IFS=,; echo "${{rows[*]}}")"
+code=$?
+[ "$code" = 75 ] && scontrol requeue "$SLURM_JOB_ID"
+exit $code
+"""
+SUBMIT = """#!/bin/bash
+# bash submit.sh [options of sbatch, such as --account=NAME --partition=NAME]
+set -euo pipefail
+cd {folder}
+all=({all})
+data=$(sbatch --parsable "$@" --job-name=data --gpus-per-node=0 job.sh data "${{all[@]}}")
+rows=({rows})
+array=$(sbatch --parsable "$@" --job-name=rows --array=0-{last} --dependency=afterok:$data job.sh rows "${{rows[@]}}")
+{children}
+sbatch "$@" --job-name=results --gpus-per-node=0 --dependency=afterok:{every} job.sh results "${{all[@]}}"
+"""
+
+
+def write_jobs(folder):
+    """SLURM: a job script, and submit.sh, which hands it in for the data, every row and the results."""
+    parent = {}
+    for exp in chosen:                                              # which grows: rows that others start from belong to it
+        init = row_of(exp).get("init", "")
+        parent[exp] = init[4:] if init.startswith("exp:") else None
+        chosen.extend({parent[exp]} - {None, *chosen})
+    rows = [exp for exp in chosen if not parent[exp]]
+    job, children = {exp: f"${{array}}_{number}" for number, exp in enumerate(rows)}, []
+    while left := [exp for exp in chosen if exp not in job]:
+        for exp in (exp for exp in left if parent[exp] in job):
+            job[exp] = f"$row{len(job)}"
+            children.append(f'{job[exp][1:]}=$(sbatch --parsable "$@" --job-name=rows '
+                            f"--dependency=afterok:{job[parent[exp]]} job.sh rows {shlex.quote(exp)})")
+    flags = [word for before, word in zip(["", *given], given) if not {before, word} & {"--slurm", "--exp", "--only"}]
+    facts = dict(folder=shlex.quote(str(folder.resolve())), here=shlex.quote(os.getcwd()), flags=shlex.join(flags),
+                 all=shlex.join(chosen), rows=shlex.join(rows), last=len(rows) - 1, children="\n".join(children),
+                 every=":".join(["$array", *(name for name in job.values() if name.startswith("$row"))]))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.sh").write_text(JOB.format(**facts))
+    (folder / "submit.sh").write_text(SUBMIT.format(**facts))
+    print(f"bash {folder}/submit.sh hands in {len(chosen)} rows")
+
+
+if slurm:
+    write_jobs(Path(slurm))
+    sys.exit()
 predictions = []
 for exp in chosen:
     row = row_of(exp)
@@ -149,16 +212,16 @@ for exp in chosen:
     last = stage(f"{exp} finetune", f"{runs}/{exp}/finetune/seed{seeds[-1]}/classifier.pt",
                  f"finetune/classify.py --exp {exp} --data {data} --out {runs}/{exp}/finetune{flag}", inputs, facts,
                  torchrun if nproc > 1 else python)
-    packs = {folder: packed(folder, size) for folder, _ in TESTS.values()}
-    sets = " ".join(f"--set {name}={packs[folder]}:{split}" for name, (folder, split) in TESTS.items())
+    packs = {folder: packed(folder, size) for folder in dict.fromkeys(TESTS[name][0] for name in tests)}
+    sets = " ".join(f"--set {name}={packs[TESTS[name][0]]}:{TESTS[name][1]}" for name in tests)
     for seed in seeds:
         folder = f"{runs}/{exp}/predictions/seed{seed}"
         predictions.append(stage(
-            f"{exp} predict seed {seed}", f"{folder}/chexpert_valid.csv",
+            f"{exp} predict seed {seed}", f"{folder}/{tests[-1]}.csv",
             f"evaluate/predict.py --checkpoint {runs}/{exp}/finetune/seed{seed}/classifier.pt {sets} --out {folder}",
             [last, *packs.values()], None, torchrun if nproc > 1 and not demo else python))
 
-files = " ".join(f"{prediction.rsplit('/', 1)[0]}/{name}.csv" for prediction in predictions for name in TESTS if name != "nih_val")
+files = " ".join(f"{prediction.rsplit('/', 1)[0]}/{name}.csv" for prediction in predictions for name in tests[1:])
 metrics = stage("metrics", f"{results}/metrics.csv", f"evaluate/metrics.py {files} --out {results}/metrics.csv", predictions)
 
 if demo:                # Figure 1 shows all eight datasets
@@ -179,10 +242,14 @@ stage("report", f"{results}/report.html",
 PY
 ) || { echo "$stages" >&2; exit 2; }
 
+if [ -n "$slurm" ]; then echo "$stages"; exit 0; fi
 shorten() { if [ ${#1} -gt 600 ]; then echo "${1:0:600} ..."; else echo "$1"; fi; }
 count=$(wc -l <<<"$stages") number=0 begun=$SECONDS
-while IFS=$'\t' read -r name output key command <&3; do
+stopping=0
+trap 'stopping=1' TERM
+while IFS=$'\t' read -r part name output key command <&3; do
   number=$((number + 1))
+  if [ -n "$only" ] && [ "$only" != "$part" ]; then continue; fi
   if [ "$dry" = 1 ]; then echo "${command//\$PYTHON/$PYTHON}"; continue; fi
   if [ -e "$output" ] && [ "$(cat "$output.done" 2>/dev/null)" = "$key" ]; then
     echo "[$number/$count] $name: complete"
@@ -192,11 +259,17 @@ while IFS=$'\t' read -r name output key command <&3; do
   mkdir -p "$(dirname "$log")" "$(dirname "$output")"
   echo "[$number/$count] $name: $(shorten "${command//\$PYTHON/$PYTHON}")"
   code=0
-  bash -c "$command" 2>&1 | tee "$log" | sed -u 's/^/    /' || code=${PIPESTATUS[0]}
+  # SIGTERM is for the stage alone: what it says while it saves still has to be read
+  bash -c "exec $command" 2>&1 | (trap '' TERM; exec tee "$log") | (trap '' TERM; exec sed -u 's/^/    /') ||
+    code=${PIPESTATUS[0]}
+  if [ "$stopping" = 1 ] && [ "$code" != 0 ]; then
+    echo "stopped in stage '$name'; the same command goes on from there" >&2
+    exit 75
+  fi
   if [ "$code" != 0 ]; then
     echo "error: stage '$name' failed with exit code $code; its log is $log; its command: ${command//\$PYTHON/$PYTHON}" >&2
     exit "$code"
   fi
   echo "$key" > "$output.done"
 done 3<<<"$stages"
-[ "$dry" = 1 ] || echo "all $count stages complete after $((SECONDS - begun)) s; the report: $(tail -n 1 <<<"$stages" | cut -f 2)"
+[ "$dry" = 1 ] || echo "all $count stages complete after $((SECONDS - begun)) s; the report: $(tail -n 1 <<<"$stages" | cut -f 3)"

@@ -5,8 +5,11 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -30,9 +33,12 @@ def project(tmp_path_factory):
     return folder
 
 
-def run_all(project, *flags):
-    return subprocess.run(["bash", "run_all.sh", *map(str, flags)], cwd=project, capture_output=True, text=True,
-                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"})
+ENV = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+
+def run_all(project, *flags, **popen):
+    command = ["bash", "run_all.sh", *map(str, flags)]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, **{"env": ENV, **popen})
 
 
 def state(project):
@@ -88,9 +94,11 @@ def test_a_changed_row_runs_again_and_what_it_does_not_touch_does_not(project, d
 @pytest.mark.slow
 def test_index_and_manifest_contracts(project, demo):
     folders = [path for path in (project / "data/demo").iterdir() if (path / "manifest.csv").exists()]
-    assert {path.name for path in folders} == {"nih", "mimic_cxr", "chexpert", "padchest", "vindr_cxr", "imagenet", "covidx_ct"}
+    assert {path.name for path in folders} == {
+        "nih", "mimic_cxr", "chexpert", "padchest", "vindr_cxr", "imagenet", "covidx_ct"}
     for folder in folders:
-        index, manifest = (pd.read_csv(folder / name, dtype=str, keep_default_na=False) for name in ("index.csv", "manifest.csv"))
+        index, manifest = (pd.read_csv(folder / name, dtype=str, keep_default_na=False)
+                           for name in ("index.csv", "manifest.csv"))
         assert index.columns[:8].tolist() == META and manifest.columns.tolist() == index.columns.tolist()
         assert set(index["split"]) <= {"pretrain", "train", "val", "test"}
         labels = index[index.columns[8:]]
@@ -115,7 +123,8 @@ def test_checkpoint_contracts(project, demo):
     keys = {"model", "arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "epoch", "config"}
     assert keys <= set(backbone) and keys | {"labels"} <= set(classifier)
     for content, classes in ((backbone, 0), (classifier, len(classifier["labels"]))):
-        model = timm.create_model(content["arch"], in_chans=content["in_chans"], num_classes=classes, **content["model_args"])
+        model = timm.create_model(content["arch"], in_chans=content["in_chans"], num_classes=classes,
+                                  **content["model_args"])
         model.load_state_dict(content["model"], strict=True)
     assert classifier["seed"] == 11 and backbone["exp"] == classifier["exp"] == EXP
 
@@ -137,13 +146,81 @@ def test_prediction_and_metric_contracts(project, demo):
     assert (mean["ci_low"] <= mean["value"]).all() and (mean["value"] <= mean["ci_high"]).all()
 
 
+@pytest.mark.slow
+def test_sigterm_lets_the_stage_save_and_the_same_command_goes_on(project, demo):
+    command = ["bash", "run_all.sh", "--demo", "--scale", "0.1", "--exp", "demo.gmml-mimic", "--out", "stopped",
+               "--tests", "nih_test", "--nproc", "1"]
+    with open(project / "stopped.txt", "w") as output:
+        chain = subprocess.Popen(command, cwd=project, stdout=output, stderr=output, env=ENV, start_new_session=True)
+        log = project / "stopped/runs/demo.gmml-mimic/pretrain/run.json"
+        while not log.exists():
+            assert chain.poll() is None
+            time.sleep(0.05)
+        time.sleep(1)                                       # somewhere in the first steps
+        os.killpg(chain.pid, signal.SIGTERM)
+        assert chain.wait(60) == 75
+    said = (project / "stopped.txt").read_text()
+    assert "stopped in stage 'demo.gmml-mimic pretrain'" in said and "error" not in said
+    again = run_all(project, *command[2:])
+    assert again.returncode == 0 and "steps 0 to" not in again.stdout.split("[")[-5], again.stderr
+    tested = {path.name for path in (project / "stopped/runs").rglob("predictions/*/*.csv")}
+    assert tested == {"nih_val.csv", "nih_test.csv"}
+
+
+@pytest.mark.slow
+def test_slurm_jobs_are_chained_and_do_what_the_chain_does(project, demo, tmp_path):
+    """With stand-ins for SLURM's commands: sbatch runs the job at once, srun its command."""
+    before = state(project)
+    flags = ["--demo", "--scale", 0.1, "--exp", EXP]
+    result = run_all(project, *flags, "--slurm", tmp_path / "jobs")
+    assert result.returncode == 0 and "hands in 2 rows" in result.stdout        # the row and the one it starts from
+    (tmp_path / "srun").write_text('#!/bin/bash\nexec "$@"\n')
+    (tmp_path / "sbatch").write_text("""#!/bin/bash
+        echo "$@" >> "$QUEUE/submitted"
+        id=$(wc -l < "$QUEUE/submitted")
+        echo "$id"
+        while [[ $1 = --* ]]; do shift; done
+        SLURM_ARRAY_TASK_ID=0 bash "$@" > "$QUEUE/$id.out" 2>&1 || touch "$QUEUE/failed"
+    """)
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).chmod(0o755)
+    env = {**ENV, "QUEUE": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", tmp_path / "jobs/submit.sh", "--account=me"], env=env, capture_output=True, text=True)
+    submitted = (tmp_path / "submitted").read_text().splitlines()
+    assert done.returncode == 0 and not (tmp_path / "failed").exists(), done.stderr
+    assert all("--account=me" in line for line in submitted)
+    assert [re.findall(r"--dependency=(\S+)|(?<=job.sh )(.*)", line) for line in submitted] == [
+        [("", f"data {EXP} demo.imagenet")], [("afterok:1", ""), ("", "rows demo.imagenet")],
+        [("afterok:2_0", ""), ("", f"rows {EXP}")], [("afterok:2:3", ""), ("", f"results {EXP} demo.imagenet")]]
+    new = {str(path).split("/")[1] for path in set(state(project)) - set(before) if path.parts[0] == "runs"}
+    assert new == {"demo.imagenet"}                         # its fine-tuning, which the chain of EXP has no use for
+    assert f"{EXP} pretrain: complete" in (tmp_path / "3.out").read_text()
+
+
+@pytest.mark.slow
+def test_two_nodes_are_two_launchers_that_meet(project, demo):
+    """Two torchrun agents on this machine, as on two nodes: the weights are those of one process."""
+    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
+    script = ["pretrain/gmml.py", "--exp", "demo.gmml-mimic", "--data", "data/demo", "--steps", "6", "--device", "cpu"]
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+                f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=study", "--local_addr=127.0.0.1"]
+    nodes = [subprocess.Popen([sys.executable, *launcher, *script, "--out", "nodes"], cwd=project, env=ENV,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert any("on 2 x cpu" in text for text in said)
+    subprocess.run([sys.executable, *script, "--out", "node"], cwd=project, env=ENV, check=True, capture_output=True)
+    one, two = (torch.load(project / name / "backbone.pt", weights_only=True)["model"] for name in ("node", "nodes"))
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5
+
+
 def test_dry_run_prints_commands_and_runs_nothing(project):
     result = run_all(project, "--exp", "3.4,0.1.6b", "--dry-run", "--data", "packs", "--nproc", 4)
     lines = result.stdout.splitlines()
     assert result.returncode == 0 and not (project / "packs").exists()
     assert sum("pretrain/gmml.py --exp 3.4" in line and "--nproc_per_node=4" in line for line in lines) == 1
     assert any("pretrain/simmim.py --exp 0.1.6 " in line for line in lines)                 # 0.1.6b starts from 0.1.6
-    assert sum("data_prep/pack.py" in line and "--out packs/nih --size" in line for line in lines) == 1      # once
+    assert sum("data_prep/pack.py" in line and "--out packs/nih --size" in line for line in lines) == 1     # once
 
 
 def test_the_whole_grid_is_planned(project):
@@ -154,7 +231,8 @@ def test_the_whole_grid_is_planned(project):
 
 @pytest.mark.parametrize("flags, fragment", [
     (["--exp", "3.44"], "no experiment '3.44'; nearest: 3.4"), (["--fast"], "unknown option --fast"),
-    (["--nproc", "two"], "not a number of processes"), (["--exp"], "--exp needs a value")])
+    (["--nproc", "two"], "not a number of processes"), (["--exp"], "--exp needs a value"),
+    (["--tests", "nih_tets"], "--tests has no nih_tets"), (["--only", "some"], "--only is some")])
 def test_mistakes_on_the_command_line(project, flags, fragment):
     result = run_all(project, *flags)
     assert result.returncode == 2 and fragment in result.stderr.strip().splitlines()[-1]
