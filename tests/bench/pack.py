@@ -7,7 +7,7 @@ as one would write it down), and packs N and 4 N of them by the command; the bes
     python tests/bench/pack.py --images 16 --rounds 1 --kinds png jpeg --out /tmp/pack.json    # half a minute
 
 The files are hard links to at most 16 different ones, in a temporary folder. Rates are images a second of
-wall time; `packed` is the whole command on 4 N files, start-up included. The shares compare CPU time an image,
+wall time; `packed` is the whole command on 4 N files, with start-up. The shares compare CPU time an image,
 which a busy machine changes little: that of the decoder (or of decode and shrink) over that of the command,
 from N to 4 N files, so without its start-up. Memory: the largest sum of the processes' proportional shares.
 Writes --out: JSON, a row a kind; a Markdown table on the terminal.
