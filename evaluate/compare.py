@@ -62,7 +62,7 @@ def fail(message):
 # --- end copy: error ---
 
 
-# --- begin copy: metric definitions ---
+# --- begin copy: AUC and resampling ---
 # Throughout: y is 0/1 [n, K], p float [n, K] in [0, 1]; a row is an image, a column a label; NaN: undefined.
 def mean_over_labels(values, variant="corrected"):
     """Mean of the defined values over the last axis; "paper" leaves out zeros too. NaN if none is left."""
@@ -80,7 +80,7 @@ def auc(y, p, variant="corrected"):
         return auc(y[:, None], p[:, None], variant)[0]
     values = np.full(y.shape[1], np.nan)
     for k, (truth, score) in enumerate(zip(y.T, p.T)):
-        positive, negative = np.sort(score[truth == 1]), np.sort(score[truth == 0])
+        positive, negative = (np.sort(score[np.flatnonzero(truth == c)]) for c in (1, 0))    # mask is slower
         if len(positive) and len(negative):
             below = np.searchsorted(negative, positive)
             tied = negative[np.minimum(below, len(negative) - 1)] == positive
@@ -91,43 +91,33 @@ def auc(y, p, variant="corrected"):
     return values
 
 
-def mean_accuracy(y, p, threshold, variant="corrected"):
-    """Accuracy at p > threshold, averaged over labels; "paper" rounds each label to 4 decimals first."""
-    accuracy = ((p > threshold) == (y == 1)).mean(0)
-    return (accuracy.round(4) if variant == "paper" else accuracy).mean()
+def auc_influence(y, p):
+    """What each image adds to the AUC of one label (1-D, both classes), float [n].
 
-
-def subset_accuracy(y, p, threshold):
-    """Share of images with every label right at p > threshold."""
-    return ((p > threshold) == (y == 1)).all(1).mean()
-
-
-def fnr(y, p, threshold):
-    """Missed share of the positives per label at p > threshold, float [K]; undefined without positives."""
-    positive = y == 1
-    with np.errstate(invalid="ignore"):
-        return (positive & (p <= threshold)).sum(0) / positive.sum(0)
-
-
-def oracle_auc(y, p, fractions, variant="corrected", how="replace"):
-    """AUC per label, float [Q, K], after an expert saw the most uncertain images; the share seen, float [Q].
-
-    For each fraction q the floor(n q) images of smallest u = mean over labels of |p - 0.5|, in stable order
-    of (u, row), take their true labels as probabilities; how="drop" leaves them out (rejection). "corrected"
-    starts each q from the untouched p, "paper" from what the q before left, so that its referrals add up.
+    A positive: (share of the negatives below it, ties 1/2, - AUC) / positives; a negative likewise with the
+    positives above it. The components of DeLong et al. (1988), by ranks as in Sun & Xu (2014).
     """
-    values, shares, referred, order = [], [], np.zeros(len(p), bool), None
-    for q in fractions:
-        if variant == "paper" or order is None:
-            u = np.abs(np.where(referred[:, None], y, p) - 0.5).mean(1)
-            order = np.argsort(u, kind="stable")
-        if variant == "corrected":
-            referred = np.zeros(len(p), bool)
-        referred[order[:int(len(p) * q)]] = True
-        kept = ~referred if how == "drop" else slice(None)
-        values.append(auc(y[kept], np.where(referred[:, None], y, p)[kept], variant))
-        shares.append(referred.mean())
-    return np.array(values), np.array(shares)
+    positive = y == 1
+    below_or_at = [np.searchsorted(ranked, p) + np.searchsorted(ranked, p, "right")
+                   for ranked in (np.sort(p[~positive]), np.sort(p[positive]))]
+    negatives, positives = (~positive).sum(), positive.sum()
+    placed = np.where(positive, below_or_at[0] / (2 * negatives), 1 - below_or_at[1] / (2 * positives))
+    return (placed - placed[positive].mean()) / np.where(positive, positives, negatives)
+
+
+def delong_test(difference, parts, clusters):
+    """Test of equal AUC of two models on the same images (DeLong et al. 1988; Obuchowski 1997); one label.
+
+    parts float [2, P]: auc_influence, left - right, summed over the positives and the negatives of each
+    patient; clusters: how many patients have a positive, a negative. Returns a dict: difference, se, z, p;
+    se is NaN if a class has one patient, z and p where se tells nothing.
+    """
+    (ten, one), (m, n), size, se = parts, clusters, len(parts[0]), np.nan
+    if min(m, n) > 1:
+        variance = m / (m - 1) * ten @ ten + n / (n - 1) * one @ one + 2 * size / (size - 1) * ten @ one
+        se = np.sqrt(max(variance, 0))
+    z = difference / se if se > 0 else (0.0 if se == difference == 0 else np.nan)
+    return {"difference": difference, "se": se, "z": z, "p": 2 * ndtr(-abs(z))}
 
 
 @lru_cache(maxsize=8)
@@ -170,16 +160,17 @@ def auc_draws(y, p, patient, draws, chunk=128):
         halves, rows = np.full(len(next_row), 0.5, np.float32), (len(first) // 32 + 1) * 32
         step = csr_matrix((halves, (next_row, np.tile(owner[~positive], 2))), (rows, patients))
         at = csr_matrix((np.ones(len(row), np.float32), (row, owner[positive])), (rows, patients))
-        maps.append((step, at, np.bincount(owner[positive], minlength=patients).astype(np.float32)))
+        maps.append((step, at))
     for start in range(0, len(draws), chunk):
         weight = draws[start:start + chunk].T.astype(np.float32, order="C")     # [P, b]
-        for k, (step, at, count) in enumerate(maps):
+        for k, (step, at) in enumerate(maps):
             below = triangle @ (step @ weight).reshape(-1, 32, weight.shape[1])
             below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                  # what the blocks before hold
             below = below.reshape(-1, weight.shape[1])                          # [rows, b]
-            ordered = np.einsum("ij,ij->j", at @ weight, below, dtype=np.float64)
+            drawn = at @ weight                                                 # positives of each row
+            ordered, positives = np.einsum("ij,ij->j", drawn, below, dtype=np.float64), drawn.sum(0)
             with np.errstate(invalid="ignore"):
-                values[start:start + chunk, k] = ordered / ((count @ weight).astype(float) * below[-1])
+                values[start:start + chunk, k] = ordered / (positives.astype(np.float64) * below[-1])
     return values
 
 
@@ -190,9 +181,9 @@ def sum_draws(columns, patient, draws, chunk=128):
     """
     ones, shape = np.ones(len(patient), columns.dtype), (draws.shape[1], len(patient))
     by_patient = csr_matrix((ones, (patient, np.arange(len(patient)))), shape) @ columns
-    sums = np.empty((len(draws), columns.shape[1]), columns.dtype)
-    for start in range(0, len(draws), chunk):
-        sums[start:start + chunk] = draws[start:start + chunk].astype(columns.dtype) @ by_patient
+    sums = np.zeros((len(draws), columns.shape[1]), columns.dtype)
+    for start in range(0, len(by_patient), chunk):          # few enough for their draws to be cached
+        sums += draws[:, start:start + chunk].astype(columns.dtype) @ by_patient[start:start + chunk]
     return sums
 
 
@@ -209,7 +200,7 @@ def interval(draws, value=None, influence=None, level=0.95):
         skew = (influence ** 3).sum() / (6 * (influence ** 2).sum() ** 1.5)
         tails = ndtr(bias + (bias + ndtri(tails)) / (1 - skew * (bias + ndtri(tails))))
     return tuple(np.interp(tails * (len(draws) - 1), np.arange(len(draws)), np.sort(draws)))
-# --- end copy: metric definitions ---
+# --- end copy: AUC and resampling ---
 
 
 class InputError(ValueError):
@@ -333,20 +324,17 @@ def read_run(path):
 def score_run(path, resamples):
     """AUC of every label of one file: points [K], draws [B, K], and what DeLong's test needs.
 
-    parts float32 [2, P, K]: over a patient's positives, then negatives, the sum of (share of the other class
-    in order with the image - AUC) / images of the class (Obuchowski 1997); clusters [2, K]: patients with an
-    image of the class. With one image a patient this is DeLong (1988) in the form of Sun & Xu (2014).
+    parts float32 [2, P, K]: auc_influence, summed over a patient's positives and negatives; clusters [2, K]:
+    patients with an image of the class.
     """
     labels, y, p, patient, paths = read_run(path)
     index, draws = draw_patients(patient, resamples, zlib.crc32(path.stem.encode()))
     areas, shape = auc(y, p), (2, draws.shape[1], len(labels))
     parts, clusters = np.zeros(shape, np.float32), np.zeros((2, len(labels)), int)
     for k in np.flatnonzero(~np.isnan(areas)):
+        added = auc_influence(y[:, k], p[:, k])
         for c, members in enumerate((y[:, k] == 1, y[:, k] == 0)):
-            score, others = p[members, k], np.sort(p[~members, k])
-            below = sum(np.searchsorted(others, score, side) for side in ("left", "right")) / len(others) / 2
-            share = (1 - below if c else below) - areas[k]
-            parts[c, :, k] = np.bincount(index[members], share, draws.shape[1]) / len(score)
+            parts[c, :, k] = np.bincount(index[members], added[members], draws.shape[1])
             clusters[c, k] = len(np.unique(index[members]))
     digest = zlib.crc32("\n".join([*labels, *paths, *patient]).encode() + y.tobytes())
     return Run(labels, areas, auc_draws(y, p, index, draws), parts, clusters, len(y), draws.shape[1], digest)
@@ -354,15 +342,10 @@ def score_run(path, resamples):
 
 def delong_p(left, right, k):
     """p of "AUC(left) = AUC(right)" for label k; left, right: lists of Runs, whose AUCs are averaged."""
-    of_patients = [sum(run.parts[..., k] for run in runs).astype(float) / len(runs) for runs in (left, right)]
-    positive, negative = of_patients[0] - of_patients[1]
-    (m, n), size = left[0].clusters[:, k], left[0].patients
-    if min(m, n) < 2:
-        return np.nan
-    variance = (positive @ positive * m / (m - 1) + negative @ negative * n / (n - 1)
-                + 2 * positive @ negative * size / (size - 1))
-    difference = np.mean([run.auc[k] for run in left]) - np.mean([run.auc[k] for run in right])
-    return 2 * ndtr(-abs(difference) / np.sqrt(variance)) if variance > 0 else float(difference == 0)
+    sides = [(np.mean([run.auc[k] for run in runs]),
+              sum(run.parts[..., k] for run in runs).astype(float) / len(runs)) for runs in (left, right)]
+    difference, parts = (a - b for a, b in zip(*sides))
+    return delong_test(difference, parts, left[0].clusters[:, k])["p"]
 
 
 def rate(y, p, name, threshold):

@@ -2,8 +2,8 @@
 
 Variant "paper" repeats what printed the tables of "From pre-training to downstream performance: does
 domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819), "corrected" is the usual one.
-To import: each metric, the patient bootstrap by weighted ranks, DeLong's test (clustered too), Holm, Welch,
-variance components, smallest detectable difference.
+To import: each metric, the patient bootstrap by weighted ranks, DeLong's test (clustered too). What compares
+experiments (verdicts, Holm, variance of runs and of patients, detectable differences) is compare.py.
 
     python evaluate/metrics.py runs/*/predictions/seed*/*.csv --out results/metrics.csv
     python evaluate/metrics.py test.csv --exp mine --seed 0 --dataset here --out metrics.csv
@@ -55,7 +55,7 @@ def fail(message):
 # --- end copy: error ---
 
 
-# --- begin copy: metric definitions ---
+# --- begin copy: AUC and resampling ---
 # Throughout: y is 0/1 [n, K], p float [n, K] in [0, 1]; a row is an image, a column a label; NaN: undefined.
 def mean_over_labels(values, variant="corrected"):
     """Mean of the defined values over the last axis; "paper" leaves out zeros too. NaN if none is left."""
@@ -73,7 +73,7 @@ def auc(y, p, variant="corrected"):
         return auc(y[:, None], p[:, None], variant)[0]
     values = np.full(y.shape[1], np.nan)
     for k, (truth, score) in enumerate(zip(y.T, p.T)):
-        positive, negative = np.sort(score[truth == 1]), np.sort(score[truth == 0])
+        positive, negative = (np.sort(score[np.flatnonzero(truth == c)]) for c in (1, 0))    # mask is slower
         if len(positive) and len(negative):
             below = np.searchsorted(negative, positive)
             tied = negative[np.minimum(below, len(negative) - 1)] == positive
@@ -84,43 +84,33 @@ def auc(y, p, variant="corrected"):
     return values
 
 
-def mean_accuracy(y, p, threshold, variant="corrected"):
-    """Accuracy at p > threshold, averaged over labels; "paper" rounds each label to 4 decimals first."""
-    accuracy = ((p > threshold) == (y == 1)).mean(0)
-    return (accuracy.round(4) if variant == "paper" else accuracy).mean()
+def auc_influence(y, p):
+    """What each image adds to the AUC of one label (1-D, both classes), float [n].
 
-
-def subset_accuracy(y, p, threshold):
-    """Share of images with every label right at p > threshold."""
-    return ((p > threshold) == (y == 1)).all(1).mean()
-
-
-def fnr(y, p, threshold):
-    """Missed share of the positives per label at p > threshold, float [K]; undefined without positives."""
-    positive = y == 1
-    with np.errstate(invalid="ignore"):
-        return (positive & (p <= threshold)).sum(0) / positive.sum(0)
-
-
-def oracle_auc(y, p, fractions, variant="corrected", how="replace"):
-    """AUC per label, float [Q, K], after an expert saw the most uncertain images; the share seen, float [Q].
-
-    For each fraction q the floor(n q) images of smallest u = mean over labels of |p - 0.5|, in stable order
-    of (u, row), take their true labels as probabilities; how="drop" leaves them out (rejection). "corrected"
-    starts each q from the untouched p, "paper" from what the q before left, so that its referrals add up.
+    A positive: (share of the negatives below it, ties 1/2, - AUC) / positives; a negative likewise with the
+    positives above it. The components of DeLong et al. (1988), by ranks as in Sun & Xu (2014).
     """
-    values, shares, referred, order = [], [], np.zeros(len(p), bool), None
-    for q in fractions:
-        if variant == "paper" or order is None:
-            u = np.abs(np.where(referred[:, None], y, p) - 0.5).mean(1)
-            order = np.argsort(u, kind="stable")
-        if variant == "corrected":
-            referred = np.zeros(len(p), bool)
-        referred[order[:int(len(p) * q)]] = True
-        kept = ~referred if how == "drop" else slice(None)
-        values.append(auc(y[kept], np.where(referred[:, None], y, p)[kept], variant))
-        shares.append(referred.mean())
-    return np.array(values), np.array(shares)
+    positive = y == 1
+    below_or_at = [np.searchsorted(ranked, p) + np.searchsorted(ranked, p, "right")
+                   for ranked in (np.sort(p[~positive]), np.sort(p[positive]))]
+    negatives, positives = (~positive).sum(), positive.sum()
+    placed = np.where(positive, below_or_at[0] / (2 * negatives), 1 - below_or_at[1] / (2 * positives))
+    return (placed - placed[positive].mean()) / np.where(positive, positives, negatives)
+
+
+def delong_test(difference, parts, clusters):
+    """Test of equal AUC of two models on the same images (DeLong et al. 1988; Obuchowski 1997); one label.
+
+    parts float [2, P]: auc_influence, left - right, summed over the positives and the negatives of each
+    patient; clusters: how many patients have a positive, a negative. Returns a dict: difference, se, z, p;
+    se is NaN if a class has one patient, z and p where se tells nothing.
+    """
+    (ten, one), (m, n), size, se = parts, clusters, len(parts[0]), np.nan
+    if min(m, n) > 1:
+        variance = m / (m - 1) * ten @ ten + n / (n - 1) * one @ one + 2 * size / (size - 1) * ten @ one
+        se = np.sqrt(max(variance, 0))
+    z = difference / se if se > 0 else (0.0 if se == difference == 0 else np.nan)
+    return {"difference": difference, "se": se, "z": z, "p": 2 * ndtr(-abs(z))}
 
 
 @lru_cache(maxsize=8)
@@ -163,16 +153,17 @@ def auc_draws(y, p, patient, draws, chunk=128):
         halves, rows = np.full(len(next_row), 0.5, np.float32), (len(first) // 32 + 1) * 32
         step = csr_matrix((halves, (next_row, np.tile(owner[~positive], 2))), (rows, patients))
         at = csr_matrix((np.ones(len(row), np.float32), (row, owner[positive])), (rows, patients))
-        maps.append((step, at, np.bincount(owner[positive], minlength=patients).astype(np.float32)))
+        maps.append((step, at))
     for start in range(0, len(draws), chunk):
         weight = draws[start:start + chunk].T.astype(np.float32, order="C")     # [P, b]
-        for k, (step, at, count) in enumerate(maps):
+        for k, (step, at) in enumerate(maps):
             below = triangle @ (step @ weight).reshape(-1, 32, weight.shape[1])
             below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                  # what the blocks before hold
             below = below.reshape(-1, weight.shape[1])                          # [rows, b]
-            ordered = np.einsum("ij,ij->j", at @ weight, below, dtype=np.float64)
+            drawn = at @ weight                                                 # positives of each row
+            ordered, positives = np.einsum("ij,ij->j", drawn, below, dtype=np.float64), drawn.sum(0)
             with np.errstate(invalid="ignore"):
-                values[start:start + chunk, k] = ordered / ((count @ weight).astype(float) * below[-1])
+                values[start:start + chunk, k] = ordered / (positives.astype(np.float64) * below[-1])
     return values
 
 
@@ -183,9 +174,9 @@ def sum_draws(columns, patient, draws, chunk=128):
     """
     ones, shape = np.ones(len(patient), columns.dtype), (draws.shape[1], len(patient))
     by_patient = csr_matrix((ones, (patient, np.arange(len(patient)))), shape) @ columns
-    sums = np.empty((len(draws), columns.shape[1]), columns.dtype)
-    for start in range(0, len(draws), chunk):
-        sums[start:start + chunk] = draws[start:start + chunk].astype(columns.dtype) @ by_patient
+    sums = np.zeros((len(draws), columns.shape[1]), columns.dtype)
+    for start in range(0, len(by_patient), chunk):          # few enough for their draws to be cached
+        sums += draws[:, start:start + chunk].astype(columns.dtype) @ by_patient[start:start + chunk]
     return sums
 
 
@@ -202,7 +193,81 @@ def interval(draws, value=None, influence=None, level=0.95):
         skew = (influence ** 3).sum() / (6 * (influence ** 2).sum() ** 1.5)
         tails = ndtr(bias + (bias + ndtri(tails)) / (1 - skew * (bias + ndtri(tails))))
     return tuple(np.interp(tails * (len(draws) - 1), np.arange(len(draws)), np.sort(draws)))
-# --- end copy: metric definitions ---
+# --- end copy: AUC and resampling ---
+
+
+def delong(y, p_left, p_right, patient=None):
+    """delong_test of two models, for one label; all arguments 1-D, length n.
+
+    Images count as independent, with `patient` those of one patient as a cluster (the same where every
+    patient has one image). Raises ValueError without both classes.
+    """
+    if (y == 1).all() or not (y == 1).any():
+        raise ValueError("DeLong's test needs positives and negatives")
+    cluster = np.unique(np.arange(len(y)) if patient is None else patient, return_inverse=True)[1]
+    contrast = auc_influence(y, p_left) - auc_influence(y, p_right)
+    classes = [y == 1, y != 1]
+    parts = [np.bincount(cluster[members], contrast[members], cluster.max() + 1) for members in classes]
+    return delong_test(auc(y, p_left) - auc(y, p_right), parts,
+                       [len(np.unique(cluster[members])) for members in classes])
+
+
+def stable_order(values):
+    """np.argsort(values, kind="stable") of floats [n], several times as fast where few are equal."""
+    order = np.argsort(values)
+    ranked = values[order]
+    tied = np.flatnonzero(ranked[1:] == ranked[:-1])
+    tied = np.union1d(tied, tied + 1)
+    order[tied] = order[tied][np.lexsort((order[tied], ranked[tied]))]
+    return order
+
+
+# ------------------------------------------------------------------------------------- decisions and referral
+
+def mean_accuracy(y, p, threshold, variant="corrected"):
+    """Accuracy at p > threshold, averaged over labels; "paper" rounds each label to 4 decimals first."""
+    accuracy = ((p > threshold) == (y == 1)).mean(0)
+    return (accuracy.round(4) if variant == "paper" else accuracy).mean()
+
+
+def subset_accuracy(y, p, threshold):
+    """Share of images with every label right at p > threshold."""
+    return ((p > threshold) == (y == 1)).all(1).mean()
+
+
+def fnr(y, p, threshold):
+    """Missed share of the positives per label at p > threshold, float [K]; undefined without positives."""
+    positive = y == 1
+    with np.errstate(invalid="ignore"):
+        return (positive & (p <= threshold)).sum(0) / positive.sum(0)
+
+
+def oracle_auc(y, p, fractions, variant="corrected", how="replace"):
+    """AUC per label, float [Q, K], after an expert saw the most uncertain images; the share seen, float [Q].
+
+    For each fraction q the floor(n q) images of smallest u = mean over labels of |p - 0.5|, in stable order
+    of (u, row), take their true labels as probabilities; how="drop" leaves them out (rejection). "corrected"
+    starts each q from the untouched p, "paper" goes on from the q before (an answered image has u = 0.5 and
+    is not asked about again), so that its referrals add up.
+    """
+    order = stable_order(np.abs(p - 0.5).mean(1))
+    seen = np.array([int(len(p) * q) for q in fractions])
+    seen, values = np.cumsum(seen) if variant == "paper" else seen, []
+    for count in np.minimum(seen, len(p)):
+        if how == "drop":
+            values.append(auc(y[order[count:]], p[order[count:]], variant))
+        else:
+            answered = p.copy()
+            answered[order[:count]] = y[order[:count]]
+            values.append(auc(y, answered, variant))
+    return np.array(values), np.minimum(seen, len(p)) / len(p)
+
+
+def risk_coverage_area(y, p, threshold=0.5):
+    """Share of wrong labels among the 1, 2, ... n most certain images, averaged (Geifman et al. 2019)."""
+    certain_first = stable_order(-np.abs(p - 0.5).mean(1))
+    wrong = ((p > threshold) != (y == 1)).mean(1)[certain_first]
+    return (np.cumsum(wrong) / np.arange(1, len(y) + 1)).mean()
 
 
 # ------------------------------------------------------------------------------------------------ calibration
@@ -228,8 +293,9 @@ def probability_bins(p, adaptive=False):
     """Bin of each probability, int [n, K]: BINS equal widths, closed above, or (adaptive) equal counts."""
     if not adaptive:
         return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], p)
-    bins, order = np.empty(p.shape, int), np.argsort(p, 0, kind="stable")
-    np.put_along_axis(bins, order, (np.arange(len(p)) * BINS // len(p))[:, None], 0)
+    bins = np.empty(p.shape, int)
+    for column, scores in zip(bins.T, p.T):
+        column[stable_order(scores)] = np.arange(len(p)) * BINS // len(p)
     return bins
 
 
@@ -263,8 +329,11 @@ def fit_temperature(y, p):
 
 def operating_points(y, p):
     """One label (1-D): its distinct scores t, ascending, and how many positives and negatives have p > t."""
-    scores = np.unique(p)
-    return scores, *((y == c).sum() - np.searchsorted(np.sort(p[y == c]), scores, "right") for c in (1, 0))
+    order = np.argsort(p)
+    scores, positive = p[order], y[order] == 1
+    last = np.flatnonzero(np.append(scores[1:] > scores[:-1], True))        # of the images with each score
+    above = positive.sum() - np.cumsum(positive)[last]
+    return scores[last], above, len(p) - 1 - last - above
 
 
 def average_precision(y, p):
@@ -309,87 +378,6 @@ def rates(y, p, threshold):
         f1 = np.where(positive.any(0), 2 * hit / (positive.sum(0) + flagged.sum(0)), np.nan)
     return {"accuracy": (hit + passed) / len(y), "sensitivity": sensitivity, "specificity": specificity,
             "balanced_accuracy": (sensitivity + specificity) / 2, "f1": f1}
-
-
-def risk_coverage_area(y, p, threshold=0.5):
-    """Share of wrong labels among the 1, 2, ... n most certain images, averaged (Geifman et al. 2019)."""
-    certain_first = np.argsort(-np.abs(p - 0.5).mean(1), kind="stable")
-    wrong = ((p > threshold) != (y == 1)).mean(1)[certain_first]
-    return (np.cumsum(wrong) / np.arange(1, len(y) + 1)).mean()
-
-
-# ----------------------------------------------------------------------------- statistics behind a comparison
-
-def auc_influence(y, p):
-    """What each image adds to the AUC of one label (1-D, both classes), float [n].
-
-    A positive: (share of the negatives below it, ties 1/2, - AUC) / positives; a negative likewise with the
-    positives above it. The components of DeLong et al. (1988), by ranks as in Sun & Xu (2014).
-    """
-    positive = y == 1
-    below_or_at = [np.searchsorted(ranked, p) + np.searchsorted(ranked, p, "right")
-                   for ranked in (np.sort(p[~positive]), np.sort(p[positive]))]
-    negatives, positives = (~positive).sum(), positive.sum()
-    placed = np.where(positive, below_or_at[0] / (2 * negatives), 1 - below_or_at[1] / (2 * positives))
-    return (placed - placed[positive].mean()) / np.where(positive, positives, negatives)
-
-
-def delong(y, p_left, p_right, patient=None):
-    """Test of equal AUC of two models on the same images, for one label; all arguments 1-D, length n.
-
-    Images count as independent (DeLong et al. 1988), with `patient` those of one patient as a cluster
-    (Obuchowski 1997; the same where every patient has one image). Returns a dict: difference, se, z, p; se is
-    NaN if a class has one patient, z and p where se tells nothing. Raises ValueError without both classes.
-    """
-    positive = y == 1
-    if positive.all() or not positive.any():
-        raise ValueError("DeLong's test needs positives and negatives")
-    cluster = np.arange(len(y)) if patient is None else np.unique(patient, return_inverse=True)[1]
-    size, contrast = cluster.max() + 1, auc_influence(y, p_left) - auc_influence(y, p_right)
-    ten, one = (np.bincount(cluster[members], contrast[members], size) for members in (positive, ~positive))
-    m, n = len(np.unique(cluster[positive])), len(np.unique(cluster[~positive]))
-    difference, se = auc(y, p_left) - auc(y, p_right), np.nan
-    if min(m, n) > 1:
-        variance = m / (m - 1) * ten @ ten + n / (n - 1) * one @ one + 2 * size / (size - 1) * ten @ one
-        se = np.sqrt(max(variance, 0))
-    z = difference / se if se > 0 else (0.0 if se == difference == 0 else np.nan)
-    return {"difference": difference, "se": se, "z": z, "p": 2 * ndtr(-abs(z))}
-
-
-def holm(p):
-    """Holm's adjusted p-values (1979), float [m]; NaN stays and does not count."""
-    p = np.asarray(p, float)
-    order = np.argsort(p)[:np.count_nonzero(~np.isnan(p))]
-    adjusted = np.full(len(p), np.nan)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
-    return adjusted
-
-
-def welch(left, right, level=0.95):
-    """Difference of the means of two sets of runs, its interval and Welch's p: (difference, low, high, p)."""
-    from scipy.stats import ttest_ind                       # here: it takes longer to import than the rest
-    test = ttest_ind(left, right, equal_var=False)
-    return np.mean(left) - np.mean(right), *test.confidence_interval(level), test.pvalue
-
-
-def smallest_detectable_difference(se, power=0.8, level=0.95):
-    """The true difference that a two-sided test finds with this power if its standard error is se."""
-    return (ndtri((1 + level) / 2) + ndtri(power)) * se
-
-
-def variance_components(values, draws):
-    """Why the mean of an arm's runs is uncertain: a dict of three variances and the standard error `se`.
-
-    values float [R >= 2], one a run; draws float [R, B], the same resamples of patients for every run.
-    patients: what other patients do to all runs alike; interaction: what they do to one run besides; runs:
-    the rest of the spread over runs, 0 if none is left. se^2 = patients + (interaction + runs) / R.
-    """
-    moves = (draws - np.asarray(values)[:, None])[:, ~np.isnan(draws).any(0)]
-    interaction = (moves - moves.mean(0)).var(1, ddof=1).sum() / (len(values) - 1)
-    patients = max(moves.mean(0).var(ddof=1) - interaction / len(values), 0)
-    runs = max(np.var(values, ddof=1) - interaction, 0)
-    return {"patients": patients, "interaction": interaction, "runs": runs,
-            "se": np.sqrt(patients + (interaction + runs) / len(values))}
 
 
 # ---------------------------------------------------------------------------------------------- reading files

@@ -266,6 +266,18 @@ def test_holm_by_hand():
     assert np.isnan(compare.holm([np.nan, 0.5])[0]) and compare.holm([0.9, 0.8]).tolist() == [1, 1]
 
 
+def test_holm_rejects_what_the_step_down_procedure_rejects():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p, level = rng.random(8) ** 3, 0.05
+        rejected, ranked = set(), np.argsort(p)
+        for step, i in enumerate(ranked):
+            if p[i] > level / (8 - step):
+                break
+            rejected.add(i)
+        assert rejected == set(np.flatnonzero(compare.holm(p) <= level))
+
+
 @pytest.mark.parametrize("patients", [110, 10_000])
 def test_delong_of_single_runs_is_the_textbooks(tmp_path, patients):
     rng = np.random.default_rng(6)
