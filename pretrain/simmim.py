@@ -366,8 +366,8 @@ def resample_matrix(start, length, in_size, out_size, cubic=True):
 def crop_resize(images, boxes, flip, size, cubic=True):
     """Cut, stretch to size x size and mirror a batch; antialiased as Pillow does it.
 
-    PyTorch's kernel for 8-bit images on the CPU is the fastest and takes them one by one; on a GPU hundreds of
-    small kernels would take longer than the images, there two matrix products do the whole batch.
+    PyTorch's kernel for 8-bit images on the CPU is the fastest and takes them one by one; on a GPU hundreds
+    of small kernels would take longer than the images, so two matrix products do the whole batch.
 
     Args: images uint8 [B, C, H, W]; boxes: top, left, height, width, each [B]; flip bool [B].
     Returns: float32 [B, C, size, size], 0-255, on the CPU rounded.
@@ -379,8 +379,8 @@ def crop_resize(images, boxes, flip, size, cubic=True):
         views = torch.cat([F.interpolate(cut, (size, size), mode=mode, antialias=True) for cut in cuts])
         views[flip] = views[flip].flip(3)
         return views.float()
-    top, left, h, w = (side.to(images.device, torch.float32, non_blocking=True) for side in boxes)
-    return crop_by_matrices(images.float(), top, left, h, w, flip.to(images.device, non_blocking=True), size, cubic)
+    boxes = (side.to(images.device, torch.float32, non_blocking=True) for side in boxes)
+    return crop_by_matrices(images.float(), *boxes, flip.to(images.device, non_blocking=True), size, cubic)
 
 
 def crop_by_matrices(x, top, left, h, w, flip, size, cubic=True):
@@ -428,8 +428,8 @@ def make_model(facts, num_classes, drop_path=None):
 
 # --- begin copy: drop path ---
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382) told which images skip the branch, in place of drawing them itself:
-    then any number of processes, any micro-batch and any resume leave out the same."""
+    """Stochastic depth (arXiv:1603.09382) that is told which images skip the branch and does not draw them:
+    so any number of processes, any micro-batch and any resume leave out the same."""
 
     def forward(self, x):
         return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
