@@ -13,6 +13,7 @@ Writes  distributions.csv and distributions.md; figure1.png and figure1.svg if p
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -87,6 +88,16 @@ def fail(message):
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 # --- end copy: error ---
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give a temporary name to write to; what was written is brought to disk, then renamed to `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def read_index(path):
@@ -311,8 +322,8 @@ def figure1(packs, out):
         else:
             axis.text(0.5, 0.5, "no pack given", ha="center", color="0.5", transform=axis.transAxes)
     for kind, metadata in (("png", None), ("svg", {"Date": None})):
-        figure.savefig(out / f"figure1.tmp.{kind}", dpi=150, metadata=metadata)
-        os.replace(out / f"figure1.tmp.{kind}", out / f"figure1.{kind}")
+        with replacing(out / f"figure1.{kind}") as path:
+            figure.savefig(path, format=kind, dpi=150, metadata=metadata)
 
 
 def main():
@@ -336,8 +347,8 @@ def main():
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (args.out / f"{name}.tmp").write_text(text, encoding="utf-8")
-            os.replace(args.out / f"{name}.tmp", args.out / name)
+            with replacing(args.out / name) as path, open(path, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
         if args.packs:
             figure1(args.packs, args.out)
     except OSError as problem:

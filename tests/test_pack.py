@@ -235,6 +235,19 @@ def test_stretch_maps_each_images_own_percentiles(tmp_path):
     assert grey(save(tmp_path / "y.png", flat), stretch=True).max() == 255
 
 
+@QUICK
+@given(pixels=st.lists(st.tuples(st.integers(0, 255), st.integers(1, 60)), min_size=1, max_size=30),
+       slope=st.sampled_from([1, -2, 0.37]))
+def test_percentiles_of_counted_levels_are_numpys(pixels, slope):
+    levels = np.arange(256) * slope - 40
+    values = np.concatenate([np.repeat(levels[level], n) for level, n in pixels])
+    counts = np.bincount([level for level, n in pixels for _ in range(n)], minlength=256)
+    black, white = np.percentile(values, (0.5, 99.5))
+    if black == white:
+        black, white = values.min(), max(values.max(), values.min() + 1)
+    assert pack.percentile_window(levels, counts) == (black, white)
+
+
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear", "hamming", "box"])
 def test_a_wide_image_is_squeezed_not_turned(resample):
     pixels = np.zeros((30, 90), np.uint8)

@@ -1,12 +1,13 @@
 """The eight readers: exact counts on the real metadata, the traps of every layout, and hostile downloads."""
 
 import gzip
-import zlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -435,6 +436,8 @@ def test_covidx_has_the_exact_counts(fixtures, expected, read, tmp_path):
     table, facts = read("covidx_ct", raw, "--n-pretrain", 0)
     boxes = pd.read_csv(tmp_path / "out" / "boxes.csv")
     assert list(boxes.path) == list(table.path)
+    read_boxes = load_script("data_prep/pack.py").read_boxes(tmp_path / "out" / "boxes.csv")
+    assert list(read_boxes.items()) == [(path, tuple(box)) for path, *box in boxes.itertuples(index=False)]
     for split in ("val", "test"):
         rows, want = table[table.split == split], expected[f"covidx_ct/{split}"]
         assert (len(rows), rows.patient.nunique()) == (want["images"], want["patients"])
@@ -825,7 +828,7 @@ def test_covidx_sample_is_drawn_from_all_splits_and_boxes_stay(read, tmp_path):
     row = table.set_index("patient").loc["patient45"]
     assert (row.sex, row.age, row["COVID-19"], row.Normal, row["view"]) == ("F", "77", "1", "0", "Axial")
     boxes = pd.read_csv(tmp_path / "out" / "boxes.csv").set_index("path")
-    assert boxes.loc[row.path].to_list() == [0, 71, 560, 413]  # reaches beyond the image: left as it is
+    assert boxes.loc[row.path].to_list() == [0, 71, 560, 413]          # slices are not all 512 wide
     part, facts = read("covidx_ct", tmp_path / "raw", "--n-pretrain", "all", "--splits", "val,test")
     assert sorted(part.split) == ["pretrain"] * 3 + ["train"] and facts["eligible"] == 3
 
@@ -986,7 +989,8 @@ def test_help_tells_source_terms_size_and_command(dataset, monkeypatch, capsys):
         load_script(f"data_prep/{dataset}.py").main()
     assert exit.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert f"python data_prep/{dataset}.py" in words and " GB" in words or " TB" in words
+    assert f"python data_prep/{dataset}.py" in words and ("https://" in words or "kaggle" in words)
+    assert re.search(r"(\d|Tens of) [GT]B", words)
     assert any(term in words for term in ("Free use", "credentialed", "agreement", "research use", "CC BY",
                                           "Creative Commons",
                                           "non-commercial"))
