@@ -482,13 +482,13 @@ def normalise(x, config):
 N_VIEW = N_CROP + N_COLOUR + 2  # uniforms a view consumes: crop, colour and blur, greyscale, solarise
 
 
-def strong_view(images, u, crop_scale, size, blur, solarise, config):
+def strong_view(images, u, crop_scale, size, blur, solarise, config, cubic=True):
     """Crop and flip, jitter (0.4, 0.4, 0.2, 0.1; p 0.8), greyscale (p 0.2), blur, solarise; normalised.
 
     Args: images uint8 [B, C, H, W] or a list; u uniform [B, N_VIEW] on the CPU; blur, solarise: their shares.
     Returns: float [B, in_chans, size, size].
     """
-    x = random_resized_crop(images, u, crop_scale, size)
+    x = random_resized_crop(images, u, crop_scale, size, cubic)
     u = u[:, N_CROP:]
     x = colour_jitter(x, u, strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
     chosen = (u[:, N_COLOUR:] < u.new_tensor([0.2, solarise])).to(x.device, non_blocking=True)

@@ -475,13 +475,13 @@ def normalise(x, config):
 N_VIEW = N_CROP + N_COLOUR + 2  # uniforms a view consumes: crop, colour and blur, greyscale, solarise
 
 
-def strong_view(images, u, crop_scale, size, blur, solarise, config):
+def strong_view(images, u, crop_scale, size, blur, solarise, config, cubic=True):
     """Crop and flip, jitter (0.4, 0.4, 0.2, 0.1; p 0.8), greyscale (p 0.2), blur, solarise; normalised.
 
     Args: images uint8 [B, C, H, W] or a list; u uniform [B, N_VIEW] on the CPU; blur, solarise: their shares.
     Returns: float [B, in_chans, size, size].
     """
-    x = random_resized_crop(images, u, crop_scale, size)
+    x = random_resized_crop(images, u, crop_scale, size, cubic)
     u = u[:, N_CROP:]
     x = colour_jitter(x, u, strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
     chosen = (u[:, N_COLOUR:] < u.new_tensor([0.2, solarise])).to(x.device, non_blocking=True)
@@ -955,7 +955,8 @@ def plan_step(config, order, step, rank, world_size):
 
 def make_views(images, uniforms, config):
     """Two views [2, b, C, S, S]: the first always blurred; the second rarely blurred, sometimes solarised."""
-    return torch.stack([strong_view(images, u, config["crop_scale"], config["img_size"], *shares, config)
+    scale, size = config["crop_scale"], config["img_size"]
+    return torch.stack([strong_view(images, u, scale, size, *shares, config, cubic=False)
                         for u, shares in zip(uniforms, [(1.0, 0.0), (0.1, 0.2)])])
 
 
