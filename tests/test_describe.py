@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import SHARED, assert_user_error, load_script, run_script
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 describe = load_script("data_prep/describe.py")
 REPORTED = {n: pd.read_csv(describe.REPORTED / f"table{n}.csv", dtype=str, keep_default_na=False)
@@ -270,6 +271,29 @@ def test_mistakes_are_said_in_one_sentence(tmp_path, capsys, mistake, said):
     assert call("data_prep/describe.py", "--index", path, "--out", tmp_path / "out", *flags) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
+
+
+CELLS = ["", " ", "nan", "yes", "1", "-1", "1e9", "é", '"', ",", "\n", "\r\n", "\0", "\ufeff", "../x",
+         "/etc/passwd", "val", "test", "path", "split", "patient", "9" * 400]
+
+
+@pytest.mark.parametrize("dataset", ["nih", "chexpert", "padchest", "vindr_cxr"])
+@settings(deadline=None, derandomize=True, max_examples=10,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(columns=st.lists(st.sampled_from([*describe.FACTS, "Edema", "Atelectasis", ""]), max_size=10),
+       cells=st.lists(st.sampled_from(CELLS), max_size=40), encoding=st.sampled_from(["utf-8", "utf-16"]))
+def test_any_index_gives_tables_or_one_sentence(tmp_path, capsys, dataset, columns, cells, encoding):
+    columns = ["path", "split", *columns]
+    rows = [",".join(cells[i:i + len(columns)]) for i in range(0, len(cells), len(columns))]
+    (tmp_path / "index.csv").write_bytes("\n".join([",".join(columns), *rows]).encode(encoding))
+    (tmp_path / "index.json").write_text(json.dumps({"dataset": dataset}))
+    code = call("data_prep/describe.py", "--index", tmp_path / "index.csv", "--out", tmp_path / "out",
+                "--check")
+    error = capsys.readouterr().err
+    if code == 2:
+        assert error.count("\n") == 1 and error.startswith("error: ")
+    else:
+        assert code == int("check failed: " in error) and len(list((tmp_path / "out").iterdir())) == 2
 
 
 def test_from_the_command_line():

@@ -834,22 +834,23 @@ def fork_pack(folder, out, *options, kill_at=0):
         os._exit(1)
 
 
-def test_killed_before_any_step_on_disk_it_ends_in_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--size", "original"]])
+def test_killed_before_any_step_on_disk_it_ends_in_the_same_bytes(tmp_path, options):
     rows = mixed(tmp_path, 1)
     write_index(tmp_path / "index.csv", rows[::3])      # two good rows, three bad ones
-    assert fork_pack(tmp_path, "whole") == 0
+    assert fork_pack(tmp_path, "whole", *options) == 0
     expected = finished_bytes(tmp_path, "whole")
     kills = 0
-    while fork_pack(tmp_path, f"cut{kills}", kill_at=kills + 1) == -signal.SIGKILL:
+    while fork_pack(tmp_path, f"cut{kills}", *options, kill_at=kills + 1) == -signal.SIGKILL:
         out = f"cut{kills}"
         kills += 1
         if kills % 3 == 0:      # sometimes a second and a third kill follow
-            fork_pack(tmp_path, out, kill_at=2)
-            fork_pack(tmp_path, out, kill_at=4)
+            fork_pack(tmp_path, out, *options, kill_at=2)
+            fork_pack(tmp_path, out, *options, kill_at=4)
         for part in (tmp_path / out).glob("*.part"):    # what a crash of the machine may leave
             with open(part, "ab") as file:
                 file.write(b"\0" * 5000)
-        assert fork_pack(tmp_path, out) == 0, kills
+        assert fork_pack(tmp_path, out, *options) == 0, kills
         assert finished_bytes(tmp_path, out) == expected, kills
     assert kills >= 18      # two fsyncs a row, then three tables, images.npy and pack.json synced and renamed
 
