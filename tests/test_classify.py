@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -369,6 +370,25 @@ def test_steps_then_the_rest_equals_a_whole_run(pack, tmp_path, monkeypatch):
     assert (tmp_path / "parts/seed0/classifier.pt").exists()                # the grid is walked with --steps 2
     run(monkeypatch, *flags, "--out", tmp_path / "parts")
     assert (tmp_path / "whole/seed0/classifier.pt").read_bytes() == (tmp_path / "parts/seed0/classifier.pt").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_network_learns_the_same(pack, tmp_path, monkeypatch):
+    flags = ["--train", pack, *TINY, "--model_args", json.dumps({**VIT, "depth": 2}), "--epochs", 2, "--batch", 12,
+             "--drop_path", 0.3, "--lr", "1e-3"]
+    for name, more in dict(eager=[], compiled=["--compile"]).items():
+        run(monkeypatch, *flags, "--out", tmp_path / name, *more)
+    eager, compiled = (weights(tmp_path / name / "seed0/last.pt") for name in ("eager", "compiled"))
+    assert largest_difference(eager, compiled) < 1e-5
+
+
+def test_a_full_gpu_is_told_with_the_passes_that_would_fit(pack, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError
+    monkeypatch.setattr(classify, "label_loss", full)
+    said = mistake(monkeypatch, capsys, "--train", pack, *TINY, "--out", tmp_path, "--batch", 24, "--micro-batch", 12)
+    assert said == "error: GPU memory is too small for 12 images a pass; try --micro-batch 6"
 
 
 def test_finished_seeds_are_not_repeated(pack, tmp_path, monkeypatch, capsys):
