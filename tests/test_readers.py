@@ -112,20 +112,16 @@ CHEXPERT_HEADER = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT]
 def chexpert_row(split, patient, view="frontal", release="CheXpert-v1.0-small", one="1.0", **cells):
     row = dict.fromkeys(CHEXPERT_HEADER, "") | {
         "Path": f"{release}/{split}/patient{patient:05}/study1/view1_{view}.jpg", "Sex": "Female",
-        "Age": "61",
-        "Frontal/Lateral": view.capitalize(), "AP/PA": "AP" if view == "frontal" else "",
-        "Cardiomegaly": "-1.0",
-        "Edema": "0.0", "Pleural Effusion": one} | cells
+        "Age": "61", "Frontal/Lateral": view.capitalize(), "AP/PA": "AP" if view == "frontal" else "",
+        "Cardiomegaly": "-1.0", "Edema": "0.0", "Pleural Effusion": one} | cells
     return list(row.values())
 
 
 def chexpert_files(release="CheXpert-v1.0-small"):
     train = [chexpert_row("train", 1, release=release), chexpert_row("train", 1, "lateral", release=release),
              chexpert_row("train", 2, release=release, Sex="Unknown", Age="0"),
-             chexpert_row("train", 3, release=release),
-             chexpert_row("train", 4, release=release)]
-    valid = [chexpert_row("valid", 90, release=release),
-             chexpert_row("valid", 90, "lateral", release=release)]
+             *[chexpert_row("train", patient, release=release) for patient in (3, 4)]]
+    valid = [chexpert_row("valid", 90, view, release=release) for view in ("frontal", "lateral")]
     split = "\n".join([",index,split", "0,0,train", "1,2,validate", "2,3,test", "3,4,test", ""])
     return {"CheXpert-v1.0-small/train.csv": [CHEXPERT_HEADER, *train],
             "CheXpert-v1.0-small/valid.csv": [CHEXPERT_HEADER, *valid],
@@ -134,16 +130,15 @@ def chexpert_files(release="CheXpert-v1.0-small"):
 
 PADCHEST_CSV = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
 PADCHEST_HEADER = ["", "ImageID", "ImageDir", "StudyDate_DICOM", "StudyID", "PatientID", "PatientBirth",
-                   "PatientSex_DICOM",
-                   "ViewPosition_DICOM", "Projection", "MethodProjection", "Report", "Labels", "labelCUIS"]
+                   "PatientSex_DICOM", "ViewPosition_DICOM", "Projection", "MethodProjection", "Report",
+                   "Labels", "labelCUIS"]
 
 
 def padchest_row(number, **cells):
     row = dict(zip(PADCHEST_HEADER, [
         str(number), f"image{number}.png", "0", "20140102", f"{10 ** 37 + number}",
-        f"{9 * 10 ** 37 + number}", "1950.0",
-        "F", "POSTEROANTERIOR", "PA", "Manual review of DICOM fields", "texto breve .", "['cardiomegaly']",
-        "['C0000001']"]))
+        f"{9 * 10 ** 37 + number}", "1950.0", "F", "POSTEROANTERIOR", "PA", "Manual review of DICOM fields",
+        "texto breve .", "['cardiomegaly']", "['C0000001']"]))
     return list((row | cells).values())
 
 
@@ -167,14 +162,11 @@ def vindr_files(header=VINDR):
 
 
 def covidx_files(release="3A"):
-    metadata = [["patient id", "source", "country", "sex", "age", "finding", "verified finding",
-                 "slice selection", "view",
-                 "modality"],
-                ["NCP_9999", "CNCB", "China", "", "", "COVID-19", "Yes", "Expert", "Axial", "CT"],
-                ["patient45", "COVID-CTset", "Iran", "F", "77", "COVID-19", "Yes", "Expert", "Axial", "CT"],
-                ["LIDC-IDRI-0234", "LIDC-IDRI", "USA", "", "", "Pneumonia", "Yes", "Automatic", "Axial",
-                 "CT"],
-                ["volume-covid19-A-0003", "TCIA", "", "M", "40", "COVID-19", "Yes", "Expert", "Axial", "CT"]]
+    metadata = ("patient id,source,country,sex,age,finding,verified finding,slice selection,view,modality\n"
+                "NCP_9999,CNCB,China,,,COVID-19,Yes,Expert,Axial,CT\n"
+                "patient45,COVID-CTset,Iran,F,77,COVID-19,Yes,Expert,Axial,CT\n"
+                "LIDC-IDRI-0234,LIDC-IDRI,USA,,,Pneumonia,Yes,Automatic,Axial,CT\n"
+                "volume-covid19-A-0003,TCIA,,M,40,COVID-19,Yes,Expert,Axial,CT\n")
     return {"metadata.csv": metadata,
             f"train_COVIDx_CT-{release}.txt": "NCP_9999_1234_0017.png 2 0 130 512 429\n",
             f"val_COVIDx_CT-{release}.txt": "137covid_patient45_SR_2_IM00010.png 2 0 71 560 413\n"
@@ -525,8 +517,7 @@ def test_nih_given_lists_win_over_found_ones_and_unlisted_images_are_left_out(re
     write(tmp_path, {"a.txt": "00000008_000.png 0 0\r\n", "b.txt": "00000010_000.png\r\n",
                      "c.txt": "00000009_000.png"})
     table, facts = read("nih", write(tmp_path / "raw", nih_files()), "--train-list", tmp_path / "a.txt",
-                        "--val-list",
-                        tmp_path / "b.txt", "--test-list", tmp_path / "c.txt")
+                        "--val-list", tmp_path / "b.txt", "--test-list", tmp_path / "c.txt")
     assert dict(zip(table.patient, table.split)) == {"00000008": "train", "00000010": "val",
                                                      "00000009": "test"}
     assert facts["in_no_list"] == 2
@@ -595,8 +586,7 @@ def test_mimic_views_and_splits_restrict_the_sample(read, refused, tmp_path):
                         "--n-pretrain", "all")
     assert set(table["view"]) == {"AP", "PA"} and set(table.split) == {"pretrain"} and len(table) == 102
     assert "102 images are eligible" in refused("mimic_cxr", raw, "--views", "frontal", "--n-pretrain",
-                                                250_000,
-                                                "--splits", "train,validate,test")
+                                                250_000, "--splits", "train,validate,test")
     assert "--splits valid" in refused("mimic_cxr", raw, "--splits", "valid")
 
 
@@ -715,10 +705,9 @@ def padchest(tmp_path, *rows):
 
 def test_padchest_filter_takes_reviewed_pa_and_ap_of_archive_0(read, tmp_path):
     raw = padchest(tmp_path, padchest_row(1), padchest_row(2, Projection="AP", ImageDir="0.0"),
-                   padchest_row(3, Projection="L"),
-                   padchest_row(4, Projection="AP_horizontal"), padchest_row(5, ImageDir="10"),
-                   padchest_row(6, MethodProjection="Predicted by ResNet50"), padchest_row(7, Labels=""),
-                   padchest_row(8, Labels="None"), padchest_row(9, Labels="[]"),
+                   padchest_row(3, Projection="L"), padchest_row(4, Projection="AP_horizontal"),
+                   padchest_row(5, ImageDir="10"), padchest_row(6, MethodProjection="Predicted by ResNet50"),
+                   padchest_row(7, Labels=""), padchest_row(8, Labels="None"), padchest_row(9, Labels="[]"),
                    padchest_row(10, ImageDir=""))
     table, facts = read("padchest", raw)
     assert sorted(table.path) == ["0/image1.png", "0/image2.png", "0/image9.png"]
@@ -743,8 +732,7 @@ def test_padchest_line_breaks_in_reports_and_spaces_in_labels(read, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["normal", "['normal'", "{'normal': 1}", "['normal', 3]", "[" * 3000,
-                                  "'normal'",
-                                  "__import__('os').mkdir('evaluated')"])
+                                  "'normal'", "__import__('os').mkdir('evaluated')"])
 def test_padchest_labels_are_read_never_evaluated(refused, tmp_path, text, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = refused("padchest", padchest(tmp_path, padchest_row(1), padchest_row(2, Labels=text)))
@@ -758,8 +746,7 @@ def test_padchest_images_may_lie_in_one_flat_folder(read, tmp_path):
 
 def test_padchest_age_is_year_of_study_less_year_of_birth(read, tmp_path):
     raw = padchest(tmp_path, padchest_row(1), padchest_row(2, PatientBirth=""),
-                   padchest_row(3, PatientBirth="1800.0"),
-                   padchest_row(4, PatientSex_DICOM="O"))
+                   padchest_row(3, PatientBirth="1800.0"), padchest_row(4, PatientSex_DICOM="O"))
     table, _ = read("padchest", raw)
     assert list(table.age) == ["64", "", "", "64"] and list(table.sex) == ["F", "F", "F", "O"]
 
@@ -805,8 +792,8 @@ def test_vindr_of_kaggle_cannot_stand_in(refused, tmp_path):
 def test_covidx_patient_of_every_family_of_names():
     patient_of = load_script("data_prep/covidx_ct.py").patient_of
     known = {"NCP_9999", "COVIDCTMD-P001", "COVIDCTMD-normal043", "volume-covid19-A-0003", "LIDC-IDRI-0234",
-             "coronacases_001",
-             "radiopaedia_10_85902_1", "HUST-Patient1", "STOIC-10011", "A002304", "patient45"}
+             "coronacases_001", "radiopaedia_10_85902_1", "HUST-Patient1", "STOIC-10011", "A002304",
+             "patient45"}
     names = {"NCP_9999_1234_0017.png": "NCP_9999", "COVIDCTMD-P001-IM0001.png": "COVIDCTMD-P001",
              "COVIDCTMD-normal043-IM0001.png": "COVIDCTMD-normal043",
              "LIDC-IDRI-0234-1.3.6.1-0019.png": "LIDC-IDRI-0234",
@@ -992,8 +979,7 @@ def test_help_tells_source_terms_size_and_command(dataset, monkeypatch, capsys):
     assert f"python data_prep/{dataset}.py" in words and ("https://" in words or "kaggle" in words)
     assert re.search(r"(\d|Tens of) [GT]B", words)
     assert any(term in words for term in ("Free use", "credentialed", "agreement", "research use", "CC BY",
-                                          "Creative Commons",
-                                          "non-commercial"))
+                                          "Creative Commons", "non-commercial"))
     assert any(command in words for command in ("wget", "kaggle", "azcopy", "unzip"))
 
 
@@ -1073,17 +1059,15 @@ def watch(event, details):
 
 sys.addaudithook(watch)
 CELLS = ["", " ", "NaN", "None", "../../../etc/passwd", "/etc/passwd", "C:\\x", "..\\x", "a/../../b", "\x00",
-         "\n", "é", "1e308",
-         "-1", "2", "inf", "9" * 400, "[[[", "=1+1", "train", "0", "\u202e", "x" * 5000, "|", ",", '"',
-         "00000007_000.png"]
+         "\n", "é", "1e308", "-1", "2", "inf", "9" * 400, "[[[", "=1+1", "train", "0", "\u202e", "x" * 5000,
+         "|", ",", '"', "00000007_000.png"]
 
 
 @st.composite
 def damages(draw):
     """One way to spoil a download: which file, which line and cell, and what is done to it."""
     kind = draw(st.sampled_from(["cell", "drop column", "drop line", "double line", "cut", "bytes", "crlf",
-                                 "spaces", "header",
-                                 "empty", "link out", "folder", "odd name", "gone"]))
+                                 "spaces", "header", "empty", "link out", "folder", "odd name", "gone"]))
     file, line, cell = (draw(st.integers(0, high)) for high in (9, 9, 30))
     return kind, file, line, cell, draw(st.sampled_from(CELLS))
 
@@ -1098,7 +1082,7 @@ def spoil(raw, outside, damage):
     packed = data[:2] == b"\x1f\x8b"
     try:
         text = (gzip.decompress(data) if packed else data).decode(errors="replace")
-    except (OSError, EOFError, zlib.error):     # an earlier damage went through the archive: as spoilt as it gets
+    except (OSError, EOFError, zlib.error):         # an earlier damage went through the archive
         return
     lines = text.splitlines() or [""]
     mark = "," if "," in lines[0] else " "
