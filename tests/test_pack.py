@@ -690,9 +690,9 @@ def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path):
 
 
 def test_mistakes_are_one_sentence(tmp_path):
-    def attempt(index, *options):
+    def attempt(index, *options, run=run_main):     # run_pack: where the folder is locked before the mistake
         (tmp_path / "index.csv").write_bytes(index)
-        return run_pack(tmp_path, *options)
+        return run(tmp_path, *options)
 
     save(tmp_path / "raw/x.png", noise(9, 9))
     assert_user_error(attempt(b""), "index.csv row 1", "path")
@@ -704,7 +704,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     assert_user_error(attempt(b"path,split\nx.png,val,1\n"), "row 2")
     assert_user_error(attempt("path\né.png\n".encode("latin-1")), "UTF-8")
     assert_user_error(attempt(b"path\ny.png\nx.png\nz.png\n", "--require-files"), "2 of 3", "y.png")
-    assert_user_error(attempt(b"path\ny.png\n"), "none of its rows", "missing", "rejected.csv")
+    assert_user_error(attempt(b"path\ny.png\n", run=run_pack), "none of its rows", "missing", "rejected.csv")
     assert table(tmp_path / "out/rejected.csv") == [{"path": "y.png", "reason": "missing"}]
     assert sorted(contents(tmp_path / "out")) == ["rejected.csv"]
     assert_user_error(attempt(b"path\nx.png\n", "--size", "big"), "--size")
@@ -717,7 +717,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     write_index(other / "manifest.csv", ["x.png"])
-    assert_user_error(attempt(b"path\nx.png\n", "--out", other), "manifest.csv", "--overwrite")
+    assert_user_error(attempt(b"path\nx.png\n", "--out", other, run=run_pack), "manifest.csv", "--overwrite")
     assert_user_error(run_pack(tmp_path, "--out", other, "--index", other / "manifest.csv", "--overwrite"),
                       "overwrite this index")
     (other / "pack.json").write_text("[1]")
