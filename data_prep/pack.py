@@ -42,7 +42,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing.connection import wait
 from pathlib import Path, PurePosixPath
 
@@ -53,7 +53,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "WEBP")   # n
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS     # 89 million, Pillow's mark of a decompression bomb; radiographs: 5-20
 MAX_BYTES = 1 << 30                     # a DICOM file is read whole before its header can be judged
 COMMIT_SECONDS = 5                      # the work a kill can cost, and the time between progress lines
-AHEAD = 16                              # rows a worker may be ahead of the last one written
+TASK = 4                                # rows a worker takes at once: fewer messages, and still a fine grain
+AHEAD = 4                               # tasks a worker may be ahead of the last row written
 FACES = {"corrected": "display", "paper": "paper"}      # the DICOM conversion of each variant
 BOX = ("xmin", "ymin", "xmax", "ymax")
 UNFINISHED = ("images.npy.part", "journal.part")
@@ -312,6 +313,11 @@ def pack_row(path, earlier, box, config):
     return record, b"" if config["size"] == "original" else pixels
 
 
+def pack_some(rows, config):
+    """Answer several rows."""
+    return [pack_row(*row, config) for row in rows]
+
+
 def begin_work():
     """Set up a worker process; it ends with its parent, even with one that was killed."""
     warnings.simplefilter("ignore")                 # remarks on odd headers; what matters becomes a reason
@@ -323,7 +329,7 @@ def begin_work():
 def answers_in_order(rows, workers, config):
     """Yield pack_row(*row, config) for each row of an iterator, in order, from `workers` processes.
 
-    No more than AHEAD rows a process are in memory. A file that crashes its decoder takes the pool down; the
+    No more than AHEAD tasks a process are in memory. A file that crashes its decoder takes the pool down; the
     rows in flight are then read one at a time, which finds it.
     """
     def pool(size):
@@ -333,18 +339,20 @@ def answers_in_order(rows, workers, config):
     try:
         while True:
             try:
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by new processes:
-                for row in islice(rows, AHEAD * workers - len(pending)):    # Ctrl-C is for the parent
-                    pending.append(row)
-                    futures.append(executor.submit(pack_row, *row, config))
+                # New processes inherit the mask: Ctrl-C is for the parent.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                while len(pending) < AHEAD * workers and (some := list(islice(rows, TASK))):
+                    pending.append(some)
+                    futures.append(executor.submit(pack_some, some, config))
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 if not pending:
                     return
-                yield futures[0].result()
+                answers = futures[0].result()
                 pending.popleft(), futures.popleft()
+                yield from answers
             except BrokenProcessPool:
                 executor = pool(1)
-                for row in pending:
+                for row in chain.from_iterable(pending):
                     try:
                         yield executor.submit(pack_row, *row, config).result()
                     except BrokenProcessPool:
