@@ -84,9 +84,14 @@ def init_distributed(device):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, device
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:     # one machine
+        # the store of torchrun --max-restarts still has the addresses of the processes before the restart
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     # gloo beside nccl: small agreements between the processes need no GPU synchronisation
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            store=store, rank=rank, world_size=world_size)
+    return rank, world_size, device
 
 
 def any_process(flag):

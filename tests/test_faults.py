@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import select
 import shutil
@@ -14,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 import zlib
 from pathlib import Path
 
@@ -23,13 +23,16 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import ROOT, blobs, load_script, log_of, run_here, run_script, write_pack
+from conftest import ROOT, blobs, load_script, log_of, run_here, write_pack
 from PIL import Image
 
 KILLS = int(os.environ.get("KILLS", 2))
 MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-TINY = ["--model_args", json.dumps(MODEL), "--device", "cpu", "--log-steps", 1, "--warmup_epochs", 1, "--save-minutes", 0]
-TRAIN = ["--manifest", "{data}/manifest.csv", "--out", "{out}", *TINY, "--batch", 8, "--epochs", 6, "--picture-epochs", 2]
+TINY = ["--model_args", json.dumps(MODEL), "--device", "cpu", "--log-steps", 1, "--warmup_epochs", 1,
+        "--save-minutes", 0]
+TRAIN = ["--manifest", "{data}/manifest.csv", "--out", "{out}", *TINY, "--batch", 8, "--epochs", 6,
+         "--picture-epochs", 2]
+SETS = [word for name in ("train", "val", "all") for word in ("--set", f"{name}={{data}}/manifest.csv:{name}")]
 TINY_HEAD = ["--hidden_dim", 32, "--out_dim", 16]
 RUNS = {                            # every long-running script, and a command that keeps it busy for some seconds
     "pack": ["data_prep/pack.py", "--index", "{data}/index.csv", "--raw", "{data}/raw", "--out", "{out}",
@@ -42,8 +45,7 @@ RUNS = {                            # every long-running script, and a command t
     "supervised": ["pretrain/supervised.py", *TRAIN],
     "classify": ["finetune/classify.py", "--train", "{data}/manifest.csv", "--out", "{out}", *TINY, "--batch", 12,
                  "--epochs", 3, "--seeds", "0,1"],
-    "predict": ["evaluate/predict.py", "--checkpoint", "{data}/classifier.pt", "--out", "{out}", "--batch", 1,
-                *(word for name in ("train", "val", "all") for word in ("--set", f"{name}={{data}}/manifest.csv:{name}"))],
+    "predict": ["evaluate/predict.py", "--checkpoint", "{data}/classifier.pt", "--out", "{out}", "--batch", 1, *SETS],
 }
 TRAINING = [name for name in RUNS if name not in ("pack", "predict")]
 
@@ -71,12 +73,12 @@ def data(tmp_path_factory):
 
 def words(name, data, out, *flags):
     """Script and command line of a run."""
-    script, *line = RUNS[name]
-    return [script, *(str(word).replace("{data}", str(data)).replace("{out}", str(out)) for word in line), *map(str, flags)]
+    places = {"{data}": str(data), "{out}": str(out)}
+    return [re.sub("{data}|{out}", lambda place: places[place[0]], str(word)) for word in (*RUNS[name], *flags)]
 
 
-# Imports what the scripts import, then forks for every line of its input (log, command): a run without the seconds of
-# importing. Answers with the process id, later with the exit code.
+# Imports what the scripts import, then forks for every line of its input (log, command): a run without the seconds
+# of importing. Answers with the process id, later with the exit code.
 FORK = """
 import json, os, runpy, sys
 import matplotlib.pyplot, pandas, sklearn.metrics, timm, torch, torchvision
@@ -229,8 +231,9 @@ def test_sigterm_saves_at_the_end_of_the_step_and_leaves_with_75(name, data, tmp
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_a_loss_that_is_no_number_stops_the_run_names_the_step_and_keeps_the_checkpoint(name, data, tmp_path, monkeypatch):
-    assert run(name, data, tmp_path, monkeypatch, "--steps", 3, "--seeds" if name == "classify" else "--seed", 0)[0] == 0
+def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_checkpoint(name, data, tmp_path, monkeypatch):
+    seed = ["--seeds" if name == "classify" else "--seed", 0]
+    assert run(name, data, tmp_path, monkeypatch, "--steps", 3, *seed)[0] == 0
     last = run_folder(name, tmp_path) / "last.pt"
     state = torch.load(last, weights_only=True)
     for weights in (state[whose] for whose in ("model", "student") if whose in state):
@@ -239,7 +242,7 @@ def test_a_loss_that_is_no_number_stops_the_run_names_the_step_and_keeps_the_che
                 value += float("nan")
     torch.save(state, last)
     before = last.read_bytes()
-    code, error = run(name, data, tmp_path, monkeypatch, "--seeds" if name == "classify" else "--seed", 0)
+    code, error = run(name, data, tmp_path, monkeypatch, *seed)
     assert code == 2 and error.startswith("error: the loss is nan after step 4;") and str(last) in error
     assert last.read_bytes() == before
 
@@ -298,3 +301,86 @@ def test_a_run_folder_says_what_made_it(name, data, tmp_path, monkeypatch):
     assert (facts["torch"], facts["timm"], facts["numpy"]) == (torch.__version__, timm.__version__, np.__version__)
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert facts["commit"] == head and facts["config"]["seed"] == 0
+
+
+@pytest.mark.parametrize("name", ["gmml", "classify", "predict"])
+def test_the_number_of_decoding_threads_changes_no_byte(name, data, tmp_path, monkeypatch):
+    loose = tmp_path / "loose"                          # no images.npy: files are read on the fly
+    loose.mkdir()
+    shutil.copy(data / "classifier.pt", loose)
+    for i, image in enumerate(blobs(64)):
+        Image.fromarray(image).save(loose / f"{i}.png")
+    shutil.copy(data / "manifest.csv", loose)
+    flags = [] if name == "predict" else ["--steps", 2]
+    for workers in (1, 3):
+        assert run(name, loose, tmp_path / f"{workers}/run", monkeypatch, *flags, "--workers", workers)[0] == 0
+    assert_same(tmp_path / "3/run", content(tmp_path / "1/run"))
+
+
+@pytest.mark.parametrize("name", ["pack", "gmml", "classify"])
+def test_a_second_run_into_the_folder_is_refused_until_the_first_is_gone(name, data, forks, tmp_path, monkeypatch):
+    long, short = ([], []) if name == "pack" else (["--epochs", 2000], ["--epochs", 2000, "--steps", 3])
+    out, log = tmp_path / "run", tmp_path / "log"
+    first = Run(forks, words(name, data, out, *long), log)
+    while not list(out.rglob("*.part")):                # it writes, hence has the lock
+        assert not first.ends_within(0.001), log.read_text()
+    os.kill(first.pid, signal.SIGSTOP)
+    code, error = run(name, data, out, monkeypatch, *long)
+    assert code == 2 and "another run" in error and str(out) in error
+    assert first.kill()
+    again = Run(forks, words(name, data, out, *short), log)
+    assert again.ends_within(300) and again.code == 0, log.read_text()
+
+
+# Several processes
+
+@contextlib.contextmanager
+def torchrun(name, data, out, *flags):
+    """A run of two processes: torchrun's Popen and a function that returns the ids of the two."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--max-restarts=1"]
+    script, *line = words(name, data, out, *flags)
+    with open(out.with_suffix(".log"), "w") as log:
+        agent = subprocess.Popen([*command, ROOT / script, *line], stdout=log, stderr=log, start_new_session=True,
+                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        yield agent, lambda: map(int, Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split())
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(agent.pid, signal.SIGKILL)
+
+
+def wait_for_step(out, agent, step):
+    """Wait until the log has the line of a step."""
+    while not ((out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) >= step):
+        assert agent.poll() is None, out.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_checkpoint_and_a_dead_process_ends_the_job_at_once(data, tmp_path):
+    out = tmp_path / "run"
+    with torchrun("gmml", data, out, "--epochs", 2000) as (agent, workers):
+        wait_for_step(out, agent, 4)
+        os.kill(min(workers()), signal.SIGKILL)                             # the process that writes
+        begun = len(log_of(out))
+        wait_for_step(out, agent, begun + 3)
+        assert re.findall(r"steps (\d+) to", out.with_suffix(".log").read_text())[1:] != ["0"]
+        os.kill(max(workers()), signal.SIGKILL)                             # no restart is left
+        assert agent.wait(20) == 1
+    assert [line["step"] for line in log_of(out)] == list(range(1, len(log_of(out)) + 1))
+
+
+@pytest.mark.slow
+def test_sigterm_for_torchrun_saves_and_any_number_of_processes_goes_on(data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with torchrun("gmml", data, out) as (agent, _):
+        wait_for_step(out, agent, 4)
+        agent.terminate()
+        assert agent.wait(20) == 1                                          # torchrun's code, whatever its workers' is
+    step = torch.load(out / "last.pt", weights_only=True)["step"]
+    assert 4 <= step < 18 and [line["step"] for line in log_of(out)] == list(range(1, step + 1))
+    assert run("gmml", data, out, monkeypatch)[0] == 0                      # one process
+    assert run("gmml", data, tmp_path / "whole", monkeypatch)[0] == 0
+    one, two = (torch.load(folder / "backbone.pt", weights_only=True)["model"] for folder in (tmp_path / "whole", out))
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-5
