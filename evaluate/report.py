@@ -24,6 +24,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from html import escape
 from math import isnan, nan, sqrt
@@ -33,6 +34,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import yaml
+from PIL import Image
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
@@ -57,9 +59,14 @@ FURTHER = {"auprc": "AUPRC", "brier": "Brier score", "ece": "ECE", "adaptive_ece
            "sensitivity_at_specificity_0.9": "Sensitivity at specificity 0.9",
            "sensitivity_at_specificity_0.95": "Sensitivity at specificity 0.95",
            "risk_coverage_area": "Area under risk–coverage"}
+GROUPS = {"sex": ["F", "M"], "age": ["<=40", "41-60", "61-80", ">80"], "race": []}    # first in this order
 FIGURE2_ARMS = ("1.1", "1.2", "2.1", "2.2", "3.2", "3.4", "3.6", "3.8")
 STUDY_KEY = re.compile(r"(0\.[12]|4\.\d)\.\d([ab]|-\w+)?|[123]\.\d[ab]?")   # 3.4, 0.1.7b, 3.1b, 4.2.1-100k
 STUDY, OTHER = "Arms of the study", "Rows outside the study"
+PICTURES = {"recon": "reconstruction. Rows, from the top: the images, what the network saw of them, what it "
+                     "made of that, and the images with only the hidden places filled in",
+            "attention": "attention. A row an image: the image, then a map for each head of the last block, "
+                         "white where its CLS token looks most"}
 # Told apart by colour-blind readers, on white and on black (Okabe and Ito, with olive for their yellow).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C2E", "#8B6BB1")
 INK = "#1b1b1c"    # in an SVG this colour follows the reader's light or dark mode
@@ -174,11 +181,13 @@ class Metrics:
         for row in frame[frame.duplicated(self.KEY + ["seed"])].head(1).to_dict("records"):
             fail(f"{path} line {row['line']}: {row['metric']} of exp {row['exp']}, seed {row['seed']} on "
                  f"{row['dataset']} stands there a second time; remove one of the two rows")
-        self.frame, self.chosen = frame, chosen or {}
+        self.frame, self.chosen, self.components = frame, chosen or {}, components
         self.exps = sorted(frame["exp"].unique(), key=natural)
         self.seeds = frame.groupby("exp")["seed"].nunique()
         self.datasets = [name for name in TEST_SETS if name in set(frame["dataset"])]
         self.datasets += [name for name in frame["dataset"].unique() if name not in TEST_SETS]
+        self.sizes = {name: sorted(sizes.unique(), key=lambda size: (size != "5", size))   # ["5", "14"]
+                      for name, sizes in frame.groupby("dataset")["labels"]}
         defined = frame[frame["value"].notna()]
         self.rows = defined.groupby(self.KEY).indices
         self.columns = [defined[name].to_numpy() for name in ("seed", "value", "ci_low", "ci_high", "line")]
@@ -206,15 +215,33 @@ class Metrics:
     def reliability(self, exp, dataset, metric, face, **where):
         """Tables 7 and 8. paper: the run with the best mean AUC on the evaluated images themselves;
         corrected: the mean over runs, and the run that validation in fine-tuning would have chosen."""
+        size = self.sizes.get(dataset, "5")[0]
         if face == "paper":
-            rows = self.rows.get((exp, dataset, "5", "auc_mean", "paper", "", ""))
+            rows = self.rows.get((exp, dataset, size, "auc_mean", "paper", "", ""))
             best = "none" if rows is None else self.columns[0][rows[self.columns[1][rows].argmax()]]
-            return self.cell(exp, dataset, "5", metric, face, run=best, **where)
-        cell = self.cell(exp, dataset, "5", metric, face, **where)
+            return self.cell(exp, dataset, size, metric, face, run=best, **where)
+        cell = self.cell(exp, dataset, size, metric, face, **where)
         if exp in self.chosen:
             run = self.chosen[exp]
-            cell.chosen = self.cell(exp, dataset, "5", metric, face, run=run, **where).value
+            cell.chosen = self.cell(exp, dataset, size, metric, face, run=run, **where).value
         return cell
+
+    def labels(self, dataset):
+        """The labels of a test set, in the order of the file."""
+        labels = self.frame.loc[self.frame["dataset"] == dataset, "label"].unique()
+        return [label for label in labels if label]
+
+    def groups(self):
+        """{metric: head} of the subgroups' AUCs and of the gaps between them, by sex, age and race."""
+        found = {(attribute, group) for metric in self.frame["metric"].unique()
+                 for attribute, group in re.findall(r"auc\[(\w+)=(.+)\]", metric)}
+        heads = {}
+        for attribute, first in GROUPS.items():
+            names = [group for _, group in sorted(found) if _ == attribute]
+            names.sort(key=lambda group: (first.index(group) if group in first else len(first), group))
+            heads |= {f"auc[{attribute}={group}]": f"{attribute} {group}" for group in names}
+            heads |= {f"auc_gap[{attribute}]": f"{attribute}: gap"} if len(names) > 1 else {}
+        return heads
 
     def fact(self, dataset, metric, label=""):
         """A number that does not depend on the model, such as the images of a test set; NaN if absent."""
@@ -386,7 +413,8 @@ def auc_tables(metrics, printed, facts):
                 "runs). NIH is in distribution, the others are not. VinDr and PadChest have no image with "
                 "edema: their means are over four labels.", ["Exp."], arms,
                 {("nih_test", "14"): "NIH, 14 labels", ("nih_test", "5"): "NIH, 5 labels",
-                 **{(key, "5"): words[0] for key, words in TEST_SETS.items() if key != "nih_test"}},
+                 **{(key, "5"): words[0] for key, words in TEST_SETS.items() if key != "nih_test"},
+                 **{(key, metrics.sizes[key][0]): key for key in metrics.datasets if key not in TEST_SETS}},
                 lambda exp, column, face: metrics.cell(exp, *column, "auc_mean", face,
                                                        printed=printed.get(("2", exp, column), ())))
     nih = "NIH test, mean AUC over 14 labels and runs (sd over runs). "
@@ -407,6 +435,8 @@ def auc_tables(metrics, printed, facts):
 def reliability_tables(metrics, printed, facts, dataset):
     """Tables 3, 7, 8 and A, about one test set: the paper's is chexpert_valid."""
     rest, name = other_rows(metrics), TEST_SETS.get(dataset, (dataset,))[0]
+    size = metrics.sizes.get(dataset, "5")[0]
+    labels = LABELS5 if size == "5" else metrics.labels(dataset)
 
     def at(number, row, column):
         return printed.get((number, row, column), ()) if dataset == "chexpert_valid" else ()
@@ -418,8 +448,8 @@ def reliability_tables(metrics, printed, facts, dataset):
                                    printed=at("7", key, threshold))
 
     yield build("3", f"Performance across diseases, {name}", "AUC of each label, mean (sd) over runs.",
-                ["Exp."], study_rows("3", printed, facts) + rest, dict(zip(LABELS5, LABELS5)),
-                lambda exp, label, face: metrics.cell(exp, dataset, "5", "auc", face, label,
+                ["Exp."], study_rows("3", printed, facts) + rest, dict(zip(labels, labels)),
+                lambda exp, label, face: metrics.cell(exp, dataset, size, "auc", face, label,
                                                       printed=at("3", exp, label)))
     best = "Paper face: the run with the best AUC on these very images. Corrected face: mean (sd) over runs. "
     negative = [metrics.fact(dataset, f"always_negative_{kind}accuracy") for kind in ("", "subset_")]
@@ -442,8 +472,28 @@ def reliability_tables(metrics, printed, facts, dataset):
                 "runs). Bold: best; the lowest of Brier score, calibration errors and risk–coverage area.",
                 ["Exp."],
                 [row for row in study_rows("2", printed, facts) if row[1] in metrics.exps] + rest, FURTHER,
-                lambda exp, metric, face: metrics.cell(exp, dataset, "5", metric, face), faces=("corrected",),
+                lambda exp, metric, face: metrics.cell(exp, dataset, size, metric, face),
+                faces=("corrected",),
                 lower=lambda _, metric: metric in ("brier", "ece", "adaptive_ece", "risk_coverage_area"))
+
+
+def subgroup_table(metrics, facts):
+    """Table B: AUC by sex, age band and race on every test set whose manifest knows them; or None."""
+    groups = metrics.groups()
+    if not groups:
+        return None
+    found = metrics.frame.loc[metrics.frame["metric"].isin(groups), ["exp", "dataset"]]
+    found = set(found.itertuples(index=False, name=None))
+    rows = [(STUDY if STUDY_KEY.fullmatch(exp) else OTHER, (exp, name),
+             [exp, TEST_SETS.get(name, (name,))[0]])
+            for exp in metrics.exps for name in metrics.datasets if (exp, name) in found]
+    return build("B", "Subgroups", "Not in the paper. AUC, mean over labels (NIH: all 14) and runs (sd over "
+                 "runs). Gap: from the worst to the best group, a mean over labels; it is never negative and "
+                 "grows with the noise of small groups. Bold: best on the test set, the smallest of gaps.",
+                 ["Exp.", "Test set"], rows, groups,
+                 lambda key, metric, face: metrics.cell(*key, metrics.sizes[key[1]][-1], metric, face),
+                 faces=("corrected",), group=lambda row: row.key[1],
+                 lower=lambda _, metric: metric.startswith("auc_gap"))
 
 
 def markdown(table):
@@ -533,6 +583,27 @@ def save(figure, path):
     return path.with_suffix(".svg")
 
 
+def sites(table, facts, path):
+    """Table 2 at a glance: AUC of each arm on each test set, 95 % interval; hollow: printed; or None."""
+    rows = [row for _, part in table.sections() for row in part if row.measured()][::-1]    # the first on top
+    if not rows:
+        return None
+    cells = [row.cells[table.faces[-1]] for row in rows]
+    columns = [n for n in range(len(table.columns)) if any(line[n].runs for line in cells)]
+    figure, axes = plt.subplots(1, len(columns), figsize=(2 + 1.5 * len(columns), .9 + .22 * len(rows)),
+                                sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for axis, n in zip(axes[0], columns):
+        for place, cell in enumerate(line[n] for line in cells):
+            if cell.printed:
+                axis.plot(float(cell.printed), place, "D", color=PALETTE[1], markerfacecolor="none")
+            axis.plot([cell.low, cell.high], [place, place], color=PALETTE[0])
+            axis.plot(cell.value, place, "o", color=PALETTE[0])
+        axis.set_title(table.columns[n], fontsize=8.5)
+    axes[0, 0].set_yticks(range(len(rows)), [short_name(row.key, facts) for row in rows], fontsize=8)
+    figure.supxlabel("AUC", fontsize=9)
+    return save(figure, path)
+
+
 def figure2(by_number, section, face, facts, path):
     """(a) AUC by disease, (b) subset accuracy, (c) FNR by threshold, (d) Oracle AUC by referral; or None."""
     panels = [("3", "", "(a) AUC by disease", "", "AUC"),
@@ -580,6 +651,46 @@ def figure3(table, path):
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axis.minorticks_off()
     axis.legend(loc="lower right", fontsize=8)
+    return save(figure, path)
+
+
+def pooled_bins(metrics, dataset):
+    """Reliability bins of all labels together, a row an exp, seed and bin: images, and sums of p and of y."""
+    bins = metrics.frame[(metrics.frame["dataset"] == dataset)
+                         & (metrics.frame["labels"] == metrics.sizes[dataset][-1])
+                         & metrics.frame["metric"].str.startswith("reliability_")]
+    bins = bins.assign(bin=bins["threshold"].astype(float), metric=bins["metric"].str.slice(12))
+    bins = bins.pivot(index=["exp", "seed", "bin", "label"], columns="metric", values="value")
+    for name in ("predicted", "observed"):
+        bins[name] *= bins["images"]
+    return bins.groupby(["exp", "seed", "bin"]).sum().query("images > 0")
+
+
+def reliability_curves(metrics, arms, dataset, facts, path):
+    """Share of positives against the predicted probability, pooled over labels: a panel an arm, a thin line a
+    run, a thick one all runs; a dot grows with its images. Returns the SVG's path, or None."""
+    if not metrics.frame.loc[metrics.frame["dataset"] == dataset, "metric"].eq("reliability_images").any():
+        return None
+    bins = pooled_bins(metrics, dataset)
+    exps = [exp for exp in arms if exp in bins.index]
+    columns, rows = min(len(exps), 5), -(-len(exps) // 5)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns + .4, 2.5 * rows + .3), sharex=True,
+                                sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(exps):]:
+        axis.remove()
+    for axis, exp in zip(axes.flat, exps):
+        whole = bins.loc[exp].groupby("bin").sum()
+        for curve, line in [*((run, .5) for _, run in bins.loc[exp].groupby("seed")), (whole, 1.6)]:
+            x, y = (curve[name] / curve["images"] for name in ("predicted", "observed"))
+            axis.plot(x, y, color=PALETTE[0], linewidth=line, alpha=1 if line > 1 else .6)
+        axis.scatter(x, y, 60 * np.sqrt(whole["images"] / whole["images"].sum()), color=PALETTE[0])
+        error = metrics.cell(exp, dataset, metrics.sizes[dataset][-1], "ece", "corrected")
+        axis.plot([0, 1], [0, 1], color="#888", linewidth=.8, linestyle=":")
+        axis.set_title("\n".join(textwrap.wrap(short_name(exp, facts), 26)), fontsize=8)
+        axis.text(.04, .94, f"ECE {error.text()}", transform=axis.transAxes, fontsize=7.5, va="top")
+        axis.set(xlim=(-.03, 1.03), ylim=(-.03, 1.03), xticks=(0, .5, 1), yticks=(0, .5, 1))
+    figure.supxlabel("predicted probability", fontsize=9)
+    figure.supylabel("share of positives", fontsize=9)
     return save(figure, path)
 
 
@@ -633,10 +744,12 @@ def curves(logs, facts, path):
 
 
 def pictures(runs):
-    """The last picture of each kind (reconstruction, attention map, ...) that each pre-training drew."""
+    """(path, caption) of the last picture of each kind that each pre-training drew."""
     last = {}
-    for path in sorted(runs.glob("*/pretrain/**/*.png"), key=natural):
-        last[path.relative_to(runs).parts[0], re.sub(r"\d+", "", path.stem)] = path
+    for path in sorted(runs.glob("*/pretrain/*.png"), key=natural):
+        kind, _, epoch = path.stem.rpartition("_")
+        exp, words = path.parts[-3], PICTURES.get(kind, kind)
+        last[exp, kind] = path, f"{exp}, epoch {epoch.lstrip('0')}: {words}."
     return last.values()
 
 
@@ -733,13 +846,36 @@ def html_frame(frame):
                     "".join(row(cells, "td") for cells in frame.itertuples(index=False)))
 
 
-def html_picture(path, caption):
-    """A picture of the disk, inlined."""
-    kind, data = path.suffix[1:].replace("svg", "svg+xml"), base64.b64encode(path.read_bytes()).decode()
-    caption = escape(caption)
-    image = f'<img alt="{caption}" src="data:image/{kind};base64,{data}">'
+def html_picture(path, caption, widest=None):
+    """A picture of the disk, inlined; a PNG is made at most `widest` pixels wide."""
+    kind, data, caption = path.suffix[1:].replace("svg", "svg+xml"), path.read_bytes(), escape(caption)
+    if widest:
+        image, smaller = Image.open(path), io.BytesIO()
+        image.thumbnail((widest, image.height))
+        image.save(smaller, format="png")
+        data = smaller.getvalue()
+    image = f'<img alt="{caption}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
     return (f'<figure><div class="scroll" tabindex="0">{image}</div><figcaption>{caption}</figcaption>'
             "</figure>")
+
+
+def html_components(frame):
+    """Standard errors from the choice of runs and of patients: an arm a row, a test set a column."""
+    means = frame[frame["label"] == ""]
+    sets = means[["dataset", "labels"]].drop_duplicates().itertuples(index=False, name=None)
+    sets = {(name, size): TEST_SETS.get(name, (name,))[0] + f", {size} labels" * (name == "nih_test")
+            for name, size in sets}
+    columns = means[["exp", "dataset", "labels", "se_runs", "se_patients"]].itertuples(index=False, name=None)
+    errors_of, body = {row[:3]: row[3:] for row in columns}, ""
+    for exp in sorted(means["exp"].unique(), key=natural):
+        body += f'<tr><td class="first">{escape(exp)}</td>'
+        for key in sets:
+            texts = [f"{float(error):.4f}" for error in errors_of.get((exp, *key), ())]
+            texts = [f"<b>{text}</b>" if text == max(texts) else text for text in texts]
+            body += f'<td class="number">{" · ".join(texts) or "–"}</td>'
+        body += "</tr>"
+    head = "".join(f"<th>{escape(name)}</th>" for name in sets.values())
+    return html_box(f'<tr><th class="first">Exp.</th>{head}</tr>', body)
 
 
 def html_verdicts(frame):
@@ -776,12 +912,14 @@ def test_sets(metrics):
     for name in metrics.datasets:
         words, place, printed = TEST_SETS.get(name, (name, "", ""))
         counts = [metrics.fact(name, what) for what in ("images", "patients")]
-        labels = metrics.frame.loc[metrics.frame["dataset"] == name, "label"].unique()
-        positives = {label: metrics.fact(name, "positives", label) for label in labels if label}
+        positives = {label: metrics.fact(name, "positives", label) for label in metrics.labels(name)}
+        groups = {head: metrics.fact(name, metric.replace("auc", "images", 1))
+                  for metric, head in metrics.groups().items() if "=" in metric}
         rows.append({"Test set": words, "Location in the paper": place, "Images in the paper": printed,
                      **{what: "" if isnan(count) else f"{count:,.0f}"
                         for what, count in zip(("Images here", "Patients here"), counts)},
-                     "Positives here": ", ".join(f"{k} {v:,.0f}" for k, v in positives.items() if v == v)})
+                     **{what: ", ".join(f"{k} {v:,.0f}" for k, v in counts.items() if v == v)
+                        for what, counts in (("Positives here", positives), ("By group", groups)) if counts}})
     return pd.DataFrame(rows)
 
 
@@ -838,8 +976,11 @@ def compose(args, metrics, by_number, facts, logs, verdicts, beside):
         run += html_picture(drawn[0], "Figure 1. One example image of each dataset.")
     single = "patient-clustered bootstrap of each run, averaged over the runs"
     nested = f"of AUCs, nested bootstrap over runs and patients (components.csv); of the rest, {single}"
+    drawn = sites(by_number["2"], facts, folder / "sites")
+    shown = html_picture(drawn, "Mean AUC over labels and runs, with 95 % interval; hollow: printed in the "
+                         "paper (left out where the paper and the corrected face differ).") if drawn else ""
     sections = {("run", "What was run"): run, ("sites", "Across hospitals"):
-                f"{READING}{nested if metrics.intervals else single}.</p>{table['2']}"}
+                f"{READING}{nested if metrics.intervals else single}.</p>{shown}{table['2']}"}
     if verdicts is not None:
         sections["claims", "The paper’s claims"] = html_verdicts(verdicts)
     words = {"paper": "paper face: the best run", "corrected": "corrected face: mean over runs, bars: sd"}
@@ -849,18 +990,35 @@ def compose(args, metrics, by_number, facts, logs, verdicts, beside):
         if drawn := figure2(by_number, section, face, facts, path):
             shown += html_picture(drawn, f"Figure 2. {section}; {words[face]}.")
     sections["reliability", "Diseases, thresholds, referral"] = shown + "".join(table[n] for n in "378A")
+    dataset = "nih_test" if "nih_test" in metrics.datasets else metrics.datasets[0]
+    name = TEST_SETS.get(dataset, (dataset,))[0]
+    arms = [row.key for row in by_number["2"].rows]
+    if drawn := reliability_curves(metrics, arms, dataset, facts, folder / "reliability"):
+        sections["calibration", "Calibration"] = (
+            "<p>Of the images to which an arm gives a probability of 0.3, three in ten should have the "
+            "finding. A curve below the diagonal promises too much, one above it too little.</p>"
+            + html_picture(drawn, f"Reliability curves, {name}: all labels together, in 15 bins. Thick: all "
+                           "runs of an arm; thin: each run; larger dots: more images. ECE: mean of labels."))
+    if "B" in table:
+        sections["subgroups", "Subgroups"] = table["B"]
     shown = html_picture(figure3(by_number["6"], folder / "figure3"), "Figure 3. Pre-training size.")
     sections["options", "Backbones, options, pre-training size"] = "".join(table[n] for n in "456") + shown
     learning = html_picture(curves(logs, facts, folder / "curves"), "Learning curves, from "
                             f"{args.runs}/<exp>/**/log.jsonl; bands: lowest to highest run.") if logs else ""
     if args.runs and (last := pictures(args.runs)):
-        learning += f'<div class="pictures">{"".join(html_picture(path, str(path)) for path in last)}</div>'
+        shown = "".join(html_picture(path, caption, widest=1200) for path, caption in last)
+        learning += f'<div class="pictures">{shown}</div>'
     if learning:
         sections["learning", "Learning curves and pictures"] = learning
     if "detectable" in beside:
         sections["detectable", "What the test sets can tell"] = (
             "<p>The smallest difference in mean AUC between two arms that a test at the 5 % level finds with "
             "80 % power.</p>" + html_frame(pd.concat(map(read_csv, beside["detectable"]))))
+    if metrics.components is not None:
+        sections["components", "Runs or patients"] = (
+            "<p>The standard error of an arm’s mean AUC in two parts: what other runs would change · what "
+            "other patients would change. <b>Bold</b>: the larger. More seeds lower the first, only more "
+            "patients the second (compare.py, components.csv).</p>" + html_components(metrics.components))
     if "errata" in beside:
         sections["errata", "Errata"] = (
             "<p>Printed numbers and sentences that the author’s published runs contradict, recomputed by "
@@ -899,8 +1057,9 @@ def main():
     facts = arm_facts(HERE / "reported", args.experiments, metrics.exps)
     printed = printed_numbers(HERE / "reported")
     dataset = "chexpert_valid" if "chexpert_valid" in metrics.datasets else metrics.datasets[0]
-    by_number = {table.number: table for table in [*auc_tables(metrics, printed, facts),
-                                                   *reliability_tables(metrics, printed, facts, dataset)]}
+    tables = [*auc_tables(metrics, printed, facts), *reliability_tables(metrics, printed, facts, dataset),
+              subgroup_table(metrics, facts)]
+    by_number = {table.number: table for table in tables if table}
     try:
         for number, table in by_number.items():
             texts = {"md": markdown(table), "tex": latex(table), "csv": tidy(table, args.metrics.name)}

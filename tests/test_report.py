@@ -1,5 +1,7 @@
 """report.py: printed numbers come out of the published runs, layouts are the paper's, the page is whole."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -258,6 +260,73 @@ def test_every_cell_can_be_traced_to_lines_that_give_its_number(tables, publishe
 
 # ---------------------------------------------------------------------------- figures and page
 
+# ---------------------------------------------------------------------------- what the paper does not show
+
+def test_other_peoples_test_sets_and_labels_have_their_columns(tmp_path):
+    rows = [("mine", 0, "clinic", 2, "auc_mean", face, "", "", 0.9) for face in report.FACES]
+    rows += [("mine", 0, "clinic", 2, "auc", face, label, "", 0.9) for face in report.FACES
+             for label in ("Stone", "Cyst")]
+    made = all_tables(report.Metrics(small(tmp_path, *rows)), "clinic")
+    assert made["2"].columns[-1] == "clinic" and made["3"].columns == ["Stone", "Cyst"]
+    assert [cell.value for cell in made["2"].rows[-1].cells["both"]][-1] == 0.9
+    assert [cell.value for cell in made["3"].rows[-1].cells["both"]] == [0.9, 0.9]
+
+
+def test_subgroups_stand_in_order_with_their_gap_and_only_where_they_were_scored(tmp_path):
+    values = {"auc[age=>80]": 0.6, "auc[age=<=40]": 0.9, "auc_gap[age]": 0.3, "auc[sex=M]": 0.8}
+    rows = [(exp, 0, "padchest", 5, metric, "corrected", "", "", value + (exp == "2.2") / 100)
+            for exp in ("2.2", "3.4") for metric, value in values.items()]
+    rows += [("2.2", 0, "vindr_test", 5, "auc_mean", "corrected", "", "", 0.7)]
+    metrics = report.Metrics(small(tmp_path, *rows))
+    table = report.subgroup_table(metrics, {})
+    assert table.columns == ["sex M", "age <=40", "age >80", "age: gap"]
+    assert [row.lead for row in table.rows] == [["2.2", "PadChest"], ["3.4", "PadChest"]]
+    assert [[cell.best for cell in row.cells["corrected"]] for row in table.rows] == [
+        [True, True, True, False], [False, False, False, True]]              # of gaps the smallest
+    assert report.subgroup_table(report.Metrics(small(tmp_path, rows[-1])), {}) is None
+
+
+def test_reliability_bins_pool_all_labels(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "3.4" / "predictions" / "seed0"
+    p = rng.random((400, 3)).round(3)
+    y = (rng.random(p.shape) < p).astype(int)
+    frame = pd.DataFrame({"path": [f"{i}.png" for i in range(400)], "patient": ""})
+    frame = frame.join(pd.DataFrame(y).add_prefix("true_L")).join(pd.DataFrame(p).add_prefix("prob_L"))
+    folder.mkdir(parents=True)
+    frame.to_csv(folder / "here.csv", index=False)
+    result = run_script("evaluate/metrics.py", folder / "here.csv", "--out", tmp_path / "metrics.csv",
+                        "--bootstrap", "0")
+    assert result.returncode == 0, result.stderr
+    bins = report.pooled_bins(report.Metrics(tmp_path / "metrics.csv"), "here").loc["3.4", "0"]
+    cell = np.ceil(p * 15).clip(1, 15).astype(int) - 1                       # closed above
+    for column, weights in (("images", np.ones_like(p)), ("predicted", p), ("observed", y)):
+        expected = np.bincount(cell.ravel(), weights.ravel(), 15)
+        np.testing.assert_allclose(bins[column], expected, atol=1e-6)
+
+
+def test_components_show_the_error_of_runs_and_of_patients_and_mark_the_larger():
+    rows = [("3.4", "padchest", "5", "", "0.001", "0.02"), ("2.2", "nih_test", "14", "", "0.3", "0.1"),
+            ("3.4", "padchest", "5", "Edema", "0.9", "0.9")]
+    frame = pd.DataFrame(rows, columns="exp dataset labels label se_runs se_patients".split())
+    html = report.html_components(frame)
+    assert "0.0010 · <b>0.0200</b>" in html and "<b>0.3000</b> · 0.1000" in html and "0.9" not in html
+    assert "<th>PadChest</th>" in html and "<th>NIH, 14 labels</th>" in html
+
+
+@pytest.mark.parametrize("kind, words",
+                         [("recon", "from the top"), ("attention", "each head"), ("other", "other.")])
+def test_the_last_picture_of_every_pre_training_is_shown_with_its_meaning(tmp_path, kind, words):
+    for exp in ("3.4", "2.3"):
+        (tmp_path / exp / "pretrain").mkdir(parents=True)
+        for epoch in (900, 1000, 5):
+            Image.new("L", (2400, 60)).save(tmp_path / exp / "pretrain" / f"{kind}_{epoch:04}.png")
+    found = list(report.pictures(tmp_path))
+    assert [path.name for path, _ in found] == [f"{kind}_1000.png"] * 2
+    assert all("epoch 1000" in caption and words in caption for _, caption in found)
+    data = re.search("base64,([^\"]+)", report.html_picture(*found[0], widest=1200))[1]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (1200, 30)
+
+
 def test_no_two_arms_look_alike():
     looks = [tuple(report.look(n).values()) for n in range(32)]
     assert len(set(looks)) == 32
@@ -350,7 +419,7 @@ def test_the_page_follows_light_and_dark_scrolls_and_prints(made):
 def test_the_page_says_what_is_a_stand_in_and_shows_what_was_learnt(made):
     html = (made[0] / "out" / "report.html").read_text()
     assert "Stand-ins: demo.gmml" in html and "A &lt;remark&gt; of ours" in html
-    assert "recon_0010.png" in html and "recon_0002.png" not in html
+    assert "3.4, epoch 10: reconstruction" in html and "epoch 2:" not in html
     assert "Figure 1." in html and "Learning curves" in html and "321" in html
     assert "the print leaves out the run of seed 100" in html            # errata
     assert "✗ contradicted" in html and "published runs" in html         # verdicts
@@ -360,7 +429,7 @@ def test_the_page_says_what_is_a_stand_in_and_shows_what_was_learnt(made):
 def test_figures_and_tables_lie_beside_the_page(made):
     out = made[0] / "out"
     for name in ("figure2_study_paper", "figure2_study_corrected", "figure2_other_corrected", "figure3",
-                 "curves"):
+                 "curves", "sites"):
         assert (out / "figures" / f"{name}.svg").stat().st_size > 5000
         assert Image.open(out / "figures" / f"{name}.png").width > 800
     for number in "12345678A":

@@ -1,13 +1,14 @@
 """Time evaluate/ at the study's size: 14 experiments x 5 seeds x 5 test sets, 2,000 resamples of patients.
 
-Predictions are drawn (two images a patient), then scored, compared and reported by the scripts as a person runs
-them; the bootstrap by weighted ranks is timed against a loop over scikit-learn's roc_auc_score. Run by hand:
+Predictions are drawn (two images a patient), then scored, compared and reported by the scripts as a person
+runs them; the bootstrap by weighted ranks is timed against a loop over scikit-learn's roc_auc_score.
+Run by hand:
 
     python tests/bench/evaluate.py --folder /tmp/bench --out bench_evaluate.json
     python tests/bench/evaluate.py --folder /tmp/bench --scale 0.02 --out /tmp/bench.json      # a minute
 
 Writes  FOLDER/runs/<exp>/predictions/seed<k>/<test set>.csv (0.7 GB; kept, and used again), FOLDER/results;
-        --out: JSON, a row a measurement; a Markdown table on the terminal. CPU s: user + system, of all processes.
+        --out: JSON, a row a measurement; a Markdown table on the terminal. CPU s: user and system.
 """
 
 import argparse
@@ -30,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPS = "1.1 1.2 2.1 2.2 2.3 2.4 3.1 3.2 3.3 3.4 3.5 3.6 3.7 3.8".split()
 SEEDS = (0, 11, 21, 42, 100)
 RESAMPLES, NAIVE_RESAMPLES = 2000, 5
-NIH14 = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation Edema "
-         "Emphysema Fibrosis Pleural_Thickening Hernia").split()
+NIH14 = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation "
+         "Edema Emphysema Fibrosis Pleural_Thickening Hernia").split()
 STUDY5 = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion"]
 SETS = {"nih_test": (25596, NIH14), "vindr_test": (3000, [x for x in NIH14 if x != "Edema"]),
         "padchest": (1860, [x for x in STUDY5 if x != "Edema"]),
@@ -39,7 +40,7 @@ SETS = {"nih_test": (25596, NIH14), "vindr_test": (3000, [x for x in NIH14 if x 
 
 
 def draw(path, images, labels, exp, seed):
-    """One predictions file: truth and patients belong to the test set, scores to the experiment and the seed."""
+    """One predictions file: truth and patients belong to the test set, scores to experiment and seed."""
     truth, run = np.random.default_rng([images, len(labels)]), np.random.default_rng([EXPS.index(exp), seed])
     y = truth.random((images, len(labels))) < np.geomspace(0.2, 0.02, len(labels))
     y[:2] = [[True], [False]]
@@ -57,7 +58,8 @@ def draw(path, images, labels, exp, seed):
 
 def make(runs, scale):
     """All files of the study that are not there yet; returns {path: images}."""
-    files = {runs / exp / "predictions" / f"seed{seed}" / f"{name}.csv": (max(int(scale * n), 100), labels, exp, seed)
+    files = {runs / exp / "predictions" / f"seed{seed}" / f"{name}.csv":
+             (max(int(scale * n), 100), labels, exp, seed)
              for exp in EXPS for seed in SEEDS for name, (n, labels) in SETS.items()}
     with ProcessPoolExecutor() as pool:
         for job in [pool.submit(draw, path, *of) for path, of in files.items() if not path.exists()]:
@@ -77,7 +79,8 @@ def timed(action, who):
 def script(*command):
     """Run a script of evaluate/ as a person would: (None, wall s, CPU s)."""
     call = [sys.executable, str(ROOT / "evaluate" / command[0]), *map(str, command[1:])]
-    return timed(lambda: subprocess.run(call, check=True, stdout=subprocess.DEVNULL), resource.RUSAGE_CHILDREN)
+    return timed(lambda: subprocess.run(call, check=True, stdout=subprocess.DEVNULL),
+                 resource.RUSAGE_CHILDREN)
 
 
 def bootstraps(path):
@@ -89,8 +92,8 @@ def bootstraps(path):
     index, draws = metrics.draw_patients(test.patient, RESAMPLES)
 
     def loop():
-        return np.array([[roc_auc_score(y, p, sample_weight=counts[index]) for y, p in zip(test.y.T, test.p.T)]
-                         for counts in draws[:NAIVE_RESAMPLES]])
+        return np.array([[roc_auc_score(y, p, sample_weight=counts[index])
+                          for y, p in zip(test.y.T, test.p.T)] for counts in draws[:NAIVE_RESAMPLES]])
 
     ranks = timed(lambda: metrics.auc_draws(test.y, test.p, index, draws), resource.RUSAGE_SELF)
     naive = timed(loop, resource.RUSAGE_SELF)
@@ -98,11 +101,13 @@ def bootstraps(path):
     assert gap < 1e-12, f"the two bootstraps differ by {gap}"
     shape = f"{len(test.y):,} x {test.y.shape[1]}"
     yield f"AUC bootstrap by weighted ranks, {shape}, one process", len(test.y), RESAMPLES, *ranks[1:]
-    yield f"the same, roc_auc_score in a loop (differs by {gap:.0e})", len(test.y), NAIVE_RESAMPLES, *naive[1:]
+    what = f"the same, roc_auc_score in a loop (differs by {gap:.0e})"
+    yield what, len(test.y), NAIVE_RESAMPLES, *naive[1:]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the files are made and kept")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the study's images (1)")
@@ -116,18 +121,19 @@ def main():
                      "cpu_s": round(cpu, 2)})
         print(f"| {what} | {images:,} | {resamples:,} | {wall:.1f} | {cpu:.1f} |", flush=True)
 
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
-          f"{len(files)} files\n\n| what | images | resamples | wall s | CPU s |\n|---|--:|--:|--:|--:|")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {len(files)} files\n"
+          f"\n| what | images | resamples | wall s | CPU s |\n|---|--:|--:|--:|--:|")
     commands = {
         "metrics.py": ["metrics.py", *files, "--out", results / "metrics.csv", "--bootstrap", RESAMPLES],
         "compare.py": ["compare.py", "--predictions", runs, "--out", results, "--bootstrap", RESAMPLES],
-        "report.py": ["report.py", "--metrics", results / "metrics.csv", "--out", results, "--predictions", runs,
-                      "--verdicts", results / "verdicts.csv"]}
+        "report.py": ["report.py", "--metrics", results / "metrics.csv", "--out", results,
+                      "--predictions", runs, "--verdicts", results / "verdicts.csv"]}
     for name, command in commands.items():
         note(name, images, RESAMPLES if "--bootstrap" in command else 0, *script(*command)[1:])
     for row in bootstraps(runs / EXPS[0] / "predictions" / f"seed{SEEDS[0]}" / "nih_test.csv"):
         note(*row)
-    args.out.write_text(json.dumps({"cores": os.cpu_count(), "load": os.getloadavg(), "rows": rows}, indent=1))
+    facts = {"cores": os.cpu_count(), "load": os.getloadavg(), "rows": rows}
+    args.out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
