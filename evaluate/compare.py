@@ -213,7 +213,7 @@ def read_csv(path, columns=(), dtype=str):
         frame = pd.read_csv(path, dtype=dtype, keep_default_na=False)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+    except (OSError, pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no CSV table with a header ({' '.join(str(error).split())})") from None
     for name in columns:
         if name not in frame:

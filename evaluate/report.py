@@ -590,7 +590,9 @@ def sites(table, facts, path):
         return None
     cells = [row.cells[table.faces[-1]] for row in rows]
     columns = [n for n in range(len(table.columns)) if any(line[n].runs for line in cells)]
-    figure, axes = plt.subplots(1, len(columns), figsize=(2 + 1.5 * len(columns), .9 + .22 * len(rows)),
+    names = ["\n".join(textwrap.wrap(short_name(row.key, facts), 34)) for row in rows]
+    height = .9 + .12 * len(rows) + .14 * sum(name.count("\n") + 1 for name in names)
+    figure, axes = plt.subplots(1, len(columns), figsize=(2.4 + 1.5 * len(columns), height),
                                 sharex=True, sharey=True, squeeze=False, layout="constrained")
     for axis, n in zip(axes[0], columns):
         for place, cell in enumerate(line[n] for line in cells):
@@ -599,7 +601,8 @@ def sites(table, facts, path):
             axis.plot([cell.low, cell.high], [place, place], color=PALETTE[0])
             axis.plot(cell.value, place, "o", color=PALETTE[0])
         axis.set_title(table.columns[n], fontsize=8.5)
-    axes[0, 0].set_yticks(range(len(rows)), [short_name(row.key, facts) for row in rows], fontsize=8)
+    axes[0, 0].set_yticks(range(len(rows)), names, fontsize=8)
+    axes[0, 0].xaxis.set_major_locator(plt.MaxNLocator(3))
     figure.supxlabel("AUC", fontsize=9)
     return save(figure, path)
 
@@ -689,6 +692,8 @@ def reliability_curves(metrics, arms, dataset, facts, path):
         axis.set_title("\n".join(textwrap.wrap(short_name(exp, facts), 26)), fontsize=8)
         axis.text(.04, .94, f"ECE {error.text()}", transform=axis.transAxes, fontsize=7.5, va="top")
         axis.set(xlim=(-.03, 1.03), ylim=(-.03, 1.03), xticks=(0, .5, 1), yticks=(0, .5, 1))
+    for axis in axes.flat[max(len(exps) - columns, 0):len(exps)]:       # the lowest of its column
+        axis.tick_params(labelbottom=True)
     figure.supxlabel("predicted probability", fontsize=9)
     figure.supylabel("share of positives", fontsize=9)
     return save(figure, path)
@@ -1053,6 +1058,7 @@ def main():
     chosen = {exp: log.set_index("seed")[validation_auc(log)].idxmax() for (exp, part), log in logs.items()
               if part == "finetune" and validation_auc(log)}
     nested = [part[part["source"] == "our runs"] for part in map(read_csv, beside.get("components", []))]
+    nested = [part for part in nested if len(part)]
     metrics = Metrics(args.metrics, pd.concat(nested) if nested else None, chosen)
     facts = arm_facts(HERE / "reported", args.experiments, metrics.exps)
     printed = printed_numbers(HERE / "reported")
