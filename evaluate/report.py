@@ -964,73 +964,95 @@ lines of metrics.csv behind it; Markdown and LaTeX versions lie beside them, the
 """
 
 
-def compose(args, metrics, by_number, facts, logs, verdicts, beside):
-    """Draw the figures and put the page together. verdicts: a frame or None; beside: {name: files}."""
-    folder = args.out / "figures"
-    table = {number: html_table(t, args.metrics.name, facts) for number, t in by_number.items()}
-    notes = [args.note] if args.note else []
-    if demo := [exp for exp in metrics.exps if exp.startswith("demo")]:
-        notes.append(f"Stand-ins: {', '.join(demo)} were trained on drawn or miniature data, from starting "
-                     "weights made here. They show that the chain works and say nothing about the question.")
-    run = (f"<p>{len(metrics.exps)} experiments, {metrics.seeds.sum()} fine-tuned models, "
-           f"{len(metrics.datasets)} test sets: {len(metrics.frame):,} rows of <code>"
-           f"{escape(str(args.metrics))}</code>.</p>{table['1']}"
-           f"<h3>Test sets</h3>{html_frame(test_sets(metrics))}")
+def what_was_run(args, metrics, grid):
+    """The first section: how much was run, Table 1, the test sets, Figure 1."""
+    html = (f"<p>{len(metrics.exps)} experiments, {metrics.seeds.sum()} fine-tuned models, "
+            f"{len(metrics.datasets)} test sets: {len(metrics.frame):,} rows of <code>"
+            f"{escape(str(args.metrics))}</code>.</p>{grid}<h3>Test sets</h3>"
+            + html_frame(test_sets(metrics)))
     drawn = [args.figure1] if args.figure1 else sorted(args.out.rglob("figure1.[ps][nv]g"))
-    if drawn:
-        run += html_picture(drawn[0], "Figure 1. One example image of each dataset.")
+    return html + (html_picture(drawn[0], "Figure 1. One example image of each dataset.") if drawn else "")
+
+
+def across_hospitals(metrics, table, facts, folder):
+    """How to read a cell, and Table 2 as a picture."""
     single = "patient-clustered bootstrap of each run, averaged over the runs"
     nested = f"of AUCs, nested bootstrap over runs and patients (components.csv); of the rest, {single}"
-    drawn = sites(by_number["2"], facts, folder / "sites")
-    shown = html_picture(drawn, "Mean AUC over labels and runs, with 95 % interval; hollow: printed in the "
-                         "paper (left out where the paper and the corrected face differ).") if drawn else ""
-    sections = {("run", "What was run"): run, ("sites", "Across hospitals"):
-                f"{READING}{nested if metrics.intervals else single}.</p>{shown}{table['2']}"}
-    if verdicts is not None:
-        sections["claims", "The paper’s claims"] = html_verdicts(verdicts)
+    html = f"{READING}{nested if metrics.intervals else single}.</p>"
+    if drawn := sites(table, facts, folder / "sites"):
+        html += html_picture(drawn, "Mean AUC over labels and runs, with 95 % interval; hollow: printed in "
+                             "the paper (left out where the paper and the corrected face differ).")
+    return html
+
+
+def both_figures2(by_number, facts, folder):
+    """Figure 2 of the study's arms and of all others, in both faces."""
     words = {"paper": "paper face: the best run", "corrected": "corrected face: mean over runs, bars: sd"}
-    shown = ""
+    html = ""
     for section, face in ((section, face) for section in (STUDY, OTHER) for face in FACES):
         path = folder / f"figure2_{'study' if section == STUDY else 'other'}_{face}"
         if drawn := figure2(by_number, section, face, facts, path):
-            shown += html_picture(drawn, f"Figure 2. {section}; {words[face]}.")
-    sections["reliability", "Diseases, thresholds, referral"] = shown + "".join(table[n] for n in "378A")
+            html += html_picture(drawn, f"Figure 2. {section}; {words[face]}.")
+    return html
+
+
+def calibration(metrics, arms, facts, folder):
+    """Reliability curves on the NIH test set, or on the first there is; empty without them."""
     dataset = "nih_test" if "nih_test" in metrics.datasets else metrics.datasets[0]
-    name = TEST_SETS.get(dataset, (dataset,))[0]
-    arms = [row.key for row in by_number["2"].rows]
-    if drawn := reliability_curves(metrics, arms, dataset, facts, folder / "reliability"):
-        sections["calibration", "Calibration"] = (
-            "<p>Of the images to which an arm gives a probability of 0.3, three in ten should have the "
-            "finding. A curve below the diagonal promises too much, one above it too little.</p>"
-            + html_picture(drawn, f"Reliability curves, {name}: all labels together, in 15 bins. Thick: all "
-                           "runs of an arm; thin: each run; larger dots: more images. ECE: mean of labels."))
-    if "B" in table:
-        sections["subgroups", "Subgroups"] = table["B"]
-    shown = html_picture(figure3(by_number["6"], folder / "figure3"), "Figure 3. Pre-training size.")
-    sections["options", "Backbones, options, pre-training size"] = "".join(table[n] for n in "456") + shown
-    learning = html_picture(curves(logs, facts, folder / "curves"), "Learning curves, from "
-                            f"{args.runs}/<exp>/**/log.jsonl; bands: lowest to highest run.") if logs else ""
-    if args.runs and (last := pictures(args.runs)):
-        shown = "".join(html_picture(path, caption, widest=1200) for path, caption in last)
-        learning += f'<div class="pictures">{shown}</div>'
-    if learning:
-        sections["learning", "Learning curves and pictures"] = learning
-    if "detectable" in beside:
-        sections["detectable", "What the test sets can tell"] = (
+    drawn = reliability_curves(metrics, arms, dataset, facts, folder / "reliability")
+    return drawn and (
+        "<p>Of the images to which an arm gives a probability of 0.3, three in ten should have the finding. "
+        "A curve below the diagonal promises too much, one above it too little.</p>" + html_picture(
+            drawn, f"Reliability curves, {TEST_SETS.get(dataset, (dataset,))[0]}: all labels together, in 15 "
+            "bins. Thick: all runs of an arm; thin: each run; larger dots: more images. ECE: mean of labels."
+        ))
+
+
+def learning(runs, logs, facts, folder):
+    """Learning curves, and the last picture of each pre-training; empty without them."""
+    html = html_picture(curves(logs, facts, folder / "curves"), "Learning curves, from "
+                        f"{runs}/<exp>/**/log.jsonl; bands: lowest to highest run.") if logs else ""
+    last = pictures(runs) if runs else []
+    shown = "".join(html_picture(path, caption, widest=1200) for path, caption in last)
+    return html + f'<div class="pictures">{shown}</div>' * bool(shown)
+
+
+def compose(args, metrics, by_number, facts, logs, verdicts, beside):
+    """Draw the figures and put the page together. verdicts: a frame or None; beside: {name: files}."""
+    folder, notes = args.out / "figures", [args.note] if args.note else []
+    table = {number: html_table(t, args.metrics.name, facts) for number, t in by_number.items()}
+    frames = {name: html_frame(pd.concat(map(read_csv, beside[name])))
+              for name in ("detectable", "errata") if name in beside}
+    if demo := [exp for exp in metrics.exps if exp.startswith(("demo.", "mini."))]:
+        notes.append(f"Stand-ins: {', '.join(demo)} were trained on drawn or miniature data, from starting "
+                     "weights made here. They show that the chain works and say nothing about the question.")
+    components = metrics.components
+    sections = {
+        ("run", "What was run"): what_was_run(args, metrics, table["1"]),
+        ("sites", "Across hospitals"):
+            across_hospitals(metrics, by_number["2"], facts, folder) + table["2"],
+        ("claims", "The paper’s claims"): verdicts is not None and html_verdicts(verdicts),
+        ("reliability", "Diseases, thresholds, referral"):
+            both_figures2(by_number, facts, folder) + "".join(table[n] for n in "378A"),
+        ("calibration", "Calibration"):
+            calibration(metrics, [row.key for row in by_number["2"].rows], facts, folder),
+        ("subgroups", "Subgroups"): table.get("B"),
+        ("options", "Backbones, options, pre-training size"): "".join(table[n] for n in "456")
+            + html_picture(figure3(by_number["6"], folder / "figure3"), "Figure 3. Pre-training size."),
+        ("learning", "Learning curves and pictures"): learning(args.runs, logs, facts, folder),
+        ("detectable", "What the test sets can tell"): "detectable" in frames and (
             "<p>The smallest difference in mean AUC between two arms that a test at the 5 % level finds with "
-            "80 % power.</p>" + html_frame(pd.concat(map(read_csv, beside["detectable"]))))
-    if metrics.components is not None:
-        sections["components", "Runs or patients"] = (
+            "80 % power.</p>" + frames["detectable"]),
+        ("components", "Runs or patients"): components is not None and (
             "<p>The standard error of an arm’s mean AUC in two parts: what other runs would change · what "
             "other patients would change. <b>Bold</b>: the larger. More seeds lower the first, only more "
-            "patients the second (compare.py, components.csv).</p>" + html_components(metrics.components))
-    if "errata" in beside:
-        sections["errata", "Errata"] = (
+            "patients the second (compare.py, components.csv).</p>" + html_components(components)),
+        ("errata", "Errata"): "errata" in frames and (
             "<p>Printed numbers and sentences that the author’s published runs contradict, recomputed by "
-            "evaluate/compare.py.</p>" + html_frame(pd.concat(map(read_csv, beside["errata"]))))
+            "evaluate/compare.py.</p>" + frames["errata"])}
     sources = [args.metrics, *args.verdicts, *sum(beside.values(), []), *filter(None, [args.experiments]),
                *sorted((HERE / "reported").glob("table[1-8].csv"))]
-    return page(args.title, notes, sections, sources)
+    return page(args.title, notes, {head: html for head, html in sections.items() if html}, sources)
 
 
 def main():
