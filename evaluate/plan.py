@@ -4,10 +4,11 @@
     python evaluate/plan.py --exp 3.4,4.1.1-50k    these rows
     bash run_all.sh --plan                         the same
 
-Reads experiments.yaml, the DEFAULTS written in the training scripts (as text, nothing is run), and looks which
-files exist. FLOPs are counted by PyTorch on the real architecture (two per multiply-add) for one forward pass
-and multiplied by the passes of the method; a backward pass counts as two forward passes. GPU-hours divide them
-by the tensor cores' peak rate times a utilisation that is an assumption, stated in GPUS: measure and scale.
+Reads experiments.yaml, the DEFAULTS written in the training scripts (as text, nothing is run), and looks
+which files exist. FLOPs are counted by PyTorch on the real architecture (two per multiply-add) for one
+forward pass and multiplied by the passes of the method; a backward pass counts as two forward passes.
+GPU-hours divide them by the tensor cores' peak rate times a utilisation that is an assumption, stated in
+GPUS: measure and scale.
 """
 
 import argparse

@@ -33,7 +33,7 @@ def load_script(name):
 
 
 def run_script(name, *args, nproc=1, timeout=300, cwd=ROOT, **env):
-    """Run a script in a subprocess (under torchrun if nproc > 1); returns its CompletedProcess, output as text."""
+    """Run a script in a subprocess (under torchrun if nproc > 1); its CompletedProcess, output as text."""
     launcher = [sys.executable]
     if nproc > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]

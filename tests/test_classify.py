@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ import timm
 import torch
 import torchvision.transforms.functional as tv
 import yaml
-from conftest import ROOT, load_script, run_script
+from conftest import ROOT, load_script, log_of, run_here, run_script, write_pack
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
@@ -27,33 +28,25 @@ classify = load_script("finetune/classify.py")
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 TINY = ["--model_args", json.dumps(VIT), "--device", "cpu", "--seeds", 0, "--warmup_epochs", 1]
 EASY = ["--crop_scale", "[0.8, 1]", "--rotation", 0, "--drop_path", 0, "--lr", "3e-3"]
+run = partial(run_here, classify)
 
 
 def make_pack(folder, n, shares=(1 / 3, 1 / 3, 1 / 3), shuffled=False, side=32):
-    """Grey noise with a bright bar for each of three labels, two images a patient; labels shuffled on demand."""
+    """Grey noise with a bright bar for each of three labels, two images a patient, labels shuffled or not."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     labels, images = rng.integers(0, 2, (n, 3)), rng.integers(60, 120, (n, side, side), dtype=np.uint8)
     for k in range(3):
         images[:, 4 + 10 * k:9 + 10 * k, 8:24] += (labels[:, k, None, None] * 90).astype(np.uint8)
-    np.save(folder / "images.npy", images)
     split = np.repeat(["train", "val", "test"], np.diff([0, *np.round(np.cumsum(shares) * n).astype(int)]))
     labels = rng.permutation(labels) if shuffled else labels
-    table = pd.DataFrame({"path": [f"{i}.png" for i in range(n)], "patient": [f"p{i // 2}" for i in range(n)],
-                          "split": split, **{name: labels[:, k] for k, name in enumerate("ABC")}})
-    table.to_csv(folder / "manifest.csv", index=False)
-    return folder / "manifest.csv"
+    return write_pack(folder, images, split=split, patient=[f"p{i // 2}" for i in range(n)],
+                      **dict(zip("ABC", labels.T)))
 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
     return make_pack(tmp_path_factory.mktemp("pack"), 72)
-
-
-def run(monkeypatch, *argv):
-    """Run the script in this process."""
-    monkeypatch.setattr(sys, "argv", ["classify.py", *map(str, argv)])
-    classify.main()
 
 
 def mistake(monkeypatch, capsys, *argv):
@@ -66,13 +59,9 @@ def mistake(monkeypatch, capsys, *argv):
 
 
 def config_of(recipe="deit", **changes):
-    config = {**classify.DEFAULTS, **classify.RECIPES[recipe], "recipe": recipe, "model_args": VIT, "img_size": 32,
-              "mean": [0.485], "std": [0.229], "exp": None, "label_names": ["A", "B", "C"], **changes}
-    return config
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / "seed0/log.jsonl").read_text().splitlines()]
+    return {**classify.DEFAULTS, **classify.RECIPES[recipe], "recipe": recipe, "model_args": VIT,
+            "img_size": 32, "mean": [0.485], "std": [0.229], "exp": None, "label_names": ["A", "B", "C"],
+            **changes}
 
 
 def weights(file):
@@ -113,21 +102,22 @@ def test_a_schedule_stepped_by_the_loss_stays_where_it_begins(recipe, lowest, hi
     assert all(lowest <= rate <= highest for rate in ours)
 
 
-@pytest.mark.parametrize("variant, recipe", [("corrected", "a"), ("paper", "a"), ("paper", "b"), ("paper", "deit")])
+@pytest.mark.parametrize("variant, recipe", [
+    ("corrected", "a"), ("paper", "a"), ("paper", "b"), ("paper", "deit")])
 def test_every_step_has_the_rate_of_its_recipe(variant, recipe, pack, tmp_path, monkeypatch):
     run(monkeypatch, "--train", pack, "--out", tmp_path, *TINY[:-2], "--recipe", recipe, "--variant", variant,
         "--epochs", 3, "--batch", 12, "--log-steps", 1)
-    log, config = log_of(tmp_path), config_of(recipe, epochs=3)
+    log, config = log_of(tmp_path / "seed0"), config_of(recipe, epochs=3)
     losses = [line["val_loss"] for line in log if "val_loss" in line]
     slipped = variant == "paper" and recipe != "deit"
-    expected = np.repeat(timms_rates(config, losses[:2] if slipped else [1, 2]), 2)         # 24 images: two steps
+    expected = np.repeat(timms_rates(config, losses[:2] if slipped else [1, 2]), 2)     # 24 images: two steps
     assert [line["lr"] for line in log if "lr" in line] == pytest.approx(expected, rel=1e-9)
 
 
 def test_plateau_halves_after_the_sixth_epoch_that_is_no_better(pack, tmp_path, monkeypatch):
-    run(monkeypatch, "--train", pack, "--out", tmp_path, *TINY, "--recipe", "resnet", "--lr", "1e-7", "--epochs", 14,
-        "--batch", 24)
-    rates = [line["lr"] for line in log_of(tmp_path) if "lr" in line]
+    run(monkeypatch, "--train", pack, "--out", tmp_path, *TINY, "--recipe", "resnet", "--lr", "1e-7",
+        "--epochs", 14, "--batch", 24)
+    rates = [line["lr"] for line in log_of(tmp_path / "seed0") if "lr" in line]
     assert rates == pytest.approx([1e-7] * 7 + [5e-8] * 6 + [2.5e-8])     # the first epoch is the best
 
 
@@ -139,7 +129,8 @@ def test_recipes_optimisers_and_decay_groups():
         optimizer = classify.make_optimizer(model, config)
         assert type(optimizer) is kind
         decayed, spared = optimizer.param_groups
-        assert (decayed["lr"], decayed["weight_decay"], spared["weight_decay"]) == (config["lr"], config["wd"], 0)
+        assert decayed["lr"] == config["lr"]
+        assert (decayed["weight_decay"], spared["weight_decay"]) == (config["wd"], 0)
         vectors = {name for name, p in model.named_parameters() if name.endswith("bias") or "bn" in name
                    or "downsample.1" in name}
         names = {id(p): name for name, p in model.named_parameters()}
@@ -158,8 +149,8 @@ def test_channels_are_adapted_as_named(arch, first, tmp_path):
     args = VIT if arch.startswith("vit") else {}
     for chans, other in ((3, 1), (1, 3)):
         source = timm.create_model(arch, in_chans=chans, num_classes=0, **args).state_dict()
-        kernel = source[f"{first}.weight"] = torch.arange(source[f"{first}.weight"].numel(), dtype=torch.float32
-                                                          ).view_as(source[f"{first}.weight"])
+        kernel = source[f"{first}.weight"]
+        kernel.copy_(torch.arange(kernel.numel()).view_as(kernel))
         torch.save({"model": source}, tmp_path / "start.pt")
         red, green, blue = (kernel[:, c % chans] for c in range(3))
         expected = {"average": (red + green + blue) / 3, "sum": red + green + blue} if chans == 3 else \
@@ -181,8 +172,9 @@ def test_the_new_head_is_small_and_depends_on_the_seed_alone():
 
 def resolved(monkeypatch, tmp_path, rows, *argv):
     """The configuration and seeds that a command line resolves to."""
-    (tmp_path / "experiments.yaml").write_text(yaml.safe_dump(rows))
-    monkeypatch.setattr(sys, "argv", ["x", "--experiments", str(tmp_path / "experiments.yaml"), *map(str, argv)])
+    file = tmp_path / "experiments.yaml"
+    file.write_text(yaml.safe_dump(rows))
+    monkeypatch.setattr(sys, "argv", ["x", "--experiments", str(file), *map(str, argv)])
     parser = classify.argparse.ArgumentParser()
     parser.add_argument("--exp")
     parser.add_argument("--experiments")
@@ -231,7 +223,8 @@ def test_uncertain_and_blank_cells_follow_their_policies():
 def test_loss_equals_a_loop_over_known_labels():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 3, generator=generator)
-    values, known = (torch.rand(5, 3, generator=generator) < 0.5).float(), (torch.rand(5, 3, generator=generator) < 0.7).float()
+    values = (torch.rand(5, 3, generator=generator) < 0.5).float()
+    known = (torch.rand(5, 3, generator=generator) < 0.7).float()
     weight = torch.tensor([1.0, 4.0, 0.5])
     total = 0.0
     for i in range(5):
@@ -247,7 +240,8 @@ def test_loss_equals_a_loop_over_known_labels():
 
 def test_validation_scores_are_those_of_sklearn():
     rng = np.random.default_rng(0)
-    values, logits = rng.integers(0, 2, (40, 3)).astype(np.float32), rng.normal(size=(40, 3)).astype(np.float32)
+    values = rng.integers(0, 2, (40, 3)).astype(np.float32)
+    logits = rng.normal(size=(40, 3)).astype(np.float32)
     values[:, 2] = 0
     known = (rng.random((40, 3)) < 0.8).astype(np.float32)
     data = type("data", (), dict(values=torch.tensor(values), known=torch.tensor(known)))
@@ -257,7 +251,8 @@ def test_validation_scores_are_those_of_sklearn():
     assert (found["val_auc_A"], found["val_auc_B"], found["val_auc_C"]) == (*aucs, None)
     assert found["val_auc"] == pytest.approx(np.mean(aucs))
     p = 1 / (1 + np.exp(-logits.astype(float)))
-    assert found["val_loss"] == pytest.approx(log_loss(values[known > 0], p[known > 0], labels=[0, 1]), rel=1e-5)
+    loss = log_loss(values[known > 0], p[known > 0], labels=[0, 1])
+    assert found["val_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", [0, 11])
@@ -268,7 +263,8 @@ def test_a_share_of_the_labels_is_taken_by_patient_and_by_rarest_finding(seed):
     rows = pd.DataFrame({"path": [str(i) for i in range(1000)], "patient": patient})
     findings = {p: positive[patient == p].any(0) for p in set(patient)}
     frequency = sum(findings.values())
-    group = {p: min(np.flatnonzero(has), key=lambda k: frequency[k], default=-1) for p, has in findings.items()}
+    group = {p: min(np.flatnonzero(has), key=lambda k: frequency[k], default=-1)
+             for p, has in findings.items()}
     before = set()
     for share in (0.01, 0.1, 0.5):
         chosen = classify.patient_subset(rows, positive, share, seed)
@@ -279,7 +275,8 @@ def test_a_share_of_the_labels_is_taken_by_patient_and_by_rarest_finding(seed):
             members = [p for p in group if group[p] == k]
             assert len(kept & set(members)) == np.ceil(share * len(members))
         before = kept
-    assert len(classify.patient_subset(rows.assign(patient=""), positive, 0.5, seed)) == pytest.approx(500, abs=3)
+    nameless = classify.patient_subset(rows.assign(patient=""), positive, 0.5, seed)
+    assert len(nameless) == pytest.approx(500, abs=3)
 
 
 # Views
@@ -303,7 +300,8 @@ def test_training_view_is_torchvisions_crop_flip_and_rotation():
     for image, row, (top, left, height, width), view in zip(images, u, boxes, views):
         wanted = tv.resized_crop(Image.fromarray(image), top, left, height, width, [48, 48])
         wanted = tv.hflip(wanted) if row[22] < 0.5 else wanted
-        turned = [np.asarray(tv.rotate(wanted, sign * (2 * row[classify.N_CROP].item() - 1) * 7)) for sign in (1, -1)]
+        angle = 7 * (2 * row[classify.N_CROP].item() - 1)
+        turned = [np.asarray(tv.rotate(wanted, sign * angle)) for sign in (1, -1)]
         found = ((view[0] * 0.229 + 0.485) * 255).numpy()
         # rotation picks the nearest pixel: either of two neighbours at a tie
         assert min(np.abs(found - one).mean() for one in turned) < 1
@@ -320,7 +318,7 @@ def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path, m
     one = weights(tmp_path / "1/seed0/last.pt")
     assert largest_difference(one, weights(tmp_path / "micro/seed0/last.pt")) < 1e-5        # six steps
     assert largest_difference(one, weights(tmp_path / "3/seed0/last.pt")) < 1e-5
-    for one, three in zip(log_of(tmp_path / "1"), log_of(tmp_path / "3")):
+    for one, three in zip(log_of(tmp_path / "1/seed0"), log_of(tmp_path / "3/seed0")):
         assert one.get("val_loss", 0) == pytest.approx(three.get("val_loss", 0), rel=1e-5)
 
 
@@ -343,9 +341,10 @@ def test_a_stopped_and_killed_run_continues_to_the_same_bytes(pack, tmp_path, mo
     whole, broken = tmp_path / "whole/seed0", tmp_path / "broken/seed0"
 
     def start_and_send(kind, after):
-        process = subprocess.Popen([sys.executable, ROOT / "finetune/classify.py", *map(str, flags), "--out",
-                                    str(tmp_path / "broken"), "--save-minutes", "0.001"], stdout=subprocess.DEVNULL)
-        while process.poll() is None and not ((broken / "last.pt").exists() and len(log_of(broken.parent)) > after):
+        command = [sys.executable, ROOT / "finetune/classify.py", *flags, "--out", tmp_path / "broken",
+                   "--save-minutes", 0.001]
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
+        while process.poll() is None and not ((broken / "last.pt").exists() and len(log_of(broken)) > after):
             time.sleep(0.01)
         process.send_signal(kind)
         return process.wait()
@@ -358,25 +357,26 @@ def test_a_stopped_and_killed_run_continues_to_the_same_bytes(pack, tmp_path, mo
     assert largest_difference(one["model"], other["model"]) == 0 and one["best"] == other["best"]
     assert str(one["optimizer"]) == str(other["optimizer"]) and one["plateau"] == other["plateau"]
     timeless = [[{key: value for key, value in line.items() if key not in ("time", "img_per_s")}
-                 for line in log_of(folder.parent)] for folder in (whole, broken)]
+                 for line in log_of(folder)] for folder in (whole, broken)]
     assert timeless[0] == timeless[1]
     assert sorted(os.listdir(whole)) == sorted(os.listdir(broken))
 
 
 def test_steps_then_the_rest_equals_a_whole_run(pack, tmp_path, monkeypatch):
     flags = ["--train", pack, *TINY, "--epochs", 3, "--batch", 12]
+    whole, parts = (tmp_path / name / "seed0/classifier.pt" for name in ("whole", "parts"))
     run(monkeypatch, *flags, "--out", tmp_path / "whole")
     run(monkeypatch, *flags, "--out", tmp_path / "parts", "--steps", 1)
-    assert (tmp_path / "parts/seed0/classifier.pt").exists()                # the grid is walked with --steps 2
+    assert parts.exists()                                               # the grid is walked with --steps 2
     run(monkeypatch, *flags, "--out", tmp_path / "parts")
-    assert (tmp_path / "whole/seed0/classifier.pt").read_bytes() == (tmp_path / "parts/seed0/classifier.pt").read_bytes()
+    assert whole.read_bytes() == parts.read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 def test_a_compiled_network_learns_the_same(pack, tmp_path, monkeypatch):
-    flags = ["--train", pack, *TINY, "--model_args", json.dumps({**VIT, "depth": 2}), "--epochs", 2, "--batch", 12,
-             "--drop_path", 0.3, "--lr", "1e-3"]
+    flags = ["--train", pack, *TINY, "--model_args", json.dumps({**VIT, "depth": 2}), "--epochs", 2,
+             "--batch", 12, "--drop_path", 0.3, "--lr", "1e-3"]
     for name, more in dict(eager=[], compiled=["--compile"]).items():
         run(monkeypatch, *flags, "--out", tmp_path / name, *more)
     eager, compiled = (weights(tmp_path / name / "seed0/last.pt") for name in ("eager", "compiled"))
@@ -387,18 +387,20 @@ def test_a_full_gpu_is_told_with_the_passes_that_would_fit(pack, tmp_path, monke
     def full(*_):
         raise torch.cuda.OutOfMemoryError
     monkeypatch.setattr(classify, "label_loss", full)
-    said = mistake(monkeypatch, capsys, "--train", pack, *TINY, "--out", tmp_path, "--batch", 24, "--micro-batch", 12)
+    said = mistake(monkeypatch, capsys, "--train", pack, *TINY, "--out", tmp_path, "--batch", 24,
+                   "--micro-batch", 12)
     assert said == "error: GPU memory is too small for 12 images a pass; try --micro-batch 6"
 
 
 def test_finished_seeds_are_not_repeated(pack, tmp_path, monkeypatch, capsys):
     flags = ["--train", pack, *TINY, "--epochs", 1, "--out", tmp_path]
     run(monkeypatch, *flags)
-    made = (tmp_path / "seed0/classifier.pt").stat().st_mtime_ns
+    classifier, other = tmp_path / "seed0/classifier.pt", tmp_path / "seed11"
+    made = classifier.stat().st_mtime_ns
     run(monkeypatch, *flags, "--seeds", "0,11")
     assert "seed0: finished" in capsys.readouterr().out
-    assert (tmp_path / "seed0/classifier.pt").stat().st_mtime_ns == made and (tmp_path / "seed11/curve.png").exists()
-    assert largest_difference(weights(tmp_path / "seed0/last.pt"), weights(tmp_path / "seed11/last.pt")) > 0
+    assert classifier.stat().st_mtime_ns == made and (other / "curve.png").exists()
+    assert largest_difference(weights(tmp_path / "seed0/last.pt"), weights(other / "last.pt")) > 0
     assert "made with lr" in mistake(monkeypatch, capsys, *flags, "--lr", 1)
 
 
@@ -407,30 +409,30 @@ def test_the_best_epoch_is_stored_and_patience_ends_a_run(pack, tmp_path, monkey
     for select, key, sign in (("auc", "val_auc", 1), ("loss", "val_loss", -1)):
         out = tmp_path / select
         run(monkeypatch, *flags, "--out", out, "--select", select)
-        scores = [sign * line[key] for line in log_of(out) if key in line]
+        scores = [sign * line[key] for line in log_of(out / "seed0") if key in line]
         best = torch.load(out / "seed0/classifier.pt", weights_only=True)
         assert best["epoch"] == 1 + np.argmax(scores) and len(scores) == 12
-    noise = make_pack(tmp_path / "noise", 72, shuffled=True)                # nothing to learn: validation gets worse
+    noise = make_pack(tmp_path / "noise", 72, shuffled=True)        # nothing to learn: validation gets worse
     run(monkeypatch, *flags, "--train", noise, "--out", tmp_path / "patient", "--patience", 2)
-    losses = [line["val_loss"] for line in log_of(tmp_path / "patient") if "val_loss" in line]
+    losses = [line["val_loss"] for line in log_of(tmp_path / "patient/seed0") if "val_loss" in line]
     stale = [loss >= min(losses[:i]) if i else False for i, loss in enumerate(losses)]
     assert stale[-2:] == [True, True] and (True, True) not in zip(stale[:-2], stale[1:-1])
 
 
 def test_a_tiny_set_is_learnt_by_heart(tmp_path, monkeypatch):
     manifest = make_pack(tmp_path / "pack", 16, (1, 0, 0))
-    run(monkeypatch, "--train", manifest, "--val-split", "train", "--out", tmp_path / "run", *TINY, *EASY, "--epochs", 80,
-        "--crop_scale", "[1, 1]", "--crop_pct", 1, "--lr", "3e-4")
-    assert [line["val_auc"] for line in log_of(tmp_path / "run") if "val_auc" in line][-1] == 1.0
+    run(monkeypatch, "--train", manifest, "--val-split", "train", "--out", tmp_path / "run", *TINY, *EASY,
+        "--epochs", 80, "--crop_scale", "[1, 1]", "--crop_pct", 1, "--lr", "3e-4")
+    assert [line["val_auc"] for line in log_of(tmp_path / "run/seed0") if "val_auc" in line][-1] == 1.0
 
 
 def test_shuffled_labels_cannot_be_predicted(tmp_path, monkeypatch):
     aucs = {}
     for shuffled in (False, True):
         manifest = make_pack(tmp_path / f"pack{shuffled}", 500, (0.4, 0.6, 0), shuffled)
-        run(monkeypatch, "--train", manifest, "--out", tmp_path / f"run{shuffled}", *TINY, *EASY, "--epochs", 5,
-            "--batch", 20)
-        aucs[shuffled] = [line["val_auc"] for line in log_of(tmp_path / f"run{shuffled}") if "val_auc" in line][-1]
+        out = tmp_path / f"run{shuffled}"
+        run(monkeypatch, "--train", manifest, "--out", out, *TINY, *EASY, "--epochs", 5, "--batch", 20)
+        aucs[shuffled] = [line["val_auc"] for line in log_of(out / "seed0") if "val_auc" in line][-1]
     # the last epoch, chosen by nothing; sd of an AUC of 150 against 150 without signal, mean of three labels
     sd = np.sqrt((150 + 150 + 1) / (12 * 150 * 150) / 3)
     assert abs(aucs[True] - 0.5) < 3.3 * sd and aucs[False] > 0.5 + 6 * sd, aucs
@@ -445,8 +447,8 @@ model = timm.create_model(c["arch"], in_chans=c["in_chans"], num_classes=len(c["
 model.load_state_dict(c["model"], strict=True)
 print(c["labels"], c["img_size"], c["mean"], c["exp"], c["seed"], c["epoch"], c["config"]["recipe"])
 """
-    file = tmp_path / "seed0/classifier.pt"
-    result = subprocess.run([sys.executable, "-I", "-c", code, file], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-I", "-c", code, tmp_path / "seed0/classifier.pt"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.strip() == "['A', 'B', 'C'] 32 [0.485, 0.456, 0.406] None 0 1 deit", result.stderr
 
 
@@ -465,10 +467,10 @@ def test_probe_is_a_logistic_regression_on_frozen_features(pack, tmp_path, monke
         frozen.load_state_dict(saved["model"])
         logits = frozen(x).numpy()
     train = (table["split"] == "train").to_numpy()
-    scaler = StandardScaler().fit(features[train])
+    features = StandardScaler().fit(features[train]).transform(features)
     for k, label in enumerate("ABC"):
-        regression = LogisticRegression(C=0.1, max_iter=1000).fit(scaler.transform(features[train]), table[label][train])
-        np.testing.assert_allclose(logits[:, k], regression.decision_function(scaler.transform(features)), atol=2e-3)
+        regression = LogisticRegression(C=0.1, max_iter=1000).fit(features[train], table[label][train])
+        np.testing.assert_allclose(logits[:, k], regression.decision_function(features), atol=2e-3)
 
 
 def test_few_labels_and_ignored_labels_train(pack, tmp_path, monkeypatch, capsys):
@@ -477,8 +479,9 @@ def test_few_labels_and_ignored_labels_train(pack, tmp_path, monkeypatch, capsys
     (tmp_path / "pack").mkdir()
     os.link(pack.parent / "images.npy", tmp_path / "pack/images.npy")
     table.to_csv(tmp_path / "pack/manifest.csv", index=False)
-    run(monkeypatch, "--train", tmp_path / "pack/manifest.csv", "--out", tmp_path / "run", *TINY, "--epochs", 2,
-        "--labels", 0.5, "--uncertain", "ignore", "--pos_weight", "balanced", "--label_names", "[A, C]")
+    run(monkeypatch, "--train", tmp_path / "pack/manifest.csv", "--out", tmp_path / "run", *TINY,
+        "--epochs", 2, "--labels", 0.5, "--uncertain", "ignore", "--pos_weight", "balanced",
+        "--label_names", "[A, C]")
     out = capsys.readouterr().out
     assert "2 labels" in out and "24 to validate" in out and " 24 images" not in out
     assert torch.load(tmp_path / "run/seed0/classifier.pt", weights_only=True)["labels"] == ["A", "C"]
@@ -515,7 +518,8 @@ def test_mistakes_are_named_in_one_sentence(pack, tmp_path, monkeypatch, capsys)
     table.assign(A="0", B="0", C="0").to_csv(odd, index=False)
     assert "no label has both classes" in mistake(monkeypatch, capsys, *flags, "--train", odd, "--epochs", 1)
     monkeypatch.setattr(classify, "init_distributed", lambda device: (0, 2, torch.device("cpu")))
-    assert "2 processes do not divide the global batch of 9" in mistake(monkeypatch, capsys, *flags, "--batch", 9)
+    said = mistake(monkeypatch, capsys, *flags, "--batch", 9)
+    assert "2 processes do not divide the global batch of 9" in said
 
 
 def test_patients_on_both_sides_are_pointed_out(pack, tmp_path, monkeypatch, capsys):
@@ -536,7 +540,6 @@ def test_the_copied_file_alone_learns_from_image_files_of_any_size(tmp_path, mon
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["classify.py", "--train", "manifest.csv", "--out", "run", "--epochs", "1",
-                                      "--in_chans", "3", *map(str, TINY)])
-    copied.main()
+    run_here(copied, monkeypatch, "--train", "manifest.csv", "--out", "run", *TINY, "--epochs", 1,
+             "--in_chans", 3)
     assert torch.load(tmp_path / "run/seed0/classifier.pt", weights_only=True)["labels"] == ["ill"]

@@ -1,7 +1,7 @@
 """Blocks between copy markers are byte-identical wherever they stand.
 
     python tests/test_copies.py                 list the blocks and where they stand
-    python tests/test_copies.py --write FILE    spread FILE's version of every block it holds to all other scripts
+    python tests/test_copies.py --write FILE    spread FILE's version of its blocks to all other scripts
 """
 
 import re
@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("data_prep", "pretrain", "finetune", "evaluate")
-BLOCK = re.compile(r"# --- begin copy: (?P<name>[^\n]+?) ---\n(?P<body>.*?)# --- end copy: (?P=name) ---\n", re.S)
+BLOCK = re.compile(r"# --- begin copy: (?P<name>[^\n]+?) ---\n"
+                   r"(?P<body>.*?)# --- end copy: (?P=name) ---\n", re.S)
 
 
 def blocks(path):
@@ -29,7 +30,8 @@ def test_copies_are_identical():
         for name, body in blocks(path).items():
             owner, text = first.setdefault(name, (path, body))
             if text != body:
-                drifted.append(f"'{name}' differs between {owner.relative_to(ROOT)} and {path.relative_to(ROOT)}")
+                places = f"{owner.relative_to(ROOT)} and {path.relative_to(ROOT)}"
+                drifted.append(f"'{name}' differs between {places}")
     assert not drifted, "; ".join(drifted) + " (python tests/test_copies.py --write FILE spreads one version)"
 
 
@@ -52,9 +54,14 @@ def test_scripts_import_nothing_of_ours():
 def write(source):
     """Spread the blocks of one script to every other script that holds a block of the same name."""
     wanted = blocks(Path(source))
+
+    def spread(block):
+        body = block["body"]
+        return block[0].replace(body, wanted.get(block["name"], body)) if body else block[0]
+
     for path in scripts():
         text = path.read_text()
-        new = BLOCK.sub(lambda m: m[0].replace(m["body"], wanted.get(m["name"], m["body"])) if m["body"] else m[0], text)
+        new = BLOCK.sub(spread, text)
         if new != text:
             path.write_text(new)
             print(f"updated {path.relative_to(ROOT)}")

@@ -1,4 +1,4 @@
-"""run_all.sh: the demo from raw stand-ins to the report at a small size, and every file contract on what it made."""
+"""run_all.sh: the demo from raw stand-ins to the report at a small size, and every contract of its files."""
 
 import hashlib
 import json
@@ -43,9 +43,10 @@ def run_all(project, *flags, **popen):
 
 def state(project):
     """Content hash and time of every file a run made, logs apart."""
-    return {path.relative_to(project): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-            for top in ("data", "runs", "results") for path in sorted((project / top).rglob("*"))
-            if path.is_file() and "logs" not in path.parts}
+    files = [path for top in ("data", "runs", "results") for path in sorted((project / top).rglob("*"))
+             if path.is_file() and "logs" not in path.parts]
+    return {path.relative_to(project): (hashlib.sha256(path.read_bytes()).hexdigest(),
+                                        path.stat().st_mtime_ns) for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,8 @@ def demo(project):
 def test_the_demo_ends_in_a_report(project, demo):
     page = (project / "results/demo/report.html").read_text()
     assert EXP in page and "stand-in" in page.lower()
-    assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", page), "the page must not load anything from elsewhere"
+    loads = re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", page)
+    assert not loads, "the page must not load anything from elsewhere"
     assert "report: results/demo/report.html" in demo.stdout
 
 
@@ -78,7 +80,8 @@ def test_a_changed_row_runs_again_and_what_it_does_not_touch_does_not(project, d
     rows = project / "experiments.yaml"
     text = rows.read_text()
     try:
-        rows.write_text(text.replace("finetune: &demo_finetune {epochs: 10", "finetune: &demo_finetune {epochs: 9"))
+        begin = "finetune: &demo_finetune {epochs: "
+        rows.write_text(text.replace(f"{begin}10", f"{begin}9"))
         assert rows.read_text() != text
         plan = run_all(project, "--demo", "--scale", 0.1, "--exp", EXP, "--dry-run")
         # one process: torchrun would turn the script's exit code 2 into its own 1
@@ -87,7 +90,8 @@ def test_a_changed_row_runs_again_and_what_it_does_not_touch_does_not(project, d
         rows.write_text(text)
     assert plan.returncode == 0
     assert f"{EXP} pretrain: complete" in result.stdout
-    assert result.returncode == 2 and f"stage '{EXP} finetune' failed" in result.stderr     # it is another run's folder
+    # it is another run's folder
+    assert result.returncode == 2 and f"stage '{EXP} finetune' failed" in result.stderr
     assert "epochs=10, now it is 9" in result.stdout + result.stderr
 
 
@@ -112,15 +116,16 @@ def test_index_and_manifest_contracts(project, demo):
         facts = json.loads((folder / "pack.json").read_text())
         assert facts["N"] == len(manifest) and facts["size"] == 64
         assert abs(facts["mean"] - images.mean() / 255) < 1e-3 if np.ndim(facts["mean"]) == 0 else True
-        split_of = manifest.groupby("patient")["split"].nunique()
-        assert folder.name == "imagenet" or (split_of == 1).all(), f"a patient of {folder.name} is in two splits"
+        one_split = (manifest.groupby("patient")["split"].nunique() == 1).all()
+        assert folder.name == "imagenet" or one_split, f"a patient of {folder.name} is in two splits"
 
 
 @pytest.mark.slow
 def test_checkpoint_contracts(project, demo):
     backbone = torch.load(project / f"runs/{EXP}/pretrain/backbone.pt", weights_only=True)
     classifier = torch.load(project / f"runs/{EXP}/finetune/seed11/classifier.pt", weights_only=True)
-    keys = {"model", "arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "epoch", "config"}
+    keys = {"model", "arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "epoch",
+            "config"}
     assert keys <= set(backbone) and keys | {"labels"} <= set(classifier)
     for content, classes in ((backbone, 0), (classifier, len(classifier["labels"]))):
         model = timm.create_model(content["arch"], in_chans=content["in_chans"], num_classes=classes,
@@ -135,12 +140,13 @@ def test_prediction_and_metric_contracts(project, demo):
         table = pd.read_csv(project / f"runs/{EXP}/predictions/seed0/{name}.csv", dtype={"patient": str})
         assert table.columns[:2].tolist() == ["path", "patient"] and table["path"].is_unique
         truths = [c[5:] for c in table if c.startswith("true_")]
-        assert truths == [c[5:] for c in table if c.startswith("prob_")] and {"Atelectasis", "Effusion"} <= set(truths)
+        assert truths == [c[5:] for c in table if c.startswith("prob_")]
+        assert {"Atelectasis", "Effusion"} <= set(truths)
         assert table[[f"true_{label}" for label in truths]].isin([0, 1]).all(axis=None)
         assert table[[f"prob_{label}" for label in truths]].stack().between(0, 1).all()
     metrics = pd.read_csv(project / "results/demo/metrics.csv", dtype={"exp": str})
-    assert metrics.columns.tolist() == ["exp", "seed", "dataset", "labels", "metric", "variant", "label", "threshold",
-                                        "value", "ci_low", "ci_high"]
+    assert metrics.columns.tolist() == ["exp", "seed", "dataset", "labels", "metric", "variant", "label",
+                                        "threshold", "value", "ci_low", "ci_high"]
     assert set(metrics["variant"]) == {"paper", "corrected"} and set(metrics["seed"]) == {0, 11}
     mean = metrics[(metrics["metric"] == "auc_mean") & (metrics["variant"] == "corrected")]
     assert (mean["ci_low"] <= mean["value"]).all() and (mean["value"] <= mean["ci_high"]).all()
@@ -148,10 +154,11 @@ def test_prediction_and_metric_contracts(project, demo):
 
 @pytest.mark.slow
 def test_sigterm_lets_the_stage_save_and_the_same_command_goes_on(project, demo):
-    command = ["bash", "run_all.sh", "--demo", "--scale", "0.1", "--exp", "demo.gmml-mimic", "--out", "stopped",
-               "--tests", "nih_test", "--nproc", "1"]
+    command = ["bash", "run_all.sh", "--demo", "--scale", "0.1", "--exp", "demo.gmml-mimic",
+               "--out", "stopped", "--tests", "nih_test", "--nproc", "1"]
     with open(project / "stopped.txt", "w") as output:
-        chain = subprocess.Popen(command, cwd=project, stdout=output, stderr=output, env=ENV, start_new_session=True)
+        chain = subprocess.Popen(command, cwd=project, stdout=output, stderr=output, env=ENV,
+                                 start_new_session=True)
         log = project / "stopped/runs/demo.gmml-mimic/pretrain/run.json"
         while not log.exists():
             assert chain.poll() is None
@@ -173,7 +180,7 @@ def test_slurm_jobs_are_chained_and_do_what_the_chain_does(project, demo, tmp_pa
     before = state(project)
     flags = ["--demo", "--scale", 0.1, "--exp", EXP]
     result = run_all(project, *flags, "--slurm", tmp_path / "jobs")
-    assert result.returncode == 0 and "hands in 2 rows" in result.stdout        # the row and the one it starts from
+    assert result.returncode == 0 and "hands in 2 rows" in result.stdout    # a row and the one it starts from
     (tmp_path / "srun").write_text('#!/bin/bash\nexec "$@"\n')
     (tmp_path / "sbatch").write_text("""#!/bin/bash
         echo "$@" >> "$QUEUE/submitted"
@@ -185,15 +192,18 @@ def test_slurm_jobs_are_chained_and_do_what_the_chain_does(project, demo, tmp_pa
     for name in ("srun", "sbatch"):
         (tmp_path / name).chmod(0o755)
     env = {**ENV, "QUEUE": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", tmp_path / "jobs/submit.sh", "--account=me"], env=env, capture_output=True, text=True)
+    command = ["bash", tmp_path / "jobs/submit.sh", "--account=me"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     submitted = (tmp_path / "submitted").read_text().splitlines()
     assert done.returncode == 0 and not (tmp_path / "failed").exists(), done.stderr
     assert all("--account=me" in line for line in submitted)
     assert [re.findall(r"--dependency=(\S+)|(?<=job.sh )(.*)", line) for line in submitted] == [
-        [("", f"data {EXP} demo.imagenet")], [("afterok:1", ""), ("", "rows demo.imagenet")],
-        [("afterok:2_0", ""), ("", f"rows {EXP}")], [("afterok:2:3", ""), ("", f"results {EXP} demo.imagenet")]]
+        [("", f"data {EXP} demo.imagenet")],
+        [("afterok:1", ""), ("", "rows demo.imagenet")],
+        [("afterok:2_0", ""), ("", f"rows {EXP}")],
+        [("afterok:2:3", ""), ("", f"results {EXP} demo.imagenet")]]
     new = {str(path).split("/")[1] for path in set(state(project)) - set(before) if path.parts[0] == "runs"}
-    assert new == {"demo.imagenet"}                         # its fine-tuning, which the chain of EXP has no use for
+    assert new == {"demo.imagenet"}                 # its fine-tuning, which the chain of EXP has no use for
     assert f"{EXP} pretrain: complete" in (tmp_path / "3.out").read_text()
 
 
@@ -201,7 +211,8 @@ def test_slurm_jobs_are_chained_and_do_what_the_chain_does(project, demo, tmp_pa
 def test_two_nodes_are_two_launchers_that_meet(project, demo):
     """Two torchrun agents on this machine, as on two nodes: the weights are those of one process."""
     port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
-    script = ["pretrain/gmml.py", "--exp", "demo.gmml-mimic", "--data", "data/demo", "--steps", "6", "--device", "cpu"]
+    script = ["pretrain/gmml.py", "--exp", "demo.gmml-mimic", "--data", "data/demo", "--steps", "6",
+              "--device", "cpu"]
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
                 f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=study", "--local_addr=127.0.0.1"]
     nodes = [subprocess.Popen([sys.executable, *launcher, *script, "--out", "nodes"], cwd=project, env=ENV,
@@ -209,8 +220,10 @@ def test_two_nodes_are_two_launchers_that_meet(project, demo):
     said = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert any("on 2 x cpu" in text for text in said)
-    subprocess.run([sys.executable, *script, "--out", "node"], cwd=project, env=ENV, check=True, capture_output=True)
-    one, two = (torch.load(project / name / "backbone.pt", weights_only=True)["model"] for name in ("node", "nodes"))
+    alone = [sys.executable, *script, "--out", "node"]
+    subprocess.run(alone, cwd=project, env=ENV, check=True, capture_output=True)
+    one, two = (torch.load(project / name / "backbone.pt", weights_only=True)["model"]
+                for name in ("node", "nodes"))
     assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5
 
 
@@ -219,14 +232,15 @@ def test_dry_run_prints_commands_and_runs_nothing(project):
     lines = result.stdout.splitlines()
     assert result.returncode == 0 and not (project / "packs").exists()
     assert sum("pretrain/gmml.py --exp 3.4" in line and "--nproc_per_node=4" in line for line in lines) == 1
-    assert any("pretrain/simmim.py --exp 0.1.6 " in line for line in lines)                 # 0.1.6b starts from 0.1.6
-    assert sum("data_prep/pack.py" in line and "--out packs/nih --size" in line for line in lines) == 1     # once
+    assert any("pretrain/simmim.py --exp 0.1.6 " in line for line in lines)     # 0.1.6b starts from 0.1.6
+    packing = [line for line in lines if "data_prep/pack.py" in line and "--out packs/nih --size" in line]
+    assert len(packing) == 1
 
 
 def test_the_whole_grid_is_planned(project):
-    lines = run_all(project, "--dry-run").stdout.splitlines()
-    assert any("--exp 4.1.1-250k" in line for line in lines) and not any("--exp c.1" in line for line in lines)
-    assert any("--exp c.9" in line for line in run_all(project, "--exp", "all", "--dry-run").stdout.splitlines())
+    planned = run_all(project, "--dry-run").stdout
+    assert "--exp 4.1.1-250k" in planned and "--exp c.1" not in planned
+    assert "--exp c.9" in run_all(project, "--exp", "all", "--dry-run").stdout
 
 
 @pytest.mark.parametrize("flags, fragment", [
@@ -249,7 +263,8 @@ def test_the_first_failure_stops_the_chain_with_command_and_log(project):
 def test_the_plan_names_costs_and_missing_inputs(project):
     result = run_all(project, "--plan", "--exp", "3.4,4.1.1-50k,0.1.4")
     assert result.returncode == 0, result.stderr
-    row = next(line.split() for line in result.stdout.splitlines() if line.startswith("3.4 ") and "pretrain" in line)
+    row = next(line.split() for line in result.stdout.splitlines()
+               if line.startswith("3.4 ") and "pretrain" in line)
     assert row[2] == "390,000" and row[3] == "99,840,000"       # 100,000 // 256 steps an epoch, 1,000 epochs
     # ViT-S/16: 4.6 billion multiply-adds, two views, backward twice the forward
     assert abs(float(row[4].replace(",", "")) * 1e15 / (99_840_000 * 6 * 2 * 4.6e9) - 1) < 0.03

@@ -1,8 +1,8 @@
 """How GMML's pre-training grows: time and memory against images in the pack, image size and processes.
 
-A small network is trained for some steps by pretrain/gmml.py as a person would start it, one thread a process.
-The packs are sparse files, so 100,000 images of 224 pixels cost no disk; they are mapped, and memory that a
-process has for itself (RssAnon) should not depend on their number.
+A small network is trained for some steps by pretrain/gmml.py as a person would start it, one thread a
+process. The packs are sparse files, so 100,000 images of 224 pixels cost no disk; they are mapped, and memory
+that a process has for itself (RssAnon) should not depend on their number.
 
     python tests/bench/growth.py --out growth.json --plot growth.png         some minutes
 
@@ -58,9 +58,10 @@ def measure(images, size, processes, steps):
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [*launcher, ROOT / "pretrain/gmml.py", "--manifest", folder / "manifest.csv", "--out", folder / "run",
-                   "--model_args", json.dumps({**MODEL, "img_size": size}), "--batch", BATCH, "--steps", steps,
-                   "--log-steps", 1, "--device", "cpu", "--picture-epochs", 1000]
+        command = [*launcher, ROOT / "pretrain/gmml.py", "--manifest", folder / "manifest.csv",
+                   "--out", folder / "run", "--model_args", json.dumps({**MODEL, "img_size": size}),
+                   "--batch", BATCH, "--steps", steps, "--log-steps", 1, "--device", "cpu",
+                   "--picture-epochs", 1000]
         peak, done = [0], threading.Event()
 
         def watch():
@@ -97,20 +98,22 @@ def draw(rows, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--steps", type=int, default=12, help="steps of each run (12)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="picture to write")
     args = parser.parse_args()
     rows, begun = [], time.monotonic()
-    print("| varied | images | size | processes | step, s | img/s | own memory, MiB |\n|---|---|---|---|---|---|---|")
+    print("| varied | images | size | processes | step, s | img/s | own memory, MiB |\n"
+          "|---|---|---|---|---|---|---|")
     for name, values in SERIES.items():
         for value in values:
             setting = {**BASE, name: value}
             rows.append(dict(series=name, **setting, **measure(**setting, steps=args.steps)))
             row = rows[-1]
-            print(f"| {name} | {row['images']:,} | {row['size']} | {row['processes']} | {row['step_s']:.3f} | "
-                  f"{BATCH / row['step_s']:.0f} | {row['own_mib']:.0f} |", flush=True)
+            print(f"| {name} | {row['images']:,} | {row['size']} | {row['processes']} | "
+                  f"{row['step_s']:.3f} | {BATCH / row['step_s']:.0f} | {row['own_mib']:.0f} |", flush=True)
     if args.out:
         args.out.write_text(json.dumps(dict(seconds=time.monotonic() - begun, rows=rows), indent=1) + "\n")
     if args.plot:
