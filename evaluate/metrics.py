@@ -242,25 +242,45 @@ def fnr(y, p, threshold):
         return (positive & (p <= threshold)).sum(0) / positive.sum(0)
 
 
-def oracle_auc(y, p, fractions, variant="corrected", how="replace"):
-    """AUC per label, float [Q, K], after an expert saw the most uncertain images; the share seen, float [Q].
-
-    For each fraction q the floor(n q) images of smallest u = mean over labels of |p - 0.5|, in stable order
-    of (u, row), take their true labels as probabilities; how="drop" leaves them out (rejection). "corrected"
-    starts each q from the untouched p, "paper" goes on from the q before (an answered image has u = 0.5 and
-    is not asked about again), so that its referrals add up.
+def images_seen(n, fractions, variant="corrected"):
+    """How many of n images an expert has seen at each nominal fraction, int [Q]: floor(n q); in "paper" they
+    add up (an answered image has u = 0.5 and is not asked about again).
     """
-    order = stable_order(np.abs(p - 0.5).mean(1))
-    seen = np.array([int(len(p) * q) for q in fractions])
-    seen, values = np.cumsum(seen) if variant == "paper" else seen, []
-    for count in np.minimum(seen, len(p)):
-        if how == "drop":
-            values.append(auc(y[order[count:]], p[order[count:]], variant))
-        else:
-            answered = p.copy()
-            answered[order[:count]] = y[order[:count]]
-            values.append(auc(y, answered, variant))
-    return np.array(values), np.minimum(seen, len(p)) / len(p)
+    seen = np.array([int(n * q) for q in fractions])
+    return np.minimum(seen.cumsum() if variant == "paper" else seen, n)
+
+
+def referral_auc(y, p, seen):
+    """AUC per label when the `seen` most uncertain images are answered, and when they are left out: [Q, K].
+
+    Uncertain: small u = mean over labels of |p - 0.5|, in stable order of (u, row). An answer is the truth as
+    a probability. Its pairs are in order but for ties, so the images without one have to be ranked only.
+    """
+    order, all_low = stable_order(np.abs(p - 0.5).mean(1)), (y == 0).sum(0)
+    all_high, answered, left_out = len(y) - all_low, [], []
+    for count in seen:
+        truth, score = (np.asfortranarray(values[order[count:]]) for values in (y, p))
+        low, tied = (truth == 0).sum(0), score == 1 - truth      # p equals the answer to the other class
+        high, tied_low = len(truth) - low, (tied & (truth == 0)).sum(0)
+        left_out.append(auc(truth, score))
+        ordered = np.where(high * low, left_out[-1], 0) * high * low
+        ordered += (all_high - high) * (all_low - tied_low / 2)
+        ordered += (all_low - low) * (high - (tied.sum(0) - tied_low) / 2)
+        with np.errstate(invalid="ignore"):
+            answered.append(ordered / (all_high * all_low))
+    return np.array(answered), np.array(left_out)
+
+
+def oracle_auc(y, p, fractions, variant="corrected"):
+    """Oracle AUC per label, float [Q, K], and the share of images that the expert saw, float [Q].
+
+    "paper" gives 0 to a label without positives, and its referrals add up.
+    """
+    seen = images_seen(len(p), fractions, variant)
+    values = referral_auc(y, p, seen)[0]
+    if variant == "paper":
+        values[:, ~(y == 1).any(0)] = 0
+    return values, seen / len(p)
 
 
 def risk_coverage_area(y, p, threshold=0.5):
@@ -597,12 +617,15 @@ class Score:
     def referral(self):
         """An expert answers the uncertain images (oracle), or they are left out (rejection)."""
         for size, y, p in self.of_sets():
-            for variant in ("paper", "corrected"):
-                for fraction, values, share in zip(FRACTIONS, *oracle_auc(y, p, FRACTIONS, variant)):
-                    self.put(size, "oracle_auc", mean_over_labels(values, variant), fraction, variant)
-                    self.put(size, "referred", share, fraction, variant)
-            for fraction, values in zip(FRACTIONS, oracle_auc(y, p, FRACTIONS, how="drop")[0]):
-                self.put(size, "rejection_auc", mean_over_labels(values), fraction)
+            seen = {variant: images_seen(len(p), FRACTIONS, variant) for variant in ("paper", "corrected")}
+            counts = np.unique(np.concatenate(list(seen.values())))
+            answered, left_out = referral_auc(y, p, counts)
+            for variant, images in seen.items():
+                for fraction, count, at in zip(FRACTIONS, images, np.searchsorted(counts, images)):
+                    self.put(size, "oracle_auc", mean_over_labels(answered[at], variant), fraction, variant)
+                    self.put(size, "referred", count / len(p), fraction, variant)
+            for fraction, at in zip(FRACTIONS, np.searchsorted(counts, seen["corrected"])):
+                self.put(size, "rejection_auc", mean_over_labels(left_out[at]), fraction)
             self.put(size, "risk_coverage_area", risk_coverage_area(y, p))
         alone = [oracle_auc(self.y[:, [k]], self.p[:, [k]], FRACTIONS)[0] for k in range(len(self.labels))]
         for fraction, values in zip(FRACTIONS, np.hstack(alone)):

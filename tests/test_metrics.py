@@ -234,9 +234,19 @@ def test_nominal_fractions_of_202_images_add_up_in_the_paper():
 
 def test_rejection_drops_the_images_that_the_oracle_answers():
     y, p, _ = sample(100, 3, decimals=6)
-    values, _ = m.oracle_auc(y, p, [0.0, 0.2], how="drop")
+    values = m.referral_auc(y, p, m.images_seen(100, [0.0, 0.2]))[1]
     kept = np.sort(np.argsort(np.abs(p - 0.5).mean(1), kind="stable")[20:])
     np.testing.assert_allclose(values, [m.auc(y, p), m.auc(y[kept], p[kept])])
+
+
+def test_answers_tie_with_images_that_were_certain_of_the_other_class():
+    y, p = np.array([[1, 1, 0, 0, 0, 1]]).T, np.array([[0.0, 0.5, 1.0, 0.5, 0.2, 1.0]]).T
+    for seen in range(7):
+        answered, left_out = m.referral_auc(y, p, [seen])
+        order, now = np.argsort(np.abs(p[:, 0] - 0.5), kind="stable"), p.copy()
+        now[order[:seen]] = y[order[:seen]]
+        assert answered[0, 0] == pytest.approx(sk.roc_auc_score(y, now), abs=1e-12)
+        np.testing.assert_array_equal(left_out[0], m.auc(y[order[seen:]], p[order[seen:]]))
 
 
 def test_floating_point_never_refers_one_image_too_few():
