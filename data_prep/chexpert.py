@@ -216,6 +216,7 @@ def main():
     parser.add_argument("--split-file", type=Path, help="chexpert_split_2021_08_20.csv (row numbers) or\n"
                         "CheXpert_test_Glocker.csv (test rows); else looked for below --raw")
     parser.add_argument("--demographics", type=Path, help="CHEXPERT DEMO.csv, else looked for below --raw")
+    parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     splits = args.splits.split(",")
     if not set(splits) <= {"train", "val", "test"}:

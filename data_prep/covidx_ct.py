@@ -169,6 +169,7 @@ def main():
     parser.add_argument("--splits", default="train,val,test", help="draw from these (%(default)s)")
     parser.add_argument("--n-pretrain", type=count, default=100_000, help="or all, or 0 (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of the sample (%(default)s)")
+    parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     splits = args.splits.split(",")
     if not set(splits) <= {"train", "val", "test"}:
@@ -181,6 +182,8 @@ def main():
     for split, path in lists.items():
         if path:
             table = read_table(path, sep=r"\s+", header=None, names=["name", "class", *BOX])
+            if table.empty:
+                fail(f"{path}: no slice in it; download the file again")
             numbers = table[BOX].apply(lambda cells: cells.str.isdecimal()).all(axis=1)
             wrong = ~table["class"].isin(["0", "1", "2"]) | ~numbers
             if wrong.any():

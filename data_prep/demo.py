@@ -898,6 +898,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder to write <dataset>/ into")
     parser.add_argument("--seed", type=int, default=0, help="other patients, other pictures (default 0)")
     parser.add_argument("--scale", type=float, default=1.0, help="1 is 6,251 images, 0.1 a tenth (default 1)")
+    parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     if args.seed < 0 or not 0 < args.scale <= 100:
         fail(f"--seed {args.seed} --scale {args.scale:g}: the seed starts at 0, the scale is in (0, 100]")

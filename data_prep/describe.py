@@ -108,6 +108,8 @@ def read_index(path):
         rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as problem:                # ValueError: bad JSON, not UTF-8, not a table
         fail(f"{path} or its .json cannot be read ({' '.join(str(problem).split())}); make the index anew")
+    if not isinstance(facts, dict):
+        fail(f"{path} or its .json cannot be read (no object in {described.name}); make the index anew")
     for column in ("path", "split"):
         if column not in rows:
             fail(f"{path} row 1: no column '{column}'; make the index anew")
@@ -333,6 +335,7 @@ def main():
     parser.add_argument("--packs", type=Path, nargs="+", default=[], help="packed folders, for Figure 1")
     parser.add_argument("--reported", type=Path, default=REPORTED, help="folder of the printed tables")
     parser.add_argument("--check", action="store_true", help="exit 1 on a missed count or shared patient")
+    parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     indexes = [read_index(path) for path in args.index]
     try:
@@ -346,11 +349,11 @@ def main():
              "distributions.md": markdown(cells, found, missed)}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        if args.packs:
+            figure1(args.packs, args.out)
         for name, text in texts.items():
             with replacing(args.out / name) as path, open(path, "w", encoding="utf-8", newline="") as file:
                 file.write(text)
-        if args.packs:
-            figure1(args.packs, args.out)
     except OSError as problem:
         fail(f"{args.out} cannot be written ({problem.strerror}); choose another --out")
     head = texts["distributions.md"].partition("| table | quantity")[0]

@@ -191,6 +191,7 @@ def main():
     parser.add_argument("--sample-like", choices=["ours", "paper"], default="ours",
                         help="paper: as the released loader, rows as in the split file (%(default)s)")
     parser.add_argument("--patients", type=Path, help="MIMIC-IV's patients.csv.gz: sex, age (anchor_age)")
+    parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     splits = args.splits.replace("validate", "val").split(",")
     if not set(splits) <= {"train", "val", "test"}:

@@ -210,6 +210,7 @@ def main():
     parser.add_argument("--pretrain", choices=["trainval", "all"], help="write a sample of these alone")
     parser.add_argument("--n-pretrain", type=count, default=100_000, help="its size, or all (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of sample and fallback split (%(default)s)")
+    parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     dataset = "nih_pretrain" if args.pretrain else "nih"
     args.out = args.out or Path("data", dataset, "index.csv")

@@ -117,6 +117,7 @@ def main():
     parser.add_argument("--require-files", action="store_true", help="refuse absent images")
     parser.add_argument("--n-pretrain", type=count, default=100_000, help="or all, or 0 (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of the sample (%(default)s)")
+    parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
 
     table = pd.DataFrame({"path": scan(args.raw, ".jpeg", ".jpg")}, dtype=str)

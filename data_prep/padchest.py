@@ -147,6 +147,7 @@ def main():
     parser.add_argument("--raw", type=Path, default="raw/padchest", help="the download (%(default)s)")
     parser.add_argument("--out", type=Path, default="data/padchest/index.csv", help="the index (%(default)s)")
     parser.add_argument("--require-files", action="store_true", help="refuse absent images")
+    parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
 
     source = find(args.raw, "PADCHEST_chest_x_ray_images_labels_160K*.csv*")

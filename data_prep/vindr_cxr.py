@@ -182,6 +182,7 @@ def main():
     parser.add_argument("--with-train", action="store_true", help="index the 15,000 training images too")
     parser.add_argument("--train-vote", choices=["majority", "any"], default="majority",
                         help="a training image has the labels of most of its three readers, or of any")
+    parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
 
     sources = [find(args.raw, "image_labels_test.csv*")]
@@ -192,7 +193,9 @@ def main():
         tables.append(labels.assign(split="train"))
         beside["votes.csv"] = votes.to_csv(index=False, lineterminator="\n")
     table = pd.concat(tables)
-    home = sources[0].parent.parent if sources[0].parent.name == "annotations" else sources[0].parent
+    home = sources[0].parent
+    if home.name == "annotations" and home != args.raw:
+        home = home.parent
     where = {path.rpartition("/")[2].rpartition(".")[0]: path for path in scan(args.raw, ".dicom", ".dcm")}
     home = home.relative_to(args.raw)
     table["path"] = [where.get(image, (home / split / f"{image}.dicom").as_posix())

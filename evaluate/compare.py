@@ -778,6 +778,7 @@ def main():
     parser.add_argument("--out", required=True, type=Path, help="folder for the CSVs")
     parser.add_argument("--claims", type=Path, default=REPORTED / "claims.csv")
     parser.add_argument("--bootstrap", type=int, default=2000, help="resamples of patients and runs")
+    parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     if args.bootstrap < 100:
         fail(f"--bootstrap {args.bootstrap} is too few for a 95 % interval; give at least 100")

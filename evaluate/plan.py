@@ -125,6 +125,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--exp", help="rows, comma-separated (default: all)")
     parser.add_argument("--data", default="data", metavar="DIR", help="folder of the packed datasets")
+    parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     table = yaml.safe_load((ROOT / "experiments.yaml").read_text())
     rows = args.exp.split(",") if args.exp else [exp for exp in table if exp != "defaults"]

@@ -137,11 +137,13 @@ class ImageSource:
         self.packed = None
         if (folder / "images.npy").is_file():
             try:
-                self.packed = np.load(folder / "images.npy", mmap_mode="r")
+                self.packed = np.lib.format.open_memmap(folder / "images.npy", mode="r")
             except (ValueError, EOFError, OSError) as problem:
                 fail(f"{folder / 'images.npy'} is not a NumPy array file ({problem}); pack the dataset again")
             n_rows = rows.attrs["n_rows"]
-            if self.packed.dtype != np.uint8 or self.packed.ndim not in (3, 4) or len(self.packed) != n_rows:
+            n, *sides = self.packed.shape
+            fits = len(sides) == 2 or len(sides) == 3 and sides[2] == 3
+            if self.packed.dtype != np.uint8 or n != n_rows or not fits or 0 in sides:
                 fail(f"{folder / 'images.npy'} holds {self.packed.dtype} {self.packed.shape}, "
                      f"but {manifest} has {n_rows} rows; pack the dataset again")
             if device.type == "cuda" and self.packed.nbytes < torch.cuda.mem_get_info(device)[0] // 3:
@@ -149,7 +151,10 @@ class ImageSource:
                 self.rows = np.arange(len(self.rows))
         else:
             pack = folder / "pack.json"
-            root = Path(json.loads(pack.read_text()).get("raw", folder)) if pack.is_file() else folder
+            try:
+                root = Path(json.loads(pack.read_text()).get("raw", folder)) if pack.is_file() else folder
+            except (ValueError, AttributeError, TypeError):
+                fail(f"{pack} was not written by pack.py; pack the dataset again")
             self.files = [root / path for path in rows["path"]]
 
     def __len__(self):
@@ -252,7 +257,7 @@ def normalise(x, config):
     mean, std = (x.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     if x.shape[1] > config["in_chans"]:
         x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    return torch.addcmul(-mean / std, x, 1 / (255 * std))       # in one pass; a grey channel broadcasts to three
+    return torch.addcmul(-mean / std, x, 1 / (255 * std))    # in one pass; a grey channel broadcasts to three
 # --- end copy: normalise ---
 
 
@@ -298,10 +303,15 @@ def load_classifier(file, device):
         fail(f"{file} does not exist; finetune/classify.py writes it")
     except Exception as problem:                        # whatever a broken or hostile file raises
         fail(f"{file} is not a plain tensor checkpoint ({' '.join(str(problem).split())[:120]})")
-    keys = ("model", "arch", "model_args", "in_chans", "img_size", "mean", "std", "labels")
-    absent = [key for key in keys if not isinstance(facts, dict) or key not in facts]
+    kinds = dict(model=dict, arch=str, model_args=dict, in_chans=int, img_size=int, mean=list, std=list,
+                 labels=list)
+    facts = facts if isinstance(facts, dict) else {}
+    absent = [key for key, kind in kinds.items() if not isinstance(facts.get(key), kind)]
     if absent:
         fail(f"{file} is no classifier, it has no '{absent[0]}'; give a classifier.pt of classify.py")
+    for key in ("mean", "std"):
+        if len(facts[key]) != facts["in_chans"]:
+            fail(f"{file} has {len(facts[key])} values of {key} for {facts['in_chans']} channels")
     model = make_model(facts, len(facts["labels"]))
     try:
         model.load_state_dict(facts["model"])
@@ -457,7 +467,10 @@ def main():
     add("--test-crops", type=int, choices=[1, 10], default=1, help="views averaged an image (default 1)")
     add("--batch", type=int, default=64, metavar="N", help="images a pass (default 64)")
     add("--workers", type=int, default=4, metavar="N", help="threads that decode unpacked images (default 4)")
+    parser.error = fail                                 # one sentence, like every other mistake
     args = parser.parse_args()
+    if args.batch < 1 or args.workers < 1:
+        fail("--batch and --workers have to be at least 1")
     sets = [(args.out, args.manifest, args.split)]
     if args.set:
         parts = [re.fullmatch(r"(?P<name>[^=/]+)=(?P<file>.+):(?P<split>[^:]+)", text) for text in args.set]

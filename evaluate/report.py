@@ -355,8 +355,10 @@ def arm_facts(folder, experiments, exps):
     facts = {row["exp"]: row for row in read_csv(folder / "table1.csv").to_dict("records")}
     try:
         grid = yaml.safe_load(experiments.read_text()) if experiments else {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         fail(f"{experiments} cannot be read as YAML ({' '.join(str(error).split())})")
+    if not isinstance(grid, dict):
+        fail(f"{experiments} is no table of experiments; see experiments.yaml of this project")
     for exp in exps:
         if exp not in facts:
             row = {**grid.get("defaults", {}), **grid[exp]} if exp in grid else {}
@@ -627,13 +629,14 @@ def figure2(by_number, section, face, facts, path):
                 continue
             cells, style = row.cells.get(face) or row.cells["both"], look(place)
             if number == "3":                       # side by side, unconnected
-                x, style["linestyle"] = np.arange(5) + .6 * ((place + .5) / len(arms) - .5), ""
+                x, style["linestyle"] = np.arange(len(cells)) + .6 * ((place + .5) / len(arms) - .5), ""
             else:
                 x = list(map(float, by_number[number].columns))
             bars = None if cells[0].seed else [cell.sd for cell in cells]
             axis.errorbar(x, [cell.value for cell in cells], bars, elinewidth=.7,
                           label=short_name(exp, facts), **style)
-    axes[0, 0].set_xticks(range(5), LABELS5, fontsize=8)
+    diseases = [*by_number["3"].columns]
+    axes[0, 0].set_xticks(range(len(diseases)), diseases, fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return save(figure, path)
 
@@ -1067,6 +1070,7 @@ def main():
     parser.add_argument("--figure1", type=Path, help="Figure 1 (default: figure1.* below OUT)")
     parser.add_argument("--title", default="Does domain-specific pre-training make sense?")
     parser.add_argument("--note", help="remark at the top of the page, e.g. which data are stand-ins")
+    parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     for folder in filter(None, (args.predictions, args.runs)):
         if not folder.is_dir():

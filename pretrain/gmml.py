@@ -129,6 +129,34 @@ def autocast(device):
 
 
 # --- begin copy: experiment row ---
+# Least and largest value of keys whose others would be found out late, or not at all.
+LIMITS = {**dict.fromkeys(("samples", "epochs", "batch", "img_size", "align", "patience"), (1, math.inf)),
+          **dict.fromkeys(("seed", "warmup_epochs", "lr", "min_lr", "wd", "wd_end", "clip"), (0, math.inf)),
+          **dict.fromkeys(("drop_path", "drop", "replace"), (0, 0.99)), "n_local_crops": (0, math.inf),
+          **dict.fromkeys(("crop_scale", "global_crop_scale", "local_crop_scale"), (1e-6, 1)),
+          "mean": (-math.inf, math.inf), "std": (1e-6, math.inf)}
+
+
+def check_limits(config):
+    """Refuse values outside LIMITS, those of lists one by one, and what is no number."""
+    for key, (least, largest) in LIMITS.items():
+        values = config.get(key)
+        for value in values if isinstance(values, list) else [values]:
+            try:
+                fits = value is None or least <= float(value) <= largest        # YAML reads 1e-3 as a text
+            except (ValueError, TypeError):
+                fits = False
+            if not fits or key == "samples" and not isinstance(value, (int, type(None))):
+                fail(f"{key} is {values!r}; expected a number from {least:g} to {largest:g}")
+
+
+def from_one(text):
+    """Type of a flag: a whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
 def cast(value, default, name):
     """Give a value from YAML or the command line the type of its default (None: as YAML reads it)."""
     if default is None or value is None:
@@ -139,6 +167,8 @@ def cast(value, default, name):
         if isinstance(default, int) and float(value) != int(float(value)):
             raise ValueError
         if isinstance(default, (list, dict)) and not isinstance(value, type(default)):
+            raise ValueError
+        if isinstance(default, list) and len(value) != len(default):
             raise ValueError
         return type(default)(float(value) if isinstance(default, int) else value)
     except (ValueError, TypeError, KeyError):
@@ -153,6 +183,7 @@ def experiment_row(parser, defaults, section):
     args.flags are the keys given on the command line.
     """
     import yaml
+    parser.error = fail                 # one sentence, like every other mistake
     for key, value in defaults.items():
         parser.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"default {value!r}")
     args = vars(parser.parse_args())
@@ -171,6 +202,8 @@ def experiment_row(parser, defaults, section):
         known = [*defaults, "about", "pretrain", "finetune"]
         for where in ("defaults", exp):
             row = table.get(where) or {}
+            if not isinstance(row, dict) or not isinstance(row.get(section) or {}, dict):
+                fail(f"{file} row '{where}': expected `key: value` pairs, not {str(row)[:60]!r}")
             for key, value in {**row, **(row.get(section) or {})}.items():
                 if key in ("about", "pretrain", "finetune"):
                     continue
@@ -188,7 +221,10 @@ def experiment_row(parser, defaults, section):
 
 
 def fit_to_channels(config):
-    """Check in_chans and give mean and std one value a channel; an image size among model_args counts."""
+    """Check values and give mean and std one value a channel; an image size among model_args counts."""
+    check_limits(config)
+    if config["variant"] not in ("corrected", "paper"):
+        fail(f"variant is {config['variant']!r}; expected corrected, paper")
     if "img_size" in config["model_args"]:
         config["img_size"] = config["model_args"]["img_size"]
     if config["in_chans"] not in (1, 3):
@@ -244,11 +280,13 @@ class ImageSource:
         self.packed = None
         if (folder / "images.npy").is_file():
             try:
-                self.packed = np.load(folder / "images.npy", mmap_mode="r")
+                self.packed = np.lib.format.open_memmap(folder / "images.npy", mode="r")
             except (ValueError, EOFError, OSError) as problem:
                 fail(f"{folder / 'images.npy'} is not a NumPy array file ({problem}); pack the dataset again")
             n_rows = rows.attrs["n_rows"]
-            if self.packed.dtype != np.uint8 or self.packed.ndim not in (3, 4) or len(self.packed) != n_rows:
+            n, *sides = self.packed.shape
+            fits = len(sides) == 2 or len(sides) == 3 and sides[2] == 3
+            if self.packed.dtype != np.uint8 or n != n_rows or not fits or 0 in sides:
                 fail(f"{folder / 'images.npy'} holds {self.packed.dtype} {self.packed.shape}, "
                      f"but {manifest} has {n_rows} rows; pack the dataset again")
             if device.type == "cuda" and self.packed.nbytes < torch.cuda.mem_get_info(device)[0] // 3:
@@ -256,7 +294,10 @@ class ImageSource:
                 self.rows = np.arange(len(self.rows))
         else:
             pack = folder / "pack.json"
-            root = Path(json.loads(pack.read_text()).get("raw", folder)) if pack.is_file() else folder
+            try:
+                root = Path(json.loads(pack.read_text()).get("raw", folder)) if pack.is_file() else folder
+            except (ValueError, AttributeError, TypeError):
+                fail(f"{pack} was not written by pack.py; pack the dataset again")
             self.files = [root / path for path in rows["path"]]
 
     def __len__(self):
@@ -473,7 +514,7 @@ def normalise(x, config):
     mean, std = (x.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     if x.shape[1] > config["in_chans"]:
         x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    return torch.addcmul(-mean / std, x, 1 / (255 * std))       # in one pass; a grey channel broadcasts to three
+    return torch.addcmul(-mean / std, x, 1 / (255 * std))    # in one pass; a grey channel broadcasts to three
 # --- end copy: normalise ---
 
 
@@ -634,7 +675,8 @@ def load_backbone(model, config, weights_dir="weights"):
             how = how if target.shape[1] == 1 or how.startswith("duplicate") else "duplicate"
             notes.append(f"{name} {value.shape[1]} -> {target.shape[1]} channels ({how})")
             value = fit_channels(value, target.shape[1], how)
-        if value.shape != target.shape and name.endswith(("pos_embed", "relative_position_bias_table")):
+        resizable = name.endswith(("pos_embed", "relative_position_bias_table"))
+        if resizable and value.shape != target.shape and value.ndim == target.ndim:
             notes.append(f"{name} {tuple(value.shape)} -> {tuple(target.shape)}")
             value = fit_positions(value, target.shape)
         if value.shape != target.shape:
@@ -733,6 +775,8 @@ def open_run(out, config, resume, main):
         state = torch.load(last, map_location="cpu", weights_only=True)
     except Exception as problem:  # a damaged file raises what it likes
         fail(f"{last} cannot be read ({' '.join(str(problem).split())[:120]}); --resume never starts anew")
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or "step" not in state:
+        fail(f"{last} is no checkpoint of this script; --resume never starts anew")
     changed = [key for key in config if state["config"].get(key) != config[key]]
     if changed:
         key = changed[0]
@@ -740,9 +784,22 @@ def open_run(out, config, resume, main):
              "--resume never starts anew, another --out keeps both")
     if main and (out / "log.jsonl").exists():  # lines after the checkpoint come again
         lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+        try:
+            lines = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= state["step"]]
+        except (ValueError, TypeError, KeyError) as problem:
+            fail(f"{out / 'log.jsonl'} has a line that is no log line ({problem}); mend or remove the file")
         write_atomic(out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
     return state
+
+
+def restore(state, out, **parts):
+    """Load the parts of last.pt back into the modules, the optimiser and so on that bear their names."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as problem:
+        fail(f"{out}/last.pt does not fit this script ({' '.join(str(problem).split())[:120]}); "
+             "--resume never starts anew")
 # --- end copy: checkpoint ---
 
 
@@ -972,6 +1029,12 @@ def train(config, args, rank, world_size, device):
     backbone = make_model(config, 0, config["drop_path"])
     if not hasattr(backbone, "blocks"):
         fail(f"arch {config['arch']} has no transformer blocks; GMML needs a vision transformer")
+    if config["fill"] not in ("noise", "zeros"):
+        fail(f"fill is '{config['fill']}'; expected noise or zeros")
+    if not set(config["recon_blocks"] or []) <= {*range(1, 1 + len(backbone.blocks))}:
+        fail(f"recon_blocks is {config['recon_blocks']}; expected some of 1 to {len(backbone.blocks)}")
+    if config["img_size"] % backbone.patch_embed.patch_size[0]:
+        fail(f"img_size {config['img_size']} is no multiple of patch {backbone.patch_embed.patch_size[0]}")
     drop_paths, note = take_drop_path(backbone), load_backbone(backbone, config)
     model = GMML(backbone, config["in_chans"], config["recon_blocks"]).to(device)
     optimizer = torch.optim.AdamW(decay_groups(model), lr=config["lr"], weight_decay=config["wd"], fused=True)
@@ -989,9 +1052,7 @@ def train(config, args, rank, world_size, device):
     state = open_run(args.out, config, args.resume, rank == 0)
     begun = state["step"] if state else 0
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        restore(state, args.out, model=model, optimizer=optimizer, scaler=scaler)
     progress = Progress(args.out, last_step, begun, config["batch"], rank == 0, state and state["meter"])
     if rank == 0:
         print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {len(source):,} images; "
@@ -1079,13 +1140,13 @@ def main():
     add("--split", default="pretrain", help="splits to use, comma-separated, or all (default pretrain)")
     add("--out", metavar="DIR", help="run folder (default runs/<exp>/pretrain, or runs/<strategy>)")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--steps", type=int, metavar="N", help="stop after N steps of the schedule")
+    add("--steps", type=from_one, metavar="N", help="stop after N steps of the schedule")
     add("--resume", choices=["auto", "never"], default="auto", help="go on from last.pt (default auto)")
-    add("--micro-batch", type=int, metavar="N", help="images a pass and process; gradients are accumulated")
-    add("--workers", type=int, default=4, metavar="N", help="threads that decode unpacked images (default 4)")
-    add("--log-steps", type=int, default=50, metavar="N", help="a log line every N steps (default 50)")
+    add("--micro-batch", type=from_one, metavar="N", help="images a pass and process, accumulated")
+    add("--workers", type=from_one, default=4, metavar="N", help="threads that decode loose files (default 4)")
+    add("--log-steps", type=from_one, default=50, metavar="N", help="a log line every N steps (default 50)")
     add("--save-minutes", type=float, default=10, metavar="M", help="last.pt every M minutes (default 10)")
-    add("--picture-epochs", type=int, default=10, metavar="N", help="a picture every N epochs (default 10)")
+    add("--picture-epochs", type=from_one, default=10, metavar="N", help="picture every N epochs (10)")
     args, config = experiment_row(parser, DEFAULTS, "pretrain")
     if config["strategy"] != DEFAULTS["strategy"]:
         fail(f"{config['exp']} is a row of {config['strategy']}; run pretrain/{config['strategy']}.py")

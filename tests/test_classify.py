@@ -4,10 +4,8 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 
 import numpy as np
@@ -309,8 +307,9 @@ def test_training_view_is_torchvisions_crop_flip_and_rotation():
 
 # Training
 
-def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path, monkeypatch):
-    flags = ["--train", pack, *TINY, "--epochs", 3, "--batch", 12, "--lr", "1e-3", "--drop_path", 0.3]
+def test_processes_and_micro_batches_do_not_change_the_weights(tmp_path, monkeypatch):
+    uneven = make_pack(tmp_path / "pack", 78)           # batches of 12, 12 and 2, of which the third process has none
+    flags = ["--train", uneven, *TINY, "--epochs", 3, "--batch", 12, "--lr", "1e-3", "--drop_path", 0.3]
     run(monkeypatch, *flags, "--out", tmp_path / "1")
     run(monkeypatch, *flags, "--out", tmp_path / "micro", "--micro-batch", 5)
     result = run_script("finetune/classify.py", *flags, "--out", tmp_path / "3", nproc=3)
@@ -332,34 +331,6 @@ def test_batch_norm_sees_the_images_of_all_processes(pack, tmp_path, monkeypatch
     assert result.returncode == 0, result.stderr[-2000:]
     one, two = (weights(tmp_path / f"{n}/seed0/last.pt") for n in (1, 2))
     assert largest_difference(one, two) < 1e-5
-
-
-@pytest.mark.slow
-def test_a_stopped_and_killed_run_continues_to_the_same_bytes(pack, tmp_path, monkeypatch):
-    flags = ["--train", pack, *TINY, "--epochs", 16, "--batch", 12, "--log-steps", 1, "--lr", "1e-3"]
-    run(monkeypatch, *flags, "--out", tmp_path / "whole")
-    whole, broken = tmp_path / "whole/seed0", tmp_path / "broken/seed0"
-
-    def start_and_send(kind, after):
-        command = [sys.executable, ROOT / "finetune/classify.py", *flags, "--out", tmp_path / "broken",
-                   "--save-minutes", 0.001]
-        process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
-        while process.poll() is None and not ((broken / "last.pt").exists() and len(log_of(broken)) > after):
-            time.sleep(0.01)
-        process.send_signal(kind)
-        return process.wait()
-    assert start_and_send(signal.SIGTERM, 5) == 75
-    assert start_and_send(signal.SIGKILL, 15) == -9
-    run(monkeypatch, *flags, "--out", tmp_path / "broken")
-    assert (whole / "classifier.pt").read_bytes() == (broken / "classifier.pt").read_bytes()
-    assert (whole / "curve.png").read_bytes() == (broken / "curve.png").read_bytes()
-    one, other = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, broken))
-    assert largest_difference(one["model"], other["model"]) == 0 and one["best"] == other["best"]
-    assert str(one["optimizer"]) == str(other["optimizer"]) and one["plateau"] == other["plateau"]
-    timeless = [[{key: value for key, value in line.items() if key not in ("time", "img_per_s")}
-                 for line in log_of(folder)] for folder in (whole, broken)]
-    assert timeless[0] == timeless[1]
-    assert sorted(os.listdir(whole)) == sorted(os.listdir(broken))
 
 
 def test_steps_then_the_rest_equals_a_whole_run(pack, tmp_path, monkeypatch):
@@ -504,7 +475,7 @@ def test_mistakes_are_named_in_one_sentence(pack, tmp_path, monkeypatch, capsys)
             (["--label_names", "[A, Bee]"], "no label column 'Bee'"),
             (["--recipe", "c"], "recipe is 'c'; expected a, b, deit, resnet"),
             (["--select", "best"], "select is 'best'"),
-            (["--lr", "fast"], "lr is 'fast'; expected float"),
+            (["--lr", "fast"], "lr is 'fast'; expected a number"),
             (["--epochs", 0], "epochs is 0"),
             (["--labels", 2], "labels is 2.0"),
             (["--seeds", "one"], "seeds is 'one'"),

@@ -4,10 +4,8 @@ import math
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -403,41 +401,6 @@ def test_last_pt_is_written_when_nothing_else_is_left_to_write(pack, tmp_path, m
     assert written == ["backbone.pt", "last.pt"]
 
 
-def test_a_killed_run_continues_to_the_same_bytes(pack, tmp_path):
-    flags = ["--batch", 10, "--epochs", 6, "--lr", 0.002, "--save-minutes", 0, "--picture-epochs", 2]
-    assert start(pack, tmp_path / "whole", *flags).returncode == 0
-    command = [sys.executable, ROOT / "pretrain/gmml.py", "--manifest", pack, "--out", tmp_path / "cut", *TINY, *flags]
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    log = tmp_path / "cut/log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 8):                          # in the second epoch
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "cut/backbone.pt").exists()
-    result = start(pack, tmp_path / "cut", *flags)
-    assert result.returncode == 0 and "steps 0 to" not in result.stdout, result.stderr
-    for name in ("backbone.pt", "recon_0002.png", "recon_0006.png"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
-    logs = [[{k: v for k, v in line.items() if k not in ("time", "img_per_s")} for line in log_of(tmp_path / run)]
-            for run in ("whole", "cut")]
-    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 37))
-    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
-
-
-def test_sigterm_saves_and_leaves_with_its_own_code(pack, tmp_path):
-    command = [sys.executable, ROOT / "pretrain/gmml.py", "--manifest", pack, "--out", tmp_path, *TINY, "--batch", 10, "--epochs", 2000]
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (tmp_path / "log.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait(60) == 75
-    step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
-    lines = [line["step"] for line in log_of(tmp_path)]
-    assert lines == list(range(1, step + 1))
-
-
 def test_backbone_loads_strictly_into_timm_without_this_project(pack, tmp_path):
     assert start(pack, tmp_path / "run", "--batch", 20, "--steps", 1).returncode == 0
     code = ("import sys, timm, torch; c = torch.load(sys.argv[1], weights_only=True); "
@@ -532,17 +495,6 @@ def test_two_runs_never_share_a_folder_and_processes_divide_the_batch(pack, tmp_
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert_user_error(start(pack, tmp_path, "--batch", 10), "in use by another run")
     os.close(lock)
-
-
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(pack, tmp_path):
-    flags = ["--batch", 10, "--epochs", 4, "--save-minutes", 0]
-    assert start(pack, tmp_path, *flags, "--steps", 3).returncode == 0
-    state = torch.load(tmp_path / "last.pt", weights_only=True)
-    state["model"]["rec_head.convTrans.bias"] += float("nan")
-    torch.save(state, tmp_path / "last.pt")
-    before = (tmp_path / "last.pt").read_bytes()
-    assert_user_error(start(pack, tmp_path, *flags), "the loss is nan", "last good")
-    assert (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_another_configuration_is_not_resumed(pack, tmp_path):

@@ -141,20 +141,20 @@ def test_ema_runs_from_its_start_to_one():
 def test_processes_do_not_change_the_weights(pack, tmp_path, monkeypatch):
     flags = ["--batch", 12, "--steps", 5, "--lr", 0.01, "--drop_path", 0.3, "--in_chans", 3]
     train_here(monkeypatch, pack, tmp_path / "one", *flags)
-    result = run_script("pretrain/sit.py", "--manifest", pack, "--out", tmp_path / "two", *TINY, *flags, nproc=2)
+    result = run_script("pretrain/sit.py", "--manifest", pack, "--out", tmp_path / "three", *TINY, *flags, nproc=3)
     assert result.returncode == 0, result.stderr
-    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("one", "two"))
+    one, three = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("one", "three"))
     for part in ("student", "teacher"):
         for key, value in one[part].items():
             # a bias before batch norm (whose mean takes it up) and that of attention's keys have no effect, hence
             # no gradient but rounding, of which AdamW makes whole steps
             if key in ("cls_head.0.bias", "cls_head.3.bias", "cls_head.6.bias") or "running_mean" in key:
                 continue
-            gap = (value - two[part][key]).abs()
+            gap = (value - three[part][key]).abs()
             if key.endswith("qkv.bias"):
                 gap = gap[[*range(48), *range(96, 144)]]
             assert gap.max() <= 1e-5, (part, key)
-    for here, there in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+    for here, there in zip(log_of(tmp_path / "one"), log_of(tmp_path / "three"), strict=True):
         assert all(abs(here[term] - there[term]) < 2e-5 for term in ("loss", "contrast", "recon", "feature_std"))
 
 

@@ -136,10 +136,10 @@ def test_processes_and_micro_batches_do_not_change_the_weights(findings, tmp_pat
     flags = [*TINY, "--batch", 12, "--steps", 5, "--lr", 0.02, "--drop_path", 0.3]
     train_here(monkeypatch, findings, tmp_path / "one", *flags)
     train_here(monkeypatch, findings, tmp_path / "parts", *flags, "--micro-batch", 5)
-    result = run_script("pretrain/supervised.py", "--manifest", findings, "--out", tmp_path / "two", *flags, nproc=2)
+    result = run_script("pretrain/supervised.py", "--manifest", findings, "--out", tmp_path / "three", *flags, nproc=3)
     assert result.returncode == 0, result.stderr
     one = torch.load(tmp_path / "one/last.pt", weights_only=True)["model"]
-    for name in ("parts", "two"):
+    for name in ("parts", "three"):
         other = torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
         assert max(float((one[key] - other[key]).abs().max()) for key in one) <= 1e-5, name
         for here, there in zip(log_of(tmp_path / "one"), log_of(tmp_path / name), strict=True):
