@@ -137,12 +137,13 @@ def auc_draws(y, p, patient, draws, chunk=128):
     """AUC per label of every resample, float [B, K], by weighted ranks; patient and draws from draw_patients.
 
     Scores are sorted once. Positives that outrank the same negatives share a row; `step` holds the negatives
-    between a row and the one before (a tie: half here, half in the next), by patient: a resample costs one
-    sparse product and one cumulative sum, here by blocks of 32 rows times a triangle of ones, twice as fast
-    as np.cumsum. Weights are counts: float32 adds them exactly up to 2^23 images.
+    between a row and the one before (twice; a tie: once here, once in the next), by patient: a resample costs
+    one sparse product and one cumulative sum, here by blocks of 32 rows times a triangle of ones, twice as
+    fast as np.cumsum. Counts are exact, in 16 bits where all rows of a label fit (half the time), or in
+    float32, up to 2^22 images.
     """
     triangle, patients, sides = np.tri(32, dtype=np.float32), draws.shape[1], ("left", "right")
-    maps, values = [], np.full((len(draws), y.shape[1]), np.nan)
+    maps, values, most = [], np.full((len(draws), y.shape[1]), np.nan), int(draws.max(initial=0))
     for k in range(y.shape[1]):
         order = np.argsort(p[:, k])
         score, owner, positive = p[order, k], patient[order], y[order, k] == 1
@@ -150,17 +151,20 @@ def auc_draws(y, p, patient, draws, chunk=128):
         outranked = sum(np.searchsorted(low, high, side) for side in sides)
         _, first, row = np.unique(outranked, return_index=True, return_inverse=True)
         next_row = np.concatenate([np.searchsorted(high[first], low, side) for side in sides])
-        halves, rows = np.full(len(next_row), 0.5, np.float32), (len(first) // 32 + 1) * 32
-        step = csr_matrix((halves, (next_row, np.tile(owner[~positive], 2))), (rows, patients))
-        at = csr_matrix((np.ones(len(row), np.float32), (row, owner[positive])), (rows, patients))
-        maps.append((step, at))
+        entries = (next_row, np.tile(owner[~positive], 2)), (row, owner[positive])
+        shape = (len(first) // 32 + 1) * 32, patients
+        largest = max(np.bincount(rows).max(initial=0) for rows, _ in entries)
+        kind = np.uint16 if largest * most < 2 ** 16 else np.float32
+        maps.append([csr_matrix((np.ones(len(cells[0]), kind), cells), shape) for cells in entries])
     for start in range(0, len(draws), chunk):
-        weight = draws[start:start + chunk].T.astype(np.float32, order="C")     # [P, b]
+        block = draws[start:start + chunk].T
+        weights = {kind: block.astype(kind, order="C") for kind in {step.dtype for step, _ in maps}}
         for k, (step, at) in enumerate(maps):
-            below = triangle @ (step @ weight).reshape(-1, 32, weight.shape[1])
+            weight = weights[step.dtype]                                        # [P, b]
+            below, drawn = ((cells @ weight).astype(np.float32, copy=False) for cells in (step, at))
+            below = triangle @ below.reshape(-1, 32, below.shape[1])
             below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                  # what the blocks before hold
-            below = below.reshape(-1, weight.shape[1])                          # [rows, b]
-            drawn = at @ weight                                                 # positives of each row
+            below = below.reshape(drawn.shape)                                  # [rows, b]
             ordered, positives = np.einsum("ij,ij->j", drawn, below, dtype=np.float64), drawn.sum(0)
             with np.errstate(invalid="ignore"):
                 values[start:start + chunk, k] = ordered / (positives.astype(np.float64) * below[-1])
@@ -772,7 +776,6 @@ def main():
     parser.add_argument("--manifest", nargs="+", type=Path, default=[],
                         help="manifests with sex, age and race of the images: scores subgroups as well")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
-    parser.error = fail                 # one sentence, like every other mistake
     try:
         run(parser.parse_args())
     except InputError as mistake:

@@ -269,6 +269,14 @@ def test_weighted_ranks_equal_the_naive_loop_over_resamples(n, patients, decimal
         np.testing.assert_allclose(total, ((p - y) ** 2)[rows].sum(0), rtol=1e-12)
 
 
+@pytest.mark.parametrize("times, decimals", [(1, 0), (60, 8), (250, 0), (250, 8)])    # 16 bits and more
+def test_drawing_every_patient_as_often_changes_nothing(times, decimals):
+    y, p, patient = sample(700, 2, 90, decimals)
+    index, draws = m.draw_patients(patient, 3)
+    found = m.auc_draws(y, p, index, np.full_like(draws, times))
+    np.testing.assert_allclose(found, [m.auc(y, p)] * 3, rtol=0, atol=1e-12)
+
+
 def test_a_resample_draws_as_many_patients_as_there_are_whatever_the_order_of_the_rows():
     _, _, patient = sample(100, 1, 30)
     index, draws = m.draw_patients(patient, 50)
