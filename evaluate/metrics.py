@@ -776,6 +776,7 @@ def main():
     parser.add_argument("--manifest", nargs="+", type=Path, default=[],
                         help="manifests with sex, age and race of the images: scores subgroups as well")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
+    parser.error = fail                 # one sentence, like every other mistake
     try:
         run(parser.parse_args())
     except InputError as mistake:
