@@ -324,24 +324,6 @@ def test_the_paper_face_is_positions_by_scale(pack, tmp_path, monkeypatch):
     assert first["paper"] != first["corrected"] and math.isclose(*first.values(), rel_tol=0.05)
 
 
-@pytest.mark.parametrize("flags, fragments", [
-    (["--arch", "resnet18", "--model_args", "{}"], ["resnet18", "CLS token"]),
-    (["--arch", "swin_tiny_patch4_window7_224", "--model_args", "{}"], ["swin_tiny", "CLS token"]),
-    (["--local_size", 20], ["local_size 20", "patch of 8"]),
-    (["--export", "both"], ["export is 'both'"]),
-    (["--exp", "2"], ["unknown key 'local_siz'", "local_size"]),
-])
-def test_user_mistakes_get_one_sentence(pack, tmp_path, monkeypatch, capsys, flags, fragments):
-    rows = tmp_path / "rows.yaml"
-    rows.write_text('"2": {pretrain: {local_siz: 96}}\n')
-    monkeypatch.setattr(sys, "argv", ["dino.py", *map(str, [
-        "--manifest", pack, "--out", tmp_path / "run", *TINY, "--experiments", rows, "--drop_path", 0, *flags])])
-    with pytest.raises(SystemExit) as stop:
-        dino.main()
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and line.startswith("error: ") and all(text in line for text in fragments), line
-
-
 @pytest.mark.slow
 def test_the_student_learns_to_predict_the_teacher_without_collapse(tmp_path, monkeypatch):
     """40 stripes told apart by brightness, period and contrast, all in each batch."""

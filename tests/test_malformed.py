@@ -1,4 +1,4 @@
-"""Malformed inputs, listed in malformed.yaml: each is one sentence and exit code 2, and nothing else happens."""
+"""The malformed inputs of malformed.yaml: each is one sentence and exit code 2, and nothing else happens."""
 
 import contextlib
 import io
@@ -25,8 +25,8 @@ from pydicom.encaps import encapsulate
 
 CASES = yaml.safe_load(Path(__file__).with_suffix("").with_name("malformed.yaml").read_text())
 MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
-FACTS = dict(arch="vit_small_patch16_224", model_args=MODEL, in_chans=1, img_size=32, mean=[0.485], std=[0.229],
-             labels=["A", "B"])
+FACTS = dict(arch="vit_small_patch16_224", model_args=MODEL, in_chans=1, img_size=32, mean=[0.485],
+             std=[0.229], labels=["A", "B"])
 TRAIN = ["--out", "out", "--model_args", json.dumps(MODEL), "--device", "cpu", "--steps", "1", "--batch", "8"]
 READERS = ("nih", "mimic_cxr", "chexpert", "padchest", "vindr_cxr", "covidx_ct", "oct", "imagenet")
 PRETRAIN = ("gmml", "sit", "dino", "moco_v3", "simmim", "supervised")
@@ -42,17 +42,19 @@ COMMANDS = {                        # base: the command that reads its input, in
     **{name: [f"pretrain/{name}.py", "--manifest", "in/manifest.csv", *TRAIN] for name in PRETRAIN},
     "loose": ["pretrain/gmml.py", "--manifest", "in/manifest.csv", *TRAIN],
     "weights": ["pretrain/gmml.py", "--manifest", "in/manifest.csv", *TRAIN, "--init", "in/weights.pt"],
-    "row": ["pretrain/gmml.py", "--manifest", "in/manifest.csv", *TRAIN, "--experiments", "in/rows.yaml", "--exp", "1"],
+    "row": ["pretrain/gmml.py", "--manifest", "in/manifest.csv", *TRAIN, "--experiments", "in/rows.yaml",
+            "--exp", "1"],
     "resume": ["pretrain/gmml.py", "--manifest", "in/manifest.csv", *TRAIN, "--out", "in/run"],
     "classify": ["finetune/classify.py", "--train", "in/manifest.csv", *TRAIN, "--seeds", "0"],
-    "predict": ["evaluate/predict.py", "--checkpoint", "in/classifier.pt", "--manifest", "in/manifest.csv", "--split",
-                "val", "--out", "out/p.csv"],
-    "folder": ["evaluate/predict.py", "--checkpoint", "in/classifier.pt", "--images", "in/images", "--out", "out/p.csv"],
-    "metrics": ["evaluate/metrics.py", "in/1/predictions/seed0/nih_test.csv", "--out", "out/m.csv", "--bootstrap", "9",
-                "--workers", "1"],
+    "predict": ["evaluate/predict.py", "--checkpoint", "in/classifier.pt", "--manifest", "in/manifest.csv",
+                "--split", "val", "--out", "out/p.csv"],
+    "folder": ["evaluate/predict.py", "--checkpoint", "in/classifier.pt", "--images", "in/images",
+               "--out", "out/p.csv"],
+    "metrics": ["evaluate/metrics.py", "in/1/predictions/seed0/nih_test.csv", "--out", "out/m.csv",
+                "--bootstrap", "9", "--workers", "1"],
     "compare": ["evaluate/compare.py", "--predictions", "in", "--out", "out", "--bootstrap", "100"],
     "report": ["evaluate/report.py", "--metrics", "in/metrics.csv", "--out", "out"],
-    "plan": ["evaluate/plan.py"],
+    "plan": ["evaluate/plan.py", "--exp", "3.4"],
     "run_all": ["run_all.sh", "--dry-run"],
 }
 LEFT = {"run.json", "rejected.csv"}             # what a refused command may leave in out/
@@ -75,8 +77,8 @@ def inputs(tmp_path_factory):
     torch.nn.init.normal_(classifier.head.weight)
     for name in ("predict", "folder"):
         torch.save(dict(model=classifier.state_dict(), **FACTS), root / name / "classifier.pt")
-    (root / "row/rows.yaml").write_text(yaml.safe_dump({
-        "defaults": {"in_chans": 1}, "1": {"pretrain": {"strategy": "gmml", "epochs": 2, "warmup_epochs": 1}}}))
+    row = {"pretrain": {"strategy": "gmml", "epochs": 2, "warmup_epochs": 1}}
+    (root / "row/rows.yaml").write_text(yaml.safe_dump({"defaults": {"in_chans": 1}, "1": row}))
     for name in ("describe", "pack", "boxes", "loose", "folder/images"):
         (root / name).mkdir(exist_ok=True)
         for i, image in enumerate(blobs(8 if name == "loose" else 1)):
@@ -101,18 +103,20 @@ def inputs(tmp_path_factory):
 
 
 def run_case(command, cwd):
-    """A command line in `cwd`, in this process. Returns: exit code, what stands on stderr as lines."""
+    """A command line in `cwd`, in this process. Returns: exit code, lines of stderr but Python's warnings."""
     script, *words = command
     if script.endswith(".sh"):
         result = subprocess.run(["bash", ROOT / script, *words], cwd=cwd, capture_output=True, text=True,
                                 env={**os.environ, "PYTHON": sys.executable})
         return result.returncode, result.stderr.strip().splitlines()
     module, stderr = load_script(script), io.StringIO()
-    before = os.getcwd(), sys.argv, [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = os.getcwd(), sys.argv
     os.chdir(cwd)
     sys.argv = [script, *words]
-    if script.endswith("pack.py"):              # without the second that a worker takes to start
-        module.answers_in_order = lambda rows, workers, config: (module.pack_row(*row, config) for row in rows)
+    workers = vars(module).get("answers_in_order")
+    if workers:                                 # of pack.py: without the second that they take to start
+        module.answers_in_order = lambda rows, _, config: (module.pack_row(*row, config) for row in rows)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
             module.main()
@@ -122,9 +126,12 @@ def run_case(command, cwd):
     finally:
         os.chdir(before[0])
         sys.argv = before[1]
-        for number, handler in before[2]:
+        if workers:
+            module.answers_in_order = workers
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    return code, [line for line in stderr.getvalue().splitlines() if "Warning" not in line and line[:1] != " "]
+    lines = stderr.getvalue().splitlines()
+    return code, [line for line in lines if "Warning" not in line and line[:1] != " "]
 
 
 class Hostile:
@@ -208,7 +215,7 @@ def test_the_inputs_are_good_before_they_are_changed(base, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("base, case", [
-    pytest.param(base, case, id=f"{base} {' '.join(str(value)[:40] for key, value in case.items() if key != 'says')}")
+    pytest.param(base, case, id=" ".join([base, *(str(case[key])[:40] for key in case if key != "says")]))
     for base, cases in CASES.items() for case in cases])
 def test_a_malformed_input_is_one_sentence_and_exit_code_2(base, case, inputs, tmp_path):
     shutil.copytree(inputs / base, tmp_path / "in")

@@ -222,17 +222,3 @@ def test_the_loss_falls(pack, tmp_path, monkeypatch):
     train_here(monkeypatch, pack, tmp_path, *VIT, "--batch", 20, "--epochs", 60, "--lr", 0.02, "--log-steps", 20)
     losses = [line["loss"] for line in log_of(tmp_path)]
     assert losses[-1] < 0.7 * losses[0], losses
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--arch", "resnet18"], "resnet18 has no patch embedding"),
-    (["--arch", "beit_base_patch16_224"], '"global_pool": "token"'),
-    (["--arch", "vit_smal_patch16_224"], "timm cannot make vit_smal_patch16_224"),
-    (["--model_args", '{"window_size": 6}'], "timm cannot make vit_small_patch16_224"),
-    ([*VIT, "--mask_unit", 20], "img_size 32, mask_unit 20 and patch 8"),
-    ([*VIT, "--schedule", "linear"], "schedule is 'linear'"),
-])
-def test_unsuitable_models_and_sizes_are_refused(pack, tmp_path, monkeypatch, capsys, flags, words):
-    with pytest.raises(SystemExit) as leaving:
-        train_here(monkeypatch, pack, tmp_path, *flags)
-    assert leaving.value.code == 2 and words in capsys.readouterr().err

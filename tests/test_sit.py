@@ -189,14 +189,3 @@ def test_both_losses_fall_and_features_do_not_collapse(pack, tmp_path, monkeypat
     first, *_, last = log_of(tmp_path)
     assert last["recon"] < 0.85 * first["recon"] and last["contrast"] < 0.85 * first["contrast"], (first, last)
     assert last["feature_std"] > 0.1
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--arch", "resnet18", "--model_args", "{}"], "resnet18 is no vision transformer"),
-    (["--export", "both"], "export is 'both'; expected teacher or student"),
-    (["--fill", "ones"], "fill is 'ones'; expected zeros or noise"),
-])
-def test_unsuitable_values_are_refused(pack, tmp_path, monkeypatch, capsys, flags, words):
-    with pytest.raises(SystemExit) as leaving:
-        train_here(monkeypatch, pack, tmp_path, *flags)
-    assert leaving.value.code == 2 and words in capsys.readouterr().err
