@@ -95,6 +95,19 @@ def cached(function):
     return recall
 
 
+def timed(function, seconds):
+    """The function, but it notes how long it takes."""
+    def clocked(*args):
+        begun = time.perf_counter()
+        result = function(*args)
+        result = result if isinstance(result, (list, torch.Tensor)) else tuple(result)      # of a generator too
+        seconds.append(time.perf_counter() - begun)
+        return result
+    return clocked
+
+
+INPUT = {"gmml": "make_views", "sit": "make_views", "dino": "make_crops", "moco_v3": "make_views",
+         "simmim": "make_views", "supervised": "augment", "classify": "augment"}    # all of a step's input
 VIEWS = {   # what makes the views of a script
     "gmml": "augment", "sit": "augment", "dino": "strong_view", "moco_v3": "strong_view",
     "simmim": "random_resized_crop", "supervised": "augment", "classify": "augment"}
@@ -362,11 +375,14 @@ def measure(name, manifest, folder, steps):
         return {**row, **measure_prediction(module, manifest, folder, plain, batch, steps)}
     source = "--train" if script.startswith("finetune") else "--manifest"
     flags = [*flags, source, manifest, "--batch", batch, "--device", "cpu", "--warmup_epochs", 1]
+    seconds, whole = [], getattr(module, INPUT[module.__name__])
+    setattr(module, INPUT[module.__name__], timed(whole, seconds))
     row["loop"] = script_step(module, flags, folder / "loop", steps) / batch
+    row["input"] = statistics.median(seconds[1:]) / batch
+    setattr(module, INPUT[module.__name__], whole)
     makes = VIEWS[module.__name__]
     setattr(module, makes, cached(getattr(module, makes)))
     row["step"] = script_step(module, flags, folder / "step", steps) / batch
-    row["input"] = max(row["loop"] - row["step"], 0)
 
     _, step = plain(load(script))
     pillow = Pillow(images, views())
@@ -377,9 +393,8 @@ def measure(name, manifest, folder, steps):
     row["plain_step"] = median_seconds(lambda: step(first), steps) / batch
     batches = iter(DataLoader(pillow, batch, num_workers=CORES))
     row["plain_loop"] = median_seconds(lambda: step(next(batches)), steps) / batch
-    for _ in range(2 * CORES):                      # what the workers made ahead
-        next(batches)
-    row["plain_input"] = median_seconds(lambda: next(batches), 4 * steps) / batch
+    one_by_one = median_seconds(lambda: [pillow[i] for i in range(batch)], steps)
+    row["plain_input"] = one_by_one / batch / CORES         # as if the workers shared it without loss
     return row
 
 
