@@ -87,10 +87,10 @@ def cached(function):
     """The function, but it computes once for each size and count of images: steps without their input."""
     known = {}
 
-    def recall(images, *args):
+    def recall(images, *args, **how):
         key = (len(images), *(arg for arg in args if isinstance(arg, int)))
         if key not in known:
-            known[key] = function(images, *args)
+            known[key] = function(images, *args, **how)
         return known[key].clone()
     return recall
 
