@@ -222,9 +222,8 @@ for exp in chosen:
             [last, *packs.values()], None, torchrun if nproc > 1 and not demo else python))
 
 files = " ".join(f"{prediction.rsplit('/', 1)[0]}/{name}.csv" for prediction in predictions for name in tests[1:])
-manifests = " ".join(f"{data}/{folder}/manifest.csv" for folder in dict.fromkeys(TESTS[name][0] for name in tests))
 metrics = stage("metrics", f"{results}/metrics.csv",                     # manifests: sex, age and race, for subgroups
-                f"evaluate/metrics.py {files} --manifest {manifests} --out {results}/metrics.csv", predictions)
+                f"evaluate/metrics.py {files} --manifest {' '.join(packs.values())} --out {results}/metrics.csv", predictions)
 
 if demo:                # Figure 1 shows all eight datasets
     packed("covidx_ct", size)
