@@ -170,8 +170,8 @@ def gmml_views():
     return both
 
 
-def strong(scale, size, blur, solarise):
-    return finish(T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC),
+def strong(scale, size, blur, solarise, how=T.InterpolationMode.BICUBIC):
+    return finish(T.RandomResizedCrop(size, scale, interpolation=how),
                   T.RandomHorizontalFlip(), T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
                   T.RandomGrayscale(0.2), Blur(blur),
                   T.Lambda(lambda x: ImageOps.solarize(x) if random.random() < solarise else x))
@@ -184,7 +184,8 @@ def dino_views():
 
 
 def moco_views():
-    crops = [strong((0.08, 1), SIZE, 1.0, 0.0), strong((0.08, 1), SIZE, 0.1, 0.2)]
+    crops = [strong((0.08, 1), SIZE, *shares, T.InterpolationMode.BILINEAR)
+             for shares in ((1.0, 0.0), (0.1, 0.2))]
     return lambda image: [crop(image) for crop in crops]
 
 
@@ -260,7 +261,6 @@ def plain_dino(module):
     vit = plain_vit(0.1)
     vit.patch_embed.strict_img_size = False
     model = module.DINO(vit)
-    module.take_drop_path(vit)
     teacher = copy.deepcopy(model).requires_grad_(False).eval()
     for drop_path in model.drop_paths:
         drop_path.kept = torch.ones(1)
@@ -405,14 +405,8 @@ def measure_prediction(module, manifest, folder, plain, batch, steps):
                  std=[0.229], labels=[f"label{k}" for k in range(LABELS)])
     torch.save(dict(model=model.state_dict(), exp=None, seed=0, epoch=0, config=dict(crop_pct=0.875),
                     **facts), folder / "classifier.pt")
-    forward, seconds = module.forward_all, []
-
-    def timed(*args):
-        begun = time.perf_counter()
-        result = forward(*args)
-        seconds.append((time.perf_counter() - begun) / len(result))
-        return result
-    module.forward_all = timed
+    seconds = []
+    module.forward_all = timed(module.forward_all, seconds)
     for _ in range(max(2, steps // 2)):
         run_script(module, "--checkpoint", folder / "classifier.pt", "--manifest", manifest,
                    "--split", "pretrain", "--out", folder / "p.csv", "--device", "cpu", "--batch", batch)
@@ -420,7 +414,7 @@ def measure_prediction(module, manifest, folder, plain, batch, steps):
     x = torch.randn(batch, 1, SIZE, SIZE)
     with FlopCounterMode(display=False) as counter:
         step(x)
-    return dict(loop=statistics.median(seconds), plain_step=median_seconds(lambda: step(x), steps) / batch,
+    return dict(loop=statistics.median(seconds) / N_IMAGES, plain_step=median_seconds(lambda: step(x), steps) / batch,
                 flops=counter.get_total_flops() / batch)
 
 
