@@ -1057,11 +1057,13 @@ def make_views(images, plan, config, rank, world_size, device):
         foreign = images[begin:end]
         both = [*images[:n], *foreign] if isinstance(images, list) else torch.cat([images[:n], foreign])
         seen = augment(both, view["crop"], view["colour"], config)          # own images, then foreign donors
-        clean, fill = seen[:n], torch.zeros_like(seen[:n])
+        clean = seen[:n]
         if config["fill"] == "noise":
             generator = step_generator(config["seed"], step, 1 + number, device)
             fill = torch.randn(config["batch"], *clean.shape[1:], device=device, generator=generator)
             fill = fill[rank::world_size]
+        else:
+            fill = torch.zeros_like(clean)
         masks, replaced, donors = (view[key].to(device, non_blocking=True)
                                    for key in ("masks", "replaced", "donors"))
         fill[replaced] = seen[donors]
