@@ -24,14 +24,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import timm
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image
-
 SPELLINGS = {"pleuraleffusion": "effusion"}     # besides case, spaces and underscores, which do not matter
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom")
 
@@ -41,6 +33,42 @@ def fail(message):
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 # --- end copy: error ---
+
+
+def options():
+    """The command line."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="FILE", help="classifier.pt of finetune/classify.py")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--manifest", metavar="FILE", help="manifest.csv of the images")
+    what.add_argument("--images", metavar="DIR", help="folder of PNG, JPEG, TIFF or DICOM files")
+    what.add_argument("--set", action="append", metavar="NAME=FILE:SPLIT", help="a manifest and its split; "
+                      "may be repeated, --out is then a folder")
+    add("--split", default="test", help="splits of --manifest, comma-separated, or all (default test)")
+    add("--out", required=True, metavar="FILE", help="predictions to write; the folder is made if need be")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--test-crops", type=int, choices=[1, 10], default=1, help="views averaged an image (default 1)")
+    add("--batch", type=int, default=64, metavar="N", help="images a pass (default 64)")
+    add("--workers", type=int, default=4, metavar="N", help="threads that decode unpacked images (default 4)")
+    parser.error = fail                                 # one sentence, like every other mistake
+    args = parser.parse_args()
+    if args.batch < 1 or args.workers < 1:
+        fail("--batch and --workers have to be at least 1")
+    return args
+
+
+if __name__ == "__main__":      # help and mistakes are answered before the imports below, which take seconds
+    options()
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
 
 
 # --- begin copy: distributed ---
@@ -452,25 +480,7 @@ def predict(model, facts, source, rows, known, file, args, rank, world_size):
 
 
 def main():
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="classifier.pt of finetune/classify.py")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--manifest", metavar="FILE", help="manifest.csv of the images")
-    what.add_argument("--images", metavar="DIR", help="folder of PNG, JPEG, TIFF or DICOM files")
-    what.add_argument("--set", action="append", metavar="NAME=FILE:SPLIT", help="a manifest and its split; "
-                      "may be repeated, --out is then a folder")
-    add("--split", default="test", help="splits of --manifest, comma-separated, or all (default test)")
-    add("--out", required=True, metavar="FILE", help="predictions to write; the folder is made if need be")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--test-crops", type=int, choices=[1, 10], default=1, help="views averaged an image (default 1)")
-    add("--batch", type=int, default=64, metavar="N", help="images a pass (default 64)")
-    add("--workers", type=int, default=4, metavar="N", help="threads that decode unpacked images (default 4)")
-    parser.error = fail                                 # one sentence, like every other mistake
-    args = parser.parse_args()
-    if args.batch < 1 or args.workers < 1:
-        fail("--batch and --workers have to be at least 1")
+    args = options()
     sets = [(args.out, args.manifest, args.split)]
     if args.set:
         parts = [re.fullmatch(r"(?P<name>[^=/]+)=(?P<file>.+):(?P<split>[^:]+)", text) for text in args.set]

@@ -30,15 +30,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import timm
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
-from PIL import Image
-
 DEFAULTS = dict(
     strategy="sit",                 # what this script does; a row with another strategy is refused
     arch="vit_small_patch16_224",   # any timm vision transformer with a CLS token
@@ -77,61 +68,6 @@ def fail(message):
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 # --- end copy: error ---
-
-
-# --- begin copy: distributed ---
-def init_distributed(device):
-    """Join the processes torchrun started (plain python is one process); returns rank, world size, device."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            fail("--device cuda, but PyTorch sees no GPU here; use --device cpu")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1, device
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:     # one machine
-        # the store of torchrun --max-restarts still has the addresses of the processes before the restart
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    # gloo beside nccl: small agreements between the processes need no GPU synchronisation
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                            store=store, rank=rank, world_size=world_size)
-    return rank, world_size, device
-
-
-def any_process(flag):
-    """True in every process if `flag` is true in one of them."""
-    if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags)
-
-
-def mean_over_processes(value):
-    """The mean of a tensor over all processes (of its own where there is one)."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value
-
-
-def catch_sigterm():
-    """SIGTERM (SLURM: before the time limit) sets `stop["now"]`: save at the end of the step, leave."""
-    stop = {"now": False}
-    signal.signal(signal.SIGTERM, lambda *_: stop.update(now=True))
-    return stop
-
-
-def autocast(device):
-    """Mixed precision on a GPU (bf16 where it is native, else fp16 with a loss scaler); fp32 on the CPU."""
-    cuda = device.type == "cuda"
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    half = torch.bfloat16 if bf16 else torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=cuda and not bf16)
-    return lambda: torch.autocast(device.type, dtype=half, enabled=cuda), scaler
-# --- end copy: distributed ---
 
 
 # --- begin copy: experiment row ---
@@ -245,6 +181,103 @@ def fit_to_channels(config):
             fail(f"{key} has {len(values)} values for {config['in_chans']} channels")
     return config
 # --- end copy: experiment row ---
+
+
+# --- begin copy: pre-training options ---
+def options():
+    """The command line and the row it names: (args, config)."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--exp", help="row of experiments.yaml, e.g. 3.4; none: the defaults below and the flags")
+    add("--experiments", metavar="FILE", default=Path(__file__).resolve().parent.parent / "experiments.yaml")
+    add("--data", default="data", metavar="DIR", help="folder of the packed datasets (default data)")
+    add("--manifest", metavar="FILE", help="default: <data>/<dataset>/manifest.csv")
+    add("--split", default="pretrain", help="splits to use, comma-separated, or all (default pretrain)")
+    add("--out", metavar="DIR", help="run folder (default runs/<exp>/pretrain, or runs/<strategy>)")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--steps", type=from_one, metavar="N", help="stop after N steps of the schedule")
+    add("--resume", choices=["auto", "never"], default="auto", help="go on from last.pt (default auto)")
+    add("--micro-batch", type=from_one, metavar="N", help="images a pass and process, accumulated")
+    add("--workers", type=from_one, default=4, metavar="N", help="threads that decode loose files (default 4)")
+    add("--log-steps", type=from_one, default=50, metavar="N", help="a log line every N steps (default 50)")
+    add("--save-minutes", type=float, default=10, metavar="M", help="last.pt every M minutes (default 10)")
+    add("--picture-epochs", type=from_one, default=10, metavar="N", help="picture every N epochs (10)")
+    args, config = experiment_row(parser, DEFAULTS, "pretrain")
+    if config["strategy"] != DEFAULTS["strategy"]:
+        fail(f"{config['exp']} is a row of {config['strategy']}; run pretrain/{config['strategy']}.py")
+    args.manifest = args.manifest or Path(args.data) / config["dataset"] / "manifest.csv"
+    args.out = args.out or f"runs/{config['exp'] + '/pretrain' if config['exp'] else config['strategy']}"
+    return args, config
+
+
+if __name__ == "__main__":      # help and mistakes are answered before the imports below, which take seconds
+    options()
+# --- end copy: pre-training options ---
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+
+# --- begin copy: distributed ---
+def init_distributed(device):
+    """Join the processes torchrun started (plain python is one process); returns rank, world size, device."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            fail("--device cuda, but PyTorch sees no GPU here; use --device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1, device
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:     # one machine
+        # the store of torchrun --max-restarts still has the addresses of the processes before the restart
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    # gloo beside nccl: small agreements between the processes need no GPU synchronisation
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            store=store, rank=rank, world_size=world_size)
+    return rank, world_size, device
+
+
+def any_process(flag):
+    """True in every process if `flag` is true in one of them."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def mean_over_processes(value):
+    """The mean of a tensor over all processes (of its own where there is one)."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def catch_sigterm():
+    """SIGTERM (SLURM: before the time limit) sets `stop["now"]`: save at the end of the step, leave."""
+    stop = {"now": False}
+    signal.signal(signal.SIGTERM, lambda *_: stop.update(now=True))
+    return stop
+
+
+def autocast(device):
+    """Mixed precision on a GPU (bf16 where it is native, else fp16 with a loss scaler); fp32 on the CPU."""
+    cuda = device.type == "cuda"
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    half = torch.bfloat16 if bf16 else torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=cuda and not bf16)
+    return lambda: torch.autocast(device.type, dtype=half, enabled=cuda), scaler
+# --- end copy: distributed ---
 
 
 # --- begin copy: packed images ---
@@ -1254,29 +1287,7 @@ def train(config, args, rank, world_size, device):
 
 # --- begin copy: pre-training command line ---
 def main():
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    add = parser.add_argument
-    add("--exp", help="row of experiments.yaml, e.g. 3.4; none: the defaults below and the flags")
-    add("--experiments", metavar="FILE", default=Path(__file__).resolve().parent.parent / "experiments.yaml")
-    add("--data", default="data", metavar="DIR", help="folder of the packed datasets (default data)")
-    add("--manifest", metavar="FILE", help="default: <data>/<dataset>/manifest.csv")
-    add("--split", default="pretrain", help="splits to use, comma-separated, or all (default pretrain)")
-    add("--out", metavar="DIR", help="run folder (default runs/<exp>/pretrain, or runs/<strategy>)")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--steps", type=from_one, metavar="N", help="stop after N steps of the schedule")
-    add("--resume", choices=["auto", "never"], default="auto", help="go on from last.pt (default auto)")
-    add("--micro-batch", type=from_one, metavar="N", help="images a pass and process, accumulated")
-    add("--workers", type=from_one, default=4, metavar="N", help="threads that decode loose files (default 4)")
-    add("--log-steps", type=from_one, default=50, metavar="N", help="a log line every N steps (default 50)")
-    add("--save-minutes", type=float, default=10, metavar="M", help="last.pt every M minutes (default 10)")
-    add("--picture-epochs", type=from_one, default=10, metavar="N", help="picture every N epochs (10)")
-    args, config = experiment_row(parser, DEFAULTS, "pretrain")
-    if config["strategy"] != DEFAULTS["strategy"]:
-        fail(f"{config['exp']} is a row of {config['strategy']}; run pretrain/{config['strategy']}.py")
-    args.manifest = args.manifest or Path(args.data) / config["dataset"] / "manifest.csv"
-    args.out = args.out or f"runs/{config['exp'] + '/pretrain' if config['exp'] else config['strategy']}"
-
+    args, config = options()
     rank, world_size, device = init_distributed(args.device)
     if config["batch"] % world_size:
         fail(f"{world_size} processes do not divide the global batch of {config['batch']}; "

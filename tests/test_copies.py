@@ -1,12 +1,15 @@
-"""Blocks between copy markers are byte-identical wherever they stand.
+"""What all scripts have in common: identical copies of blocks, no imports of ours, help at once.
 
     python tests/test_copies.py                 list the blocks and where they stand
     python tests/test_copies.py --write FILE    spread FILE's version of its blocks to all other scripts
 """
 
 import re
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("data_prep", "pretrain", "finetune", "evaluate")
@@ -49,6 +52,17 @@ def test_scripts_import_nothing_of_ours():
     for path in scripts():
         imported = set(re.findall(r"^\s*(?:import|from)\s+(\w+)", path.read_text(), re.M))
         assert not imported & ours, f"{path} imports {imported & ours}"
+
+
+@pytest.mark.parametrize("path", scripts(), ids=lambda path: path.stem)
+def test_help_comes_without_the_seconds_that_torch_takes(path):
+    command = [sys.executable, "-X", "importtime", path, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    imported = {line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if "|" in line}
+    assert result.returncode == 0 and "argparse" in imported
+    assert not imported & {"torch", "timm", "sklearn"}
+    first = path.read_text().split('"""', 2)[1].splitlines()[0]
+    assert first in result.stdout
 
 
 def write(source):
