@@ -51,6 +51,8 @@ EXP = r"[A-Za-z0-9_.]+(?:-\d+k)?"                     # 3.4, 0.1.7a, 4.2.1-100k
 OPERAND = re.compile(rf"(?P<exp>{EXP})(?::(?P<part>\w+))?(?:@(?P<testset>\w+))?(?:-(?P<minus>{EXP}))?"
                      r"(?P<offset>\+[\d.]+)?")
 METRIC = re.compile(r"auc|auc_mean(5|14|4)|(mean_accuracy|subset_accuracy|fnr|oracle_auc)@\d*\.?\d+")
+TEXT = {"atelectasis_mimic_chexpert": ("3.3", "chexpert_test", "Atelectasis"),     # sentences of section 3.3
+        "effusion_mimic_chexpert": ("3.3", "chexpert_test", "Effusion")}
 POWER = ndtri(0.975) + ndtri(0.8)                     # two-sided test at 5 %, power 80 %
 
 
@@ -680,6 +682,13 @@ def rebuild(folder, published):
         if r["auc_36"]:
             check_runs("Table 5", r["exp"], "nih_test", "auc_mean14", None, "AUC, 14 labels",
                        r["auc_36"], r["sd_36"])
+    for r in read_csv(folder / "text_numbers.csv").to_dict("records"):
+        if r["id"] == "exp3.1_table5":
+            check_runs("Text", "3.1", "nih_test", "auc_mean14", None, r["quantity"], r["value"], r["sd"])
+        elif r["id"] in TEXT:                               # in whole percent
+            exp, testset, label = TEXT[r["id"]]
+            if found := published.values(exp, testset, "auc", label):
+                check("Text", exp, testset, r["quantity"], float(r["value"]) / 100, round(found[1].mean(), 2), "")
     names = {"Mean accuracy": "mean_accuracy", "Subset accuracy": "subset_accuracy", "FNR": "fnr",
              "Calibration error": "calibration_error"}
     asked = [("Table 7", r["exp"], f"{names[r['metric']]}@{r['threshold']}", None,
