@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -233,6 +234,8 @@ def init_distributed(device):
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:     # one machine
         # the store of torchrun --max-restarts still has the addresses of the processes before the restart
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    # with one channel the stride of that dimension means nothing, and DDP says so at length
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # gloo beside nccl: small agreements between the processes need no GPU synchronisation
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                             store=store, rank=rank, world_size=world_size)
@@ -254,6 +257,13 @@ def mean_over_processes(value):
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value
+
+
+def end_if_peer_died(problem, rank):
+    """For an `except RuntimeError`: torchrun reports the process that died, the others need no traceback."""
+    if not any(name in str(problem) for name in ("gloo", "NCCL")):
+        raise problem
+    sys.exit("error: another process died (torchrun says which); the same command goes on" if rank == 0 else 1)
 
 
 def catch_sigterm():
@@ -1168,6 +1178,8 @@ def main():
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
         fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)}")
+    except RuntimeError as problem:
+        end_if_peer_died(problem, rank)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

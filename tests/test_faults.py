@@ -376,6 +376,8 @@ def test_torchrun_restarts_from_the_checkpoint_and_a_dead_process_ends_the_job_a
         assert re.findall(r"steps (\d+) to", out.with_suffix(".log").read_text())[1:] != ["0"]
         os.kill(max(workers()), signal.SIGKILL)                             # no restart is left
         assert agent.wait(20) == 1
+    said = out.with_suffix(".log").read_text()
+    assert said.count("error: another process died") == 1 and "[rank" not in said       # no traceback of the others
     assert [line["step"] for line in log_of(out)] == list(range(1, len(log_of(out)) + 1))
 
 
