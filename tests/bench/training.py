@@ -5,6 +5,7 @@ Three comparisons for each script, on drawn 224-pixel images, with ratios of med
   step   everything but the views, against eager timm with PyTorch's default AdamW, a forward a crop, clipping
          and moving averages parameter by parameter; beside it the share of the machine's sgemm rate
   loop   both together, input and step
+Beside them the peak memory of two steps in a process of their own, and what an image more in the batch adds.
 
     python tests/bench/training.py --out bench_training.json              some ten minutes on two cores
     python tests/bench/training.py --methods gmml predict --steps 3
@@ -22,6 +23,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -83,6 +85,20 @@ def script_step(module, flags, out, steps):
     return statistics.median(np.diff(times)[1:])
 
 
+def memory(script, flags, out, batch):
+    """MiB of a process of two steps at its peak, and how many an image more in the batch takes."""
+    peaks = []
+    for size in (batch, 2 * batch):
+        command = [sys.executable, ROOT / script, *flags, "--batch", size, "--out", out / f"memory{size}"]
+        command += ["--steps", 2] * ("predict" not in script)
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(f"error: {script} failed; its message is above")
+        peaks.append(usage.ru_maxrss / 1024)
+    return dict(memory=peaks[0], memory_an_image=(peaks[1] - peaks[0]) / batch)
+
+
 def cached(function):
     """The function, but it computes once for each size and count of images: steps without their input."""
     known = {}
@@ -100,7 +116,7 @@ def timed(function, seconds):
     def clocked(*args):
         begun = time.perf_counter()
         result = function(*args)
-        result = result if isinstance(result, (list, torch.Tensor)) else tuple(result)      # of a generator too
+        result = result if isinstance(result, (list, torch.Tensor)) else tuple(result)  # of a generator too
         seconds.append(time.perf_counter() - begun)
         return result
     return clocked
@@ -374,7 +390,9 @@ def measure(name, manifest, folder, steps):
     if name == "predict":
         return {**row, **measure_prediction(module, manifest, folder, plain, batch, steps)}
     source = "--train" if script.startswith("finetune") else "--manifest"
-    flags = [*flags, source, manifest, "--batch", batch, "--device", "cpu", "--warmup_epochs", 1]
+    flags = [*flags, source, manifest, "--device", "cpu", "--warmup_epochs", 1]
+    row.update(memory(script, flags, folder, batch))
+    flags += ["--batch", batch]
     seconds, whole = [], getattr(module, INPUT[module.__name__])
     setattr(module, INPUT[module.__name__], timed(whole, seconds))
     row["loop"] = script_step(module, flags, folder / "loop", steps) / batch
@@ -401,6 +419,8 @@ def measure(name, manifest, folder, steps):
 def measure_prediction(module, manifest, folder, plain, batch, steps):
     """Predicting packed images with a classifier.pt, against an eager forward of a tensor at hand."""
     model, step = plain(module)
+    flags = ["--checkpoint", folder / "classifier.pt", "--manifest", manifest, "--split", "pretrain",
+             "--device", "cpu"]
     facts = dict(arch="vit_small_patch16_224", model_args={}, in_chans=1, img_size=SIZE, mean=[0.485],
                  std=[0.229], labels=[f"label{k}" for k in range(LABELS)])
     torch.save(dict(model=model.state_dict(), exp=None, seed=0, epoch=0, config=dict(crop_pct=0.875),
@@ -408,27 +428,28 @@ def measure_prediction(module, manifest, folder, plain, batch, steps):
     seconds = []
     module.forward_all = timed(module.forward_all, seconds)
     for _ in range(max(2, steps // 2)):
-        run_script(module, "--checkpoint", folder / "classifier.pt", "--manifest", manifest,
-                   "--split", "pretrain", "--out", folder / "p.csv", "--device", "cpu", "--batch", batch)
+        run_script(module, *flags, "--out", folder / "p.csv", "--batch", batch)
         (folder / "p.csv").unlink()
     x = torch.randn(batch, 1, SIZE, SIZE)
     with FlopCounterMode(display=False) as counter:
         step(x)
-    return dict(loop=statistics.median(seconds) / N_IMAGES, plain_step=median_seconds(lambda: step(x), steps) / batch,
-                flops=counter.get_total_flops() / batch)
+    return dict(loop=statistics.median(seconds) / N_IMAGES, flops=counter.get_total_flops() / batch,
+                plain_step=median_seconds(lambda: step(x), steps) / batch,
+                **memory("evaluate/predict.py", flags, folder, batch))
 
 
 def markdown(rows, rate):
     """The rows as a table: images a second of the script, ratios to the plain loop, share of sgemm."""
     ratio = lambda row, what: f"{row[f'plain_{what}'] / row[what]:.2f}" if row.get(what, 0) > 0 else "–"
-    lines = ["| script | loop, img/s | input | step | loop | step, share of sgemm |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| script, batch | loop, img/s | input | step | loop | step, share of sgemm | peak, MiB | "
+             "an image, MiB |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         if row["method"] == "predict":
             row = {**row, "plain_loop": row["plain_step"]}
         share = row["flops"] / row.get("step", row["loop"]) / rate
         ratios = " | ".join(ratio(row, what) for what in ("input", "step", "loop"))
-        lines.append(f"| {row['method']} | {1 / row['loop']:.1f} | {ratios} | {share:.0%} |")
+        lines.append(f"| {row['method']}, {row['batch']} | {1 / row['loop']:.1f} | {ratios} | {share:.0%} | "
+                     f"{row['memory']:.0f} | {row['memory_an_image']:.0f} |")
     return "\n".join(lines)
 
 
