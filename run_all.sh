@@ -6,6 +6,7 @@
 #   bash run_all.sh                      every row of the study (--exp all: and the controls), resumable, over days
 #
 #   --raw DIR     raw downloads, one folder a dataset (default raw)    --data DIR   packed data (default data)
+#                 (with --demo: datasets that it has are used, only the others are drawn)
 #   --out DIR     where runs/ and results/ go (default .)              --nproc N    processes (default: the GPUs here)
 #   --tests LIST  test sets to predict, e.g. nih_test,chexpert_valid (default all five)
 #   --dry-run     print the exact commands and run nothing             --plan       cost and inputs of every row
@@ -54,6 +55,7 @@ import yaml
 
 demo, chosen, raw, data, out, nproc, scale, tests, slurm, *given = sys.argv[1:]
 demo, nproc = demo == "1", int(nproc)
+keep = " --keep" if demo and raw else ""       # what lies below a --raw that was given
 raw, data = raw or ("data/demo/raw" if demo else "raw"), data or ("data/demo" if demo else "data")
 runs, results = f"{out}/runs".removeprefix("./"), f"{out}/results{'/demo' if demo else ''}".removeprefix("./")
 python, torchrun = "$PYTHON", f"$PYTHON -m torch.distributed.run --standalone --nproc_per_node={nproc}"
@@ -104,7 +106,7 @@ def packed(folder, size):
         flags = re.sub("--n-pretrain \\S+", "", flags) + " --n-pretrain all"      # stand-ins are few: all are drawn
     here, inputs = f"{data}/{folder}", []
     if demo:
-        inputs = [stage("demo data", f"{raw}/demo.json", f"data_prep/demo.py --out {raw} --scale {scale}")]
+        inputs = [stage("demo data", f"{raw}/demo.json", f"data_prep/demo.py --out {raw} --scale {scale}{keep}")]
     index = stage(f"{folder} index", f"{here}/index.csv",
                   f"data_prep/{reader}.py --raw {raw}/{reader} --out {here}/index.csv {flags}".strip(), inputs)
     packing = packing if "--size" in packing else f"--size {size} {packing}"
@@ -236,10 +238,10 @@ verdicts = [stage("verdicts on the published runs", f"{results}/published/verdic
 if not demo:
     verdicts.insert(0, stage("verdicts", f"{results}/verdicts.csv",
                              f"evaluate/compare.py --predictions {runs} --out {results}", predictions))
-title = " --title 'Demo: drawn stand-in data and stand-in weights'" if demo else ""
+title = "Demo: drawn stand-in data and stand-in weights" if not keep else f"Demo: drawn stand-ins of what is not in {raw}"
 stage("report", f"{results}/report.html",
       f"evaluate/report.py --metrics {metrics} --out {results} --runs {runs} --predictions {runs} "
-      f"--verdicts {' '.join(verdicts)}{title}", [metrics, figure, *verdicts])
+      f"--verdicts {' '.join(verdicts)}" + f" --title {shlex.quote(title)}" * demo, [metrics, figure, *verdicts])
 PY
 ) || { echo "$stages" >&2; exit 2; }
 

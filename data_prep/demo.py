@@ -7,6 +7,7 @@ look, a case mix and labelling errors of its own. CT, OCT and natural images are
 
     python data_prep/demo.py --out data/demo/raw                     # half a minute on 2 cores, 65 MB
     python data_prep/demo.py --out /tmp/tiny --scale 0.05 --seed 1   # a twentieth of it, other patients
+    python data_prep/demo.py --out raw --keep                        # only of datasets that raw/ does not have
 
 Reads:  nothing.
 Writes: <out>/<dataset>/ for nih, mimic_cxr, chexpert, padchest, vindr_cxr, covidx_ct, oct and imagenet, with
@@ -855,6 +856,8 @@ def generate(out, settings):
     with ProcessPoolExecutor() as pool:
         for number, dataset in enumerate(DATASETS):
             name, drawn = dataset.__name__, []
+            if name in settings["kept"]:
+                continue
             place, partly = out / name, out / f"{name}.partial"
             if partly.exists():                                 # from an interrupted run
                 shutil.rmtree(partly)
@@ -868,7 +871,7 @@ def generate(out, settings):
             write_lines(partly / "README.txt", [
                 f"{STAND_IN}.", f"The layout is that of {name}'s public download; pictures, patients and",
                 "labels are invented: no number computed from them says anything about the real data.",
-                f"Made with {settings}."])
+                f"Made with version {VERSION}, seed {settings['seed']}, scale {settings['scale']}."])
             if place.exists():
                 shutil.rmtree(place)
             os.replace(partly, place)
@@ -889,7 +892,14 @@ def finished(out, settings):
         made = json.loads((out / "demo.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return settings.items() <= made.items() and all((out / name).is_dir() for name in made["images"])
+    same = all(made.get(key) == value for key, value in settings.items())
+    return same and all((out / name).is_dir() for name in made["images"])
+
+
+def drawn_here(place):
+    """Whether a dataset's folder is a stand-in: anything else may be real, and is never touched."""
+    note = place / "README.txt"
+    return note.is_file() and STAND_IN in note.read_text(errors="replace")
 
 
 def main():
@@ -898,19 +908,22 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder to write <dataset>/ into")
     parser.add_argument("--seed", type=int, default=0, help="other patients, other pictures (default 0)")
     parser.add_argument("--scale", type=float, default=1.0, help="1 is 6,251 images, 0.1 a tenth (default 1)")
+    parser.add_argument("--keep", action="store_true", help="draw no dataset whose folder lies in --out already")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     if args.seed < 0 or not 0 < args.scale <= 100:
         fail(f"--seed {args.seed} --scale {args.scale:g}: the seed starts at 0, the scale is in (0, 100]")
-    settings = {"version": VERSION, "seed": args.seed, "scale": args.scale}
-    if finished(args.out, settings):
-        print(f"the stand-ins in {args.out} are complete (seed {args.seed}, scale {args.scale:g})")
-        return
+    places = [args.out / dataset.__name__ for dataset in DATASETS]
     try:
-        for dataset in DATASETS:                                # real data that lie here are never touched
-            place = args.out / dataset.__name__
-            if place.exists() and STAND_IN not in (place / "README.txt").read_text(errors="replace"):
-                fail(f"{place} was not made by demo.py; give another --out or move it away")
+        kept = [place.name for place in places if place.exists() and not drawn_here(place)]
+        if kept and not args.keep:
+            fail(f"{args.out / kept[0]} was not made by demo.py; give another --out, move it away or add --keep")
+        settings = {"version": VERSION, "seed": args.seed, "scale": args.scale, "kept": kept}
+        if finished(args.out, settings):
+            print(f"the stand-ins in {args.out} are complete (seed {args.seed}, scale {args.scale:g})")
+            return
+        for name in kept:
+            print(f"kept as it is: {args.out / name}")
         generate(args.out, settings)
     except OSError as error:
         fail(f"{error.filename or args.out}: {error.strerror}; choose a writable --out with room for 65 MB")

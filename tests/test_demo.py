@@ -81,7 +81,12 @@ def test_unwritable_out_foreign_folder_and_bad_numbers_are_user_errors(tmp_path)
     (tmp_path / "real" / "nih").mkdir(parents=True)
     (tmp_path / "real" / "nih" / "Data_Entry_2017_v2020.csv").write_text("precious")
     assert_user_error(run_script("data_prep/demo.py", "--out", tmp_path / "real"), "nih", "--out")
+    result = run_script("data_prep/demo.py", "--out", tmp_path / "real", "--keep", "--scale", "0.02")
+    assert result.returncode == 0 and [*(tmp_path / "real" / "nih").iterdir()] == [
+        tmp_path / "real" / "nih" / "Data_Entry_2017_v2020.csv"]
+    said = json.loads((tmp_path / "real" / "demo.json").read_text())
     assert (tmp_path / "real" / "nih" / "Data_Entry_2017_v2020.csv").read_text() == "precious"
+    assert said["kept"] == ["nih"] and len(said["images"]) == 7
     assert_user_error(run_script("data_prep/demo.py", "--out", tmp_path / "new", "--scale", "0"), "--scale 0")
     assert_user_error(run_script("data_prep/demo.py", "--out", tmp_path / "new", "--seed", "-1"), "--seed -1")
     assert not (tmp_path / "new").exists()
