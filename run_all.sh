@@ -275,4 +275,6 @@ while IFS=$'\t' read -r part name output key command <&3; do
   fi
   echo "$key" > "$output.done"
 done 3<<<"$stages"
-[ "$dry" = 1 ] || echo "all $count stages complete after $((SECONDS - begun)) s; the report: $(tail -n 1 <<<"$stages" | cut -f 3)"
+if [ "$dry" = 1 ]; then exit 0; fi
+if [ -n "$only" ]; then echo "part $only complete after $((SECONDS - begun)) s"; exit 0; fi
+echo "all $count stages complete after $((SECONDS - begun)) s; the report: $(tail -n 1 <<<"$stages" | cut -f 3)"

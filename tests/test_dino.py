@@ -92,7 +92,8 @@ def test_a_step_is_the_definition_written_out(pack, tmp_path, monkeypatch):
         large, small = dino.make_crops(images, uniforms, 16, config)
         with torch.no_grad():
             teacher_logits = teacher([large])[0]
-        loss = dino.dino_loss(student([large, small])[0], dino.teacher_targets(teacher_logits, centre, 0.04), 0.1)
+        loss = dino.dino_loss(student([large, small])[0],
+                              dino.teacher_targets(teacher_logits, centre, 0.04), 0.1)
         assert abs(log[step]["loss"] - loss.item()) < 1e-5 * log[step]["loss"]
         optimizer.zero_grad()
         loss.backward()
@@ -104,7 +105,8 @@ def test_a_step_is_the_definition_written_out(pack, tmp_path, monkeypatch):
         for group in optimizer.param_groups:
             progress = step / 1200                                          # 300 epochs of 4 steps
             group["lr"] = (1e-6 + (0.05 - 1e-6) * (1 + math.cos(math.pi * progress)) / 2) * 10 / 256
-        optimizer.param_groups[0]["weight_decay"] = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * progress)) / 2
+        optimizer.param_groups[0]["weight_decay"] = (
+            0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * progress)) / 2)
         optimizer.param_groups[1]["weight_decay"] = 0
         optimizer.step()
         momentum = 1 - 0.004 * (1 + math.cos(math.pi * progress)) / 2
@@ -127,8 +129,10 @@ def test_last_layer_is_still_in_the_first_epoch_and_its_lengths_are_one(pack, tm
     assert all(torch.equal(first[name], fresh[name]) for name in names)
     assert not torch.equal(first["head.mlp.0.weight"], fresh["head.mlp.0.weight"])
     second = train_here(monkeypatch, pack, tmp_path / "a", *flags, "--steps", 5)[1]["student"]
-    assert torch.equal(second[names[0]], torch.ones(64, 1)) and not torch.equal(second[names[1]], fresh[names[1]])
-    free = train_here(monkeypatch, pack, tmp_path / "b", *flags, "--steps", 5, "--norm_last_layer", "false")[1]["student"]
+    assert (torch.equal(second[names[0]], torch.ones(64, 1))
+            and not torch.equal(second[names[1]], fresh[names[1]]))
+    free = train_here(monkeypatch, pack, tmp_path / "b", *flags, "--steps", 5,
+                      "--norm_last_layer", "false")[1]["student"]
     assert not torch.equal(free[names[0]], torch.ones(64, 1))
 
 
@@ -158,14 +162,16 @@ def bicubic_by_a_loop(grid, side, scale):
     """grid [h, h, D] at points (i + 0.5) * scale - 0.5 with the cubic of a = -0.75, edges repeated."""
     def kernel(t):
         t = abs(t)
-        return (1.25 * t - 2.25) * t * t + 1 if t < 1 else ((-0.75 * t + 3.75) * t - 6) * t + 3 if t < 2 else 0
+        return ((1.25 * t - 2.25) * t * t + 1 if t < 1 else
+                ((-0.75 * t + 3.75) * t - 6) * t + 3 if t < 2 else 0)
     h, result = len(grid), np.zeros((side, side, grid.shape[2]))
     for i in range(side):
         for j in range(side):
             y, x = (i + 0.5) * scale - 0.5, (j + 0.5) * scale - 0.5
             for m in range(math.floor(y) - 1, math.floor(y) + 3):
                 for n in range(math.floor(x) - 1, math.floor(x) + 3):
-                    result[i, j] += kernel(y - m) * kernel(x - n) * grid[min(max(m, 0), h - 1), min(max(n, 0), h - 1)]
+                    result[i, j] += (kernel(y - m) * kernel(x - n)
+                                     * grid[min(max(m, 0), h - 1), min(max(n, 0), h - 1)])
     return result
 
 
@@ -228,7 +234,8 @@ def test_feature_std_is_the_root_of_the_summed_variances():
 
 def test_solarised_and_grey_views_equal_pillows():
     config = dict(mean=[0.0] * 3, std=[1 / 255] * 3, in_chans=3)            # normalise() gives pixels back
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(1))
     u = torch.full((4, dino.N_VIEW), 0.99)                                  # no jitter, no blur, no flip
     u[:, -1] = 0
     u[2:, -2] = 0.1
@@ -255,7 +262,8 @@ def test_greyscale_does_nothing_to_grey_images():
 
 def test_crops_have_their_sizes_and_their_shares_of_blur_and_solarisation():
     config = config_of(batch=400)
-    images = torch.randint(0, 256, (400, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    images = torch.randint(0, 256, (400, 1, 32, 32), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(2))
     _, uniforms, _ = dino.plan_step(config, np.arange(400), 3, 0, 1)
     uniforms[:, :, dino.N_CROP] = 1                                         # no jitter
     uniforms[:, :, dino.N_CROP + 10] = 0.5                                  # blur wide enough to be seen
@@ -265,7 +273,8 @@ def test_crops_have_their_sizes_and_their_shares_of_blur_and_solarisation():
     def changed(view, crops, scale, blur, solarise):
         """Share of the crops that the augmentation beyond cropping changed."""
         plain = dino.random_resized_crop(images, uniforms[view], scale, crops.shape[-1])
-        return (dino.normalise(plain, config) != crops[view if view < 2 else view - 2]).flatten(1).any(1).float().mean()
+        return (dino.normalise(plain, config)
+                != crops[view if view < 2 else view - 2]).flatten(1).any(1).float().mean()
 
     sd = lambda p: math.sqrt(p * (1 - p) / 400)
     assert changed(0, large, (0.4, 1.0), 1.0, 0.0) == 1
@@ -274,7 +283,8 @@ def test_crops_have_their_sizes_and_their_shares_of_blur_and_solarisation():
         assert abs(changed(view, small, (0.05, 0.4), 0.5, 0.0) - 0.5) < 4 * sd(0.5)
 
 
-@pytest.mark.parametrize("size, patch, expected", [(224, 16, 96), (64, 8, 24), (32, 8, 16), (64, 16, 32), (16, 16, 16)])
+@pytest.mark.parametrize("size, patch, expected", [
+    (224, 16, 96), (64, 8, 24), (32, 8, 16), (64, 16, 32), (16, 16, 16)])
 def test_local_crops_are_in_proportion_and_whole_patches(size, patch, expected):
     assert dino.local_crop_size(config_of(img_size=size), patch) == expected
 
@@ -285,7 +295,8 @@ def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path, m
     flags = ["--batch", 12, "--steps", 5, "--epochs", 4, "--lr", 0.002, "--drop_path", 0.3, "--in_chans", 3]
     log, one = train_here(monkeypatch, pack, tmp_path / "one", *flags)
     train_here(monkeypatch, pack, tmp_path / "micro", *flags, "--micro-batch", 5)
-    result = run_script("pretrain/dino.py", "--manifest", pack, "--out", tmp_path / "three", *TINY, *flags, nproc=3)
+    result = run_script("pretrain/dino.py", "--manifest", pack, "--out", tmp_path / "three",
+                        *TINY, *flags, nproc=3)
     assert result.returncode == 0, result.stderr
     for name in ("micro", "three"):
         other = torch.load(tmp_path / name / "last.pt", weights_only=True)
@@ -304,22 +315,25 @@ def test_the_attention_picture_has_a_row_an_image_and_a_column_a_head(pack, tmp_
         assert picture.size == (4 * 32, 8 * 32)                             # image and 3 heads, 8 images
 
 
-def test_backbone_is_the_teachers_or_the_students_and_loads_strictly_without_this_project(pack, tmp_path, monkeypatch):
+def test_backbone_is_the_teachers_or_the_students_and_loads_strictly_without_this_project(
+        pack, tmp_path, monkeypatch):
     code = ("import sys, timm, torch; c = torch.load(sys.argv[1], weights_only=True); "
             "m = timm.create_model(c['arch'], in_chans=c['in_chans'], num_classes=0, **c['model_args']); "
             "m.load_state_dict(c['model'], strict=True); print(m(torch.zeros(1, 1, 32, 32)).shape[1])")
     for whose in ("teacher", "student"):
-        _, last = train_here(monkeypatch, pack, tmp_path / whose, "--batch", 20, "--epochs", 1, "--lr", 0.05, "--export", whose)
+        _, last = train_here(monkeypatch, pack, tmp_path / whose, "--batch", 20, "--epochs", 1,
+                             "--lr", 0.05, "--export", whose)
         exported = torch.load(tmp_path / whose / "backbone.pt", weights_only=True)["model"]
         assert all(torch.equal(value, last[whose][f"backbone.{name}"]) for name, value in exported.items())
     assert not torch.equal(last["student"]["backbone.cls_token"], last["teacher"]["backbone.cls_token"])
-    result = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path / "teacher/backbone.pt")], cwd=tmp_path,
-                            capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path / "teacher/backbone.pt")],
+                            cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.strip() == "48", result.stderr
 
 
 def test_the_paper_face_is_positions_by_scale(pack, tmp_path, monkeypatch):
-    first = {name: train_here(monkeypatch, pack, tmp_path / name, "--batch", 20, "--steps", 1, "--variant", name)[0][0]["loss"]
+    first = {name: train_here(monkeypatch, pack, tmp_path / name, "--batch", 20, "--steps", 1,
+                              "--variant", name)[0][0]["loss"]
              for name in ("paper", "corrected")}
     assert first["paper"] != first["corrected"] and math.isclose(*first.values(), rel_tol=0.05)
 
@@ -332,12 +346,15 @@ def test_the_student_learns_to_predict_the_teacher_without_collapse(tmp_path, mo
               for level in (30, 80, 130, 180, 225) for period in (5, 9, 16, 30) for amplitude in (15, 60)]
     np.save(tmp_path / "images.npy", np.clip(images, 0, 255).astype(np.uint8))
     pd.DataFrame({"path": [f"{i}.png" for i in range(40)]}).to_csv(tmp_path / "manifest.csv", index=False)
-    log, _ = train_here(monkeypatch, tmp_path / "manifest.csv", tmp_path / "run", "--batch", 40, "--epochs", 100, "--lr", 0.003,
-                      "--warmup_epochs", 20, "--freeze_last_layer", 10, "--n_local_crops", 2, "--drop_path", 0, "--ema", 0.99,
-                      "--wd_end", 0.04, "--out_dim", 256, "--hidden_dim", 128, "--bottleneck_dim", 64)
-    first, last = ({key: np.mean([line[key] for line in lines]) for key in log[0]} for lines in (log[:10], log[-10:]))
+    log, _ = train_here(monkeypatch, tmp_path / "manifest.csv", tmp_path / "run",
+                        "--batch", 40, "--epochs", 100, "--lr", 0.003, "--warmup_epochs", 20,
+                        "--freeze_last_layer", 10, "--n_local_crops", 2, "--drop_path", 0, "--ema", 0.99,
+                        "--wd_end", 0.04, "--out_dim", 256, "--hidden_dim", 128, "--bottleneck_dim", 64)
+    first, last = ({key: np.mean([line[key] for line in lines]) for key in log[0]}
+                   for lines in (log[:10], log[-10:]))
     # knowing nothing of the image, the student could at best reach the entropy of the mean target
-    assert first["loss"] > first["batch_entropy"] and last["loss"] < last["batch_entropy"] - 0.15, (first, last)
+    assert (first["loss"] > first["batch_entropy"]
+            and last["loss"] < last["batch_entropy"] - 0.15), (first, last)
     assert last["loss"] - last["entropy"] < 0.6 * (first["loss"] - first["entropy"]), (first, last)
     # collapse to one output: batch_entropy 0; to the uniform one: entropy log(out_dim)
     assert last["batch_entropy"] > 0.5 * math.log(256) and last["entropy"] < 0.9 * math.log(256), last

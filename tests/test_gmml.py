@@ -36,12 +36,13 @@ def masks_by_unions(u, fraction, side, align):
     y, x = np.mgrid[:side, :side]
     masks = np.zeros((len(u), side, side), bool)
     for b in range(len(u)):
-        first = np.full((side, side), len(u[b]))                            # the earliest block over each pixel
+        first = np.full((side, side), len(u[b]))                        # the earliest block over each pixel
         for k in reversed(range(len(u[b]))):
             top, left = (np.floor(u[b, k, :2].numpy() * np.float32(side - align))).astype(int)
             h, w = align + np.floor(u[b, k, 2:].numpy() * np.float32(int(0.3 * side) - align)).astype(int)
             if align > 1:
-                top, left, h, w = top // align * align, left // align * align, round(h / align) * align, round(w / align) * align
+                top, left, h, w = (top // align * align, left // align * align,
+                                   round(h / align) * align, round(w / align) * align)
             first[(y >= top) & (y < top + h) & (x >= left) & (x < left + w)] = k
         covered = np.cumsum(np.bincount(first.ravel(), minlength=len(u[b]) + 1)[:-1])
         masks[b] = first <= np.argmax(covered >= float(fraction[b]) * side * side)
@@ -53,18 +54,22 @@ def test_block_masks_are_the_shortest_union_that_reaches_the_target(side, align)
     generator = torch.Generator().manual_seed(side + align)
     u = torch.rand(12, gmml.n_blocks_for(0.75), 4, generator=generator)
     fraction = torch.rand(12, generator=generator) * 0.5 + 0.25
-    assert (gmml.block_masks(u, fraction, side, align).numpy() == masks_by_unions(u, fraction, side, align)).all()
+    assert (gmml.block_masks(u, fraction, side, align).numpy()
+            == masks_by_unions(u, fraction, side, align)).all()
 
 
 def test_mask_fractions_have_the_stated_distribution():
     n, side = 2000, 224
     generator = torch.Generator().manual_seed(1)
-    u, blocks = torch.rand(n, 2, generator=generator), torch.rand(n, gmml.n_blocks_for(0.75), 4, generator=generator)
+    u, blocks = (torch.rand(n, 2, generator=generator),
+                 torch.rand(n, gmml.n_blocks_for(0.75), 4, generator=generator))
     masks, replaced = gmml.draw_masks(u, blocks, side)
     fraction = torch.from_numpy(masks.numpy().mean((1, 2)))
-    assert abs(replaced.double().mean() - 0.5) < 4 * 0.5 / math.sqrt(n) and abs(fraction.mean() - 0.475) < 4 * 0.17 / math.sqrt(n)
-    top_left, centre = masks[~replaced, :16, :16].double().mean(), masks[~replaced, 104:120, 104:120].double().mean()
-    assert abs(top_left - 0.08) < 0.02 and abs(centre - 0.73) < 0.03                        # blocks grow right and down
+    assert (abs(replaced.double().mean() - 0.5) < 4 * 0.5 / math.sqrt(n)
+            and abs(fraction.mean() - 0.475) < 4 * 0.17 / math.sqrt(n))
+    top_left, centre = (masks[~replaced, :16, :16].double().mean(),
+                        masks[~replaced, 104:120, 104:120].double().mean())
+    assert abs(top_left - 0.08) < 0.02 and abs(centre - 0.73) < 0.03    # blocks grow right and down
     # 4 standard errors of the mean with the stated standard deviations
     assert abs(fraction[~replaced].mean() - 0.632) < 4 * 0.072 / math.sqrt(n / 2)
     assert abs(fraction[replaced].mean() - 0.314) < 4 * 0.013 / math.sqrt(n / 2)
@@ -107,25 +112,28 @@ def test_masked_l1_equals_a_loop_over_pixels():
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_replaced_blocks_show_another_images_own_view_and_dropped_ones_noise(world_size):
-    """Whichever process holds the donor; what is drawn for the whole batch is computed here for one process."""
+    """Whichever process holds the donor; what is drawn for the whole batch is computed for one process."""
     config = config_of(batch=6, img_size=40, arch="")
     images = torch.from_numpy(blobs(6))[:, None]
     plan = gmml.plan_step(config, np.arange(6), 0, 0, 1)
     clean, _, _ = gmml.make_views(images[plan[0]], plan, config, 0, 1, torch.device("cpu"))
     generator = gmml.step_generator(0, 0)
     for number in range(2):
-        _, _, corruption, _ = (torch.rand(6, *shape, generator=generator) for shape in ([23], [11], [3], [186, 4]))
+        _, _, corruption, _ = (torch.rand(6, *shape, generator=generator)
+                               for shape in ([23], [11], [3], [186, 4]))
         noise = torch.randn(6, 1, 40, 40, generator=gmml.step_generator(0, 0, 1 + number))
         own = {}
         for rank in range(world_size):
             plan = gmml.plan_step(config, np.arange(6), 0, rank, world_size)
             parts = [part.chunk(2)[number] for part in
                      gmml.make_views(images[plan[0]], plan, config, rank, world_size, torch.device("cpu"))]
-            own.update({i: [part[place] for part in parts] for place, i in enumerate(range(rank, 6, world_size))})
+            own.update({i: [part[place] for part in parts]
+                        for place, i in enumerate(range(rank, 6, world_size))})
         for i, (view, spoilt, mask) in own.items():
             assert torch.equal(view, clean[6 * number + i])
             fill = clean[6 * number + int(corruption[i, 2] * 6)] if corruption[i, 0] < 0.5 else noise[i]
-            assert torch.equal(spoilt[:, mask], fill[:, mask]) and torch.equal(spoilt[:, ~mask], view[:, ~mask])
+            assert (torch.equal(spoilt[:, mask], fill[:, mask])
+                    and torch.equal(spoilt[:, ~mask], view[:, ~mask]))
 
 
 # Views
@@ -135,14 +143,16 @@ def test_crop_resize_equals_pillows_bicubic_resize_of_the_box(box):
     rng = np.random.default_rng(6)
     noise = Image.fromarray(rng.integers(0, 256, (25, 20), dtype=np.uint8)).resize((80, 100), Image.BILINEAR)
     top, left, h, w = box
-    sides, pixels = [torch.tensor([float(side)]) for side in box], torch.from_numpy(np.array(noise))[None, None]
+    sides, pixels = ([torch.tensor([float(side)]) for side in box],
+                     torch.from_numpy(np.array(noise))[None, None])
     for flip in (False, True):
         wanted = noise.crop((left, top, left + w, top + h)).resize((48, 48), Image.BICUBIC)
         wanted = np.array(wanted, np.float32)[:, ::-1] if flip else np.array(wanted, np.float32)
         got = gmml.crop_resize(pixels, sides, torch.tensor([flip]), 48)[0, 0].numpy()
         assert np.abs(got - wanted).max() <= 1 and np.abs(got - wanted).mean() < 0.3
-        got = gmml.crop_by_matrices(pixels.float(), *sides, torch.tensor([flip]), 48)[0, 0].numpy()    # as on a GPU
-        assert np.abs(got - wanted).mean() <= 0.5 and np.abs(got - wanted).max() <= 1.5   # Pillow rounds twice
+        # as on a GPU; Pillow rounds twice
+        got = gmml.crop_by_matrices(pixels.float(), *sides, torch.tensor([flip]), 48)[0, 0].numpy()
+        assert np.abs(got - wanted).mean() <= 0.5 and np.abs(got - wanted).max() <= 1.5
 
 
 def test_crop_boxes_follow_torchvisions_algorithm():
@@ -155,16 +165,18 @@ def test_crop_boxes_follow_torchvisions_algorithm():
                 aspect = math.exp(math.log(3 / 4) + row[10 + attempt] * (math.log(4 / 3) - math.log(3 / 4)))
                 bw, bh = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
                 if 0 < bw <= width and 0 < bh <= height:
-                    assert abs(bh - h) <= 1 and abs(bw - w) <= 1                            # float32 rounding at .5
+                    assert abs(bh - h) <= 1 and abs(bw - w) <= 1        # float32 rounding at .5
                     assert 0 <= top <= height - h and 0 <= left <= width - w
                     assert abs(top - math.floor(row[20] * (height - bh + 1))) <= 1
                     break
-            else:                                                                           # torchvision's fallback
-                assert (h, w) == ((height, round(height * 4 / 3)) if width / height > 4 / 3 else (height, width))
+            else:                                                       # torchvision's fallback
+                assert (h, w) == ((height, round(height * 4 / 3)) if width / height > 4 / 3
+                                  else (height, width))
                 assert abs(left - (width - w) // 2) <= 1
 
 
-@pytest.mark.parametrize("op, enhance", [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)])
+@pytest.mark.parametrize("op, enhance", [
+    (0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)])
 def test_jitter_equals_pillows_enhancers(op, enhance):
     rgb = np.random.default_rng(8).integers(0, 256, (30, 30, 3), dtype=np.uint8)
     u = torch.full((1, 11), 0.5)
@@ -173,7 +185,7 @@ def test_jitter_equals_pillows_enhancers(op, enhance):
     strength[op] = 0.4
     got = gmml.colour_jitter(torch.from_numpy(rgb).permute(2, 0, 1)[None].float(), u, strength, p=1)
     wanted = np.array(enhance(Image.fromarray(rgb)).enhance(1 + 0.8 * 0.4), np.float32)
-    assert np.abs(got[0].permute(1, 2, 0).numpy() - wanted).max() <= 1.5                    # Pillow works in integers
+    assert np.abs(got[0].permute(1, 2, 0).numpy() - wanted).max() <= 1.5  # Pillow works in integers
 
 
 def test_hue_shift_equals_torchvisions():
@@ -201,11 +213,13 @@ def test_blur_equals_a_gaussian_filter():
 
 # Network, schedule, optimiser
 
-@pytest.mark.parametrize("in_chans, total, backbone, head", [(3, 22_404_099, 21_665_664, 738_435), (1, 22_010_881, 21_469_056, 541_825)])
+@pytest.mark.parametrize("in_chans, total, backbone, head", [
+    (3, 22_404_099, 21_665_664, 738_435), (1, 22_010_881, 21_469_056, 541_825)])
 def test_parameter_counts_at_default_size(in_chans, total, backbone, head):
     vit = timm.create_model("vit_small_patch16_224", num_classes=0, in_chans=in_chans)
     model = gmml.GMML(vit, in_chans)
-    counts = [sum(p.numel() for p in module.parameters()) for module in (model, model.backbone, model.rec_head)]
+    counts = [sum(p.numel() for p in module.parameters())
+              for module in (model, model.backbone, model.rec_head)]
     assert counts == [total, backbone, head]
     assert [block + 1 for block in model.recon_blocks] == [6, 8, 10, 12]
 
@@ -217,12 +231,14 @@ def test_reconstruction_reads_the_block_mean_before_the_norm():
     model = gmml.GMML(vit, 1, [1, 3]).eval()
     outputs = {}
     for number in (0, 2):
-        vit.blocks[number].register_forward_hook(lambda _, __, output, number=number: outputs.update({number: output}))
+        vit.blocks[number].register_forward_hook(
+            lambda _, __, output, number=number: outputs.update({number: output}))
     x = torch.randn(2, 1, 32, 32)
     got = model(x)
     tokens = vit.norm((outputs[0] + outputs[2]) / 2)[:, 1:]
     patches = model.rec_head.mlp(tokens) @ model.rec_head.convTrans.weight.flatten(1)       # [B, 16, 64]
-    wanted = patches.view(2, 4, 4, 8, 8).permute(0, 1, 3, 2, 4).reshape(2, 1, 32, 32) + model.rec_head.convTrans.bias
+    wanted = (patches.view(2, 4, 4, 8, 8).permute(0, 1, 3, 2, 4).reshape(2, 1, 32, 32)
+              + model.rec_head.convTrans.bias)
     assert torch.allclose(got, wanted, atol=1e-5)
 
 
@@ -245,7 +261,8 @@ def test_clipping_is_per_tensor_as_in_a_loop():
 
 
 def test_decay_spares_vectors_only():
-    vit = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+    vit = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32, patch_size=8,
+                            embed_dim=48, depth=1, num_heads=3)
     decayed, spared = ({id(p) for p in group["params"]} for group in gmml.decay_groups(vit))
     for name, parameter in vit.named_parameters():
         assert (id(parameter) in decayed) == (parameter.ndim > 1) != (id(parameter) in spared), name
@@ -260,14 +277,17 @@ def vit(in_chans=3, img_size=32, **changes):
 
 @pytest.mark.parametrize("container, prefix, key", [
     ("model", "", None), ("state_dict", "module.", None), ("teacher", "module.backbone.", None),
-    ("student", "backbone.", "student"), ("state_dict", "module.base_encoder.", None), ("model", "encoder.", None)])
+    ("student", "backbone.", "student"), ("state_dict", "module.base_encoder.", None),
+    ("model", "encoder.", None)])
 def test_every_key_style_loads_to_identical_features(tmp_path, container, prefix, key):
     torch.manual_seed(1)
     source, target = vit().eval(), vit().eval()
     state = {prefix + name: value for name, value in source.state_dict().items()}
     wrapper = "module." if prefix.startswith("module.") else ""
-    state |= {wrapper + "rec_head.mlp.0.weight": torch.zeros(2), wrapper + "momentum_encoder.norm.weight": torch.ones(48)}
-    torch.save({container: state, "epoch": 3, "args": __import__("argparse").Namespace(lr=1)}, tmp_path / "other.pth")
+    state |= {wrapper + "rec_head.mlp.0.weight": torch.zeros(2),
+              wrapper + "momentum_encoder.norm.weight": torch.ones(48)}
+    torch.save({container: state, "epoch": 3, "args": __import__("argparse").Namespace(lr=1)},
+               tmp_path / "other.pth")
     gmml.load_backbone(target, config_of(init=str(tmp_path / "other.pth"), init_key=key))
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(source(x), target(x))
@@ -301,22 +321,25 @@ def test_position_embeddings_are_resampled_bicubically_and_cls_is_kept(tmp_path)
     source, target = vit(img_size=32), vit(img_size=48)
     torch.save(source.state_dict(), tmp_path / "w.pth")
     assert "pos_embed" in gmml.load_backbone(target, config_of(init=str(tmp_path / "w.pth")))
-    wanted = timm.layers.resample_abs_pos_embed(source.pos_embed, [6, 6], interpolation="bicubic", antialias=False)
+    wanted = timm.layers.resample_abs_pos_embed(source.pos_embed, [6, 6],
+                                                interpolation="bicubic", antialias=False)
     assert torch.allclose(target.pos_embed, wanted, atol=1e-6)
     assert torch.equal(target.pos_embed[:, 0], source.pos_embed[:, 0])
 
 
 def test_beit_bias_tables_are_resampled_and_their_cls_biases_kept(tmp_path):
     def beit(size):
-        return timm.create_model("beit_base_patch16_224", num_classes=0, img_size=size, patch_size=8, embed_dim=48,
-                                 depth=1, num_heads=3, use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
+        return timm.create_model("beit_base_patch16_224", num_classes=0, img_size=size, patch_size=8,
+                                 embed_dim=48, depth=1, num_heads=3,
+                                 use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
     source, target = beit(32), beit(48)
     table = source.rel_pos_bias.relative_position_bias_table
     torch.nn.init.normal_(table)
     torch.save(source.state_dict(), tmp_path / "w.pth")
     gmml.load_backbone(target, config_of(init=str(tmp_path / "w.pth"), arch="beit_base_patch16_224"))
     got = target.rel_pos_bias.relative_position_bias_table
-    wanted = torch.nn.functional.interpolate(table[:49].T.view(1, 3, 7, 7), (11, 11), mode="bicubic")[0].flatten(1).T
+    wanted = torch.nn.functional.interpolate(table[:49].T.view(1, 3, 7, 7), (11, 11),
+                                             mode="bicubic")[0].flatten(1).T
     assert torch.equal(got[-3:], table[-3:]) and torch.allclose(got[:-3], wanted, atol=1e-5)
 
 
@@ -345,7 +368,8 @@ def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path):
     for name, more in runs.items():
         assert start(pack, tmp_path / name, *flags, *more).returncode == 0
     for nproc in (2, 3):
-        result = run_script("pretrain/gmml.py", "--manifest", pack, "--out", tmp_path / f"{nproc}", *TINY, *flags, nproc=nproc)
+        result = run_script("pretrain/gmml.py", "--manifest", pack, "--out", tmp_path / f"{nproc}",
+                            *TINY, *flags, nproc=nproc)
         assert result.returncode == 0, result.stderr
     one = weights(tmp_path / "one/last.pt")
     assert max(float(v.abs().max()) for v in one.values()) > 0.02
@@ -357,15 +381,16 @@ def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path):
 
 
 def test_stochastic_depth_leaves_out_the_images_it_is_told_to():
-    model = timm.create_model("vit_small_patch16_224", num_classes=0, drop_path_rate=0.5, img_size=32, patch_size=8,
-                              embed_dim=48, depth=3, num_heads=3).train()
+    model = timm.create_model("vit_small_patch16_224", num_classes=0, drop_path_rate=0.5,
+                              img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3).train()
     x, u = torch.randn(5, 3, 32, 32), torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
     modules = gmml.take_drop_path(model)
-    assert [module.drop_prob for module in modules] == [0.25, 0.25, 0.5, 0.5]               # the first block: none
+    assert [module.drop_prob for module in modules] == [0.25, 0.25, 0.5, 0.5]  # the first block: none
     gmml.set_drop_path(modules, u)
     tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     for number, block in enumerate(model.blocks):
-        for half, branch in enumerate((lambda t: block.attn(block.norm1(t)), lambda t: block.mlp(block.norm2(t)))):
+        for half, branch in enumerate((lambda t: block.attn(block.norm1(t)),
+                                       lambda t: block.mlp(block.norm2(t)))):
             p, column = 0.25 * number, 2 * number - 2 + half
             for i in range(5):
                 if number == 0 or u[i, column] >= p:
@@ -377,7 +402,8 @@ def test_stochastic_depth_leaves_out_the_images_it_is_told_to():
 def test_last_pt_is_written_when_nothing_else_is_left_to_write(pack, tmp_path, monkeypatch):
     """Killed between the two files, the same command has to find its work not done."""
     written, save = [], gmml.save_atomic
-    monkeypatch.setattr(gmml, "save_atomic", lambda value, path: (written.append(path.name), save(value, path)))
+    monkeypatch.setattr(gmml, "save_atomic",
+                        lambda value, path: (written.append(path.name), save(value, path)))
     run_here(gmml, monkeypatch, "--manifest", pack, "--out", tmp_path, *TINY, "--batch", 12, "--epochs", 1)
     assert written == ["backbone.pt", "last.pt"]
 
@@ -387,8 +413,8 @@ def test_backbone_loads_strictly_into_timm_without_this_project(pack, tmp_path):
     code = ("import sys, timm, torch; c = torch.load(sys.argv[1], weights_only=True); "
             "m = timm.create_model(c['arch'], in_chans=c['in_chans'], num_classes=0, **c['model_args']); "
             "m.load_state_dict(c['model'], strict=True); print(m(torch.zeros(1, 1, 32, 32)).shape[1])")
-    result = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path / "run/backbone.pt")], cwd=tmp_path,
-                            capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path / "run/backbone.pt")],
+                            cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.strip() == "48", result.stderr
 
 
@@ -399,8 +425,9 @@ def test_the_copied_file_alone_trains_on_image_files_of_any_size(tmp_path):
         Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     Image.fromarray(rng.integers(0, 65536, (40, 40)).astype(np.uint16)).save(tmp_path / "4.png")
     pd.DataFrame({"path": [f"{i}.png" for i in range(5)]}).to_csv(tmp_path / "manifest.csv", index=False)
-    result = subprocess.run([sys.executable, "gmml.py", "--manifest", "manifest.csv", "--out", "run", "--batch", "5",
-                             "--epochs", "2", *map(str, TINY)], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "gmml.py", "--manifest", "manifest.csv", "--out", "run",
+                             "--batch", "5", "--epochs", "2", *map(str, TINY)],
+                            cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and (tmp_path / "run/backbone.pt").exists(), result.stderr
 
 
@@ -420,7 +447,8 @@ def test_samples_are_the_first_rows_of_the_split(tmp_path):
 
 
 def test_two_runs_never_share_a_folder_and_processes_divide_the_batch(pack, tmp_path):
-    result = run_script("pretrain/gmml.py", "--manifest", pack, "--out", tmp_path, *TINY, "--batch", 9, nproc=2)
+    result = run_script("pretrain/gmml.py", "--manifest", pack, "--out", tmp_path,
+                        *TINY, "--batch", 9, nproc=2)
     assert result.returncode != 0 and "2 processes do not divide the global batch of 9" in result.stderr
     import fcntl
     lock = os.open(tmp_path, os.O_RDONLY)
@@ -431,11 +459,13 @@ def test_two_runs_never_share_a_folder_and_processes_divide_the_batch(pack, tmp_
 
 def test_another_configuration_is_not_resumed(pack, tmp_path):
     assert start(pack, tmp_path, "--batch", 10, "--steps", 1).returncode == 0
-    assert_user_error(start(pack, tmp_path, "--batch", 10, "--steps", 2, "--lr", "2e-4"), "lr=0.0001, now it is 0.0002")
+    assert_user_error(start(pack, tmp_path, "--batch", 10, "--steps", 2, "--lr", "2e-4"),
+                      "lr=0.0001, now it is 0.0002")
 
 
 def test_the_loss_falls(pack, tmp_path):
-    assert start(pack, tmp_path, "--batch", 20, "--epochs", 40, "--lr", "1e-2", "--log-steps", 3).returncode == 0
+    assert start(pack, tmp_path, "--batch", 20, "--epochs", 40, "--lr", "1e-2",
+                 "--log-steps", 3).returncode == 0
     losses = [line["loss"] for line in log_of(tmp_path)]
     # predicting the mean grey of every image costs about the first value; half of that needs the neighbours
     assert losses[-1] < 0.75 * losses[0], losses

@@ -24,7 +24,8 @@ def pack(tmp_path_factory):
 
 
 def config_of(**changes):
-    return {**moco.DEFAULTS, "mean": [0.485], "std": [0.229], "img_size": 32, "exp": None, "model_args": MODEL, **changes}
+    return {**moco.DEFAULTS, "mean": [0.485], "std": [0.229], "img_size": 32, "exp": None,
+            "model_args": MODEL, **changes}
 
 
 def train_here(monkeypatch, pack, out, *flags):
@@ -36,8 +37,8 @@ def train_here(monkeypatch, pack, out, *flags):
 def worst_difference(a, b):
     """Largest difference of two state dicts, rounding noise that training blows up set aside.
 
-    The softmax ignores key biases, and batch norm ignores a shift of its input, so the gradients of key biases
-    and of the last norm's bias are nothing but rounding, which Adam scales to whole steps.
+    The softmax ignores key biases, and batch norm ignores a shift of its input, so the gradients of key
+    biases and of the last norm's bias are nothing but rounding, which Adam scales to whole steps.
     """
     worst = 0
     for name in a:
@@ -127,7 +128,8 @@ def test_queries_are_predictor_after_projector_with_statistics_of_one_view():
     model = moco.MoCo(moco.make_backbone(config_of())[0], 64, 16)
     views = torch.randn(2, 6, 1, 32, 32)
     twin = copy.deepcopy(model)
-    expected = torch.stack([twin.predictor(twin.base_encoder.projector(twin.base_encoder.backbone(view))) for view in views])
+    expected = torch.stack([twin.predictor(twin.base_encoder.projector(twin.base_encoder.backbone(view)))
+                            for view in views])
     queries = model(views)
     assert torch.allclose(queries, expected, atol=1e-5)
     assert torch.allclose(queries.mean(1), torch.zeros(2, 16), atol=1e-5)   # the last norm has no affine part
@@ -144,13 +146,15 @@ def test_batch_norm_in_one_process_is_pytorchs():
 def test_batch_norm_over_processes_is_pytorchs_over_the_whole_batch(tmp_path):
     """Outputs, gradients and running statistics, far from mean 0 where E[x^2] - E[x]^2 would lose digits.
 
-    One gloo process takes the distributed way; the equality of 1 and 2 processes is tested on whole steps below.
+    One gloo process takes the distributed way; the equality of 1 and 2 processes is tested
+    on whole steps below.
     """
     torch.manual_seed(0)
     x, w = 100 + torch.randn(8, 5), torch.randn(8, 5)
     ours, theirs = moco.SyncBatchNorm(5), torch.nn.BatchNorm1d(5).double()
     mine, whole = x.clone().requires_grad_(), x.double().requires_grad_()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous",
+                                         rank=0, world_size=1)
     try:
         y = ours(mine)
         (y * w).square().sum().backward()
@@ -166,7 +170,7 @@ def test_batch_norm_over_processes_is_pytorchs_over_the_whole_batch(tmp_path):
 # Steps
 
 def test_a_step_is_the_definition_written_out(pack, tmp_path, monkeypatch):
-    """Queries first, then the momentum encoder with the weights from before the step, then AdamW: 2 steps by hand."""
+    """Queries, then the momentum encoder with weights from before the step, then AdamW: 2 steps by hand."""
     log, last = train_here(monkeypatch, pack, tmp_path, "--batch", 10, "--lr", 0.005, "--steps", 2)
     config, source = config_of(batch=10), np.load(pack.parent / "images.npy")
     torch.manual_seed(0)
@@ -184,7 +188,8 @@ def test_a_step_is_the_definition_written_out(pack, tmp_path, monkeypatch):
                 mean.copy_(momentum * mean + (1 - momentum) * new)
             keys = average(views)[0]
         loss = moco.symmetric_loss(queries, keys, torch.arange(10), 0.2)
-        assert abs(log[step]["loss"] - loss.item()) < 1e-5 and abs(log[step]["lr"] - 0.005 * 10 / 256 * part) < 1e-12
+        assert (abs(log[step]["loss"] - loss.item()) < 1e-5
+                and abs(log[step]["lr"] - 0.005 * 10 / 256 * part) < 1e-12)
         optimizer.param_groups[0]["lr"] = 0.005 * 10 / 256 * part
         optimizer.zero_grad()
         loss.backward()
@@ -213,14 +218,17 @@ def test_momentum_goes_from_its_start_to_one():
 
 def test_the_paper_face_has_temperature_one(pack, tmp_path, monkeypatch):
     losses = {}
-    for name, flags in dict(paper=["--variant", "paper"], one=["--temperature", 1], default=[], published=["--temperature", 0.2]).items():
-        losses[name] = train_here(monkeypatch, pack, tmp_path / name, "--batch", 10, "--steps", 1, *flags)[0][0]["loss"]
+    for name, flags in dict(paper=["--variant", "paper"], one=["--temperature", 1], default=[],
+                            published=["--temperature", 0.2]).items():
+        losses[name] = train_here(monkeypatch, pack, tmp_path / name, "--batch", 10, "--steps", 1,
+                                  *flags)[0][0]["loss"]
     assert losses["paper"] == losses["one"] and losses["default"] == losses["published"] != losses["paper"]
 
 
 def test_views_have_their_shares_of_blur_and_solarisation():
     config = config_of(batch=400)
-    images = torch.randint(0, 256, (400, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    images = torch.randint(0, 256, (400, 1, 32, 32), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(2))
     _, uniforms, _ = moco.plan_step(config, np.arange(400), 3, 0, 1)
     uniforms[:, :, moco.N_CROP] = 1                                         # no jitter
     uniforms[:, :, moco.N_CROP + 10] = 0.5                                  # blur wide enough to be seen
@@ -236,7 +244,8 @@ def test_views_have_their_shares_of_blur_and_solarisation():
 def test_processes_do_not_change_the_weights(pack, tmp_path, monkeypatch):
     flags = ["--batch", 12, "--steps", 5, "--epochs", 4, "--lr", 0.01, "--in_chans", 3]
     log, one = train_here(monkeypatch, pack, tmp_path / "one", *flags)
-    result = run_script("pretrain/moco_v3.py", "--manifest", pack, "--out", tmp_path / "three", *TINY, *flags, nproc=3)
+    result = run_script("pretrain/moco_v3.py", "--manifest", pack, "--out", tmp_path / "three",
+                        *TINY, *flags, nproc=3)
     assert result.returncode == 0, result.stderr
     three = torch.load(tmp_path / "three/last.pt", weights_only=True)
     for whose in ("model", "momentum_encoder"):
@@ -251,14 +260,17 @@ def test_micro_batches_meet_the_keys_of_the_whole_batch(pack, tmp_path, monkeypa
     whole = train_here(monkeypatch, pack, tmp_path / "whole", *flags)[0][0]
     parts = train_here(monkeypatch, pack, tmp_path / "parts", *flags, "--micro-batch", 4)[0][0]
     # among 4 keys alone the entropy could not exceed log 4; the norms see 4 images in place of 12
-    assert math.log(4) < parts["entropy"] <= math.log(12) and abs(parts["loss"] - whole["loss"]) < 0.1 * whole["loss"]
+    assert (math.log(4) < parts["entropy"] <= math.log(12)
+            and abs(parts["loss"] - whole["loss"]) < 0.1 * whole["loss"])
 
 
-def test_backbone_is_the_trained_encoders_and_loads_strictly_without_this_project(pack, tmp_path, monkeypatch):
+def test_backbone_is_the_trained_encoders_and_loads_strictly_without_this_project(
+        pack, tmp_path, monkeypatch):
     _, last = train_here(monkeypatch, pack, tmp_path, "--batch", 20, "--epochs", 1, "--lr", 0.01)
     checkpoint = torch.load(tmp_path / "backbone.pt", weights_only=True)
     assert checkpoint["model_args"]["num_heads"] == 3
-    assert all(torch.equal(value, last["model"][f"base_encoder.backbone.{name}"]) for name, value in checkpoint["model"].items())
+    assert all(torch.equal(value, last["model"][f"base_encoder.backbone.{name}"])
+               for name, value in checkpoint["model"].items())
     code = ("import sys, timm, torch; c = torch.load(sys.argv[1], weights_only=True); "
             "m = timm.create_model(c['arch'], in_chans=c['in_chans'], num_classes=0, **c['model_args']); "
             "m.load_state_dict(c['model'], strict=True); print(m(torch.zeros(1, 1, 32, 32)).shape[1])")
@@ -293,20 +305,22 @@ def test_user_mistakes_get_one_sentence(pack, tmp_path, monkeypatch, capsys, fla
     with pytest.raises(SystemExit) as stop:
         moco.main()
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and line.startswith("error: ") and all(text in line for text in fragments), line
+    assert (stop.value.code == 2 and line.startswith("error: ")
+            and all(text in line for text in fragments)), line
 
 
 @pytest.mark.slow
 def test_the_loss_falls_and_queries_find_their_keys_without_collapse(tmp_path, monkeypatch):
-    """40 stripes told apart by direction and period; the embeddings of a batch of 20 have to tell them apart."""
+    """40 stripes told apart by direction and period; the embeddings of a batch of 20 must tell them apart."""
     y, x = np.mgrid[:40, :40]
     images = [127.5 + 110 * np.sin(2 * np.pi / period * (x * np.cos(a) + y * np.sin(a)))
               for period in (3, 4.5, 7, 11, 18) for a in np.linspace(0, np.pi / 2, 8)]
     np.save(tmp_path / "images.npy", np.array(images).astype(np.uint8))
     pd.DataFrame({"path": [f"{i}.png" for i in range(40)]}).to_csv(tmp_path / "manifest.csv", index=False)
-    log, _ = train_here(monkeypatch, tmp_path / "manifest.csv", tmp_path / "run", "--batch", 20, "--epochs", 60, "--lr", 0.05,
-                      "--warmup_epochs", 2, "--out_dim", 32, "--crop_scale", "[0.5, 1]")
-    chance = 4 * 0.2 * math.log(20)                                         # two directions, times 2 temperature
+    log, _ = train_here(monkeypatch, tmp_path / "manifest.csv", tmp_path / "run",
+                        "--batch", 20, "--epochs", 60, "--lr", 0.05, "--warmup_epochs", 2,
+                        "--out_dim", 32, "--crop_scale", "[0.5, 1]")
+    chance = 4 * 0.2 * math.log(20)                                     # two directions, times 2 temperature
     last = {key: np.mean([line[key] for line in log[-20:]]) for key in ("loss", "accuracy", "feature_std")}
     assert last["loss"] < 0.9 * chance and last["loss"] < 0.9 * log[0]["loss"], (chance, log[0], last)
     assert last["accuracy"] > 2 / 20 and last["feature_std"] > 0.4, last

@@ -14,12 +14,15 @@ from conftest import load_script, log_of, run_here, run_script, write_pack
 from PIL import Image
 
 simmim = load_script("pretrain/simmim.py")
-VIT = ["--model_args", '{"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}', "--mask_unit", 8]
-BEIT = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "init_values": 0.1, "global_pool": "token"}
+VIT = ["--model_args", '{"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}',
+       "--mask_unit", 8]
+BEIT = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True,
+        "init_values": 0.1, "global_pool": "token"}
 SMALL = dict(                       # arch and model_args of small models of the three kinds, 64 pixels
     vit=("vit_small_patch16_224", {"embed_dim": 48, "depth": 2, "num_heads": 3}),
     beit=("beit_base_patch16_224", {"embed_dim": 48, "depth": 2, "num_heads": 3, **BEIT}),
-    swin=("swin_base_patch4_window7_224", {"window_size": 2, "embed_dim": 12, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 4]}))
+    swin=("swin_base_patch4_window7_224",
+          {"window_size": 2, "embed_dim": 12, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 4]}))
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +36,15 @@ def pack(tmp_path_factory):
 
 
 def train_here(monkeypatch, manifest, out, *flags):
-    run_here(simmim, monkeypatch, "--manifest", manifest, "--out", out, "--device", "cpu", "--log-steps", 1, "--warmup_epochs", 1,
-             *flags)
+    run_here(simmim, monkeypatch, "--manifest", manifest, "--out", out,
+             "--device", "cpu", "--log-steps", 1, "--warmup_epochs", 1, *flags)
 
 
 def small(kind, in_chans=1):
     arch, model_args = SMALL[kind]
     torch.manual_seed(0)
-    encoder = timm.create_model(arch, num_classes=0, in_chans=in_chans, img_size=64, drop_path_rate=0, **model_args)
+    encoder = timm.create_model(arch, num_classes=0, in_chans=in_chans, img_size=64, drop_path_rate=0,
+                                **model_args)
     return simmim.SimMIM(encoder, in_chans, 64)
 
 
@@ -57,7 +61,8 @@ def test_exactly_the_rounded_up_share_of_the_units_is_hidden(side, n_hidden):
     share = n_hidden / n ** 2               # every unit is hidden equally often: within 4.5 standard errors
     assert (units.float().mean(0) - share).abs().max() < 4.5 * math.sqrt(share * (1 - share) / 400)
     for row, hidden in zip(u.flatten(1).tolist(), units.flatten(1).tolist()):
-        assert {i for i, is_hidden in enumerate(hidden) if is_hidden} == set(sorted(range(n * n), key=row.__getitem__)[:n_hidden])
+        assert ({i for i, is_hidden in enumerate(hidden) if is_hidden}
+                == set(sorted(range(n * n), key=row.__getitem__)[:n_hidden]))
 
 
 def test_masked_l1_equals_a_loop_over_pixels():
@@ -81,12 +86,13 @@ def test_hidden_pixels_leave_no_trace_and_shown_ones_do(kind, in_chans):
     masks = simmim.unit_masks(torch.rand(2, 2, 2, generator=generator), 0.6, 32)
     with torch.no_grad():
         recon = model(x, masks)
-        assert recon.shape == x.shape and model.decoder[0].out_channels == recon.shape[1] * (64 // model.grid_size) ** 2
+        assert (recon.shape == x.shape
+                and model.decoder[0].out_channels == recon.shape[1] * (64 // model.grid_size) ** 2)
         assert torch.equal(recon, model(torch.where(masks[:, None], other, x), masks))
         assert not torch.allclose(recon, model(torch.where(masks[:, None], x, other), masks))
         model.mask_token.zero_()
         assert not torch.allclose(recon, model(x, masks))
-    assert not model.encoder.patch_embed._forward_hooks                     # the encoder alone is timm's again
+    assert not model.encoder.patch_embed._forward_hooks                 # the encoder alone is timm's again
 
 
 def test_the_token_stands_in_for_patch_embeddings_before_positions_and_the_decoder_paints_its_patch():
@@ -96,7 +102,7 @@ def test_the_token_stands_in_for_patch_embeddings_before_positions_and_the_decod
     with torch.no_grad():
         tokens = vit.patch_embed(x)
         for b in range(2):
-            for place in range(16):                                         # patches of 16 pixels in a 4 x 4 grid
+            for place in range(16):                                     # patches of 16 pixels in a 4 x 4 grid
                 if masks[b, place // 4 * 16, place % 4 * 16]:
                     tokens[b, place] = model.mask_token[0, 0]
         tokens = torch.cat([vit.cls_token.expand(2, -1, -1), tokens], 1) + vit.pos_embed
@@ -127,8 +133,10 @@ def test_published_relative_position_weights_load_to_identical_features(tmp_path
                   "encoder.rel_pos_bias.relative_position_index": index}
     torch.save({"model": published}, tmp_path / "simmim.pth")
     torch.manual_seed(9)
-    fresh = timm.create_model(SMALL["beit"][0], num_classes=0, in_chans=1, img_size=64, **SMALL["beit"][1]).eval()
-    simmim.load_backbone(fresh, {**simmim.DEFAULTS, "init": str(tmp_path / "simmim.pth"), "arch": SMALL["beit"][0]})
+    fresh = timm.create_model(SMALL["beit"][0], num_classes=0, in_chans=1, img_size=64,
+                              **SMALL["beit"][1]).eval()
+    simmim.load_backbone(fresh, {**simmim.DEFAULTS, "init": str(tmp_path / "simmim.pth"),
+                                 "arch": SMALL["beit"][0]})
     x = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         assert torch.equal(fresh.forward_features(x), model.encoder.forward_features(x))
@@ -141,8 +149,9 @@ def config_of(**changes):
 
 
 def test_corrected_cosine_at_hand_worked_points():
-    rate = lambda step: simmim.learning_rate(step, config_of(), 10)         # half of the rates: batch 256 of 512
-    assert math.isclose(rate(0), 0.5e-6) and math.isclose(rate(50), (1e-4 + 0.5e-6) / 2) and math.isclose(rate(100), 1e-4)
+    rate = lambda step: simmim.learning_rate(step, config_of(), 10)     # half of the rates: batch 256 of 512
+    assert (math.isclose(rate(0), 0.5e-6) and math.isclose(rate(50), (1e-4 + 0.5e-6) / 2)
+            and math.isclose(rate(100), 1e-4))
     assert math.isclose(rate(550), (1e-4 + 0.5e-5) / 2) and math.isclose(rate(1000), 0.5e-5)
 
 
@@ -153,12 +162,13 @@ def test_paper_cosine_equals_timms_scheduler_stepped_after_the_optimiser():
     for step in range(1000):
         rate = simmim.learning_rate(step, config_of(variant="paper"), 10)
         assert math.isclose(rate, optimizer.param_groups[0]["lr"], rel_tol=1e-9), step
-        scheduler.step_update(step)                                         # after the step: its rate comes one late
+        scheduler.step_update(step)                         # after the step: its rate comes one late
 
 
 def test_step_schedule_divides_by_ten_once():
     config = config_of(schedule="step", step_epoch=70, lr=1e-4, warmup_lr=5e-7)
-    rate, late = (lambda step, face=face: simmim.learning_rate(step, {**config, "variant": face}, 10) for face in ("corrected", "paper"))
+    rate, late = (lambda step, face=face: simmim.learning_rate(step, {**config, "variant": face}, 10)
+                  for face in ("corrected", "paper"))
     assert math.isclose(rate(0), 2.5e-7) and math.isclose(rate(100), 5e-5)
     assert math.isclose(rate(699), 5e-5) and math.isclose(rate(700), 5e-6) and math.isclose(rate(999), 5e-6)
     assert math.isclose(late(700), 5e-5) and math.isclose(late(701), 5e-6)
@@ -169,12 +179,14 @@ def test_decay_spares_vectors_positions_and_only_when_corrected_bias_tables(vari
     for kind in SMALL:
         model = small(kind)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        decayed, free = ({names[id(p)] for p in group["params"]} for group in simmim.decay_groups(model, variant))
+        decayed, free = ({names[id(p)] for p in group["params"]}
+                         for group in simmim.decay_groups(model, variant))
         tables = {name for name in names.values() if "bias_table" in name}
         vectors = {name for name, p in model.named_parameters() if p.ndim == 1}
         special = {name for name in names.values() if name.split(".")[-1] in ("cls_token", "pos_embed")}
         assert free == vectors | special | (tables if variant == "corrected" else set())
-        assert decayed == set(names.values()) - free and "mask_token" in decayed and bool(tables) == (kind != "vit")
+        assert (decayed == set(names.values()) - free and "mask_token" in decayed
+                and bool(tables) == (kind != "vit"))
 
 
 # Whole runs
@@ -183,8 +195,8 @@ def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path, m
     flags = [*VIT, "--batch", 12, "--steps", 5, "--lr", 0.02, "--drop_path", 0.3, "--in_chans", 3]
     train_here(monkeypatch, pack, tmp_path / "one", *flags)
     train_here(monkeypatch, pack, tmp_path / "parts", *flags, "--micro-batch", 5)
-    result = run_script("pretrain/simmim.py", "--manifest", pack, "--out", tmp_path / "three", "--device", "cpu",
-                        "--log-steps", 1, "--warmup_epochs", 1, *flags, nproc=3)
+    result = run_script("pretrain/simmim.py", "--manifest", pack, "--out", tmp_path / "three",
+                        "--device", "cpu", "--log-steps", 1, "--warmup_epochs", 1, *flags, nproc=3)
     assert result.returncode == 0, result.stderr
     one = torch.load(tmp_path / "one/last.pt", weights_only=True)["model"]
     for name in ("parts", "three"):
@@ -197,12 +209,13 @@ def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path, m
 def test_a_run_in_two_pieces_gives_the_same_bytes(pack, tmp_path, monkeypatch):
     flags = [*VIT, "--batch", 10, "--epochs", 3, "--lr", 0.002, "--drop_path", 0.1, "--picture-epochs", 1]
     train_here(monkeypatch, pack, tmp_path / "whole", *flags)
-    train_here(monkeypatch, pack, tmp_path / "cut", *flags, "--steps", 8)                   # within the second epoch
+    train_here(monkeypatch, pack, tmp_path / "cut", *flags, "--steps", 8)  # within the second epoch
     (tmp_path / "cut/backbone.pt").unlink()
     train_here(monkeypatch, pack, tmp_path / "cut", *flags)
     for name in ("backbone.pt", "recon_0001.png", "recon_0003.png"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
-    assert [line["loss"] for line in log_of(tmp_path / "whole")] == [line["loss"] for line in log_of(tmp_path / "cut")]
+    assert ([line["loss"] for line in log_of(tmp_path / "whole")]
+            == [line["loss"] for line in log_of(tmp_path / "cut")])
     assert Image.open(tmp_path / "whole/recon_0003.png").size == (8 * 32, 4 * 32)
 
 
@@ -211,14 +224,17 @@ def test_backbones_load_strictly_into_timm_without_this_project(pack, tmp_path, 
         train_here(monkeypatch, pack, tmp_path / kind, "--arch", arch, "--model_args", json.dumps(model_args),
                    "--img_size", 64, "--batch", 8, "--steps", 1)
     code = ("import sys, timm, torch\nfor file in sys.argv[1:]:\n c = torch.load(file, weights_only=True)\n"
-            " m = timm.create_model(c['arch'], in_chans=1, num_classes=0, img_size=c['img_size'], **c['model_args'])\n"
+            " m = timm.create_model(c['arch'], in_chans=1, num_classes=0, img_size=c['img_size'],"
+            " **c['model_args'])\n"
             " m.load_state_dict(c['model'], strict=True)\n print(m(torch.zeros(1, 1, 64, 64)).shape[1])")
     files = [str(tmp_path / kind / "backbone.pt") for kind in SMALL]
-    result = subprocess.run([sys.executable, "-I", "-c", code, *files], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-I", "-c", code, *files],
+                            cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.split() == ["48", "48", "96"], result.stderr
 
 
 def test_the_loss_falls(pack, tmp_path, monkeypatch):
-    train_here(monkeypatch, pack, tmp_path, *VIT, "--batch", 20, "--epochs", 60, "--lr", 0.02, "--log-steps", 20)
+    train_here(monkeypatch, pack, tmp_path, *VIT, "--batch", 20, "--epochs", 60, "--lr", 0.02,
+               "--log-steps", 20)
     losses = [line["loss"] for line in log_of(tmp_path)]
     assert losses[-1] < 0.7 * losses[0], losses

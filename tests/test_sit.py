@@ -12,8 +12,8 @@ import torch.nn as nn
 from conftest import blobs, load_script, log_of, run_here, run_script, write_pack
 
 sit = load_script("pretrain/sit.py")
-TINY = ["--model_args", '{"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}', "--hidden_dim", 64,
-        "--out_dim", 16, "--device", "cpu", "--log-steps", 1, "--warmup_epochs", 1]
+TINY = ["--model_args", '{"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}',
+        "--hidden_dim", 64, "--out_dim", 16, "--device", "cpu", "--log-steps", 1, "--warmup_epochs", 1]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def train_here(monkeypatch, manifest, out, *flags):
 
 def tiny(seed=0, in_chans=1):
     torch.manual_seed(seed)
-    vit = timm.create_model("vit_small_patch16_224", num_classes=0, in_chans=in_chans, img_size=32, patch_size=8, embed_dim=48,
-                            depth=4, num_heads=3)
+    vit = timm.create_model("vit_small_patch16_224", num_classes=0, in_chans=in_chans, img_size=32,
+                            patch_size=8, embed_dim=48, depth=4, num_heads=3)
     return sit.SiT(vit, in_chans, 64, 16)
 
 
@@ -43,7 +43,8 @@ def test_parameter_counts_at_default_size(in_chans, total):
 
 
 def test_contrastive_head_has_the_stated_layers():
-    kinds = [(nn.Linear, 384, 4096), (nn.BatchNorm1d, 4096), (nn.GELU,), (nn.Linear, 4096, 4096), (nn.BatchNorm1d, 4096), (nn.GELU,),
+    kinds = [(nn.Linear, 384, 4096), (nn.BatchNorm1d, 4096), (nn.GELU,),
+             (nn.Linear, 4096, 4096), (nn.BatchNorm1d, 4096), (nn.GELU,),
              (nn.Linear, 4096, 256), (nn.BatchNorm1d, 256)]
     head = sit.ContrastiveHead(384)
     assert len(head) == len(kinds)
@@ -66,7 +67,7 @@ def test_heads_read_cls_and_patch_tokens_after_the_final_norm():
         assert torch.allclose(embedding, model.cls_head(tokens[:, 0]), atol=1e-6)
         features = model.rec_head.mlp(tokens[:, 1:])
         weight, bias = model.rec_head.convTrans.weight, model.rec_head.convTrans.bias       # [D, C, 8, 8]
-        for place in range(16):                                                             # a 4 x 4 grid of patches
+        for place in range(16):                                         # a 4 x 4 grid of patches
             top, left = place // 4 * 8, place % 4 * 8
             patch = torch.einsum("bd,dchw->bchw", features[:, place], weight) + bias[:, None, None]
             assert torch.allclose(recon[:, :, top:top + 8, left:left + 8], patch, atol=1e-5)
@@ -93,7 +94,8 @@ def test_contrast_of_shares_averages_to_that_of_the_batch():
     generator = torch.Generator().manual_seed(3)
     student, keys = torch.randn(2, 6, 7, generator=generator), list(torch.randn(2, 6, 7, generator=generator))
     whole = sit.contrast(student.flatten(0, 1), keys, torch.arange(6), 0.2)
-    shares = [sit.contrast(student[:, own].flatten(0, 1), keys, own, 0.2) for own in (torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5]))]
+    shares = [sit.contrast(student[:, own].flatten(0, 1), keys, own, 0.2)
+              for own in (torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5]))]
     assert torch.allclose(whole, (shares[0] + shares[1]) / 2, atol=1e-6)
 
 
@@ -101,7 +103,8 @@ def test_contrast_of_shares_averages_to_that_of_the_batch():
 
 def test_dropped_blocks_are_zero_and_fractions_are_those_of_the_released_code():
     config = {**sit.DEFAULTS, "batch": 100, "img_size": 224, "mean": [0.485], "std": [0.229]}
-    images = torch.randint(0, 256, (100, 1, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    images = torch.randint(0, 256, (100, 1, 64, 64), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(4))
     plan = sit.plan_step(config, np.arange(100), 0, 0, 1)
     clean, corrupted, masks = sit.make_views(images[plan[0]], plan, config, 0, 1, torch.device("cpu"))
     replaced = torch.zeros(200, dtype=torch.bool)
@@ -141,13 +144,14 @@ def test_ema_runs_from_its_start_to_one():
 def test_processes_do_not_change_the_weights(pack, tmp_path, monkeypatch):
     flags = ["--batch", 12, "--steps", 5, "--lr", 0.01, "--drop_path", 0.3, "--in_chans", 3]
     train_here(monkeypatch, pack, tmp_path / "one", *flags)
-    result = run_script("pretrain/sit.py", "--manifest", pack, "--out", tmp_path / "three", *TINY, *flags, nproc=3)
+    result = run_script("pretrain/sit.py", "--manifest", pack, "--out", tmp_path / "three",
+                        *TINY, *flags, nproc=3)
     assert result.returncode == 0, result.stderr
     one, three = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("one", "three"))
     for part in ("student", "teacher"):
         for key, value in one[part].items():
-            # a bias before batch norm (whose mean takes it up) and that of attention's keys have no effect, hence
-            # no gradient but rounding, of which AdamW makes whole steps
+            # a bias before batch norm (whose mean takes it up) and that of attention's keys have no effect,
+            # hence no gradient but rounding, of which AdamW makes whole steps
             if key in ("cls_head.0.bias", "cls_head.3.bias", "cls_head.6.bias") or "running_mean" in key:
                 continue
             gap = (value - three[part][key]).abs()
@@ -155,22 +159,25 @@ def test_processes_do_not_change_the_weights(pack, tmp_path, monkeypatch):
                 gap = gap[[*range(48), *range(96, 144)]]
             assert gap.max() <= 1e-5, (part, key)
     for here, there in zip(log_of(tmp_path / "one"), log_of(tmp_path / "three"), strict=True):
-        assert all(abs(here[term] - there[term]) < 2e-5 for term in ("loss", "contrast", "recon", "feature_std"))
+        assert all(abs(here[term] - there[term]) < 2e-5
+                   for term in ("loss", "contrast", "recon", "feature_std"))
 
 
 def test_a_run_in_two_pieces_gives_the_same_bytes(pack, tmp_path, monkeypatch):
     flags = ["--batch", 10, "--epochs", 3, "--lr", 0.002, "--picture-epochs", 1, "--micro-batch", 5]
     train_here(monkeypatch, pack, tmp_path / "whole", *flags)
-    train_here(monkeypatch, pack, tmp_path / "cut", *flags, "--steps", 8)                   # within the second epoch
+    train_here(monkeypatch, pack, tmp_path / "cut", *flags, "--steps", 8)  # within the second epoch
     (tmp_path / "cut/backbone.pt").unlink()
     train_here(monkeypatch, pack, tmp_path / "cut", *flags)
     for name in ("backbone.pt", "recon_0001.png", "recon_0003.png"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
-    assert [line["loss"] for line in log_of(tmp_path / "whole")] == [line["loss"] for line in log_of(tmp_path / "cut")]
+    assert ([line["loss"] for line in log_of(tmp_path / "whole")]
+            == [line["loss"] for line in log_of(tmp_path / "cut")])
 
 
 @pytest.mark.parametrize("export", ["teacher", "student"])
-def test_the_chosen_backbone_loads_strictly_into_timm_without_this_project(pack, tmp_path, monkeypatch, export):
+def test_the_chosen_backbone_loads_strictly_into_timm_without_this_project(
+        pack, tmp_path, monkeypatch, export):
     train_here(monkeypatch, pack, tmp_path, "--batch", 10, "--steps", 3, "--lr", 0.02, "--export", export)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     exported = torch.load(tmp_path / "backbone.pt", weights_only=True)["model"]
@@ -179,13 +186,15 @@ def test_the_chosen_backbone_loads_strictly_into_timm_without_this_project(pack,
             "m = timm.create_model(c['arch'], in_chans=c['in_chans'], num_classes=0, **c['model_args']); "
             "m.load_state_dict(c['model'], strict=True); print(m(torch.zeros(1, 1, 32, 32)).shape[1])")
     if export == "teacher":
-        result = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path / "backbone.pt")], cwd=tmp_path,
-                                capture_output=True, text=True)
+        result = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path / "backbone.pt")],
+                                cwd=tmp_path, capture_output=True, text=True)
         assert result.stdout.strip() == "48", result.stderr
 
 
 def test_both_losses_fall_and_features_do_not_collapse(pack, tmp_path, monkeypatch):
-    train_here(monkeypatch, pack, tmp_path, "--batch", 20, "--epochs", 50, "--lr", 0.02, "--log-steps", 15, "--crop_scale", "[0.5, 1.0]")
+    train_here(monkeypatch, pack, tmp_path, "--batch", 20, "--epochs", 50, "--lr", 0.02,
+               "--log-steps", 15, "--crop_scale", "[0.5, 1.0]")
     first, *_, last = log_of(tmp_path)
-    assert last["recon"] < 0.85 * first["recon"] and last["contrast"] < 0.85 * first["contrast"], (first, last)
+    assert (last["recon"] < 0.85 * first["recon"]
+            and last["contrast"] < 0.85 * first["contrast"]), (first, last)
     assert last["feature_std"] > 0.1

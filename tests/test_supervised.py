@@ -19,14 +19,15 @@ RESNET = ["--arch", "resnet10t", "--img_size", 32, "--device", "cpu", "--log-ste
 
 
 def write_pack(folder, labels):
-    """72 noisy images with up to three bright bands, 48 of them in split pretrain; labels: of [N, 3] truth."""
+    """72 noisy images with up to three bright bands, 48 in split pretrain; labels: of [N, 3] truth."""
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 2, (72, 3))
     images = rng.integers(0, 60, (72, 32, 32))
     for band, top in enumerate([0, 11, 22]):
         images[:, top:top + 10] += 150 * truth[:, band, None, None]
     np.save(folder / "images.npy", images.astype(np.uint8))
-    rows = pd.DataFrame({"path": [f"{i}.png" for i in range(72)], "split": ["pretrain"] * 48 + ["val"] * 24, "age": 50})
+    rows = pd.DataFrame({"path": [f"{i}.png" for i in range(72)],
+                         "split": ["pretrain"] * 48 + ["val"] * 24, "age": 50})
     rows.join(labels(truth)).to_csv(folder / "manifest.csv", index=False)
     return folder / "manifest.csv"
 
@@ -41,8 +42,9 @@ def findings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
-    """One column with the number of the class, here how many bands are bright; 7, 8, 9, 10 sort as numbers."""
-    return write_pack(tmp_path_factory.mktemp("classes"), lambda truth: pd.DataFrame({"class": truth.sum(1) + 7}))
+    """One column with the class number, here how many bands are bright; 7, 8, 9, 10 sort as numbers."""
+    return write_pack(tmp_path_factory.mktemp("classes"),
+                      lambda truth: pd.DataFrame({"class": truth.sum(1) + 7}))
 
 
 def train_here(monkeypatch, manifest, out, *flags):
@@ -57,9 +59,10 @@ def test_bilinear_crops_equal_pillows_resize_of_the_box(box):
     noise = Image.fromarray(rng.integers(0, 256, (100, 80), dtype=np.uint8))
     top, left, h, w = box
     wanted = np.array(noise.crop((left, top, left + w, top + h)).resize((48, 48), Image.BILINEAR), np.float32)
-    got = supervised.crop_resize(torch.from_numpy(np.array(noise))[None, None], [torch.tensor([float(v)]) for v in box],
+    got = supervised.crop_resize(torch.from_numpy(np.array(noise))[None, None],
+                                 [torch.tensor([float(v)]) for v in box],
                                  torch.tensor([False]), 48, cubic=False)[0, 0].numpy()
-    assert np.abs(got - wanted).max() <= 1.01                                               # Pillow rounds twice
+    assert np.abs(got - wanted).max() <= 1.01                           # Pillow rounds twice
 
 
 def test_rotation_equals_torchvisions_and_stays_within_the_stated_angle():
@@ -67,15 +70,17 @@ def test_rotation_equals_torchvisions_and_stays_within_the_stated_angle():
     u = torch.tensor([0.0, 0.2, 0.5, 0.83, 1.0])
     turned = supervised.rotate(images, u, 7.0)
     for image, got, angle in zip(images, turned, (2 * u.double() - 1) * 7):
-        wanted = tv.rotate(image[None], float(angle))[0]                                    # nearest, filled with 0
-        assert (got == wanted).float().mean() > 0.995             # at ties of two pixels either may be the nearest
+        wanted = tv.rotate(image[None], float(angle))[0]    # nearest, filled with 0
+        assert (got == wanted).float().mean() > 0.995       # at ties of two pixels either may be the nearest
     assert torch.equal(turned[2], images[2])
 
 
 def test_views_are_the_crop_turned_and_normalised():
-    images = torch.randint(0, 256, (3, 1, 50, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    images = torch.randint(0, 256, (3, 1, 50, 50), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(3))
     u = torch.rand(3, supervised.N_CROP + 1, generator=torch.Generator().manual_seed(4))
-    config = {**supervised.DEFAULTS, "img_size": 32, "in_chans": 3, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    config = {**supervised.DEFAULTS, "img_size": 32, "in_chans": 3,
+              "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
     crops = supervised.random_resized_crop(images, u, (0.08, 1.0), 32, cubic=False)
     views = supervised.augment(images, u, config)
     for channel, (mean, std) in enumerate(zip(config["mean"], config["std"])):
@@ -93,7 +98,8 @@ def test_uncertain_and_blank_labels_count_as_negative(findings):
     values, names = read(findings)
     table = pd.read_csv(findings, dtype=str, keep_default_na=False)
     assert names == ["Edema", "Mass", "No Finding"] and values.dtype == np.float32
-    assert (values == (table[names] == "1").to_numpy()).all() and set(np.unique(table[names])) == {"0", "1", "-1", ""}
+    assert ((values == (table[names] == "1").to_numpy()).all()
+            and set(np.unique(table[names])) == {"0", "1", "-1", ""})
 
 
 def test_a_single_column_holds_the_class_numbers_in_numeric_order(classes):
@@ -104,7 +110,8 @@ def test_a_single_column_holds_the_class_numbers_in_numeric_order(classes):
 
 def test_columns_with_exactly_one_1_in_every_row_are_classes(tmp_path):
     truth = np.array([2, 0, 1, 2])
-    pd.DataFrame(np.eye(3, dtype=int)[truth], columns=list("abc")).assign(path=list("wxyz")).to_csv(tmp_path / "m.csv", index=False)
+    pd.DataFrame(np.eye(3, dtype=int)[truth], columns=list("abc")).assign(path=list("wxyz")).to_csv(
+        tmp_path / "m.csv", index=False)
     values, names = read(tmp_path / "m.csv")
     assert names == list("abc") and (values == truth).all() and values.dtype == np.int64
     assert (read(tmp_path / "m.csv", "multilabel")[0] == np.eye(3)[truth]).all()
@@ -119,7 +126,8 @@ def test_loss_equals_a_loop_over_images_and_labels():
             p = 1 / (1 + math.exp(-logit))
             total -= math.log(p) if value else math.log(1 - p)
     assert abs(float(supervised.label_loss(logits, truth)) - total / 12) < 1e-6
-    total = sum(math.log(sum(math.exp(v) for v in row)) - row[place] for row, place in zip(logits.tolist(), [2, 0, 1, 1]))
+    total = sum(math.log(sum(math.exp(v) for v in row)) - row[place]
+                for row, place in zip(logits.tolist(), [2, 0, 1, 1]))
     assert abs(float(supervised.label_loss(logits, torch.tensor([2, 0, 1, 1]))) - total / 4) < 1e-6
 
 
@@ -127,7 +135,8 @@ def test_validation_images_are_of_split_val_and_in_the_paper_face_the_first_trai
     rows = supervised.read_manifest(findings, "pretrain", 40)
     config = {**supervised.DEFAULTS, "val_samples": 10}
     assert list(supervised.validation_rows(findings, rows, config).index) == list(range(48, 58))
-    assert list(supervised.validation_rows(findings, rows, {**config, "variant": "paper"}).index) == list(range(10))
+    assert list(supervised.validation_rows(
+        findings, rows, {**config, "variant": "paper"}).index) == list(range(10))
 
 
 # Whole runs
@@ -136,7 +145,8 @@ def test_processes_and_micro_batches_do_not_change_the_weights(findings, tmp_pat
     flags = [*TINY, "--batch", 12, "--steps", 5, "--lr", 0.02, "--drop_path", 0.3]
     train_here(monkeypatch, findings, tmp_path / "one", *flags)
     train_here(monkeypatch, findings, tmp_path / "parts", *flags, "--micro-batch", 5)
-    result = run_script("pretrain/supervised.py", "--manifest", findings, "--out", tmp_path / "three", *flags, nproc=3)
+    result = run_script("pretrain/supervised.py", "--manifest", findings, "--out", tmp_path / "three",
+                        *flags, nproc=3)
     assert result.returncode == 0, result.stderr
     one = torch.load(tmp_path / "one/last.pt", weights_only=True)["model"]
     for name in ("parts", "three"):
@@ -150,9 +160,11 @@ def test_processes_and_micro_batches_do_not_change_the_weights(findings, tmp_pat
 def test_batch_norm_of_a_resnet_sees_the_images_of_all_processes(findings, tmp_path, monkeypatch):
     flags = [*RESNET, "--batch", 12, "--steps", 2, "--lr", 0.02, "--drop_path", 0.3, "--val_samples", 0]
     train_here(monkeypatch, findings, tmp_path / "one", *flags)
-    result = run_script("pretrain/supervised.py", "--manifest", findings, "--out", tmp_path / "two", *flags, nproc=2)
+    result = run_script("pretrain/supervised.py", "--manifest", findings, "--out", tmp_path / "two",
+                        *flags, nproc=2)
     assert result.returncode == 0, result.stderr
-    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("one", "two"))
+    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
+                for name in ("one", "two"))
     # AdamW makes a whole step of the rounding in a gradient near 0: only few weights may differ, and by that
     gaps = torch.cat([(one[key] - two[key]).abs().flatten() for key in one if "num_batches" not in key])
     assert (gaps > 1e-5).float().mean() < 1e-3 and gaps.max() < 2 * 0.02 * 12 / 256
@@ -163,21 +175,25 @@ def test_batch_norm_of_a_resnet_sees_the_images_of_all_processes(findings, tmp_p
 def test_a_run_in_two_pieces_gives_the_same_bytes(classes, tmp_path, monkeypatch):
     flags = [*TINY, "--batch", 10, "--epochs", 4, "--lr", 0.002, "--val_epochs", 2]
     train_here(monkeypatch, classes, tmp_path / "whole", *flags)
-    train_here(monkeypatch, classes, tmp_path / "cut", *flags, "--steps", 6)                # within the second epoch
+    train_here(monkeypatch, classes, tmp_path / "cut", *flags, "--steps", 6)  # within the second epoch
     (tmp_path / "cut/backbone.pt").unlink()
     train_here(monkeypatch, classes, tmp_path / "cut", *flags)
     assert (tmp_path / "whole/backbone.pt").read_bytes() == (tmp_path / "cut/backbone.pt").read_bytes()
-    assert [line["loss"] for line in log_of(tmp_path / "whole")] == [line["loss"] for line in log_of(tmp_path / "cut")]
+    assert ([line["loss"] for line in log_of(tmp_path / "whole")]
+            == [line["loss"] for line in log_of(tmp_path / "cut")])
     assert [line["step"] for line in log_of(tmp_path / "whole") if "val_accuracy" in line] == [8, 16]
 
 
 def test_backbones_load_strictly_into_timm_without_this_project(findings, tmp_path, monkeypatch):
     for name, net in (("vit", TINY), ("resnet50", ["--arch", "resnet50", "--in_chans", 3, *RESNET[2:]])):
-        train_here(monkeypatch, findings, tmp_path / name, *net, "--batch", 8, "--steps", 1, "--val_samples", 0)
+        train_here(monkeypatch, findings, tmp_path / name, *net, "--batch", 8, "--steps", 1,
+                   "--val_samples", 0)
     code = ("import sys, timm, torch\nfor file in sys.argv[1:]:\n c = torch.load(file, weights_only=True)\n"
             " m = timm.create_model(c['arch'], in_chans=c['in_chans'], num_classes=0, **c['model_args'])\n"
-            " m.load_state_dict(c['model'], strict=True)\n print(m.eval()(torch.zeros(1, c['in_chans'], 32, 32)).shape[1])")
-    result = subprocess.run([sys.executable, "-I", "-c", code, *(str(tmp_path / name / "backbone.pt") for name in ("vit", "resnet50"))],
+            " m.load_state_dict(c['model'], strict=True)\n"
+            " print(m.eval()(torch.zeros(1, c['in_chans'], 32, 32)).shape[1])")
+    result = subprocess.run([sys.executable, "-I", "-c", code,
+                             *(str(tmp_path / name / "backbone.pt") for name in ("vit", "resnet50"))],
                             cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.split() == ["48", "2048"], result.stderr
 
@@ -187,8 +203,8 @@ def test_it_learns_labels_and_classes(findings, classes, tmp_path, monkeypatch):
         train_here(monkeypatch, manifest, tmp_path / name, *TINY, "--batch", 16, "--epochs", 50, "--lr", 0.03,
                    "--val_epochs", 50, "--crop_scale", "[0.8, 1.0]", "--log-steps", 15)
     first, *_, last = log_of(tmp_path / "findings")
-    assert last["loss"] < 0.5 < first["loss"] and last["val_auc"] > 0.9                             # chance: 0.5
-    assert log_of(tmp_path / "classes")[-1]["val_accuracy"] > 0.6                                      # commonest: 0.42
+    assert last["loss"] < 0.5 < first["loss"] and last["val_auc"] > 0.9     # chance: 0.5
+    assert log_of(tmp_path / "classes")[-1]["val_accuracy"] > 0.6           # commonest: 0.42
 
 
 @pytest.mark.parametrize("content, flags, words", [
