@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -233,8 +234,13 @@ def init_distributed(device):
     if device.type == "cuda":
         if not torch.cuda.is_available():
             fail("--device cuda, but PyTorch sees no GPU here; use --device cpu")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        place, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if place >= n_gpus:
+            fail(f"process {place} of this machine has no GPU, there are {n_gpus}; lower --nproc_per_node")
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
+        # what is computed in fp32, scores above all, is not to be rounded to TF32
+        torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, device
     store, rank, world_size = next(dist.rendezvous("env://"))
@@ -270,7 +276,26 @@ def end_if_peer_died(problem, rank):
     """For an `except RuntimeError`: torchrun reports the process that died, the others need no traceback."""
     if not any(name in str(problem) for name in ("gloo", "NCCL")):
         raise problem
-    sys.exit("error: another process died (torchrun says which); the same command goes on" if rank == 0 else 1)
+    said = " ".join(str(problem).split())[:150]
+    sys.exit(f"error: another process died, torchrun says which ({said}); run the same command again"
+             if rank == 0 else 1)
+
+
+def leave():
+    """In a `finally`: out of the process group. After an error at once, or NCCL would wait for the others."""
+    error = sys.exc_info()[1]
+    if not dist.is_initialized():
+        return
+    if error is None or isinstance(error, SystemExit) and error.code == 75:
+        dist.destroy_process_group()
+        return
+    if not isinstance(error, SystemExit):
+        traceback.print_exc()
+    elif isinstance(error.code, str):
+        print(error.code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.code if isinstance(getattr(error, "code", 1), int) else 1)
 
 
 def catch_sigterm():
@@ -339,7 +364,11 @@ class ImageSource:
                 fail(f"{folder / 'images.npy'} holds {self.packed.dtype} {self.packed.shape}, "
                      f"but {manifest} has {n_rows} rows; pack the dataset again")
             if device.type == "cuda" and self.packed.nbytes < torch.cuda.mem_get_info(device)[0] // 3:
-                self.packed = torch.from_numpy(np.ascontiguousarray(self.packed[self.rows])).to(device)
+                packed, self.packed = self.packed, torch.empty(
+                    (len(self.rows), *self.packed.shape[1:]), dtype=torch.uint8, device=device)
+                for begin in range(0, len(self.rows), 4096):                # host memory for a part at a time
+                    part = slice(begin, begin + 4096)
+                    self.packed[part] = torch.from_numpy(packed[self.rows[part]])
                 self.rows = np.arange(len(self.rows))
         else:
             pack = folder / "pack.json"
@@ -360,7 +389,7 @@ class ImageSource:
             return [image.expand(channels, -1, -1).to(self.device) for image in images]
         rows = self.rows[indices]
         if isinstance(self.packed, torch.Tensor):
-            images = self.packed[torch.from_numpy(rows).to(self.device)]
+            images = self.packed[torch.from_numpy(rows).to(self.device, non_blocking=True)]
         else:
             order = np.argsort(rows, kind="stable")             # ascending reads from the mapped file
             images = torch.empty((len(rows), *self.packed.shape[1:]), dtype=torch.uint8)
@@ -499,14 +528,16 @@ def shift_hue(rgb, turn):
     safe = chroma.clamp_min(1e-8)
     sixth = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
     sixth = torch.where(value == r, (g - b) / safe, sixth)
-    k = (torch.tensor([5.0, 3.0, 1.0], device=rgb.device).view(1, 3, 1, 1) + (sixth + 6 * turn)[:, None]) % 6
+    k = (5 - 2 * torch.arange(3, device=rgb.device).view(1, 3, 1, 1) + (sixth + 6 * turn)[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def luminance(x):
     """Grey value [B, 1, H, W] of images [B, C, H, W]."""
-    weights = x.new_tensor([0.299, 0.587, 0.114])
-    return x if x.shape[1] == 1 else torch.einsum("bchw,c->bhw", x, weights)[:, None]
+    if x.shape[1] == 1:
+        return x
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype).to(x.device, non_blocking=True)
+    return torch.einsum("bchw,c->bhw", x, weights)[:, None]
 
 
 def colour_jitter(x, u, strength, p):
@@ -562,9 +593,10 @@ def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
 # --- begin copy: normalise ---
 def normalise(x, config):
     """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey images are repeated."""
-    mean, std = (x.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    mean, std, grey = (torch.tensor(values, dtype=x.dtype).to(x.device, non_blocking=True).view(1, -1, 1, 1)
+                       for values in (config["mean"], config["std"], [0.299, 0.587, 0.114]))
     if x.shape[1] > config["in_chans"]:
-        x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        x = (x * grey).sum(1, keepdim=True)
     return torch.addcmul(-mean / std, x, 1 / (255 * std))    # in one pass; a grey channel broadcasts to three
 # --- end copy: normalise ---
 
@@ -784,8 +816,8 @@ def decay_groups(model):
 def clip_each(parameters, largest):
     """Scale down the gradient of each parameter tensor whose norm exceeds `largest` (each its own)."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    factors = [(largest / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(gradients)]
-    torch._foreach_mul_(gradients, factors)
+    factors = (largest / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)).clamp(max=1)
+    torch._foreach_mul_(gradients, factors.unbind())
 # --- end copy: schedule ---
 
 
@@ -869,7 +901,8 @@ def restore(state, out, **parts):
     """Load the parts of last.pt back into the modules, the optimiser and so on that bear their names."""
     try:
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if name != "scaler" or state[name]:         # empty: of a device that needs no loss scaler
+                part.load_state_dict(state[name])
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as problem:
         fail(f"{out}/last.pt does not fit this script ({' '.join(str(problem).split())[:120]}); "
              "--resume never starts anew")
@@ -1219,6 +1252,7 @@ def train(config, args, rank, world_size, device):
             save(done)
             saved = time.monotonic()
         if stopping and done < last_step:
+            any_process(False)              # torchrun ends all once one has left: not before rank 0 has saved
             sys.exit(75)  # EX_TEMPFAIL: run the same command again
 
 
@@ -1239,8 +1273,7 @@ def main():
     except RuntimeError as problem:
         end_if_peer_died(problem, rank)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":
