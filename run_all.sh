@@ -35,6 +35,9 @@ while [ $# -gt 0 ]; do
   shift
 done
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+if [ "$gpus" != 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+  gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+fi
 if [ -z "$nproc" ]; then        # the demo's networks are small: on CPUs two processes of one thread beat one of two
   nproc=$gpus
   if [ "$gpus" = 0 ]; then nproc=1; [ "$demo" = 1 ] && [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && nproc=2; fi

@@ -308,7 +308,7 @@ def test_training_view_is_torchvisions_crop_flip_and_rotation():
 # Training
 
 def test_processes_and_micro_batches_do_not_change_the_weights(tmp_path, monkeypatch):
-    uneven = make_pack(tmp_path / "pack", 78)           # batches of 12, 12 and 2, of which the third process has none
+    uneven = make_pack(tmp_path / "pack", 78)       # batches of 12, 12 and 2: the third process has none
     flags = ["--train", uneven, *TINY, "--epochs", 3, "--batch", 12, "--lr", "1e-3", "--drop_path", 0.3]
     run(monkeypatch, *flags, "--out", tmp_path / "1")
     run(monkeypatch, *flags, "--out", tmp_path / "micro", "--micro-batch", 5)
@@ -442,6 +442,17 @@ def test_probe_is_a_logistic_regression_on_frozen_features(pack, tmp_path, monke
     for k, label in enumerate("ABC"):
         regression = LogisticRegression(C=0.1, max_iter=1000).fit(features[train], table[label][train])
         np.testing.assert_allclose(logits[:, k], regression.decision_function(features), atol=2e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_probe_as_one_does(pack, tmp_path, monkeypatch):
+    flags = ["--train", pack, *TINY, "--probe", "--seeds", "0,1"]
+    run(monkeypatch, *flags, "--out", tmp_path / "1")
+    result = run_script("finetune/classify.py", *flags, "--out", tmp_path / "2", nproc=2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for seed in ("seed0", "seed1"):
+        one, two = (torch.load(tmp_path / n / seed / "classifier.pt", weights_only=True) for n in "12")
+        assert largest_difference(one["model"], two["model"]) == 0
 
 
 def test_few_labels_and_ignored_labels_train(pack, tmp_path, monkeypatch, capsys):

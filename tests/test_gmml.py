@@ -457,6 +457,19 @@ def test_two_runs_never_share_a_folder_and_processes_divide_the_batch(pack, tmp_
     os.close(lock)
 
 
+@pytest.mark.slow
+def test_a_mistake_that_one_process_finds_ends_the_job_with_its_sentence(tmp_path):
+    names = [f"{i}.png" for i in range(8)]
+    for name, image in zip(names, blobs(8)):
+        Image.fromarray(image).save(tmp_path / name)
+    (tmp_path / "5.png").write_text("no picture")
+    pd.DataFrame({"path": names, "split": "pretrain"}).to_csv(tmp_path / "manifest.csv", index=False)
+    result = run_script("pretrain/gmml.py", "--manifest", tmp_path / "manifest.csv", "--out", tmp_path,
+                        *TINY, "--batch", 8, nproc=2, timeout=60)
+    assert result.returncode != 0 and "5.png cannot be read as an image" in result.stderr
+    assert "[rank" not in result.stderr
+
+
 def test_another_configuration_is_not_resumed(pack, tmp_path):
     assert start(pack, tmp_path, "--batch", 10, "--steps", 1).returncode == 0
     assert_user_error(start(pack, tmp_path, "--batch", 10, "--steps", 2, "--lr", "2e-4"),
@@ -469,3 +482,13 @@ def test_the_loss_falls(pack, tmp_path):
     losses = [line["loss"] for line in log_of(tmp_path)]
     # predicting the mean grey of every image costs about the first value; half of that needs the neighbours
     assert losses[-1] < 0.75 * losses[0], losses
+
+
+def test_a_run_goes_on_where_a_loss_scaler_is_needed_that_the_checkpoint_does_not_know(tmp_path):
+    layer, scaler = torch.nn.Linear(2, 1), torch.amp.GradScaler("cpu")
+    unused = torch.amp.GradScaler(enabled=False)
+    state = dict(model=torch.nn.Linear(2, 1).state_dict(), scaler=unused.state_dict())
+    gmml.restore(state, tmp_path, model=layer, scaler=scaler)
+    assert torch.equal(layer.weight, state["model"]["weight"]) and scaler.get_scale() == 2 ** 16
+    with pytest.raises(SystemExit):
+        gmml.restore(dict(model={}), tmp_path, model=layer)
