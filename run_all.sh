@@ -251,10 +251,13 @@ PY
 if [ -n "$slurm" ]; then echo "$stages"; exit 0; fi
 shorten() { if [ ${#1} -gt 600 ]; then echo "${1:0:600} ..."; else echo "$1"; fi; }
 count=$(wc -l <<<"$stages") number=0 begun=$SECONDS
-stopping=0
-trap 'stopping=1' TERM
+stopping=0 running=""
+stop() { stopping=1; if [ -n "$running" ]; then kill -TERM "$running" || true; fi; }
+trap stop TERM INT HUP
+set -m                  # a stage is a process group of its own: a signal to this script or its group reaches it once
 while IFS=$'\t' read -r part name output key command <&3; do
   number=$((number + 1))
+  if [ "$stopping" = 1 ]; then echo "stopped before stage '$name'; the same command goes on from there" >&2; exit 75; fi
   if [ -n "$only" ] && [ "$only" != "$part" ]; then continue; fi
   if [ "$dry" = 1 ]; then echo "${command//\$PYTHON/$PYTHON}"; continue; fi
   if [ -e "$output" ] && [ "$(cat "$output.done" 2>/dev/null)" = "$key" ]; then
@@ -264,10 +267,11 @@ while IFS=$'\t' read -r part name output key command <&3; do
   log="$out/runs/logs/${name// /_}.log"
   mkdir -p "$(dirname "$log")" "$(dirname "$output")"
   echo "[$number/$count] $name: $(shorten "${command//\$PYTHON/$PYTHON}")"
-  code=0
-  # SIGTERM is for the stage alone: what it says while it saves still has to be read
-  bash -c "exec $command" 2>&1 | (trap '' TERM; exec tee "$log") | (trap '' TERM; exec sed -u 's/^/    /') ||
-    code=${PIPESTATUS[0]}
+  bash -c "exec $command" 2>&1 </dev/null | (trap '' TERM; exec tee "$log") | (trap '' TERM; exec sed -u 's/^/    /') &
+  running=$(jobs -p %+)
+  if [ "$stopping" = 1 ]; then stop; fi
+  while code=0; wait %+ || code=$?; [ -n "$(jobs -rp)" ]; do :; done      # a signal interrupts wait
+  running=""
   if [ "$stopping" = 1 ] && [ "$code" != 0 ]; then
     echo "stopped in stage '$name'; the same command goes on from there" >&2
     exit 75

@@ -153,24 +153,26 @@ def test_prediction_and_metric_contracts(project, demo):
 
 
 @pytest.mark.slow
-def test_sigterm_lets_the_stage_save_and_the_same_command_goes_on(project, demo):
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])          # the script alone, or as SLURM does
+def test_sigterm_lets_the_stage_save_and_the_same_command_goes_on(project, demo, kill):
+    out = f"stopped_{kill.__name__}"
     command = ["bash", "run_all.sh", "--demo", "--scale", "0.1", "--exp", "demo.gmml-mimic",
-               "--out", "stopped", "--tests", "nih_test", "--nproc", "1"]
-    with open(project / "stopped.txt", "w") as output:
+               "--out", out, "--tests", "nih_test", "--nproc", "1"]
+    with open(project / f"{out}.txt", "w") as output:
         chain = subprocess.Popen(command, cwd=project, stdout=output, stderr=output, env=ENV,
                                  start_new_session=True)
-        log = project / "stopped/runs/demo.gmml-mimic/pretrain/run.json"
+        log = project / out / "runs/demo.gmml-mimic/pretrain/run.json"
         while not log.exists():
             assert chain.poll() is None
             time.sleep(0.05)
         time.sleep(1)                                       # somewhere in the first steps
-        os.killpg(chain.pid, signal.SIGTERM)
+        kill(chain.pid, signal.SIGTERM)
         assert chain.wait(60) == 75
-    said = (project / "stopped.txt").read_text()
+    said = (project / f"{out}.txt").read_text()
     assert "stopped in stage 'demo.gmml-mimic pretrain'" in said and "error" not in said
     again = run_all(project, *command[2:])
     assert again.returncode == 0 and "steps 0 to" not in again.stdout.split("[")[-5], again.stderr
-    tested = {path.name for path in (project / "stopped/runs").rglob("predictions/*/*.csv")}
+    tested = {path.name for path in (project / out / "runs").rglob("predictions/*/*.csv")}
     assert tested == {"nih_val.csv", "nih_test.csv"}
 
 
