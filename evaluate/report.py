@@ -114,7 +114,8 @@ def read_csv(path, columns=(), maker=None):
 
 def natural(text):
     """Sort key that puts 3.10 after 3.9 and words after numbers."""
-    return [(not part.isdigit(), part.zfill(9)) for part in re.split(r"(\d+)", str(text)) if part]
+    parts = [part for part in re.split(r"(\d+)", str(text)) if part]
+    return [(not part.isdigit(), part.zfill(9) if part.isdigit() else part) for part in parts]
 
 
 # ---------------------------------------------------------------------------- the number in a cell
@@ -1026,7 +1027,7 @@ def compose(args, metrics, by_number, facts, logs, verdicts, beside):
     table = {number: html_table(t, args.metrics.name, facts) for number, t in by_number.items()}
     frames = {name: html_frame(pd.concat(map(read_csv, beside[name])))
               for name in ("detectable", "errata") if name in beside}
-    if demo := [exp for exp in metrics.exps if exp.startswith(("demo.", "mini."))]:
+    if demo := [exp for exp in metrics.exps if exp.startswith(("demo.", "mini.", "nih."))]:
         notes.append(f"Stand-ins: {', '.join(demo)} were trained on drawn or miniature data, from starting "
                      "weights made here. They show that the chain works and say nothing about the question.")
     components = metrics.components

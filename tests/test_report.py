@@ -504,3 +504,9 @@ def test_an_output_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys, 
     path = small(tmp_path, ("3.4", 0, "nih_test", 5, "auc_mean", "corrected", "", "", 0.8))
     (tmp_path / "out").write_text("a file")
     assert "cannot be written" in message(capsys, monkeypatch, "--metrics", path, "--out", tmp_path / "out")
+
+
+def test_experiments_stand_in_order_of_their_numbers_then_their_words():
+    names = ["mini.sit", "3.10", "mini.dino-imagenet", "4.1.1-100k", "3.9", "mini.dino", "4.1.1-50k"]
+    assert sorted(names, key=report.natural) == [
+        "3.9", "3.10", "4.1.1-50k", "4.1.1-100k", "mini.dino", "mini.dino-imagenet", "mini.sit"]
