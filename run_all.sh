@@ -241,7 +241,7 @@ verdicts = [stage("verdicts on the published runs", f"{results}/published/verdic
 if not demo:
     verdicts.insert(0, stage("verdicts", f"{results}/verdicts.csv",
                              f"evaluate/compare.py --predictions {runs} --out {results}", predictions))
-title = "Demo: drawn stand-in data and stand-in weights" if not keep else f"Demo: drawn stand-ins of what is not in {raw}"
+title = "Demo: drawn stand-in data and stand-in weights" if not keep else f"Demo: stand-in weights, drawn stand-ins of what {raw} lacks"
 stage("report", f"{results}/report.html",
       f"evaluate/report.py --metrics {metrics} --out {results} --runs {runs} --predictions {runs} "
       f"--verdicts {' '.join(verdicts)}" + f" --title {shlex.quote(title)}" * demo, [metrics, figure, *verdicts])

@@ -278,26 +278,27 @@ def end_if_peer_died(problem, rank):
     """For an `except RuntimeError`: torchrun reports the process that died, the others need no traceback."""
     if not any(name in str(problem) for name in ("gloo", "NCCL")):
         raise problem
-    said = " ".join(str(problem).split())[:150]
-    sys.exit(f"error: another process died, torchrun says which ({said}); run the same command again"
-             if rank == 0 else 1)
+    if rank == 0:
+        said = " ".join(str(problem).split())[:150]
+        print(f"error: another process died, torchrun says which ({said}); run the same command again",
+              file=sys.stderr)
+    sys.exit(1)
 
 
 def leave():
     """In a `finally`: out of the process group. After an error at once, or NCCL would wait for the others."""
     error = sys.exc_info()[1]
+    code = error.code if isinstance(error, SystemExit) else 0 if error is None else 1
     if not dist.is_initialized():
         return
-    if error is None or isinstance(error, SystemExit) and error.code == 75:
+    if code in (0, 75):
         dist.destroy_process_group()
         return
     if not isinstance(error, SystemExit):
         traceback.print_exc()
-    elif isinstance(error.code, str):
-        print(error.code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(error.code if isinstance(getattr(error, "code", 1), int) else 1)
+    os._exit(code)
 
 
 def catch_sigterm():
@@ -522,10 +523,11 @@ def random_resized_crop(images, u, scale, size, cubic=True):
 # --- begin copy: normalise ---
 def normalise(x, config):
     """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey images are repeated."""
-    mean, std, grey = (torch.tensor(values, dtype=x.dtype).to(x.device, non_blocking=True).view(1, -1, 1, 1)
-                       for values in (config["mean"], config["std"], [0.299, 0.587, 0.114]))
+    mean, std = (torch.tensor(config[key], dtype=x.dtype).to(x.device, non_blocking=True).view(1, -1, 1, 1)
+                 for key in ("mean", "std"))
     if x.shape[1] > config["in_chans"]:
-        x = (x * grey).sum(1, keepdim=True)
+        grey = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype).to(x.device, non_blocking=True)
+        x = (x * grey.view(1, 3, 1, 1)).sum(1, keepdim=True)
     return torch.addcmul(-mean / std, x, 1 / (255 * std))    # in one pass; a grey channel broadcasts to three
 # --- end copy: normalise ---
 
