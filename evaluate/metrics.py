@@ -488,8 +488,11 @@ def label_sets(labels):
 @lru_cache(maxsize=1)
 def read_groups(manifests):
     """Sex, age band and race of every image of the manifests: DataFrame of str by path, blank if unknown."""
-    frame = pd.concat([read_csv(path, ["path"], dtype=str) for path in manifests]).drop_duplicates("path")
-    frame = frame.set_index("path").reindex(columns=["sex", "age", "race"]).fillna("")
+    frame = pd.concat([read_csv(path, ["path"], dtype=str) for path in manifests])
+    frame = frame.reindex(columns=["path", "sex", "age", "race"]).fillna("").drop_duplicates().set_index("path")
+    for path in frame.index[frame.index.duplicated()][:1]:
+        raise InputError(f"the manifests know two people for image '{path}'; give the one that the predictions "
+                         "were made from")
     bands = pd.cut(pd.to_numeric(frame["age"], errors="coerce"), [-np.inf, *AGES.values()], labels=list(AGES))
     frame["age"] = bands.astype(object).fillna("")
     if (frame == "").all(axis=None):
@@ -532,16 +535,20 @@ class Score:
 
     def put_labels(self, metric, values, threshold=np.nan, variant="corrected", draws=None, influence=None,
                    mean=True):
-        """A row a label, one for the mean of the defined; values [K], draws [B, K], influence [P, K]."""
+        """A row a label, one for the mean of the defined; values [K], draws [B, K], influence [P, K].
+
+        mean: whether there is such a row, or bool [K]: over which labels.
+        """
         spans = [(np.nan, np.nan) if draws is None else
                  interval(draws[:, k], values[k], None if influence is None else influence[:, k])
                  for k in range(len(values))]
         for size, columns in self.sets.items():
             self.rows += [(size, metric, variant, self.labels[k], threshold, values[k], *spans[k])
                           for k in columns]
-            if mean:
-                self.put(size, metric, mean_over_labels(values[columns]), threshold, variant,
-                         None if draws is None else mean_over_labels(draws[:, columns]))
+            if mean is not False:
+                over = [k for k in columns if mean is True or mean[k]]
+                self.put(size, metric, mean_over_labels(values[over]), threshold, variant,
+                         None if draws is None else mean_over_labels(draws[:, over]))
 
     def baselines(self):
         """What is in the file, and what an answer without a look at the image scores."""
@@ -649,26 +656,32 @@ class Score:
             self.put(size, "temperature", temperature)
 
     def subgroups(self, groups):
-        """AUC of each sex, age band and race, and per label the gap between best and worst."""
+        """AUC of each sex, age band and race, and per label the gap between best and worst.
+
+        Means are over the labels that are defined in every group. A gap has no interval: resampling adds noise to
+        every group, hence to the largest difference between them, and its percentiles would lie too high.
+        """
         for attribute in groups:
-            values, draws = [], []
-            for group in sorted(set(groups[attribute]) - {""}):
-                here = (groups[attribute] == group).to_numpy()
-                values.append(auc(self.y[here], self.p[here]))
-                draws.append(auc_draws(self.y[here], self.p[here], self.patient[here], self.draws))
-                self.put_labels(f"auc[{attribute}={group}]", values[-1], draws=draws[-1])
+            names = sorted(set(groups[attribute]) - {""})
+            here = [(groups[attribute] == name).to_numpy() for name in names]
+            values = np.array([auc(self.y[rows], self.p[rows]) for rows in here])           # [groups, K]
+            shared = ~np.isnan(values).any(0)
+            for name, rows, areas in zip(names, here, values):
+                draws = auc_draws(self.y[rows], self.p[rows], self.patient[rows], self.draws)
+                self.put_labels(f"auc[{attribute}={name}]", areas, draws=draws, mean=shared)
                 for size in self.sets:
-                    self.put(size, f"images[{attribute}={group}]", here.sum())
-            if len(values) > 1:
-                self.put_labels(f"auc_gap[{attribute}]", gap(values), draws=gap(draws))
+                    self.put(size, f"images[{attribute}={name}]", rows.sum())
+            if len(names) > 1:
+                self.put_labels(f"auc_gap[{attribute}]", gap(values), mean=shared)
+                for size, columns in self.sets.items():
+                    self.put(size, f"auc_labels[{attribute}]", shared[columns].sum())
 
 
 def gap(values):
     """Largest minus smallest defined value along the first axis; NaN with fewer than two."""
-    ranked = np.sort(values, axis=0)                                        # NaN last
-    last = np.count_nonzero(~np.isnan(ranked), axis=0) - 1
-    highest = np.take_along_axis(ranked, np.maximum(last, 0)[None], 0)[0]
-    return np.where(last > 0, highest - ranked[0], np.nan)
+    largest, smallest = (how(values, axis=0, initial=start, where=~np.isnan(values))
+                         for how, start in ((np.max, -np.inf), (np.min, np.inf)))
+    return np.where(np.count_nonzero(~np.isnan(values), axis=0) > 1, largest - smallest, np.nan)
 
 
 def score_file(path, resamples, chosen=None, groups=None, bca=False):

@@ -250,8 +250,10 @@ def test_answers_tie_with_images_that_were_certain_of_the_other_class():
 
 
 def test_floating_point_never_refers_one_image_too_few():
-    for n, q in itertools.product(range(1, 40_000, 7), ("0.05", "0.1", "0.15", "0.2", "0.25")):
-        assert int(n * float(q)) == n * Fraction(q) // 1
+    fractions = ("0.05", "0.1", "0.15", "0.2", "0.25")
+    for n in range(1, 40_000, 7):
+        seen = m.images_seen(n, [float(q) for q in fractions])
+        assert seen.tolist() == [n * Fraction(q) // 1 for q in fractions]
 
 
 # ---------------------------------------------------------------------------------------------- resampling
@@ -402,47 +404,13 @@ def test_delong_where_nothing_can_be_told():
 
 # --------------------------------------------------------------------------------- the study's published runs
 
-# Cells whose print and published runs differ: (exp, test set, classes or label, number).
-ERRATA2 = {("3.1", "nih_test", "14", "mean"), ("3.1", "nih_test", "14", "sd"),
-           ("1.2", "nih_test", "14", "mean"), ("1.1", "nih_test", "14", "sd")}
-ERRATA3 = {("2.1", "chexpert_valid", "Consolidation", "sd"), ("3.1", "chexpert_valid", "Consolidation", "sd"),
-           ("3.1", "chexpert_valid", "Edema", "mean"), ("3.1", "chexpert_valid", "Edema", "sd"),
-           ("3.3", "chexpert_valid", "Cardiomegaly", "mean"),
-           ("3.1", "chexpert_valid", "Cardiomegaly", "sd")}   # 0.010449, from labels of 4 decimals
-
-
-def reported(name):
-    return pd.read_csv(REPORTED / name, dtype=str)
-
-
-@pytest.mark.parametrize("table, key, label, errata, cells", [
-    ("table2.csv", ["exp", "testset", "classes"], "mean", ERRATA2, 60),
-    ("table3.csv", ["exp", "testset", "label"], None, ERRATA3, 35)])
-def test_printed_mean_and_sd_come_out_of_the_published_runs(table, key, label, errata, cells):
-    runs = reported("raw_runs_auc.csv").astype({"auc": float})
-    runs = runs[runs.label == "mean"] if label else runs[runs.classes == "5"]
-    runs = runs.groupby(key).auc.agg(mean="mean", sd=lambda values: values.std(ddof=1))
-    both = runs.join(reported(table).set_index(key), how="inner")
-    differ = {(*cell, number) for cell, row in both.iterrows() for number in ("mean", "sd")
-              if f"{row[number]:.4f}" != row[f"auc_{number}"].ljust(6, "0")}
-    assert len(both) == cells and differ == errata
-
-
 def test_published_means_are_means_over_the_labels_with_an_auc_above_zero():
-    runs = reported("raw_runs_auc.csv").astype({"auc": float}).pivot(
+    runs = pd.read_csv(REPORTED / "raw_runs_auc.csv", dtype={"classes": str}).pivot(
         index=["exp", "seed", "testset", "classes"], columns="label", values="auc")
     labels = runs.drop(columns="mean").to_numpy()
     without_edema = runs.index.get_level_values("testset").isin(["vindr_test", "padchest"])
     np.testing.assert_array_equal((labels == 0).any(1), without_edema)
     np.testing.assert_allclose(m.mean_over_labels(labels, "paper"), runs["mean"], atol=6e-5)  # of 4 decimals
-
-
-def test_published_oracle_auc_without_referral_is_the_mean_auc():
-    oracle = reported("raw_runs_oracle.csv").astype({"referred": float, "oracle_auc": float})
-    means = reported("raw_runs_auc.csv").query("label == 'mean' and classes == '5'").astype({"auc": float})
-    both = oracle[oracle.referred == 0].merge(means, on=["exp", "seed", "testset"])
-    assert len(both) == 224
-    np.testing.assert_allclose(both.oracle_auc, both.auc, atol=6e-5)
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -622,6 +590,38 @@ def test_subgroups_are_scored_apart_with_the_gap_between_them(monkeypatch, tmp_p
     ages = [value for name, value in found.items() if name.startswith("age")]
     assert cell(table, "auc_gap[age]", label="Edema") == pytest.approx(max(ages) - min(ages))
     assert cell(table, "auc_gap[sex]", label="Edema") == pytest.approx(abs(found["sex=F"] - found["sex=M"]))
+    assert (table[table.metric.str.startswith("auc_gap")].ci_low == "").all()       # they would lie too high
+
+
+def test_means_of_subgroups_are_over_the_labels_that_all_groups_have(monkeypatch, tmp_path):
+    path = run_folder(tmp_path) / "chexpert_valid.csv"
+    frame = predictions(path)
+    frame["sex"] = ["F", "M"] * 60
+    frame.loc[frame.sex == "F", "true_Edema"] = 0
+    frame.drop(columns="sex").to_csv(path, index=False)
+    frame[["path", "sex"]].to_csv(tmp_path / "manifest.csv", index=False)
+    table = command(monkeypatch, tmp_path, path, "--manifest", tmp_path / "manifest.csv")
+    shared, gaps = [label for label in FIVE if label != "Edema"], []
+    for sex in "FM":
+        here = frame[frame.sex == sex]
+        areas = [sk.roc_auc_score(here[f"true_{label}"], here[f"prob_{label}"]) for label in shared]
+        assert cell(table, f"auc[sex={sex}]") == pytest.approx(np.mean(areas))
+        gaps.append(areas)
+    assert cell(table, "auc_gap[sex]") == pytest.approx(np.abs(np.subtract(*gaps)).mean())
+    assert cell(table, "auc_labels[sex]") == 4 and np.isnan(cell(table, "auc_gap[sex]", label="Edema"))
+
+
+def test_manifests_that_differ_about_an_image_are_refused(monkeypatch, tmp_path, capsys):
+    path = run_folder(tmp_path) / "chexpert_valid.csv"
+    frame = predictions(path).assign(sex="F")
+    for name in ("a", "b"):
+        frame[["path", "sex"]].to_csv(tmp_path / f"{name}.csv", index=False)
+    given = "--manifest", tmp_path / "a.csv", tmp_path / "b.csv"
+    assert cell(command(monkeypatch, tmp_path, path, *given), "images[sex=F]") == 120
+    frame.assign(sex=["F"] * 119 + ["M"])[["path", "sex"]].to_csv(tmp_path / "b.csv", index=False)
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, tmp_path, path, *given)
+    assert stop.value.code == 2 and "two people for image 'images/0119.png'" in capsys.readouterr().err
 
 
 def test_processes_do_not_change_the_result_and_no_resamples_give_no_intervals(monkeypatch, tmp_path):
