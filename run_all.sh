@@ -13,9 +13,9 @@
 #   --only PART   data, rows or results: that part of the chain        --scale S    size of the demo's stand-ins
 #   --slurm DIR   write a job script and DIR/submit.sh: data, then a job a row, each after those it needs, results
 #
-# A stage is skipped when its output is there and was made by the same command, row and inputs. Stopped or killed, run
-# it again; SIGTERM is passed on, and the exit code is then 75. PYTHON=python bash run_all.sh ... uses an environment
-# that has the packages already.
+# A stage is skipped when its output is there and was made by the same command, row and content of its inputs. Stopped
+# or killed, run it again; SIGTERM is passed on, and the exit code is then 75. PYTHON=python bash run_all.sh ... uses an
+# environment that has the packages already.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -50,7 +50,7 @@ if [ "$gpus" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 if [ "$plan" = 1 ]; then exec "$PYTHON" evaluate/plan.py ${exp:+--exp "$exp"} ${data:+--data "$data"}; fi
 
 # The chain, worked out from experiments.yaml: one line a stage with part, name, output, key (a hash of command, row
-# and inputs) and command, tab-separated.
+# and the keys of the inputs), command and the stages' outputs that it reads, tab-separated.
 stages=$("$PYTHON" - "$demo" "$exp" "$raw" "$data" "$out" "$nproc" "$scale" "$tests" "$slurm" "${given[@]}" <<'PY'
 import difflib, fnmatch, hashlib, json, os, re, shlex, sys
 from pathlib import Path
@@ -59,7 +59,10 @@ import yaml
 demo, chosen, raw, data, out, nproc, scale, tests, slurm, *given = sys.argv[1:]
 demo, nproc = demo == "1", int(nproc)
 keep = " --keep" if demo and raw else ""       # what lies below a --raw that was given
-raw, data = raw or ("data/demo/raw" if demo else "raw"), data or ("data/demo" if demo else "data")
+data = data or (f"data/demo{f'-{Path(raw).name}' * bool(raw)}" if demo else "data")
+raw = raw or (f"{data}/raw" if demo else "raw")
+if demo and Path(raw, "demo.json").is_file() and json.loads(Path(raw, "demo.json").read_text())["scale"] != float(scale):
+    sys.exit(f"error: {raw} has stand-ins of another scale than {scale}; give the same --scale or another --data")
 runs, results = f"{out}/runs".removeprefix("./"), f"{out}/results{'/demo' if demo else ''}".removeprefix("./")
 python, torchrun = "$PYTHON", f"$PYTHON -m torch.distributed.run --standalone --nproc_per_node={nproc}"
 table = yaml.safe_load(open("experiments.yaml"))
@@ -99,7 +102,7 @@ def stage(name, output, command, inputs=(), row=None, launcher=python):
         keys[output] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         part = "rows" if name.split()[0] in table else "results" if output.startswith(f"{results}/") else "data"
         if not slurm:
-            print(part, name, output, keys[output], f"{launcher} {command}", sep="\t")
+            print(part, name, output, keys[output], f"{launcher} {command}", "|".join(inputs), sep="\t")
     return output
 
 
@@ -157,6 +160,7 @@ JOB = """#!/bin/bash
 part=$1; shift; rows=("$@")
 [ "$part" = rows ] && rows=("${{rows[${{SLURM_ARRAY_TASK_ID:-0}}]}}")
 cd {here}
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK          # srun does not take it from the lines above
 srun bash run_all.sh {flags} --only "$part" --exp "$(IFS=,; echo "${{rows[*]}}")"
 code=$?
 [ "$code" = 75 ] && scontrol requeue "$SLURM_JOB_ID"
@@ -236,11 +240,10 @@ packs = [output.rsplit("/", 1)[0] for output in keys if output.endswith("/manife
 figure = stage("data tables", f"{results}/figures/figure1.svg",
                f"data_prep/describe.py --index {' '.join(f'{pack}/index.csv' for pack in packs)} --packs {' '.join(packs)} "
                f"--out {results}/figures", [f"{pack}/manifest.csv" for pack in packs])
-verdicts = [stage("verdicts on the published runs", f"{results}/published/verdicts.csv",
+verdicts = [stage("verdicts", f"{results}/verdicts.csv",                  # of these rows: others may have other images
+                  f"evaluate/compare.py --predictions {runs} --exp {','.join(chosen)} --out {results}", predictions),
+            stage("verdicts on the published runs", f"{results}/published/verdicts.csv",
                   f"evaluate/compare.py --reported --out {results}/published")]
-if not demo:
-    verdicts.insert(0, stage("verdicts", f"{results}/verdicts.csv",
-                             f"evaluate/compare.py --predictions {runs} --out {results}", predictions))
 title = "Demo: drawn stand-in data and stand-in weights" if not keep else f"Demo: stand-in weights, drawn stand-ins of what {raw} lacks"
 stage("report", f"{results}/report.html",
       f"evaluate/report.py --metrics {metrics} --out {results} --runs {runs} --predictions {runs} "
@@ -255,12 +258,14 @@ stopping=0 running=""
 stop() { stopping=1; if [ -n "$running" ]; then kill -TERM "$running" || true; fi; }
 trap stop TERM INT HUP
 set -m                  # a stage is a process group of its own: a signal to this script or its group reaches it once
-while IFS=$'\t' read -r part name output key command <&3; do
+while IFS=$'\t' read -r part name output key command inputs <&3; do
   number=$((number + 1))
   if [ "$stopping" = 1 ]; then echo "stopped before stage '$name'; the same command goes on from there" >&2; exit 75; fi
   if [ -n "$only" ] && [ "$only" != "$part" ]; then continue; fi
   if [ "$dry" = 1 ]; then echo "${command//\$PYTHON/$PYTHON}"; continue; fi
-  if [ -e "$output" ] && [ "$(cat "$output.done" 2>/dev/null)" = "$key" ]; then
+  IFS='|' read -ra inputs <<<"$inputs"                    # output.done: the key, hash of the inputs, hash of the output
+  made="$key $(for input in "${inputs[@]}"; do tail -n 1 "$input.done" 2>/dev/null || true; done | sha256sum)"
+  if [ -e "$output" ] && [ "$(head -n 1 "$output.done" 2>/dev/null)" = "$made" ]; then
     echo "[$number/$count] $name: complete"
     continue
   fi
@@ -280,7 +285,7 @@ while IFS=$'\t' read -r part name output key command <&3; do
     echo "error: stage '$name' failed with exit code $code; its log is $log; its command: ${command//\$PYTHON/$PYTHON}" >&2
     exit "$code"
   fi
-  echo "$key" > "$output.done"
+  printf '%s\n' "$made" "$(cat "$output" "${output%/*}/pack.json" 2>/dev/null | sha256sum)" > "$output.done"
 done 3<<<"$stages"
 if [ "$dry" = 1 ]; then exit 0; fi
 if [ -n "$only" ]; then echo "part $only complete after $((SECONDS - begun)) s"; exit 0; fi

@@ -13,8 +13,10 @@ Reads   <exp>/predictions/seed<k>/<testset>.csv below --predictions (path, patie
 Writes  verdicts.csv     a row a claim: verdict, effect (left - right), 95 % interval, p, p adjusted by Holm
         comparisons.csv  a row a pair of arms on a test set: mean over labels (label blank) and each label
         components.csv   a row an arm: mean over runs, its interval, what runs and patients add to its error
-        detectable.csv   a row a test set: the smallest difference of two arms that is found with 80 % power
+        detectable.csv   a row a test set: the smallest difference of two arms that is found with 80 % power;
+                         of published runs a lower bound, as what patients add is unknown
         errata.csv       with --reported: printed, recomputed, difference
+        A standard error that is unknown is blank: se_runs with one run, se_patients without predictions.
 
 A claim compares two operands. An operand is an experiment, with :label for one label, @testset for another
 test set, +0.20 for an offset. 2.2-2.1 is a difference, sd(ood) and sd(nih_test) are spreads over runs,
@@ -24,6 +26,7 @@ subset_accuracy@t, fnr@t, oracle_auc@q; "a-b" takes a on the left and b on the r
 """
 
 import argparse
+import fnmatch
 import itertools
 import os
 import re
@@ -37,7 +40,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
-from scipy.special import ndtr, ndtri, stdtr, stdtrit
+from scipy.special import nctdtrinc, ndtr, ndtri, stdtr, stdtrit
 
 REPORTED = Path(__file__).resolve().parent / "reported"
 NIH14 = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation "
@@ -45,15 +48,16 @@ NIH14 = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia P
 STUDY5 = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion"]
 LABELS = {"auc_mean14": NIH14, "auc_mean5": STUDY5, "auc_mean4": [x for x in STUDY5 if x != "Edema"]}
 CLAIM = "id family statement metric testset left right sign".split()
+VERDICT = CLAIM + ("verdict effect ci_low ci_high p p_holm p_holm_all se_runs se_patients runs source "
+                   "remark").split()
 PAIR = ("dataset labels label left right effect ci_low ci_high p p_holm p_welch p_delong se_runs "
-        "se_patients").split()
+        "se_patients freedom").split()
 EXP = r"[A-Za-z0-9_.]+(?:-\d+k)?"                     # 3.4, 0.1.7a, 4.2.1-100k
 OPERAND = re.compile(rf"(?P<exp>{EXP})(?::(?P<part>\w+))?(?:@(?P<testset>\w+))?(?:-(?P<minus>{EXP}))?"
                      r"(?P<offset>\+[\d.]+)?")
 METRIC = re.compile(r"auc|auc_mean(5|14|4)|(mean_accuracy|subset_accuracy|fnr|oracle_auc)@\d*\.?\d+")
 TEXT = {"atelectasis_mimic_chexpert": ("3.3", "chexpert_test", "Atelectasis"),     # sentences of section 3.3
         "effusion_mimic_chexpert": ("3.3", "chexpert_test", "Effusion")}
-POWER = ndtri(0.975) + ndtri(0.8)                     # two-sided test at 5 %, power 80 %
 
 
 # --- begin copy: error ---
@@ -233,26 +237,29 @@ def read_csv(path, columns=(), dtype=str):
 
 # values [R]: a number of every run, or a combination of several. pooled [B]: its mean over runs in every
 # resample of patients; nested [B]: the same with the runs resampled too; None where predictions are missing.
-# interaction: the variance between runs that comes from the choice of patients.
-Arm = namedtuple("Arm", "values pooled nested interaction")
-Estimate = namedtuple("Estimate", "effect low high p se_runs se_patients runs")
+# variance: what the choice of runs adds to the variance of the mean over runs; NaN (unknown) with one run.
+Arm = namedtuple("Arm", "values pooled nested variance")
+# se_runs, se_patients: NaN where unknown; freedom: degrees of freedom behind p, inf for a normal test.
+Estimate = namedtuple("Estimate", "effect low high p se_runs se_patients freedom runs")
 
 
 def make_arm(exp, values, draws=None):
     """An arm from its runs: values float [R]; draws float [R, B], the same patients for all runs.
 
     R runs drawn with replacement show (R - 1)/R of their variance: the deviation from the mean is enlarged.
+    What comes from the choice of patients (run x patient) is taken off the variance between runs.
     """
-    values = np.asarray(values, float)
+    values, count = np.asarray(values, float), len(values)
+    pooled = None if draws is None else draws.mean(0)
+    if count == 1:                                         # no other run would change the constant answer
+        return Arm(values, pooled, pooled, 0.0 if exp == "always_negative" else np.nan)
     if draws is None:
-        return Arm(values, None, None, 0.0)
-    count, pooled = len(values), draws.mean(0)
-    if count == 1:
-        return Arm(values, pooled, pooled, 0.0)
+        return Arm(values, None, None, values.var(ddof=1) / count)
     picks = np.random.default_rng(zlib.crc32(exp.encode())).integers(count, size=draws.shape)
     nested = pooled + np.sqrt(count / (count - 1)) * (np.take_along_axis(draws, picks, 0).mean(0) - pooled)
     own = draws - values[:, None] - (pooled - values.mean())
-    return Arm(values, pooled, nested, np.nanvar(own, axis=1, ddof=1).sum() / (count - 1))
+    interaction = np.nanvar(own, axis=1, ddof=1).sum() / (count - 1)
+    return Arm(values, pooled, nested, max(values.var(ddof=1) - interaction, 0) / count)
 
 
 def estimate(arms, offset=0.0):
@@ -260,25 +267,30 @@ def estimate(arms, offset=0.0):
 
     Interval: percentiles of the nested bootstrap, which errs on the wide side (Owen 2007, "pigeonhole").
     p: Student's t; the runs' part of the standard error has R - 1 degrees of freedom an arm, the patients'
-    part has plenty (Satterthwaite). From runs alone both are Welch's.
+    part has plenty (Satterthwaite). From runs alone both are Welch's. With predictions, both leave out what
+    an arm's runs add where it is unknown: one run is judged by its patients.
 
     Args: arms: [(sign, Arm)].
     """
     counts = [len(arm.values) for _, arm in arms]
     effect = sum(sign * arm.values.mean() for sign, arm in arms) - offset
-    parts = [max(arm.values.var(ddof=1) - arm.interaction, 0) / count if count > 1 else 0.0
-             for (_, arm), count in zip(arms, counts)]
+    parts = np.array([arm.variance for _, arm in arms])
     predictions = arms[0][1].pooled is not None
-    patients = np.nanvar(sum(sign * arm.pooled for sign, arm in arms), ddof=1) if predictions else 0.0
-    error = np.sqrt(sum(parts) + patients)
-    lost = sum(part ** 2 / (count - 1) for part, count in zip(parts, counts) if part)
+    patients = np.nanvar(sum(sign * arm.pooled for sign, arm in arms), ddof=1) if predictions else np.nan
+    error = np.sqrt(np.nansum(parts) + patients if predictions else parts.sum())
+    lost = sum(part ** 2 / (count - 1) for part, count in zip(parts, counts) if part > 0)
     freedom = error ** 4 / lost if lost else np.inf
     if predictions:
         low, high = interval(sum(sign * arm.nested for sign, arm in arms) - offset)
     else:
         low, high = effect + stdtrit(freedom, [0.025, 0.975]) * error if error else (np.nan, np.nan)
     p = 2 * stdtr(freedom, -abs(effect) / error) if error else (np.nan if effect else 1.0)
-    return Estimate(effect, low, high, p, np.sqrt(sum(parts)), np.sqrt(patients), counts)
+    return Estimate(effect, low, high, p, np.sqrt(parts.sum()), np.sqrt(patients), freedom, counts)
+
+
+def noncentrality(freedom):
+    """The effect, in standard errors, that a two-sided t-test at 5 % finds with 80 % power; 2.80 for inf."""
+    return nctdtrinc(freedom, 0.2, stdtrit(freedom, 0.975))
 
 
 def holm(p):
@@ -306,6 +318,10 @@ def read_run(path):
     if alone or not names:
         raise InputError(f"{path} needs columns true_<label> and prob_<label> for every label"
                          + (f"; {sorted(alone)[0]!r} has one of them" if alone else ""))
+    spelling = {re.sub("_", "", label).lower(): label for label in NIH14} | {"pleuraleffusion": "Effusion"}
+    labels = [spelling.get(re.sub(r"[\W_]", "", name).lower(), name) for name in names]
+    if len(set(labels)) < len(labels):
+        raise InputError(f"{path} has label {max(labels, key=labels.count)} under two spellings; keep one")
     for row in frame.index[frame["path"].duplicated()][:1]:
         image = frame["path"][row]
         raise InputError(f"{path} row {row + 1}: image {image!r} stands there twice; keep one row an image")
@@ -318,8 +334,6 @@ def read_run(path):
             found = str(frame[column][row])
             raise InputError(f"{path} row {row + 1}: {column} is {found!r}; expected {expected}")
         columns.append(numbers)
-    spelling = {re.sub("_", "", label).lower(): label for label in NIH14} | {"pleuraleffusion": "Effusion"}
-    labels = [spelling.get(re.sub(r"[\W_]", "", name).lower(), name) for name in names]
     paths = frame["path"].to_numpy(str)
     rows, order = np.argsort(paths, kind="stable"), np.argsort(labels)
     y, p = (numbers[rows][:, order] for numbers in columns)
@@ -391,14 +405,17 @@ class Predictions:
     """Numbers from prediction files, each with its resamples over patients."""
     source = "our runs"
 
-    def __init__(self, root, resamples):
+    def __init__(self, root, resamples, exps="*"):
+        """root: folder of experiments; exps: those to read, as "3.4,4.*"."""
         self.resamples, self.files = resamples, {}
         for path in sorted(root.glob("*/predictions/seed*/*.csv")):
             exp, _, seed, _ = path.relative_to(root).parts
-            if not path.stem.endswith("_val"):             # what thresholds are chosen on is no test set
+            asked = any(fnmatch.fnmatchcase(exp, pattern) for pattern in exps.split(","))
+            if asked and not path.stem.endswith("_val"):   # what thresholds are chosen on is no test set
                 self.files.setdefault((exp, path.stem), {})[seed.removeprefix("seed")] = path
-        if not self.files:
-            raise InputError(f"{root} holds no <exp>/predictions/seed<k>/<testset>.csv of predict.py")
+        for pattern in exps.split(","):
+            if not fnmatch.filter({exp for exp, _ in self.files}, pattern):
+                raise InputError(f"{root} holds no {pattern}/predictions/seed<k>/<testset>.csv of predict.py")
         paths = sorted((path for files in self.files.values() for path in files.values()),
                        key=lambda path: (path.stem, path))      # a process draws a test set's patients once
         with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
@@ -534,9 +551,11 @@ def read_claims(path):
 
 def judge_spread(claim, source):
     """Is the spread over runs larger on one test set? Mean over arms of log(sd left / sd right), t over arms.
+
+    The arms are those of Table 2, of which the paper says it: stand-ins and controls have no say.
     """
-    ratios = []
-    for exp in dict.fromkeys(exp for exp, _ in source.files):
+    ratios, arms = [], set(read_csv(REPORTED / "table2.csv", ["exp"])["exp"])
+    for exp in dict.fromkeys(exp for exp, _ in source.files if exp in arms):
         spreads = []
         for _, metric, name in claim["sides"]:
             testset = claim["testset"] if name == "ood" else name
@@ -545,7 +564,7 @@ def judge_spread(claim, source):
         if min(spreads) > 0:
             ratios.append(np.log(spreads[0] / spreads[1]))
     if len(ratios) < 2:
-        return None, "fewer than two arms have several runs on both sets"
+        return None, "fewer than two arms of Table 2 have several runs on both sets"
     return estimate([(1, make_arm("", ratios))]), f"log ratio of the sd over runs, {len(ratios)} arms"
 
 
@@ -572,7 +591,7 @@ def judge(claim, source):
                          if parts[0][n] is not None else None for n in (2, 3))
         arms.append((1, make_arm(exp, values, draws)))
     remarks = ["the paper claims no direction; read as left > right"] if claim["sign"] == "0" else []
-    if any(len(arm.values) == 1 for exp, (_, arm) in zip(terms, arms) if exp != "always_negative"):
+    if any(np.isnan(arm.variance) for _, arm in arms):
         remarks.append("an arm has one run: its spread over runs is unknown")
     return estimate(arms, offset), "; ".join(remarks)
 
@@ -595,7 +614,7 @@ def verdicts(claims, source):
                     "p_holm_all": q_all, "se_runs": result.se_runs, "se_patients": result.se_patients,
                     "runs": " ".join(map(str, result.runs))}
         rows.append({**row, "source": source.source, "remark": remark})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=VERDICT)
 
 
 def all_pairs(source):
@@ -620,20 +639,24 @@ def all_pairs(source):
             rows.append({**where, "left": left, "right": right, "effect": pair.effect, "ci_low": pair.low,
                          "ci_high": pair.high, "p": pair.p, "p_welch": estimate(runs).p,
                          "p_delong": source.delong(left, right, testset, label) if label else np.nan,
-                         "se_runs": pair.se_runs, "se_patients": pair.se_patients})
+                         "se_runs": pair.se_runs, "se_patients": pair.se_patients,
+                         "freedom": pair.freedom})
         comparisons += [{**row, "p_holm": q} for row, q in zip(rows, holm([row["p"] for row in rows]))]
     return pd.DataFrame(components), pd.DataFrame(comparisons, columns=PAIR)
 
 
 def detectable(comparisons, source):
-    """What two arms must differ by to be told apart, from the median standard errors of all pairs of arms."""
+    """What two arms must differ by to be told apart with 80 % power: the mean of what each pair must.
+
+    The mean, as the median of spreads over few runs lies low. Pairs with an arm of one run do not count;
+    where se_patients is unknown, the difference is what runs alone ask for, a lower bound.
+    """
     rows, means = [], comparisons[comparisons["label"] == ""]
     for (dataset, labels), pairs in means.groupby(["dataset", "labels"], sort=False):
-        runs, patients = pairs["se_runs"].median(), pairs["se_patients"].median()
-        images, people = source.sizes(dataset)
-        patients = patients if images else np.nan               # of published runs no patients are known
-        rows.append((dataset, labels, images, people, len(pairs), runs, patients,
-                     POWER * np.hypot(runs, patients if images else 0), POWER * patients, source.source))
+        runs, patients = pairs["se_runs"], pairs["se_patients"]
+        needed = noncentrality(pairs["freedom"]) * np.hypot(runs, patients.fillna(0))
+        rows.append((dataset, labels, *source.sizes(dataset), len(pairs), runs.mean(), patients.mean(),
+                     needed.mean(), noncentrality(np.inf) * patients.mean(), source.source))
     return pd.DataFrame(rows, columns="dataset labels images patients pairs se_runs se_patients detectable "
                                       "detectable_with_endless_runs source".split())
 
@@ -788,6 +811,7 @@ def main():
     given.add_argument("--predictions", type=Path, help="folder with <exp>/predictions/seed<k>/<testset>.csv")
     given.add_argument("--reported", type=Path, nargs="?", const=REPORTED,
                        help="judge on the published runs (default folder: reported/ beside this script)")
+    parser.add_argument("--exp", default="*", help="with --predictions: these experiments, as '3.4,4.*'")
     parser.add_argument("--out", required=True, type=Path, help="folder for the CSVs")
     parser.add_argument("--claims", type=Path, default=REPORTED / "claims.csv")
     parser.add_argument("--bootstrap", type=int, default=2000, help="resamples of patients and runs")
@@ -797,7 +821,8 @@ def main():
         fail(f"--bootstrap {args.bootstrap} is too few for a 95 % interval; give at least 100")
     try:
         claims = read_claims(args.claims)
-        source = Published(args.reported) if args.reported else Predictions(args.predictions, args.bootstrap)
+        source = (Published(args.reported) if args.reported
+                  else Predictions(args.predictions, args.bootstrap, args.exp))
         components, comparisons = all_pairs(source)
         tables = {"verdicts": verdicts(claims, source), "components": components, "comparisons": comparisons,
                   "detectable": detectable(comparisons, source)}

@@ -658,14 +658,14 @@ class Score:
     def subgroups(self, groups):
         """AUC of each sex, age band and race, and per label the gap between best and worst.
 
-        Means are over the labels that are defined in every group. A gap has no interval: resampling adds noise to
-        every group, hence to the largest difference between them, and its percentiles would lie too high.
+        Means are over the labels that are defined in every group that has any. A gap has no interval: resampling
+        adds noise to every group, hence to the largest difference, and its percentiles would lie too high.
         """
         for attribute in groups:
             names = sorted(set(groups[attribute]) - {""})
             here = [(groups[attribute] == name).to_numpy() for name in names]
             values = np.array([auc(self.y[rows], self.p[rows]) for rows in here])           # [groups, K]
-            shared = ~np.isnan(values).any(0)
+            shared = ~np.isnan(values[~np.isnan(values).all(1)]).any(0)    # a group of one image has no AUC
             for name, rows, areas in zip(names, here, values):
                 draws = auc_draws(self.y[rows], self.p[rows], self.patient[rows], self.draws)
                 self.put_labels(f"auc[{attribute}={name}]", areas, draws=draws, mean=shared)

@@ -1,7 +1,7 @@
-"""What every experiment costs before it is run: steps, images, FLOPs, GPU-hours, disk, and missing inputs.
+"""What every experiment costs before it is run: steps, images, FLOPs, GPU-hours, disk, and its inputs.
 
     python evaluate/plan.py                        every row of experiments.yaml
-    python evaluate/plan.py --exp 3.4,4.1.1-50k    these rows
+    python evaluate/plan.py --exp '3.4,4.*'        these rows; all: the study's and the controls
     bash run_all.sh --plan                         the same
 
 Reads experiments.yaml, the DEFAULTS written in the training scripts (as text, nothing is run), and looks
@@ -14,6 +14,7 @@ GPUS: measure and scale.
 import argparse
 import ast
 import difflib
+import fnmatch
 import sys
 from pathlib import Path
 
@@ -24,9 +25,12 @@ GPUS = {"V100": (125e12, 0.25), "A100": (312e12, 0.35), "H100": (989e12, 0.30)} 
 N_IMAGES = {                        # images of a packed dataset, where the study does not say how many to use
     "nih": (75_312, 11_212), "imagenet": (1_281_167, 0)}
 TEST_IMAGES = 25_596 + 3_000 + 1_860 + 38_240 + 202
+TESTS = ("nih", "vindr_cxr", "padchest", "chexpert")
 # Passes an image: student (forward and backward), teacher (forward); DINO's local crops are counted apart.
 PASSES = {"gmml": (2, 0), "sit": (2, 2), "moco_v3": (2, 2), "dino": (2, 2), "simmim": (1, 0),
           "supervised": (1, 0)}
+# Parameters of the heads that learn beside the backbone, at the published widths.
+HEADS = {"gmml": 0.7e6, "sit": 20.2e6, "moco_v3": 21.5e6, "dino": 22.4e6, "simmim": 3.1e6, "supervised": 0}
 
 
 # --- begin copy: error ---
@@ -106,31 +110,40 @@ def finetuning(table, exp):
 
 
 def inputs(table, exp, data):
-    """The files a row reads that nothing in this chain makes, and the packs: (name, is it there)."""
+    """What a row reads: {name: "" if it is there, else what has to be done}."""
     row = {**table["defaults"], **table[exp]}
-    wanted = [Path(data) / "nih/manifest.csv"]
-    if row.get("pretrain") and "dataset" in row["pretrain"]:
-        wanted.append(Path(data) / row["pretrain"]["dataset"] / "manifest.csv")
-    source, _, name = row["init"].partition(":")
-    if source == "exp":
-        wanted.append(Path(f"runs/{name}/pretrain/backbone.pt"))
-    elif source not in ("random", "timm", "torchvision"):
-        wanted.append(Path(row["init"]))
-    names = [(str(path), path.exists()) for path in wanted]
-    return names
+    if not table[exp].get("pretrain"):
+        row |= row.get("finetune") or {}                # whose start is another row's pre-training
+    packs = dict.fromkeys([*([row["pretrain"]["dataset"]] if table[exp].get("pretrain") else []), *TESTS])
+    found = {f"{data}/{name}": "" if Path(data, name, "manifest.csv").is_file() else "missing" for name in packs}
+    kind, _, name = row["init"].partition(":")
+    if kind == "exp":
+        there = Path(f"runs/{name}/pretrain/backbone.pt").is_file()
+        found[f"weights of {name}"] = "" if there else "made by its row"
+    elif kind in ("timm", "torchvision"):
+        name = name or row["arch"]
+        there = any(Path("weights").glob(f"{name}*"))
+        found[f"weights/{name}"] = "" if there else f"else a download by {kind}"
+    elif kind != "random":
+        found[row["init"]] = "" if Path(row["init"]).is_file() else "missing"
+    return found
 
 
 def main():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("--exp", help="rows, comma-separated (default: all)")
+    parser.add_argument("--exp", help="rows or patterns, comma-separated (default: every row of the file)")
     parser.add_argument("--data", default="data", metavar="DIR", help="folder of the packed datasets")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     table = yaml.safe_load((ROOT / "experiments.yaml").read_text())
-    rows = args.exp.split(",") if args.exp else [exp for exp in table if exp != "defaults"]
+    known = [exp for exp in table if exp != "defaults"]
+    if args.exp == "all":
+        rows = [exp for exp in known if exp[0].isdigit() or exp.startswith("c.")]
+    else:
+        rows = [exp for part in (args.exp or "*").split(",") for exp in fnmatch.filter(known, part) or [part]]
     for exp in rows:
-        if exp not in table:
+        if exp not in known:
             near = ", ".join(difflib.get_close_matches(exp, table, n=3))
             fail(f"experiments.yaml has no experiment '{exp}'" + (f"; nearest: {near}" if near else ""))
 
@@ -146,13 +159,18 @@ def main():
             hours = [flops / peak / share / 3600 for peak, share in GPUS.values()]
             totals = [total + hour for total, hour in zip(totals, hours)]
             seeds = {**table["defaults"]["finetune"], **(table[exp].get("finetune") or {})}["seeds"]
-            n_runs = 1 if stage == "pretrain" else len(seeds)
-            disk = n_runs * 4 * parameters * 4 / 1e9        # weights, and weights with Adam's two moments
+            strategy = (table[exp].get("pretrain") or {}).get("strategy")
+            n_runs, learnt, teacher = len(seeds), parameters, 0
+            if stage == "pretrain":
+                n_runs, learnt, teacher = 1, parameters + HEADS[strategy], PASSES[strategy][1] > 0
+            # what is exported; last.pt: what learns with Adam's two moments, and its moving average
+            disk = n_runs * 4 * (parameters + (3 + teacher) * learnt) / 1e9
             print(f"{exp:24} {stage:9} {steps:10,} {images:12,} {flops / 1e15:10,.0f} "
                   + " ".join(f"{hour:8,.1f}" for hour in hours) + f" {disk:8.2f}")
-        for name, there in inputs(table, exp, args.data):
-            if not there:
-                missing.setdefault(name, []).append(exp)
+        reads = inputs(table, exp, args.data)
+        print("    reads " + ", ".join(f"{name} ({state})" if state else name for name, state in reads.items()))
+        for name in (name for name, state in reads.items() if state == "missing"):
+            missing.setdefault(name, []).append(exp)
     print(f"{'all':24} {'':9} {'':10} {'':12} {'':10} " + " ".join(f"{total:8,.0f}" for total in totals))
     for name, users in sorted(missing.items()):
         print(f"missing: {name}  (for {', '.join(users[:6])}{' ...' if len(users) > 6 else ''})")

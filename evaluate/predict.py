@@ -15,6 +15,7 @@ Computed in fp32; torchrun with any number of processes writes the same bytes as
 """
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -490,15 +491,19 @@ class FolderSource(ImageSource):
 
 
 def write_csv(table, file):
-    """Write predictions under a temporary name, flush, rename."""
+    """Write predictions under a temporary name, which other runs cannot write at the same time; flush, rename."""
     part = Path(f"{file}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8", newline="") as stream:
+        with open(part, "a", encoding="utf-8", newline="") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stream.truncate(0)                          # of a run that was killed
             table.to_csv(stream, index=False, float_format="%.8g", lineterminator="\n")
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(part, file)
+    except BlockingIOError:
+        fail(f"{file} is being written by another run; wait for it or choose another --out")
     except OSError as problem:
         if part.is_file():
             part.unlink()

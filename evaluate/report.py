@@ -9,8 +9,9 @@ domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819).
         --verdicts results/verdicts.csv results/published/verdicts.csv
 
 Reads   metrics.csv; reported/ beside this script (printed numbers); experiments.yaml; if given: predictions
-        (which file a number comes from), runs/<exp>/**/log.jsonl (learning curves), runs/<exp>/pretrain/*.png
-        (pictures), compare.py's verdicts.csv with the files beside it, Figure 1 of data_prep/describe.py.
+        (which file a number comes from), runs/<exp>/**/log.jsonl (learning curves) and run.json (what chose
+        the epoch), runs/<exp>/pretrain/*.png (pictures), compare.py's verdicts.csv with the files beside it,
+        Figure 1 of data_prep/describe.py.
 Writes  OUT/tables/table<n>.md .tex .csv, OUT/figures/*.svg .png, OUT/report.html; Table 2 on the terminal.
         A table's CSV names, for each cell, the lines of metrics.csv behind it; tables/predictions.csv the
         prediction file behind each line.
@@ -41,7 +42,10 @@ from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high".split()
-VERDICTS = "family statement metric testset left right verdict effect ci_low ci_high p_holm source".split()
+VERDICTS = ("family statement metric testset left right sign verdict effect ci_low ci_high p_holm source "
+            "remark").split()
+COMPONENTS = "exp dataset labels label runs ci_low ci_high se_runs se_patients source".split()
+DETECTABLE = "dataset labels se_runs se_patients detectable source".split()
 FACES = ("paper", "corrected")
 TEST_SETS = {  # name in the tables, location, images according to the paper
     "nih_test": ("NIH", "Bethesda (USA)", "25,596"),
@@ -63,6 +67,7 @@ GROUPS = {"sex": ["F", "M"], "age": ["<=40", "41-60", "61-80", ">80"], "race": [
 FIGURE2_ARMS = ("1.1", "1.2", "2.1", "2.2", "3.2", "3.4", "3.6", "3.8")
 STUDY_KEY = re.compile(r"(0\.[12]|4\.\d)\.\d([ab]|-\w+)?|[123]\.\d[ab]?")   # 3.4, 0.1.7b, 3.1b, 4.2.1-100k
 STUDY, OTHER = "Arms of the study", "Rows outside the study"
+NESTED, ALONE = "patients and runs (nested bootstrap)", "patients alone, average of the runs"    # intervals
 PICTURES = {"recon": "reconstruction. Rows, from the top: the images, what the network saw of them, what it "
                      "made of that, and the images with only the hidden places filled in",
             "attention": "attention. A row an image: the image, then a map for each head of the last block, "
@@ -122,12 +127,15 @@ def natural(text):
 
 @dataclass
 class Cell:
-    """One number of a table; runs = 0: not measured. `lines`: the lines of metrics.csv it comes from."""
+    """One number of a table; runs = 0: there is none. `lines`: the lines of metrics.csv it comes from; a cell
+    without lines was not measured, one with lines and no number is undefined."""
     value: float = nan
     sd: float = nan            # over runs, n - 1
     runs: int = 0
     low: float = nan
     high: float = nan
+    resampled: str = ""        # what the interval is over: NESTED or ALONE
+    over: str = ""             # "4 labels" of a mean over fewer than the label set has
     seed: str = ""             # the run shown, where the paper shows its best run instead of the mean
     chosen: float = nan        # the same number of the run that validation in fine-tuning would have chosen
     printed: str = ""
@@ -147,11 +155,12 @@ class Cell:
 
     def text(self, missing="–"):
         spread = f" ({self.sd:.4f})" if self.runs > 1 and not self.seed else ""
-        return f"{self.value:.4f}{spread}" if self.runs else missing
+        return f"{self.value:.4f}{spread}" if self.runs else "undefined" if self.lines else missing
 
     def small_print(self):
         """{what: text} of the lines below the number."""
-        lines = {"interval": "" if isnan(self.low) else f"[{self.low:.4f}, {self.high:.4f}]",
+        lines = {"mean over": self.over,
+                 "interval": "" if isnan(self.low) else f"[{self.low:.4f}, {self.high:.4f}]",
                  "run shown": f"seed {self.seed}" if self.runs and self.seed else "",
                  "validation's choice": "" if isnan(self.chosen) else f"{self.chosen:.4f}",
                  "printed": self.printed + (f" ({self.printed_sd})" if self.printed_sd else ""),
@@ -159,11 +168,24 @@ class Cell:
         return {what: text.replace("-", "−") for what, text in lines.items() if text}
 
 
+def check_test_sets(path, frame):
+    """Stop unless a test set has the same images and labels in all runs: they are averaged and compared."""
+    facts = frame[frame["metric"].str.match(r"(images|patients|positives|auc_labels)\b")]
+    for (name, size, metric), part in facts.groupby(["dataset", "labels", "metric"], sort=False):
+        counts = part.groupby(["exp", "seed", "label"], sort=False)["value"].first().unstack()
+        for label in counts.columns[counts.nunique(dropna=False) > 1][:1]:
+            first, other = counts[label].drop_duplicates().iloc[:2].items()
+            said = [f"{'no' if isnan(count) else f'{count:g}'} {metric}{f' of {label}' * bool(label)} in exp "
+                    f"{exp}, seed {seed}" for (exp, seed), count in (first, other)]
+            fail(f"{path}: {name} ({size} labels) has {' but '.join(said)}; predict the same images and "
+                 "labels with both")
+
+
 class Metrics:
     """metrics.csv, asked cell by cell.
 
     Args: components: compare.py's components.csv, whose intervals over runs and patients replace the averaged
-        intervals of single runs, or None; chosen: {exp: seed} of the best validation AUC in fine-tuning.
+        intervals of single runs, or None; chosen: {exp: seed}, of chosen_run.
     """
     KEY = ["exp", "dataset", "labels", "metric", "variant", "label", "threshold"]
 
@@ -182,6 +204,7 @@ class Metrics:
         for row in frame[frame.duplicated(self.KEY + ["seed"])].head(1).to_dict("records"):
             fail(f"{path} line {row['line']}: {row['metric']} of exp {row['exp']}, seed {row['seed']} on "
                  f"{row['dataset']} stands there a second time; remove one of the two rows")
+        check_test_sets(path, frame)
         self.frame, self.chosen, self.components = frame, chosen or {}, components
         self.exps = sorted(frame["exp"].unique(), key=natural)
         self.seeds = frame.groupby("exp")["seed"].nunique()
@@ -189,11 +212,17 @@ class Metrics:
         self.datasets += [name for name in frame["dataset"].unique() if name not in TEST_SETS]
         self.sizes = {name: sorted(sizes.unique(), key=lambda size: (size != "5", size))   # ["5", "14"]
                       for name, sizes in frame.groupby("dataset")["labels"]}
-        defined = frame[frame["value"].notna()]
-        self.rows = defined.groupby(self.KEY).indices
-        self.columns = [defined[name].to_numpy() for name in ("seed", "value", "ci_low", "ci_high", "line")]
+        self.rows = frame.groupby(self.KEY).indices
+        self.columns = [frame[name].to_numpy() for name in ("seed", "value", "ci_low", "ci_high", "line")]
+        counts = frame[frame["metric"].str.startswith("auc_labels")]
+        self.counts = counts.set_index(["dataset", "labels", "metric"])["value"].to_dict()
+        for attribute in re.findall(r"auc_gap(\[\w+\])", " ".join(frame["metric"].unique())):
+            if f"auc_labels{attribute}" not in set(counts["metric"]):
+                fail(f"{path} does not say over which labels the means of groups are; make it again with "
+                     "evaluate/metrics.py")
         self.intervals = {} if components is None else {
-            (c["exp"], c["dataset"], c["labels"], c["label"]): (float(c["ci_low"]), float(c["ci_high"]))
+            (c["exp"], c["dataset"], c["labels"], c["label"]): (
+                float(c["ci_low"]), float(c["ci_high"]), ALONE if c["runs"] == "1" else NESTED)
             for c in components.to_dict("records") if c["ci_low"]}
 
     def cell(self, exp, dataset, labels, metric, face, label="", threshold="", run=None, printed=()):
@@ -203,15 +232,39 @@ class Metrics:
         if rows is None:
             return cell
         seed, value, low, high, line = (column[rows] for column in self.columns)
-        cell.sd = float(value.std(ddof=1)) if len(value) > 1 else nan
-        shown = np.ones(len(seed), bool) if run is None else seed == run
-        if shown.any():
-            cell.value, cell.runs, cell.seed = float(value[shown].mean()), len(value), run or ""
-            cell.low, cell.high = float(low[shown].mean()), float(high[shown].mean())
-            cell.lines = tuple(line[shown])
+        shown, defined = np.ones(len(seed), bool) if run is None else seed == run, ~np.isnan(value)
+        known = shown & defined
+        cell.lines = tuple(line[known if known.any() else shown])
+        cell.over = "" if label else self.labels_of_mean(dataset, labels, metric)
+        if known.any():
+            cell.value, cell.runs, cell.seed = float(value[known].mean()), int(defined.sum()), run or ""
+            cell.sd = float(value[defined].std(ddof=1)) if cell.runs > 1 else nan
+            cell.low, cell.high = float(low[known].mean()), float(high[known].mean())
+            cell.resampled = "" if isnan(cell.low) else ALONE
             if run is None and metric in ("auc", "auc_mean"):
-                cell.low, cell.high = self.intervals.get((exp, dataset, labels, label), (cell.low, cell.high))
+                own = cell.low, cell.high, cell.resampled
+                cell.low, cell.high, cell.resampled = self.intervals.get((exp, dataset, labels, label), own)
         return cell
+
+    def labels_of_mean(self, dataset, labels, metric):
+        """"4 labels" where a mean of AUCs is over fewer than the label set has, else ""."""
+        if not re.match(r"auc_mean$|oracle_auc$|auc(_gap)?\[", metric):
+            return ""
+        attribute = re.search(r"\[\w+", metric)
+        shared = f"auc_labels{attribute[0]}]" if attribute else "auc_labels"        # by all of its groups
+        count = self.counts.get((dataset, labels, shared), nan)
+        return "" if isnan(count) or f"{count:g}" == labels else f"{count:g} label" + "s" * (count != 1)
+
+    def left_out(self, sets):
+        """A sentence on the means that are over fewer labels than their set has. sets: (dataset, labels)."""
+        aucs, parts = self.frame[(self.frame["metric"] == "auc") & (self.frame["variant"] == "corrected")], []
+        for name, size in sets:
+            if count := self.labels_of_mean(name, size, "auc_mean"):
+                rows = aucs[(aucs["dataset"] == name) & (aucs["labels"] == size)]
+                asked = LABELS5 if size == "5" else rows["label"].unique()
+                without = [label for label in asked if label not in set(rows["label"][rows["value"].notna()])]
+                parts.append(f"{TEST_SETS.get(name, (name,))[0]} {count}, without {' and '.join(without)}")
+        return f" Means over the labels that have an AUC: {'; '.join(parts)}." if parts else ""
 
     def reliability(self, exp, dataset, metric, face, **where):
         """Tables 7 and 8. paper: the run with the best mean AUC on the evaluated images themselves;
@@ -219,7 +272,8 @@ class Metrics:
         size = self.sizes.get(dataset, "5")[0]
         if face == "paper":
             rows = self.rows.get((exp, dataset, size, "auc_mean", "paper", "", ""))
-            best = "none" if rows is None else self.columns[0][rows[self.columns[1][rows].argmax()]]
+            best = "none" if rows is None else self.columns[0][
+                rows[np.nan_to_num(self.columns[1][rows], nan=-1).argmax()]]
             return self.cell(exp, dataset, size, metric, face, run=best, **where)
         cell = self.cell(exp, dataset, size, metric, face, **where)
         if exp in self.chosen:
@@ -412,14 +466,13 @@ def auc_tables(metrics, printed, facts):
                  "Pre-training data", "Fine-tuning", "Runs"], [],
                 [Row(key, section, lead + [facts[key].get(cell, "") for cell in cells]
                      + [str(metrics.seeds.get(key, "none"))]) for section, key, lead in arms], [])
+    sets = {("nih_test", "14"): "NIH, 14 labels", ("nih_test", "5"): "NIH, 5 labels",
+            **{(key, "5"): words[0] for key, words in TEST_SETS.items() if key != "nih_test"},
+            **{(key, metrics.sizes[key][0]): key for key in metrics.datasets if key not in TEST_SETS}}
     yield build("2", "Performance across data collection sites", "AUC, mean over labels and runs (sd over "
-                "runs). NIH is in distribution, the others are not. VinDr and PadChest have no image with "
-                "edema: their means are over four labels.", ["Exp."], arms,
-                {("nih_test", "14"): "NIH, 14 labels", ("nih_test", "5"): "NIH, 5 labels",
-                 **{(key, "5"): words[0] for key, words in TEST_SETS.items() if key != "nih_test"},
-                 **{(key, metrics.sizes[key][0]): key for key in metrics.datasets if key not in TEST_SETS}},
-                lambda exp, column, face: metrics.cell(exp, *column, "auc_mean", face,
-                                                       printed=printed.get(("2", exp, column), ())))
+                "runs). NIH is in distribution, the others are not." + metrics.left_out(sets), ["Exp."], arms,
+                sets, lambda exp, column, face: metrics.cell(exp, *column, "auc_mean", face,
+                                                             printed=printed.get(("2", exp, column), ())))
     nih = "NIH test, mean AUC over 14 labels and runs (sd over runs). "
     yield build("4", "Backbones and strategies of the literature", nih + "Fine-tuning recipes (a) and (b).",
                 ["Exp.", "Backbone", "Strategy", "Initialisation", "Pre-training data"],
@@ -491,16 +544,20 @@ def subgroup_table(metrics, facts):
              [exp, TEST_SETS.get(name, (name,))[0]])
             for exp in metrics.exps for name in metrics.datasets if (exp, name) in found]
     return build("B", "Subgroups", "Not in the paper. AUC, mean over labels (NIH: all 14) and runs (sd over "
-                 "runs). Gap: from the worst to the best group, a mean over labels; it is never negative and "
-                 "grows with the noise of small groups. Bold: best on the test set, the smallest of gaps.",
+                 "runs); a label without an AUC in one group is left out of all groups of that attribute. "
+                 "Gap: from the worst to the best group, a mean over labels; it is never negative and grows "
+                 "with the noise of small groups. Bold: best on the test set, the smallest of gaps.",
                  ["Exp.", "Test set"], rows, groups,
                  lambda key, metric, face: metrics.cell(*key, metrics.sizes[key[1]][-1], metric, face),
                  faces=("corrected",), group=lambda row: row.key[1],
                  lower=lambda _, metric: metric.startswith("auc_gap"))
 
 
+MISSING = "“–”: not measured; “undefined”: measured, but without positive or negative images."
+
+
 def markdown(table):
-    lines = [f"**Table {table.number}. {table.title}.** {table.note} “–”: not measured.", "",
+    lines = [f"**Table {table.number}. {table.title}.** {table.note} {MISSING}", "",
              "| " + " | ".join(table.heads()) + " |", "|" + "---|" * len(table.heads())]
     before = None
     for section, kind, lead, cells in table.lines():
@@ -522,7 +579,8 @@ def latex(table):
 
     align = "l" * len(table.lead) + "r" * len(table.columns) * len(table.faces)
     lines = [r"\begin{table*}", r"\centering\scriptsize",
-             rf"\caption{{{tex(table.title)}. {tex(table.note)}}}", rf"\label{{tab:{table.number}}}",
+             rf"\caption{{{tex(f'{table.title}. {table.note} {MISSING}')}}}",
+             rf"\label{{tab:{table.number}}}",
              rf"\begin{{tabular}}{{{align}}}", r"\toprule",
              " & ".join(map(tex, table.heads())) + r" \\"]
     before = None
@@ -567,9 +625,10 @@ def terminal(table):
 # ---------------------------------------------------------------------------- the figures
 
 def look(position):
-    """Colour, marker and line of the n-th arm; no two share all three."""
-    return {"color": PALETTE[position % 8], "marker": "osD^vPX*"[position % 8],
-            "linestyle": ("-", "--", "-.", ":")[position // 8 % 4]}
+    """Colour, marker and line of the n-th arm; of 64 no two share colour and marker."""
+    turn = position // 8                     # each turn has a line of its own and moves the markers on by one
+    return {"color": PALETTE[position % 8], "marker": "osD^vPX*"[(position + turn) % 8],
+            "linestyle": ("-", "--", "-.", ":")[turn % 4]}
 
 
 def save(figure, path):
@@ -621,6 +680,7 @@ def figure2(by_number, section, face, facts, path):
     if not arms:
         return None
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 7.2), layout="constrained")
+    handles = {}
     for axis, (number, metric, title, x_label, y_label) in zip(axes.flat, panels):
         axis.set(title=title, xlabel=x_label, ylabel=y_label)
         rows = {row.key: row for row in by_number[number].rows}
@@ -634,11 +694,11 @@ def figure2(by_number, section, face, facts, path):
             else:
                 x = list(map(float, by_number[number].columns))
             bars = None if cells[0].seed else [cell.sd for cell in cells]
-            axis.errorbar(x, [cell.value for cell in cells], bars, elinewidth=.7,
-                          label=short_name(exp, facts), **style)
+            drawn = axis.errorbar(x, [cell.value for cell in cells], bars, elinewidth=.7, **style)
+            handles[short_name(exp, facts)] = drawn[0]         # of the last panel that has it: with its line
     diseases = [*by_number["3"].columns]
     axes[0, 0].set_xticks(range(len(diseases)), diseases, fontsize=8)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=8, handlelength=4)
     return save(figure, path)
 
 
@@ -704,7 +764,8 @@ def reliability_curves(metrics, arms, dataset, facts, path):
 
 
 def read_logs(runs):
-    """{(exp, "pretrain" or "finetune"): frame} of runs/<exp>/**/log.jsonl: its numbers and the run's seed."""
+    """{(exp, "pretrain" or "finetune"): frame} of runs/<exp>/**/log.jsonl: its numbers, the run's seed, and
+    what it chose its best epoch by (`select`)."""
     logs = {}
     for path in sorted(runs.glob("*/**/log.jsonl")):
         exp, part, *rest = path.relative_to(runs).parts
@@ -720,8 +781,32 @@ def read_logs(runs):
                         fail(f"{path} line {number} is no JSON object; delete the line")
         if entries:
             frame = pd.DataFrame(entries).assign(seed=rest[0].removeprefix("seed"))
+            frame["select"] = selection(path.with_name("run.json"))
             logs.setdefault((exp, part), []).append(frame)
     return {key: pd.concat(frames) for key, frames in logs.items()}
+
+
+def selection(path):
+    """What a run chose its best epoch by, "auc" or "loss", as its run.json says; None if that is silent."""
+    try:
+        return json.loads(path.read_text())["config"].get("select") if path.is_file() else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fail(f"{path} is no record of a run with its config; remove it or run the stage again")
+
+
+def chosen_run(log):
+    """Seed of the run that validation would choose: the one with the highest val_auc of its exported epoch.
+
+    classify.py exports the first epoch of the highest val_auc or of the lowest val_loss, as `select` says.
+    None if no log tells. log: a frame of read_logs.
+    """
+    best = {}
+    for seed, run in log.reset_index(drop=True).groupby("seed", sort=False):
+        name, sign = {"auc": ("val_auc", 1), "loss": ("val_loss", -1)}.get(run["select"].iloc[0], ("", 1))
+        if {name, "val_auc"} <= set(run) and run[name].notna().any():
+            best[seed] = run.loc[(sign * run[name]).idxmax(), "val_auc"]
+    best = pd.Series(best, dtype=float).dropna()
+    return best.idxmax() if len(best) else None
 
 
 def validation_auc(log):
@@ -748,7 +833,7 @@ def curves(logs, facts, path):
             style = {**look(place), "markersize": 3, "markevery": max(1, len(y) // 10)}
             handles[short_name(exp, facts)], = axis.plot(y.index, y["mean"], **style)
             axis.fill_between(y.index, y["min"], y["max"], color=style["color"], alpha=.12, linewidth=0)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=8, handlelength=4)
     return save(figure, path)
 
 
@@ -786,6 +871,7 @@ th,td{padding:.42rem .6rem;text-align:left;vertical-align:top;max-width:20rem;
 border-bottom:1px solid var(--line)}
 thead th{vertical-align:bottom;background:var(--tint)}tbody tr:last-child>*{border-bottom:0}
 .number{white-space:nowrap}.missing{color:var(--soft)}.face{border-left:2px solid var(--line)}
+.number i{display:block;white-space:normal;width:12rem}
 .first{position:sticky;left:0;z-index:1;background:var(--paper);max-width:14rem}
 td.first small{max-width:10rem;overflow-wrap:anywhere}
 thead .first,.section th{background:var(--tint)}.section th,.not-run{color:var(--soft)}
@@ -801,10 +887,11 @@ h2,h3{break-after:avoid}tr,figure{break-inside:avoid}img{min-width:0}}
 """
 READING = """<p>Each cell: the mean (standard deviation over runs) and, in smaller print, a 95 % interval, the
 number <em>printed</em> in the paper, and Δ, our difference from it in standard errors of both together.
-<b>Bold</b>: best of its column, ties included. “not measured”: metrics.csv has no such run. The <em>paper
-face</em> repeats what the released code computes, the <em>corrected face</em> is the textbook definition;
-where they agree in every cell, one stands for both. Pointing at a cell shows the lines of metrics.csv behind
-it. Intervals: """
+<b>Bold</b>: best of its column, ties included. “not measured”: metrics.csv has no such run; “undefined”: it
+has, but without positive or negative images there is no such number; “over 4 labels”: such labels are left
+out of the mean. The <em>paper face</em> repeats what the released code computes, the <em>corrected face</em>
+is the textbook definition; where they agree in every cell, one stands for both. Pointing at a cell shows the
+lines of metrics.csv behind it and what its interval is over. Intervals: """
 
 
 def html_box(head, body):
@@ -814,9 +901,11 @@ def html_box(head, body):
 
 def html_cell(cell, source, css):
     words = {"run shown": "run of ", "validation's choice": "val. choice ", "printed": "printed ",
-             "difference": "Δ ", "interval": ""}
+             "difference": "Δ ", "interval": "", "mean over": "over "}
     small = "".join(f"<small>{words[what]}{text}</small>" for what, text in cell.small_print().items())
-    where = f' title="{source} line {", ".join(map(str, cell.lines))}"' if cell.lines else ""
+    where = f"{source} line {', '.join(map(str, cell.lines))}" if cell.lines else ""
+    where += f"; interval by {cell.resampled}" if cell.resampled else ""
+    where = f' title="{escape(where)}"' if where else ""
     number = f"<b>{cell.text()}</b>" if cell.best else cell.text("not measured")
     return f'<td class="number{css}{"" if cell.runs else " missing"}"{where}>{number}{small}</td>'
 
@@ -879,12 +968,33 @@ def html_components(frame):
     for exp in sorted(means["exp"].unique(), key=natural):
         body += f'<tr><td class="first">{escape(exp)}</td>'
         for key in sets:
-            texts = [f"{float(error):.4f}" for error in errors_of.get((exp, *key), ())]
-            texts = [f"<b>{text}</b>" if text == max(texts) else text for text in texts]
+            texts = [f"{float(error):.4f}" if error else "–" for error in errors_of.get((exp, *key), ())]
+            largest = "" if "–" in texts else max(texts, default="")
+            texts = [f"<b>{text}</b>" if text == largest else text for text in texts]
             body += f'<td class="number">{" · ".join(texts) or "–"}</td>'
         body += "</tr>"
     head = "".join(f"<th>{escape(name)}</th>" for name in sets.values())
     return html_box(f'<tr><th class="first">Exp.</th>{head}</tr>', body)
+
+
+def html_detectable(frame):
+    """detectable.csv with a head that says what it holds; without patients the number is a lower bound."""
+    bound = frame["se_patients"].eq("") & frame["detectable"].ne("")
+    frame = frame.map(lambda x: f"{float(x):.4f}" if re.fullmatch(r"\d*\.\d{5,}", x) else x or "–")
+    frame["dataset"] = [TEST_SETS.get(name, (name,))[0] for name in frame["dataset"]]
+    frame["detectable"] = ("≥ " + frame["detectable"] + ", runs alone").where(bound, frame["detectable"])
+    return html_frame(frame.rename(columns={
+        "dataset": "test set", "detectable": "difference found with 80 % power",
+        "detectable_with_endless_runs": "the same with endless runs"}))
+
+
+def effect_words(row):
+    """Effect and interval of a claim: left minus right, or of spreads the logarithm of left over right."""
+    ends = [f"{float(row[end]):.4f}" for end in ("ci_low", "ci_high") if row[end]]
+    words = f"{float(row['effect']):+.4f}" + f" [{', '.join(ends)}]" * bool(ends) if row["effect"] else ""
+    if not words or not row["left"].startswith("sd("):
+        return words
+    return f"log ratio {words}<br>ratio of standard deviations {np.exp(float(row['effect'])):.2f}"
 
 
 def html_verdicts(frame):
@@ -894,24 +1004,26 @@ def html_verdicts(frame):
     counts = frame.groupby(["source", "verdict"], sort=False).size().unstack(fill_value=0)
     counts = counts.reindex(columns=list(marks), fill_value=0).rename_axis("judged on").reset_index()
     sets, body = [name for name in TEST_SETS if name in set(frame["testset"])], ""
-    claims = frame.groupby(["family", "statement", "metric", "left", "right"], sort=False)
-    for (family, statement, metric, left, right), claim in claims:
-        body += (f'<tr><td class="first">{escape(statement)}<small>{family}: {escape(left)} against '
-                 f"{escape(right)}, {escape(metric)}</small></td>")
+    directions = {"1": ">", "-1": "<", "0": "against"}
+    claims = frame.groupby(["family", "statement", "metric", "left", "sign", "right"], sort=False)
+    for (family, statement, metric, left, sign, right), claim in claims:
+        words = f"{family}: {left} {directions.get(sign, 'against')} {right}, {metric}"
+        body += f'<tr><td class="first">{escape(statement)}<small>{escape(words)}</small></td>'
         for name in sets:
             body += '<td class="number">'
             for row in claim[claim["testset"] == name].to_dict("records"):
-                numbers = f"{float(row['effect']):+.4f}" if row["effect"] else ""
-                ends = [f"{float(row[end]):.4f}" for end in ("ci_low", "ci_high") if row[end]]
-                numbers += f" [{', '.join(ends)}]" if ends else ""
-                numbers += f"<br>p = {float(row['p_holm']):.2g}" if row["p_holm"] else ""
+                lines = [effect_words(row), f"p = {float(row['p_holm']):.2g}" if row["p_holm"] else ""]
+                lines = [line.replace("-", "−") for line in lines if line]
+                lines += [f"<i>{escape(row['remark'])}</i>"] if row["remark"] else []
                 body += (f'<span class="{row["verdict"].replace(" ", "-")}">{marks[row["verdict"]]}</span>'
-                         f'<small>{escape(row["source"])}<br>{numbers.replace("-", "−")}</small>')
+                         f'<small>{"<br>".join([escape(row["source"]), *lines])}</small>')
             body += "</td>"
         body += "</tr>"
     head = "".join(f"<th>{TEST_SETS[name][0]}</th>" for name in sets)
-    return (html_frame(counts) + "<p>Below: left minus right, its 95 % interval, and p adjusted by Holm in "
-            "the claim’s family. Of the published runs only the spread over runs is known.</p>"
+    return (html_frame(counts) + "<p>Below: the direction claimed (&gt;, &lt;; against: none); left minus "
+            "right, or for spreads over runs the logarithm of left over right; its 95 % interval; p adjusted "
+            "by Holm in the claim’s family; remarks. Of the published runs only the spread over runs is "
+            "known.</p>"
             + html_box(f'<tr><th class="first">Claim</th>{head}</tr>', body))
 
 
@@ -978,20 +1090,33 @@ def what_was_run(args, metrics, grid):
     return html + (html_picture(drawn[0], "Figure 1. One example image of each dataset.") if drawn else "")
 
 
+def intervals(table):
+    """In words, what the intervals of a table's last face are over."""
+    exps = {NESTED: {}, ALONE: {}}
+    for row in table.rows:
+        for cell in filter(lambda cell: cell.resampled, row.cells[table.faces[-1]]):
+            exps[cell.resampled][row.key] = None
+    words = " or ".join(f"by {how}" for how, keys in exps.items() if keys)
+    return words + f" ({', '.join(exps[ALONE])})" * all(exps.values())
+
+
 def across_hospitals(metrics, table, facts, folder):
     """How to read a cell, and Table 2 as a picture."""
-    single = "patient-clustered bootstrap of each run, averaged over the runs"
-    nested = f"of AUCs, nested bootstrap over runs and patients (components.csv); of the rest, {single}"
-    html = f"{READING}{nested if metrics.intervals else single}.</p>"
+    alone = f"by {ALONE}: what other seeds would change is not in them"
+    nested = f"of AUCs (Tables 2 to 6) by {NESTED}, of an arm with one run by patients alone; of all else "
+    html = f"{READING}{nested if metrics.intervals else ''}{alone}.</p>"
     if drawn := sites(table, facts, folder / "sites"):
-        html += html_picture(drawn, "Mean AUC over labels and runs, with 95 % interval; hollow: printed in "
-                             "the paper (left out where the paper and the corrected face differ).")
+        html += html_picture(drawn, f"Mean AUC over labels and runs, with 95 % interval {intervals(table)}; "
+                             "hollow: printed in the paper (left out where the paper and the corrected face "
+                             "differ).")
     return html
 
 
 def both_figures2(by_number, facts, folder):
     """Figure 2 of the study's arms and of all others, in both faces."""
-    words = {"paper": "paper face: the best run", "corrected": "corrected face: mean over runs, bars: sd"}
+    words = {"paper": "paper face: (a) mean over runs, bars: sd; (b) to (d) the run with the best AUC on "
+                      "these images",
+             "corrected": "corrected face: mean over runs, bars: sd"}
     html = ""
     for section, face in ((section, face) for section in (STUDY, OTHER) for face in FACES):
         path = folder / f"figure2_{'study' if section == STUDY else 'other'}_{face}"
@@ -1025,8 +1150,9 @@ def compose(args, metrics, by_number, facts, logs, verdicts, beside):
     """Draw the figures and put the page together. verdicts: a frame or None; beside: {name: files}."""
     folder, notes = args.out / "figures", [args.note] if args.note else []
     table = {number: html_table(t, args.metrics.name, facts) for number, t in by_number.items()}
-    frames = {name: html_frame(pd.concat(map(read_csv, beside[name])))
-              for name in ("detectable", "errata") if name in beside}
+    frames = {name: show(pd.concat([read_csv(path, columns, "evaluate/compare.py") for path in beside[name]]))
+              for name, show, columns in (("detectable", html_detectable, DETECTABLE),
+                                          ("errata", html_frame, ())) if name in beside}
     if demo := [exp for exp in metrics.exps if exp.startswith(("demo.", "mini.", "nih."))]:
         notes.append(f"Stand-ins: {', '.join(demo)} were trained on drawn or miniature data, from starting "
                      "weights made here. They show that the chain works and say nothing about the question.")
@@ -1042,15 +1168,19 @@ def compose(args, metrics, by_number, facts, logs, verdicts, beside):
             calibration(metrics, [row.key for row in by_number["2"].rows], facts, folder),
         ("subgroups", "Subgroups"): table.get("B"),
         ("options", "Backbones, options, pre-training size"): "".join(table[n] for n in "456")
-            + html_picture(figure3(by_number["6"], folder / "figure3"), "Figure 3. Pre-training size."),
+            + html_picture(figure3(by_number["6"], folder / "figure3"), "Figure 3. Pre-training size; "
+                           "mean over runs, bars: sd; dashed: printed."),
         ("learning", "Learning curves and pictures"): learning(args.runs, logs, facts, folder),
         ("detectable", "What the test sets can tell"): "detectable" in frames and (
-            "<p>The smallest difference in mean AUC between two arms that a test at the 5 % level finds with "
-            "80 % power.</p>" + frames["detectable"]),
+            "<p>The smallest difference in mean AUC between two arms that a two-sided test at the 5 % level "
+            "finds with 80 % power, a mean over the pairs of arms (compare.py, detectable.csv). Of the "
+            "published runs the patients are unknown: “≥ …, runs alone” would grow with their part.</p>"
+            + frames["detectable"]),
         ("components", "Runs or patients"): components is not None and (
             "<p>The standard error of an arm’s mean AUC in two parts: what other runs would change · what "
-            "other patients would change. <b>Bold</b>: the larger. More seeds lower the first, only more "
-            "patients the second (compare.py, components.csv).</p>" + html_components(components)),
+            "other patients would change. <b>Bold</b>: the larger. –: unknown, of one run. More seeds "
+            "lower the first, only more patients the second (compare.py, components.csv).</p>"
+            + html_components(components)),
         ("errata", "Errata"): "errata" in frames and (
             "<p>Printed numbers and sentences that the author’s published runs contradict, recomputed by "
             "evaluate/compare.py.</p>" + frames["errata"])}
@@ -1082,9 +1212,10 @@ def main():
         found := [file for path in args.verdicts if (file := path.parent / f"{name}.csv").is_file()])}
     verdicts = [read_csv(path, VERDICTS, "evaluate/compare.py") for path in args.verdicts]
     logs = read_logs(args.runs) if args.runs else {}
-    chosen = {exp: log.set_index("seed")[validation_auc(log)].idxmax() for (exp, part), log in logs.items()
-              if part == "finetune" and validation_auc(log)}
-    nested = [part[part["source"] == "our runs"] for part in map(read_csv, beside.get("components", []))]
+    chosen = {exp: seed for (exp, part), log in logs.items()
+              if part == "finetune" and (seed := chosen_run(log)) is not None}
+    nested = [read_csv(path, COMPONENTS, "evaluate/compare.py") for path in beside.get("components", [])]
+    nested = [part[part["source"] == "our runs"] for part in nested]
     nested = [part for part in nested if len(part)]
     metrics = Metrics(args.metrics, pd.concat(nested) if nested else None, chosen)
     facts = arm_facts(HERE / "reported", args.experiments, metrics.exps)

@@ -13,10 +13,12 @@ Killed or stopped, the same command continues where it left off; SIGTERM saves f
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import difflib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -638,19 +640,25 @@ def set_drop_path(modules, u):
 
 # --- begin copy: weights ---
 def read_weights(file, key=None):
-    """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept."""
+    """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept.
+
+    Returns: state dict, and the number of attention heads where the file tells (MoCo-v3's ViT-S has 12, timm's 6).
+    """
     try:
         if str(file).endswith(".safetensors"):
             from safetensors.torch import load_file
             state = load_file(file)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's, MoCo's arguments
+            # plain data, and what DINO, MoCo (arguments) and SimMIM (a configuration) store beside them
+            known = [argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")]
+            with torch.serialization.safe_globals(known):
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{file} does not exist")
     except Exception as problem:  # whatever a broken or hostile file raises
         fail(f"{file} is not a plain tensor checkpoint ({' '.join(str(problem).split())[:120]})")
-    for name in [key] if key else ["teacher", "student", "model", "state_dict", "net"]:
+    heads = state.get("model_args", {}).get("num_heads") if isinstance(state, dict) else None
+    for name in [key] if key else ["teacher", "student", "model", "state_dict", "net", "SiT_model"]:
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
             break
@@ -658,7 +666,9 @@ def read_weights(file, key=None):
         if isinstance(state, dict) else {}
     if not state:
         fail(f"{file} holds no weights" + (f" under '{key}'" if key else ""))
-    return state
+    if any("base_encoder." in name and value.shape[-1] == 384 for name, value in state.items()):
+        heads = 12
+    return state, heads
 
 
 def timm_names(state):
@@ -722,6 +732,7 @@ def load_backbone(model, config, weights_dir="weights"):
     if adapt not in ("average", "sum", "duplicate", "duplicate_mean"):
         fail(f"channel_adapt is '{adapt}'; expected average, sum, duplicate or duplicate_mean")
     source, _, name = init.partition(":")
+    n_heads = None
     if source == "exp":
         init = f"runs/{name}/pretrain/backbone.pt"
     if source in ("timm", "torchvision"):
@@ -729,7 +740,7 @@ def load_backbone(model, config, weights_dir="weights"):
         local = [path for path in sorted(Path(weights_dir).glob(f"{name}*"))
                  if path.suffix in (".pth", ".pt", ".safetensors")]
         if local:
-            state = read_weights(local[0], config["init_key"])
+            state, n_heads = read_weights(local[0], config["init_key"])
             init = f"{init} ({local[0]})"
         else:
             try:
@@ -742,7 +753,7 @@ def load_backbone(model, config, weights_dir="weights"):
                 fail(f"cannot download {source}'s weights of {name} ({type(problem).__name__}); fetch them "
                      f"elsewhere into {weights_dir}/{name}.pth or .safetensors, or use --init FILE")
     else:
-        state = read_weights(init, config["init_key"])
+        state, n_heads = read_weights(init, config["init_key"])
     state, wanted, notes = timm_names(state), model.state_dict(), []
     heads, first, loaded, misfits = prefixes(model, "classifier"), prefixes(model, "first_conv"), {}, []
     for name, target in wanted.items():
@@ -767,6 +778,9 @@ def load_backbone(model, config, weights_dir="weights"):
     if absent:
         fail(f"{init} fills {len(loaded)} of the {len(loaded) + len(absent)} tensors of {config['arch']}; "
              f"the first absent one is {absent[0]}")
+    ours = next((module.num_heads for module in model.modules() if hasattr(module, "num_heads")), None)
+    if isinstance(n_heads, int) and n_heads != ours:
+        notes.append(f"ATTENTION: made with {n_heads} heads, used with {ours}; see model_args num_heads")
     model.load_state_dict(loaded, strict=False)  # heads stay as they are: checked above
     left = f"; left out {', '.join(sorted(state)[:3])}{' ...' if len(state) > 3 else ''}" if state else ""
     return f"loaded {len(loaded)} tensors from {init}" + "".join(f"; {note}" for note in notes) + left
@@ -815,8 +829,30 @@ def write_atomic(path, write):
 
 
 def save_atomic(content, path):
-    """torch.save of a checkpoint."""
+    """torch.save of a checkpoint; one whose weights are no numbers would be worth nothing and stops the run."""
+    for part in content.values():
+        for name, value in part.items() if isinstance(part, dict) else ():
+            if isinstance(value, torch.Tensor) and not value.isfinite().all():
+                fail(f"{name} is no number after step {content['step']}, {path} is not written; "
+                     "try a lower lr or a longer warm-up")
     write_atomic(path, lambda file: torch.save(content, file))
+
+
+def digest(*files):
+    """SHA-256 of what the files hold, those that exist; it tells a run that its inputs have changed."""
+    total = hashlib.sha256()
+    for file in filter(Path.is_file, map(Path, files)):
+        with open(file, "rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def note_inputs(config, *manifests):
+    """Add digests of the images (by manifest.csv and pack.json) and of the start to what a run must agree in."""
+    kind, _, key = config["init"].partition(":")
+    start = f"runs/{key}/pretrain/backbone.pt" if kind == "exp" else config["init"]
+    packs = [Path(manifest).with_name("pack.json") for manifest in manifests]
+    config.update(data_sha256=digest(*manifests, *packs), init_sha256=digest(start))
 
 
 def open_run(out, config, resume, main):
@@ -836,19 +872,13 @@ def open_run(out, config, resume, main):
             fail(f"{out} is in use by another run; wait for it or choose another --out")
         except OSError as problem:
             fail(f"cannot write into {out}: {problem.strerror}; choose another --out")
-        facts = dict(
-            command=sys.argv, config=config, python=platform.python_version(), torch=torch.__version__,
-            timm=timm.__version__, numpy=np.__version__, host=platform.node(),
-            device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            commit=subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
-                                  capture_output=True, text=True).stdout.strip())
-        write_atomic(out / "run.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
         for part in out.glob("*.part"):
             part.unlink()
-    last = out / "last.pt"
+    last, log = out / "last.pt", out / "log.jsonl"
     if resume == "never" or not last.is_file():
-        if main and (out / "log.jsonl").exists():
-            (out / "log.jsonl").unlink()
+        if main:
+            last.unlink(missing_ok=True)                # first: without it no run goes on from the other files
+            log.unlink(missing_ok=True)
         return None
     try:
         state = torch.load(last, map_location="cpu", weights_only=True)
@@ -861,14 +891,28 @@ def open_run(out, config, resume, main):
         key = changed[0]
         fail(f"{last} was made with {key}={state['config'].get(key)!r}, now it is {config[key]!r}; "
              "--resume never starts anew, another --out keeps both")
-    if main and (out / "log.jsonl").exists():  # lines after the checkpoint come again
-        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    if main and log.exists():  # lines after the checkpoint come again
+        lines = log.read_text().splitlines(keepends=True)
         try:
             lines = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= state["step"]]
         except (ValueError, TypeError, KeyError) as problem:
-            fail(f"{out / 'log.jsonl'} has a line that is no log line ({problem}); mend or remove the file")
-        write_atomic(out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
+            fail(f"{log} has a line that is no log line ({problem}); mend or remove the file")
+        write_atomic(log, lambda file: file.write("".join(lines).encode()))
     return state
+
+
+def record_run(out, config, world_size, device):
+    """run.json: what makes the files of this folder, as far as a rerun would have to know."""
+    try:
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+                             capture_output=True, text=True).stdout.strip()
+    except OSError:                                     # no git here
+        git = ""
+    facts = dict(command=sys.argv, config=config, processes=world_size, host=platform.node(), commit=git,
+                 device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+                 python=platform.python_version(), torch=torch.__version__, timm=timm.__version__,
+                 numpy=np.__version__)
+    write_atomic(Path(out) / "run.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
 
 
 def restore(state, out, **parts):
@@ -899,19 +943,23 @@ class Progress:
     def __init__(self, out, n_steps, step, images_a_step, main, meter=None):
         self.out, self.n_steps, self.images_a_step, self.main = out, n_steps, images_a_step, main
         self.sums = dict(meter or {})  # name -> sum, on the device: no waiting
-        self.first, self.seen, self.begun = step, step, time.monotonic()
+        self.seen = step - int(self.sums.get("n", 0))                       # step of the last line
+        self.first, self.begun = step, time.monotonic()
 
     def add(self, **terms):
-        for name, value in {**terms, "n": 1}.items():
+        finite = torch.as_tensor(terms["loss"]).isfinite()
+        for name, value in {**terms, "finite": finite, "n": 1}.items():
             self.sums[name] = self.sums.get(name, 0) + (value.detach() if torch.is_tensor(value) else value)
 
     def means(self):
         """Plain numbers of the means so far; stops the run where the loss is no longer a number."""
         sums = {name: float(value) for name, value in self.sums.items()}
-        means = {name: value / sums["n"] for name, value in sums.items() if name != "n"}
-        if not math.isfinite(means.get("loss", 0)):
-            fail(f"the loss is {means['loss']} after step {self.seen}; {self.out}/last.pt is the last good "
-                 "checkpoint; try a lower lr or a longer warm-up")
+        means = {name: value / sums["n"] for name, value in sums.items() if name not in ("n", "finite")}
+        if sums.get("finite", 0) < sums.get("n", 0):
+            last = Path(self.out) / "last.pt"
+            kept = f"{last} is the last good checkpoint" if last.is_file() else "no checkpoint was saved before"
+            fail(f"the loss of step {self.seen + int(sums['finite']) + 1} is no number; {kept}; "
+                 "try a lower lr or a longer warm-up")
         return means
 
     def meter(self):
@@ -920,11 +968,10 @@ class Progress:
 
     def line(self, step, epoch, **facts):
         """Write the line of `step` (steps done so far)."""
-        self.seen = step
         means, elapsed = self.means(), time.monotonic() - self.begun
         rate = (step - self.first) * self.images_a_step / max(elapsed, 1e-9)
         left = int((self.n_steps - step) * elapsed / max(1, step - self.first))
-        self.sums = {}
+        self.sums, self.seen = {}, step
         if not self.main:
             return
         entry = dict(step=step, epoch=epoch, **means, **facts, img_per_s=round(rate, 1), time=time.time())
@@ -960,6 +1007,8 @@ class GMML(nn.Module):
         depth = len(backbone.blocks)
         self.recon_blocks = [block - 1 for block in recon_blocks] if recon_blocks else \
             [round(depth * share) - 1 for share in (1 / 2, 2 / 3, 5 / 6, 1)]
+        for block in backbone.blocks[1 + max(self.recon_blocks):]:
+            block.requires_grad_(False)                     # nothing that is decoded passes them
         self.backbone = backbone
         self.rec_head = ReconstructionHead(backbone.embed_dim, in_chans, backbone.patch_embed.patch_size[0])
 
@@ -1140,6 +1189,8 @@ def train(config, args, rank, world_size, device):
     if rank == 0:
         print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {len(source):,} images; "
               f"steps {begun} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
+        if begun < last_step:
+            record_run(args.out, config, world_size, device)
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -1219,6 +1270,7 @@ def main():
     if config["batch"] % world_size:
         fail(f"{world_size} processes do not divide the global batch of {config['batch']}; "
              "change --nproc_per_node or --batch")
+    note_inputs(config, args.manifest)
     if rank == 0:
         print(json.dumps(config), flush=True)
     try:

@@ -1,5 +1,6 @@
 """compare.py: verdicts on known effects, statistics against SciPy and brute force, errata rebuilt."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -148,6 +149,9 @@ class Given:
     def values(self, exp, *_):
         return list(range(len(self.arms[exp]))), np.array(self.arms[exp]), None
 
+    def sizes(self, _):
+        return "", ""
+
 
 def test_holm_within_the_family_can_undo_a_verdict(tmp_path):
     source = Given(tmp_path, {"1": [0.80, 0.82, 0.84], "2": [0.76, 0.77, 0.79], "3": [0.81, 0.82, 0.83]})
@@ -170,16 +174,63 @@ def test_identical_predictions_cannot_be_told_apart(tmp_path):
     assert row[["effect", "p", "ci_low", "ci_high"]].tolist() == [0, 1, 0, 0]
 
 
-def test_one_run_an_arm_is_judged_by_its_patients_and_says_so(tmp_path):
-    rng = np.random.default_rng(3)
+@pytest.fixture(scope="module")
+def some_single(tmp_path_factory):
+    """Arm 3.4 with one run, 2.2 and 3.6 with three."""
+    root, rng = tmp_path_factory.mktemp("single"), np.random.default_rng(3)
     y, patient = truth(rng)
-    for exp, strength in (("3.4", 2.0), ("2.2", 0.3)):
-        write_predictions(tmp_path, exp, 0, "nih_test", y, probabilities(rng, y, strength), patient)
-    source = compare.Predictions(tmp_path, 200)
-    source.tmp = tmp_path
-    row = judged(source, ("auc_mean5", "nih_test", "3.4", "2.2", "1")).iloc[0]
-    assert row["verdict"] == "holds" and "one run" in row["remark"]
-    assert row["se_runs"] == 0 < row["se_patients"]
+    for exp, strength, seeds in (("3.4", 2.0, SEEDS[:1]), ("2.2", 0.3, SEEDS), ("3.6", 0.4, SEEDS)):
+        for seed in seeds:
+            write_predictions(root, exp, seed, "nih_test", y, probabilities(rng, y, strength), patient)
+    source = compare.Predictions(root, 200)
+    source.tmp = root
+    return source
+
+
+def test_an_arm_of_one_run_is_judged_by_its_patients_and_its_spread_over_runs_is_unknown(some_single):
+    table = judged(some_single, ("auc_mean5", "nih_test", "3.4", "2.2", "1"),
+                   ("mean_accuracy@0.5", "nih_test", "3.4", "always_negative", "1"),
+                   ("mean_accuracy@0.5", "nih_test", "2.2", "always_negative", "1"))
+    assert table["verdict"][0] == "holds" and table["ci_low"][0] > 0 < table["se_patients"][0]
+    assert table["se_runs"].isna().tolist() == [True, True, False]       # the constant answer has no spread
+    assert table["remark"].str.contains("one run").tolist() == [True, True, False]
+    compare.write(table, some_single.tmp / "verdicts.csv")
+    assert pd.read_csv(some_single.tmp / "verdicts.csv", dtype=str, keep_default_na=False)["se_runs"][0] == ""
+
+
+def test_components_pairs_and_detectable_difference_with_an_arm_of_one_run(some_single):
+    components, comparisons = compare.all_pairs(some_single)
+    assert components.groupby("exp")["se_runs"].agg(lambda errors: errors.isna().mean()).to_dict() == {
+        "3.4": 1, "2.2": 0, "3.6": 0}
+    single = comparisons[["left", "right"]].eq("3.4").any(axis=1)
+    for name in ("se_runs", "p_welch"):
+        assert (comparisons[name].isna() == single).all()
+    assert comparisons[["p", "ci_low", "ci_high", "se_patients"]].notna().all(axis=None)
+    row = compare.detectable(comparisons, some_single).iloc[0]
+    means = comparisons[comparisons["label"] == ""]
+    pair = means[means["se_runs"].notna()].iloc[0]                       # the one that counts
+    error = np.hypot(pair["se_runs"], pair["se_patients"])
+    assert row["detectable"] == pytest.approx(compare.noncentrality(pair["freedom"]) * error)
+    row = compare.detectable(comparisons[single], some_single).iloc[0]
+    assert np.isnan(row["detectable"]) and row["detectable_with_endless_runs"] > 0
+
+
+def test_the_table_has_all_its_columns_when_nothing_was_run(ours):
+    table = judged(ours, ("auc_mean5", "nih_test", "9.9", "9.8", "1"))
+    assert list(table) == compare.VERDICT and np.isnan(table["effect"][0])
+
+
+def test_only_the_experiments_that_are_asked_for_are_read(known, tmp_path):
+    (tmp_path / "3.4").symlink_to(known / "3.4")
+    (tmp_path / "2.2").symlink_to(known / "2.2")
+    rng = np.random.default_rng(13)
+    y, patient = truth(rng, images=50)
+    write_predictions(tmp_path, "demo.x", 0, "nih_test", y, probabilities(rng, y, 1), patient)
+    with pytest.raises(compare.InputError, match="cannot be compared"):
+        compare.Predictions(tmp_path, 100)
+    assert {exp for exp, _ in compare.Predictions(tmp_path, 100, "3.4,2.*").files} == {"3.4", "2.2"}
+    with pytest.raises(compare.InputError, match=r"holds no 3\.9/predictions/seed<k>"):
+        compare.Predictions(tmp_path, 100, "3.4,3.9")
 
 
 def test_row_order_label_order_and_spelling_do_not_matter(tmp_path):
@@ -258,6 +309,51 @@ def test_the_spread_claim_is_a_t_test_on_log_ratios(published, claims):
     ratios = np.log((sd["chexpert_test"] / sd["nih_test"]).dropna())
     assert found.effect == pytest.approx(ratios.mean())
     assert found.p == pytest.approx(stats.ttest_1samp(ratios, 0).pvalue)
+
+
+def test_the_spread_claim_is_about_the_arms_of_table_2(published, claims):
+    claim = next(claim for claim in claims if claim["id"] == "H03")
+    stand_ins = {(f"mini.{key[0]}", *key[1:]): values for key, values in published.numbers.items()}
+    alone, beside = copy.copy(published), copy.copy(published)
+    alone.numbers, beside.numbers = stand_ins, published.numbers | stand_ins
+    for source in (alone, beside):
+        source.files = dict.fromkeys(key[:2] for key in source.numbers)
+    found, remark = compare.judge(claim, alone)
+    assert found is None and "fewer than two arms of Table 2" in remark
+    (found, remark), (expected, said) = (compare.judge(claim, source) for source in (beside, published))
+    assert (found.effect, found.p, found.runs, remark) == (expected.effect, expected.p, [7], said)
+
+
+def test_p_welch_is_welchs_test_on_the_runs(ours):
+    _, comparisons = compare.all_pairs(ours)
+    for row in comparisons[comparisons["label"].isin(["", "Effusion"])].to_dict("records"):
+        asked = ("auc", row["label"]) if row["label"] else (f"auc_mean{row['labels']}", None)
+        left, right = (ours.values(row[side], row["dataset"], *asked)[1] for side in ("left", "right"))
+        expected = stats.ttest_ind(left, right, equal_var=False)
+        assert row["p_welch"] == pytest.approx(expected.pvalue, rel=1e-9)
+        # p, which counts the patients too, comes from the row's own errors and degrees of freedom
+        t = abs(row["effect"]) / np.hypot(row["se_runs"], row["se_patients"])
+        assert row["p"] == pytest.approx(2 * stats.t.sf(t, row["freedom"]), rel=1e-6)
+
+
+def step_down(p):
+    """Holm's adjusted p-values, one after the other from the smallest; NaN stays."""
+    adjusted, largest, left = [np.nan] * len(p), 0, int(np.isfinite(p).sum())
+    for i in sorted(np.flatnonzero(np.isfinite(p)), key=lambda i: p[i]):
+        largest = max(largest, min(1, left * p[i]))
+        adjusted[i], left = largest, left - 1
+    return adjusted
+
+
+def test_p_holm_is_over_the_family_and_p_holm_all_over_the_whole_table(published, claims):
+    table = compare.verdicts(claims, published)
+    assert table["p"].notna().sum() == 45
+    assert table["p_holm_all"].tolist() == pytest.approx(step_down(table["p"].to_numpy()), nan_ok=True)
+    for _, family in table.groupby("family"):
+        assert family["p_holm"].tolist() == pytest.approx(step_down(family["p"].to_numpy()), nan_ok=True)
+    _, pairs = compare.all_pairs(published)
+    for _, asked in pairs.groupby(["dataset", "labels", "label"]):
+        assert asked["p_holm"].tolist() == pytest.approx(step_down(asked["p"].to_numpy()), nan_ok=True)
 
 
 def test_holm_by_hand():
@@ -352,12 +448,36 @@ def test_random_referral_is_the_mean_over_all_choices_of_images():
     assert found[0] == pytest.approx(np.mean(values))
 
 
-def test_the_smallest_detectable_difference_has_80_percent_power(ours):
+@pytest.mark.parametrize("freedom", [2, 3.7, 8, 40, 1e6, np.inf])
+def test_a_t_test_at_the_noncentrality_has_80_percent_power(freedom):
+    away, limit = compare.noncentrality(freedom), stats.t.ppf(0.975, freedom)
+    power = stats.nct.sf(limit, freedom, away) + stats.nct.cdf(-limit, freedom, away)
+    assert power == pytest.approx(0.8, abs=1e-5)
+
+
+@pytest.mark.parametrize("runs", [3, 5])
+def test_the_detectable_difference_is_found_in_four_of_five_comparisons(runs, tmp_path):
+    """Between arms of few runs; 2.8 standard errors, which would do for many runs, find 0.45 and 0.65."""
+    rng = np.random.default_rng(runs)
+    found = [compare.estimate([(1, compare.make_arm("a", a)), (-1, compare.make_arm("b", b))])
+             for a, b in rng.normal(size=(3000, 2, runs))]
+    pairs = pd.DataFrame(found).assign(dataset="nih_test", labels="5", label="")
+    row = compare.detectable(pairs, Given(tmp_path, {})).iloc[0]
+    assert np.isnan(row["se_patients"]) and np.isnan(row["detectable_with_endless_runs"])
+
+    def power(gap):
+        left, right = np.random.default_rng(14).normal(size=(2, runs, 10_000))
+        return (stats.ttest_ind(left + gap, right, equal_var=False).pvalue < 0.05).mean()
+
+    assert power(row["detectable"]) == pytest.approx(0.8, abs=0.05)     # spreads are estimates too
+    assert power(2.8 * row["se_runs"]) < 0.7
+
+
+def test_the_detectable_difference_of_our_runs(ours):
     components, comparisons = compare.all_pairs(ours)
     row = compare.detectable(comparisons, ours).query("dataset == 'chexpert_valid'").iloc[0]
-    error = np.hypot(row["se_runs"], row["se_patients"])
-    z = row["detectable"] / error
-    assert stats.norm.sf(1.96 - z) + stats.norm.cdf(-1.96 - z) == pytest.approx(0.8, abs=1e-3)
+    assert row["detectable_with_endless_runs"] == pytest.approx(
+        (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * row["se_patients"], rel=1e-5)
     assert row["detectable_with_endless_runs"] < row["detectable"] and row["images"] == 240
     pairs = comparisons[(comparisons["dataset"] == "nih_test") & (comparisons["label"] == "")]
     assert len(pairs) == 6 and pairs["p_delong"].isna().all()
@@ -405,7 +525,7 @@ def test_verdicts_on_the_published_runs(tmp_path):
     assert len(table) == 99
     assert table["verdict"]["A01"] == "holds" and table["verdict"]["F07"] == "contradicted"
     assert table["verdict"]["B01"] == "undecided" and table["verdict"]["C01"] == "not run"
-    assert not table["se_patients"].any()
+    assert table["se_patients"].isna().all()                    # without predictions nobody knows
     for name in ("components", "comparisons", "detectable", "errata"):
         assert len(pd.read_csv(tmp_path / f"{name}.csv")) > 5
 
@@ -437,6 +557,8 @@ def two_arms(tmp_path):
     (lambda f: f.assign(prob_Edema=[1.2] + [0.5] * 29), ["row 1: prob_Edema is '1.2'", "from 0 to 1"]),
     (lambda f: f.assign(prob_Edema=[None] + [0.5] * 29), ["row 1: prob_Edema is ''"]),
     (lambda f: f.assign(true_Edema=["yes"] + [0] * 29), ["row 1: true_Edema is 'yes'", "0 or 1"]),
+    (lambda f: f.assign(**{f"{kind}_Pleural Effusion": 1 for kind in ("true", "prob")}),
+     ["has label Effusion under two spellings; keep one"]),
     (lambda f: f[:0], ["has a header and no rows"]),
 ])
 def test_a_bad_prediction_file_is_one_sentence(tmp_path, spoil, words):
@@ -451,6 +573,6 @@ def test_other_mistakes_are_one_sentence(tmp_path):
     two_arms(tmp_path)[1].write_text("")
     call = ("evaluate/compare.py", "--out", tmp_path / "out")
     assert_user_error(run_script(*call, "--predictions", tmp_path / "runs"), "nih_test.csv is no CSV table")
-    assert_user_error(run_script(*call, "--predictions", tmp_path), "holds no <exp>/predictions/seed<k>")
+    assert_user_error(run_script(*call, "--predictions", tmp_path), "holds no */predictions/seed<k>")
     assert_user_error(run_script(*call, "--reported", tmp_path), "raw_runs_auc.csv does not exist")
     assert not (tmp_path / "out").exists()

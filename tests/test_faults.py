@@ -4,8 +4,10 @@ KILLS (default 2): how often each script is killed, as in KILLS=20 bash tests/ru
 """
 
 import contextlib
+import fcntl
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -235,20 +237,109 @@ def test_sigterm_saves_at_the_end_of_the_step_and_leaves_with_75(name, data, tmp
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_checkpoint(name, data, tmp_path, monkeypatch):
-    seed = ["--seeds" if name == "classify" else "--seed", 0]
-    assert run(name, data, tmp_path, monkeypatch, "--steps", 3, *seed)[0] == 0
-    last = run_folder(name, tmp_path) / "last.pt"
-    state = torch.load(last, weights_only=True)
-    for weights in (state[whose] for whose in ("model", "student") if whose in state):
-        for value in weights.values():
-            if value.is_floating_point():
-                value += float("nan")
-    torch.save(state, last)
-    before = last.read_bytes()
-    code, error = run(name, data, tmp_path, monkeypatch, *seed)
-    assert code == 2 and error.startswith("error: the loss is nan after step 4;") and str(last) in error
-    assert last.read_bytes() == before
+@pytest.mark.parametrize("last_step, flags, says", [
+    (None, ["--save-minutes", 0], " after step 5"),            # saved, hence noticed at once
+    (None, ["--save-minutes", 60, "--log-steps", 100], "step 6 is no number; {kept}"),
+    (5, ["--save-minutes", 60], " after step 5")])             # the last step: nothing is exported
+def test_weights_that_are_no_numbers_name_the_step_and_are_never_saved(
+        name, last_step, flags, says, data, tmp_path, monkeypatch):
+    """The update of step 5 goes wrong, after three steps that were saved."""
+    flags = ["--seeds" if name == "classify" else "--seed", 0, "--epochs", 6, "--batch", 8, *flags]
+    assert run(name, data, tmp_path, monkeypatch, "--steps", 3, *flags)[0] == 0
+    folder = run_folder(name, tmp_path)
+    update, calls = torch.optim.AdamW.step, []
+
+    def step(self, *args, **kwargs):
+        update(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 2:
+            with torch.no_grad():
+                self.param_groups[0]["params"][-1].fill_(math.inf)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    code, error = run(name, data, tmp_path, monkeypatch, *flags, *["--steps", last_step] * bool(last_step))
+    says = says.format(kept=f"{folder}/last.pt is the last good checkpoint")
+    if name in ("classify", "supervised") and "--log-steps" in flags:      # they look at validation images before
+        says = "no number"
+    assert code == 2 and error.startswith("error: ") and says in error, error
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] in (3, 4)
+    for file in folder.glob("*.pt"):
+        weights = torch.load(file, weights_only=True)
+        assert all(value.isfinite().all() for part in weights.values() if isinstance(part, dict)
+                   for value in part.values() if isinstance(value, torch.Tensor)), file
+    monkeypatch.setattr(torch.optim.AdamW, "step", update)
+    assert run(name, data, tmp_path, monkeypatch, *flags)[0] == 0           # goes on where numbers were good
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_other_images_are_not_taken_for_those_of_the_checkpoint(name, data, tmp_path, monkeypatch):
+    moved = tmp_path / "data"
+    shutil.copytree(data, moved, ignore=shutil.ignore_patterns("raw"))
+    assert run(name, moved, tmp_path / "run", monkeypatch, "--steps", 3)[0] == 0
+    before = content(tmp_path / "run")
+    shutil.copy(moved / "manifest.csv", tmp_path)
+    text = (moved / "manifest.csv").read_text()
+    (moved / "manifest.csv").write_text(text[:-2] + {"0": "1", "1": "0"}[text[-2]] + "\n")
+    code, error = run(name, moved, tmp_path / "run", monkeypatch, "--steps", 3)
+    assert code == 2 and "was made with data_sha256=" in error
+    assert content(tmp_path / "run") == before
+    shutil.copy(tmp_path / "manifest.csv", moved)
+    assert run(name, moved, tmp_path / "run", monkeypatch, "--steps", 3)[0] == 0
+
+
+def test_another_start_is_not_taken_for_that_of_the_checkpoint(data, tmp_path, monkeypatch):
+    assert run("gmml", data, tmp_path / "start", monkeypatch, "--steps", 1)[0] == 0
+    given = ["--init", tmp_path / "start/backbone.pt", "--steps", 2]
+    assert run("gmml", data, tmp_path / "run", monkeypatch, *given)[0] == 0
+    assert run("gmml", data, tmp_path / "start", monkeypatch, "--steps", 2)[0] == 0
+    code, error = run("gmml", data, tmp_path / "run", monkeypatch, *given)
+    assert code == 2 and "was made with init_sha256=" in error
+
+
+def test_a_refused_run_leaves_the_record_of_the_one_before(data, tmp_path, monkeypatch):
+    assert run("gmml", data, tmp_path, monkeypatch, "--steps", 2)[0] == 0
+    before = content(tmp_path)
+    assert run("gmml", data, tmp_path, monkeypatch, "--steps", 2, "--lr", 0.5)[0] == 2
+    assert content(tmp_path) == before
+    assert run("gmml", data, tmp_path, monkeypatch, "--steps", 2)[0] == 0   # nothing left to do: nothing to record
+    assert content(tmp_path) == before
+
+
+def test_a_new_beginning_that_is_killed_does_not_go_on_from_the_run_before(data, tmp_path, monkeypatch):
+    assert run("gmml", data, tmp_path / "whole", monkeypatch)[0] == 0
+    assert run("gmml", data, tmp_path / "run", monkeypatch)[0] == 0
+    module = load_script("pretrain/gmml.py")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "save_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run("gmml", data, tmp_path / "run", patch, "--resume", "never")
+    assert run("gmml", data, tmp_path / "run", monkeypatch)[0] == 0
+    assert_same(tmp_path / "run", content(tmp_path / "whole"))
+
+
+def test_a_run_needs_no_git(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run("gmml", data, tmp_path / "run", monkeypatch, "--steps", 1)[0] == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["commit"] == ""
+
+
+def test_sigterm_ends_a_probe_too(data, tmp_path, monkeypatch):
+    module = load_script("finetune/classify.py")
+    whole = module.forward_all
+
+    def terminate(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*args)
+    monkeypatch.setattr(module, "forward_all", terminate)
+    assert run("classify", data, tmp_path, monkeypatch, "--probe") == (75, "")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_two_predictions_into_one_file_do_not_mix(data, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run/train.csv.part", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        code, error = run("predict", data, tmp_path / "run", monkeypatch)
+        assert code == 2 and "train.csv is being written by another run" in error
+    assert run("predict", data, tmp_path / "run", monkeypatch)[0] == 0
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -123,12 +125,35 @@ def test_the_difference_is_in_combined_standard_errors():
     assert math.isnan(report.Cell(printed="0.77").difference)
 
 
+def components_of(*rows):
+    """components.csv as read; a row is exp, runs, ci_low, ci_high, se_runs, se_patients, on NIH, 5 labels."""
+    return pd.DataFrame([(exp, "nih_test", "5", "", *rest, "our runs") for exp, *rest in rows],
+                        columns=report.COMPONENTS)
+
+
 def test_intervals_of_compare_replace_the_averaged_ones(tmp_path):
     path = small(tmp_path, ("3.4", 0, "nih_test", 5, "auc_mean", "corrected", "", "", 0.8))
-    components = pd.DataFrame([["3.4", "nih_test", "5", "", "0.7", "0.9"]],
-                              columns=["exp", "dataset", "labels", "label", "ci_low", "ci_high"])
+    components = components_of(("3.4", "5", "0.7", "0.9", "0.01", "0.02"))
     cell = report.Metrics(path, components).cell("3.4", "nih_test", "5", "auc_mean", "corrected")
-    assert (cell.low, cell.high) == (0.7, 0.9)
+    assert (cell.low, cell.high, cell.resampled) == (0.7, 0.9, report.NESTED)
+
+
+@pytest.mark.parametrize("known, words", [
+    ({"3.4": "5", "2.2": "5"}, f"by {report.NESTED}"),
+    ({"3.4": "5", "2.2": "1"}, f"by {report.NESTED} or by {report.ALONE} (2.2)"),
+    ({"3.4": "5"}, f"by {report.NESTED} or by {report.ALONE} (2.2)"),
+    ({}, f"by {report.ALONE}")])
+def test_a_caption_says_whether_seeds_are_in_the_interval(tmp_path, known, words):
+    rows = [(exp, s, "nih_test", 5, "auc_mean", face, "", "", 0.8) for exp in ("3.4", "2.2") for s in (0, 11)
+            for face in report.FACES]
+    components = components_of(*[(exp, runs, "0.7", "0.9", "", "0.02") for exp, runs in known.items()])
+    metrics = report.Metrics(small(tmp_path, *rows), components if known else None)
+    table = all_tables(metrics)["2"]
+    assert report.intervals(table) == words
+    html = report.across_hospitals(metrics, table, {}, tmp_path / "figures")
+    assert f"with 95 % interval {words};" in html
+    assert (f"Intervals: of AUCs (Tables 2 to 6) by {report.NESTED}" in html) == bool(known)
+    assert f"by {report.ALONE}: what other seeds would change is not in them" in html
 
 
 def test_the_corrected_face_names_the_run_that_validation_chose(tmp_path):
@@ -137,6 +162,21 @@ def test_the_corrected_face_names_the_run_that_validation_chose(tmp_path):
     cell = report.Metrics(path, chosen={"3.4": "11"}).reliability("3.4", "chexpert_valid", "subset_accuracy",
                                                                   "corrected", threshold="0.3")
     assert (cell.value, cell.chosen) == (pytest.approx(0.35), pytest.approx(0.40))
+
+
+@pytest.mark.parametrize("select, chosen", [("auc", "0"), ("loss", "11"), (None, None)])
+def test_validation_judges_each_run_by_the_epoch_that_was_exported(tmp_path, select, chosen):
+    # seed: val_loss and val_auc of the epochs. Seed 0 has the highest AUC of all, but not where its loss is
+    # lowest; of seed 11's two epochs with the lowest loss the first is exported.
+    logs = {"0": [(0.5, 0.6), (0.7, 0.9), (0.6, 0.8)], "11": [(0.4, 0.7), (0.4, 0.1), (0.9, 0.75)]}
+    for seed, epochs in logs.items():
+        folder = tmp_path / "3.4" / "finetune" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        lines = [{"step": step, "val_loss": loss, "val_auc": auc} for step, (loss, auc) in enumerate(epochs)]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if select:
+            (folder / "run.json").write_text(json.dumps({"config": {"select": select}}))
+    assert report.chosen_run(report.read_logs(tmp_path)["3.4", "finetune"]) == chosen
 
 
 def test_bold_is_the_best_of_a_column_with_its_ties(tmp_path):
@@ -190,6 +230,40 @@ def test_missing_is_shown_as_missing_beside_the_printed_number(tables):
     assert '<td class="number face missing">not measured<small>printed 0.7234 (0.0002)</small></td>' in html
     literature = next(row for row in tables["4"].rows if row.key == "0.1.7").cells["both"][2]
     assert (literature.text(), literature.small_print()["printed"]) == ("–", "0.8128")
+
+
+def test_undefined_is_told_from_not_measured(tmp_path):
+    rows = [("3.4", 0, "chexpert_valid", 5, "auc", face, label, "", value) for face in report.FACES
+            for label, value in (("Edema", math.nan), ("Effusion", 0.8))]
+    table = all_tables(report.Metrics(small(tmp_path, *rows)))["3"]
+    texts = {(key, head): cell.text("not measured") for key, head, _, cell in cells(table)}
+    assert texts["3.4", "Edema"] == "undefined" and texts["3.4", "Effusion"] == "0.8000"
+    assert texts["3.4", "Atelectasis"] == texts["2.2", "Edema"] == "not measured"
+    for text in (report.markdown(table), report.latex(table), report.READING):
+        assert "undefined" in text and "not measured" in text
+    assert '>undefined<' in report.html_table(table, "metrics.csv", {})
+
+
+def test_a_mean_over_fewer_labels_says_so(tmp_path):
+    rows = []
+    for name, edema in (("vindr_test", math.nan), ("chexpert_valid", 0.7)):
+        values = dict.fromkeys(report.LABELS5, 0.8) | {"Edema": edema}
+        for face in report.FACES:
+            rows += [("3.4", 0, name, 5, "auc", face, label, "", value) for label, value in values.items()]
+            rows += [("3.4", 0, name, 5, metric, face, "", t, 0.8)
+                     for metric, t in (("auc_mean", ""), ("oracle_auc", 0.1))]
+        rows += [("3.4", 0, name, 5, "auc_labels", "corrected", "", "", 5 - math.isnan(edema))]
+    metrics = report.Metrics(small(tmp_path, *rows))
+    table = all_tables(metrics)["2"]
+    assert table.note.endswith(" Means over the labels that have an AUC: VinDr test 4 labels, without Edema.")
+    over = {head: cell.over for key, head, _, cell in cells(table) if cell.runs}
+    assert over == {"VinDr test": "4 labels", "CheXpert vali": ""}
+    assert "<small>over 4 labels</small>" in report.html_table(table, "metrics.csv", {})
+    assert "| mean over |" in report.markdown(table)
+    oracle = [cell.over for *_, cell in cells(all_tables(metrics, "vindr_test")["8"]) if cell.runs]
+    assert oracle == ["4 labels"] * 2
+    whole = report.Metrics(small(tmp_path, *[row for row in rows if row[2] != "vindr_test"]))
+    assert "Means over" not in all_tables(whole)["2"].note
 
 
 def test_faces_that_agree_stand_once_and_others_side_by_side(tmp_path, tables):
@@ -276,6 +350,7 @@ def test_subgroups_stand_in_order_with_their_gap_and_only_where_they_were_scored
     values = {"auc[age=>80]": 0.6, "auc[age=<=40]": 0.9, "auc_gap[age]": 0.3, "auc[sex=M]": 0.8}
     rows = [(exp, 0, "padchest", 5, metric, "corrected", "", "", value + (exp == "2.2") / 100)
             for exp in ("2.2", "3.4") for metric, value in values.items()]
+    rows += [(exp, 0, "padchest", 5, "auc_labels[age]", "corrected", "", "", 3) for exp in ("2.2", "3.4")]
     rows += [("2.2", 0, "vindr_test", 5, "auc_mean", "corrected", "", "", 0.7)]
     metrics = report.Metrics(small(tmp_path, *rows))
     table = report.subgroup_table(metrics, {})
@@ -283,6 +358,7 @@ def test_subgroups_stand_in_order_with_their_gap_and_only_where_they_were_scored
     assert [row.lead for row in table.rows] == [["2.2", "PadChest"], ["3.4", "PadChest"]]
     assert [[cell.best for cell in row.cells["corrected"]] for row in table.rows] == [
         [True, True, True, False], [False, False, False, True]]              # of gaps the smallest
+    assert [cell.over for cell in table.rows[0].cells["corrected"]] == ["", *["3 labels"] * 3]
     assert report.subgroup_table(report.Metrics(small(tmp_path, rows[-1])), {}) is None
 
 
@@ -306,11 +382,45 @@ def test_reliability_bins_pool_all_labels(tmp_path):
 
 def test_components_show_the_error_of_runs_and_of_patients_and_mark_the_larger():
     rows = [("3.4", "padchest", "5", "", "0.001", "0.02"), ("2.2", "nih_test", "14", "", "0.3", "0.1"),
-            ("3.4", "padchest", "5", "Edema", "0.9", "0.9")]
+            ("3.4", "padchest", "5", "Edema", "0.9", "0.9"), ("2.1", "nih_test", "14", "", "", "0.0123")]
     frame = pd.DataFrame(rows, columns="exp dataset labels label se_runs se_patients".split())
     html = report.html_components(frame)
     assert "0.0010 · <b>0.0200</b>" in html and "<b>0.3000</b> · 0.1000" in html and "0.9" not in html
     assert "<th>PadChest</th>" in html and "<th>NIH, 14 labels</th>" in html
+    assert '<td class="number">– · 0.0123</td>' in html             # one run: neither is known to be larger
+
+
+def test_what_runs_alone_can_tell_is_a_lower_bound():
+    rows = [("nih_test", "14", "0.001", "0.002", "0.0066274", "our runs"),
+            ("padchest", "5", "0.004", "", "0.0125728", "published runs"),
+            ("here", "5", "", "0.004", "", "our runs")]
+    html = report.html_detectable(pd.DataFrame(rows, columns=report.DETECTABLE))
+    assert "<th>difference found with 80 % power</th>" in html
+    assert [re.findall("<td>(.*?)</td>", row)[4] for row in html.split("<tr>")[2:]] == [
+        "0.0066", "≥ 0.0126, runs alone", "–"]
+
+
+def verdict(**cells):
+    """verdicts.csv with one row, as read."""
+    plain = dict(family="A", statement="Larger", metric="auc_mean5", testset="padchest", left="3.4",
+                 right="2.2", sign="1", verdict="holds", effect="0.25", ci_low="0.1", ci_high="0.4",
+                 p_holm="0.01", source="our runs", remark="")
+    return pd.DataFrame([plain | cells], columns=report.VERDICTS)
+
+
+@pytest.mark.parametrize("sign, words", [("1", "A: 3.4 &gt; 2.2"), ("-1", "A: 3.4 &lt; 2.2"),
+                                         ("0", "A: 3.4 against 2.2")])
+def test_a_claim_shows_its_direction_and_its_remark(sign, words):
+    html = report.html_verdicts(verdict(sign=sign, remark="no direction; read as left > right"))
+    assert f"{words}, auc_mean5" in html and "our runs<br>+0.2500 [0.1000, 0.4000]<br>p = 0.01<br>" in html
+    assert "<i>no direction; read as left &gt; right</i>" in html
+    assert "<i>" not in report.html_verdicts(verdict(sign=sign))
+
+
+def test_a_ratio_of_spreads_is_called_one():
+    spread = report.html_verdicts(verdict(left="sd(ood)", right="sd(nih_test)", effect="2.5459"))
+    assert "log ratio +2.5459 [0.1000, 0.4000]<br>ratio of standard deviations 12.75" in spread
+    assert "log ratio" not in report.html_verdicts(verdict())
 
 
 @pytest.mark.parametrize("kind, words",
@@ -327,9 +437,23 @@ def test_the_last_picture_of_every_pre_training_is_shown_with_its_meaning(tmp_pa
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (1200, 30)
 
 
-def test_no_two_arms_look_alike():
-    looks = [tuple(report.look(n).values()) for n in range(32)]
-    assert len(set(looks)) == 32
+def test_no_two_arms_look_alike_in_the_legend_that_is_drawn(tmp_path, monkeypatch):
+    looks = [report.look(n) for n in range(64)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == 64
+    exps = [f"mini.{n}" for n in range(20)]
+    rows = [(exp, 0, "chexpert_valid", 5, "auc", "corrected", "Edema", "", 0.7) for exp in exps]
+    rows += [(exp, 0, "chexpert_valid", 5, metric, "corrected", "", t, 0.4) for exp in exps
+             for metric, t in (("subset_accuracy", 0.1), ("fnr", 0.1), ("oracle_auc", 0))]
+    tables = all_tables(report.Metrics(small(tmp_path, *rows)))
+    monkeypatch.setattr(report, "save", lambda figure, path: figure)
+    figure = report.figure2(tables, report.OTHER, "corrected", {}, tmp_path / "figure2")
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == exps
+    drawn = [(line.get_color(), line.get_marker()) for line in legend.legend_handles]
+    lines = [line.get_linestyle() for line in legend.legend_handles]
+    assert len(set(drawn)) == 20 and "None" not in lines
+    assert lines == [("-", "--", "-.")[n // 8] for n in range(20)]
+    report.plt.close(figure)
 
 
 class Balanced(HTMLParser):
@@ -357,8 +481,10 @@ def make_runs(folder):
         for epoch in (2, 10):
             Image.new("L", (8, 8)).save(folder / exp / "pretrain" / f"recon_{epoch:04}.png")
         for seed, top in ((0, 0.7), (11, 0.8)):
-            (folder / exp / "finetune" / f"seed{seed}").mkdir(parents=True)
-            (folder / exp / "finetune" / f"seed{seed}" / "log.jsonl").write_text("".join(
+            run = folder / exp / "finetune" / f"seed{seed}"
+            run.mkdir(parents=True)
+            (run / "run.json").write_text('{"config": {"select": "auc"}}')
+            (run / "log.jsonl").write_text("".join(
                 json.dumps({"step": e, "epoch": e, "loss": 1 - e / 9, "val_auc": top - 1 / (e + 5)}) + "\n"
                 for e in range(4)))
     return folder
@@ -424,6 +550,10 @@ def test_the_page_says_what_is_a_stand_in_and_shows_what_was_learnt(made):
     assert "the print leaves out the run of seed 100" in html            # errata
     assert "✗ contradicted" in html and "published runs" in html         # verdicts
     assert "val. choice 0.4000" in html                                  # of seed 11, better on validation
+    assert "≥ 0.0" in html and ", runs alone" in html                    # detectable.csv, published runs
+    assert "log ratio +2.5459 [2.2804, 2.8115]<br>ratio of standard deviations 12.76" in html
+    assert "(a) mean over runs, bars: sd; (b) to (d) the run with the best AUC on these images" in html
+    assert f"with 95 % interval by {report.ALONE};" in html              # there are no components of our runs
 
 
 def test_figures_and_tables_lie_beside_the_page(made):
@@ -464,6 +594,36 @@ def message(capsys, monkeypatch, *args):
     return said
 
 
+@pytest.mark.parametrize("metric, label, values, words", [
+    ("images", "", {"3.4,0": 40, "3.4,11": 25},
+     "40 images in exp 3.4, seed 0 but 25 images in exp 3.4, seed 11"),
+    ("positives", "Edema", {"2.2,0": 7, "3.4,0": 7, "3.4,11": 6},
+     "7 positives of Edema in exp 2.2, seed 0 but 6 positives of Edema in exp 3.4, seed 11"),
+    ("auc_labels", "", {"2.2,0": 5, "3.4,0": 4},
+     "5 auc_labels in exp 2.2, seed 0 but 4 auc_labels in exp 3.4, seed 0"),
+])
+def test_runs_on_other_images_or_labels_are_not_averaged(tmp_path, capsys, monkeypatch, metric, label, values,
+                                                         words):
+    rows = [(*run.split(","), "padchest", 5, *row) for run, count in values.items()
+            for row in (("auc_mean", "corrected", "", "", 0.8), (metric, "corrected", label, "", count),
+                        ("positives", "corrected", "Effusion", "", 9))]
+    said = message(capsys, monkeypatch, "--metrics", small(tmp_path, *rows), "--out", tmp_path / "out")
+    assert f"padchest (5 labels) has {words}; predict the same" in said
+
+
+def test_a_label_of_some_runs_only_is_not_averaged(tmp_path, capsys, monkeypatch):
+    rows = [("3.4", seed, "padchest", 5, "positives", "corrected", label, "", 9)
+            for seed, label in ((0, "Edema"), (0, "Effusion"), (11, "Effusion"))]
+    said = message(capsys, monkeypatch, "--metrics", small(tmp_path, *rows), "--out", tmp_path / "out")
+    assert "9 positives of Edema in exp 3.4, seed 0 but no positives of Edema in exp 3.4, seed 11" in said
+
+
+def test_groups_whose_labels_are_not_told_are_refused(tmp_path, capsys, monkeypatch):
+    path = small(tmp_path, ("3.4", 0, "padchest", 5, "auc_gap[sex]", "corrected", "", "", 0.1))
+    said = message(capsys, monkeypatch, "--metrics", path, "--out", tmp_path / "out")
+    assert "does not say over which labels" in said and "evaluate/metrics.py" in said
+
+
 @pytest.mark.parametrize("text, words", [
     ("", "is no CSV table"),
     ("exp,seed\n3.4,0\n", "has no column 'dataset'"),
@@ -486,11 +646,15 @@ def test_other_mistakes_are_one_sentence_and_nothing_is_written(tmp_path, capsys
     (tmp_path / "grid.yaml").write_text("a: [")
     (tmp_path / "runs" / "3.4" / "pretrain").mkdir(parents=True)
     (tmp_path / "runs" / "3.4" / "pretrain" / "log.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    (tmp_path / "runs2" / "3.4" / "finetune" / "seed0").mkdir(parents=True)
+    (tmp_path / "runs2" / "3.4" / "finetune" / "seed0" / "log.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "runs2" / "3.4" / "finetune" / "seed0" / "run.json").write_text("[]")
     for words, *more in (("none is no folder", "--runs", tmp_path / "none"),
                          ("none.csv does not exist", "--verdicts", tmp_path / "none.csv"),
                          ("half.csv has no column 'statement'", "--verdicts", tmp_path / "half.csv"),
                          ("grid.yaml cannot be read as YAML", "--experiments", tmp_path / "grid.yaml"),
-                         ("log.jsonl line 2 is no JSON object", "--runs", tmp_path / "runs")):
+                         ("log.jsonl line 2 is no JSON object", "--runs", tmp_path / "runs"),
+                         ("run.json is no record of a run", "--runs", tmp_path / "runs2")):
         assert words in message(capsys, monkeypatch, "--metrics", path, "--out", out, *more)
     assert not out.exists()
 
@@ -498,6 +662,16 @@ def test_other_mistakes_are_one_sentence_and_nothing_is_written(tmp_path, capsys
 def test_the_script_refuses_from_the_command_line_too(tmp_path):
     result = run_script("evaluate/report.py", "--metrics", tmp_path / "none.csv", "--out", tmp_path)
     assert_user_error(result, "none.csv does not exist; evaluate/metrics.py writes it")
+
+
+def test_the_command_needs_no_torch(tmp_path):
+    path = small(tmp_path, ("3.4", 0, "nih_test", 5, "auc_mean", "corrected", "", "", 0.8))
+    code = ("import runpy, sys; sys.modules['torch'] = None; sys.argv = ['report.py'] + sys.argv[1:]; "
+            "runpy.run_path(sys.argv.pop(1), run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, ROOT / "evaluate" / "report.py", "--metrics", path,
+                           "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_an_output_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys, monkeypatch):

@@ -64,6 +64,10 @@ def test_the_demo_ends_in_a_report(project, demo):
     loads = re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", page)
     assert not loads, "the page must not load anything from elsewhere"
     assert "report: results/demo/report.html" in demo.stdout
+    verdicts, components = (pd.read_csv(project / f"results/demo/{name}.csv", dtype={"exp": str})
+                            for name in ("verdicts", "components"))
+    assert set(verdicts["verdict"]) == {"not run"}                  # stand-ins judge no claim
+    assert set(components["exp"]) == {EXP} and (components["se_patients"] > 0).any()
 
 
 @pytest.mark.slow
@@ -237,6 +241,13 @@ def test_dry_run_prints_commands_and_runs_nothing(project):
     assert any("pretrain/simmim.py --exp 0.1.6 " in line for line in lines)     # 0.1.6b starts from 0.1.6
     packing = [line for line in lines if "data_prep/pack.py" in line and "--out packs/nih --size" in line]
     assert len(packing) == 1
+
+
+def test_verdicts_are_on_the_rows_that_are_run(project):
+    for flags, exps, out in ((["--demo", "--exp", EXP], EXP, "results/demo"),
+                             (["--exp", "3.4,2.2"], "3.4,2.2", "results")):
+        command = f"evaluate/compare.py --predictions runs --exp {exps} --out {out}"
+        assert command in run_all(project, *flags, "--dry-run").stdout
 
 
 def test_the_whole_grid_is_planned(project):

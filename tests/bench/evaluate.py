@@ -109,7 +109,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the files are made and kept")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the study's images (1)")
     args = parser.parse_args()
     runs, results = args.folder / "runs", args.folder / "results"
@@ -133,7 +133,8 @@ def main():
     for row in bootstraps(runs / EXPS[0] / "predictions" / f"seed{SEEDS[0]}" / "nih_test.csv"):
         note(*row)
     facts = {"cores": os.cpu_count(), "load": os.getloadavg(), "rows": rows}
-    args.out.write_text(json.dumps(facts, indent=1) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
