@@ -662,7 +662,8 @@ class Score:
         adds noise to every group, hence to the largest difference, and its percentiles would lie too high.
         """
         for attribute in groups:
-            names = sorted(set(groups[attribute]) - {""})
+            if not (names := sorted(set(groups[attribute]) - {""})):
+                continue
             here = [(groups[attribute] == name).to_numpy() for name in names]
             values = np.array([auc(self.y[rows], self.p[rows]) for rows in here])           # [groups, K]
             shared = ~np.isnan(values[~np.isnan(values).all(1)]).any(0)    # a group of one image has no AUC

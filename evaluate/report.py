@@ -1003,6 +1003,9 @@ def html_verdicts(frame):
              "not run": "not run"}
     counts = frame.groupby(["source", "verdict"], sort=False).size().unstack(fill_value=0)
     counts = counts.reindex(columns=list(marks), fill_value=0).rename_axis("judged on").reset_index()
+    judged = frame[frame["verdict"] != "not run"]
+    if len(judged):                                     # a source without any of the claims' arms: counts say it
+        frame = frame[frame["source"].isin(judged["source"])]
     sets, body = [name for name in TEST_SETS if name in set(frame["testset"])], ""
     directions = {"1": ">", "-1": "<", "0": "against"}
     claims = frame.groupby(["family", "statement", "metric", "left", "sign", "right"], sort=False)

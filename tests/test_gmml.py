@@ -362,6 +362,38 @@ def weights(file):
     return torch.load(file, weights_only=True)["model"]
 
 
+def test_a_run_is_the_definition_written_out(pack, tmp_path, monkeypatch):
+    """Warm-up and cosines, mean error in the masks, each gradient clipped, AdamW: 5 steps by hand.
+
+    The clip takes gradients near Adam's epsilon: there their scale counts, and rounding noise does not.
+    """
+    seen, make_views = [], gmml.make_views
+    monkeypatch.setattr(gmml, "make_views", lambda *args: seen.append([*make_views(*args)]) or seen[-1])
+    flags = ["--in_chans", 3, "--batch", 10, "--samples", 30, "--epochs", 3, "--lr", 0.05, "--min_lr", 0.01,
+             "--wd", 2, "--wd_end", 5, "--clip", 1e-5, "--drop_path", 0, "--steps", 5]
+    run_here(gmml, monkeypatch, "--manifest", pack, "--out", tmp_path, *TINY, *flags)
+    torch.manual_seed(0)
+    model = gmml.GMML(vit(3, depth=4), 3)
+    groups = [[p for p in model.parameters() if (p.ndim > 1) == decayed] for decayed in (True, False)]
+    optimizer = torch.optim.AdamW([dict(params=group) for group in groups])
+    falling = lambda start, end, n: end + (start - end) * (1 + np.cos(np.pi * np.arange(n) / n)) / 2
+    rates = np.concatenate([np.linspace(0, 0.05, 3), falling(0.05, 0.01, 6)]) * 10 / 256    # 3 steps an epoch
+    for (clean, corrupted, masks), rate, decay, line in zip(seen, rates, falling(2, 5, 9), log_of(tmp_path)):
+        loss = (model(corrupted) - clean).abs()[masks[:, None].expand_as(clean)].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad *= min(1, 1e-5 / (float(parameter.grad.norm()) + 1e-6))
+        for group, wd in zip(optimizer.param_groups, (decay, 0)):
+            group.update(lr=rate, weight_decay=wd)
+        optimizer.step()
+        assert abs(line["loss"] - loss.item()) < 1e-6 and abs(line["lr"] - rate) < 1e-12
+    assert len(seen) == 5
+    last = weights(tmp_path / "last.pt")
+    for name, value in model.state_dict().items():
+        assert torch.allclose(last[name], value, rtol=0, atol=1e-6), name
+
+
 def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path):
     flags = ["--batch", 12, "--steps", 5, "--epochs", 4, "--lr", 0.02, "--drop_path", 0.3, "--in_chans", 3]
     runs = dict(one=[], micro=["--micro-batch", 5])

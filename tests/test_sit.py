@@ -141,6 +141,49 @@ def test_ema_runs_from_its_start_to_one():
 
 # Whole runs
 
+def test_a_run_is_the_definition_written_out(pack, tmp_path, monkeypatch):
+    """Both losses, their sum with lambda, each gradient clipped, AdamW, then the teacher: 5 steps by hand.
+
+    The clip takes gradients near Adam's epsilon: there their scale counts, and rounding noise does not.
+    """
+    seen, make_views = [], sit.make_views
+    monkeypatch.setattr(sit, "make_views", lambda *args: seen.append([*make_views(*args)]) or seen[-1])
+    train_here(monkeypatch, pack, tmp_path, "--batch", 10, "--samples", 30, "--epochs", 3, "--lr", 0.05,
+               "--min_lr", 0.01, "--wd", 2, "--wd_end", 5, "--clip", 1e-5, "--drop_path", 0, "--ema", 0.5,
+               "--steps", 5)
+    student, teacher = tiny(), tiny()
+    groups = [[p for p in student.parameters() if (p.ndim > 1) == decayed] for decayed in (True, False)]
+    optimizer = torch.optim.AdamW([dict(params=group) for group in groups])
+    falling = lambda start, end, n: end + (start - end) * (1 + np.cos(np.pi * np.arange(n) / n)) / 2
+    rates = np.concatenate([np.linspace(0, 0.05, 3), falling(0.05, 0.01, 6)]) * 10 / 256    # 3 steps an epoch
+    steps = zip(seen, rates, falling(2, 5, 9), falling(0.5, 1, 9), log_of(tmp_path))
+    for (clean, corrupted, masks), rate, decay, momentum, line in steps:
+        embedding, recon = student(corrupted)
+        with torch.no_grad():
+            keys = nn.functional.normalize(teacher(clean)[0])
+        similarity = nn.functional.normalize(embedding) @ keys.T / 0.2                      # [20, 20]
+        contrast = -sum(2 * 0.2 * block.log_softmax(1).diagonal().mean()
+                        for block in (similarity[:10, 10:], similarity[10:, :10]))
+        loss = contrast + 5 * (recon - clean).abs()[masks[:, None]].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in student.parameters():
+            parameter.grad *= min(1, 1e-5 / (float(parameter.grad.norm()) + 1e-6))
+        for group, wd in zip(optimizer.param_groups, (decay, 0)):
+            group.update(lr=rate, weight_decay=wd)
+        optimizer.step()
+        for mean, new in zip(teacher.parameters(), student.parameters()):
+            mean.data = momentum * mean.data + (1 - momentum) * new.data
+        assert abs(line["contrast"] - contrast.item()) < 1e-5 and abs(line["loss"] - loss.item()) < 1e-5
+    assert len(seen) == 5
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    for whose, model in (("student", student), ("teacher", teacher)):
+        for name, value in model.state_dict().items():
+            # batch norm takes up a shift of its input: the gradients of biases before it are but rounding
+            if not name.endswith(("running_mean", "cls_head.0.bias", "cls_head.3.bias", "cls_head.6.bias")):
+                assert torch.allclose(last[whose][name], value, rtol=0, atol=1e-5), (whose, name)
+
+
 def test_processes_do_not_change_the_weights(pack, tmp_path, monkeypatch):
     flags = ["--batch", 12, "--steps", 5, "--lr", 0.01, "--drop_path", 0.3, "--in_chans", 3]
     train_here(monkeypatch, pack, tmp_path / "one", *flags)

@@ -1,5 +1,6 @@
 """Facts about pretrain/supervised.py."""
 
+import json
 import math
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 import torchvision.transforms.functional as tv
 from conftest import load_script, log_of, run_here, run_script
@@ -140,6 +142,50 @@ def test_validation_images_are_of_split_val_and_in_the_paper_face_the_first_trai
 
 
 # Whole runs
+
+@pytest.mark.parametrize("task", ["multilabel", "classes"])
+def test_a_run_is_the_definition_written_out(task, findings, classes, tmp_path, monkeypatch):
+    """Warm-up and cosines, mean cross-entropy, each gradient clipped, AdamW: 5 steps by hand.
+
+    The clip takes gradients near Adam's epsilon: there their scale counts, and rounding noise does not.
+    """
+    seen, augment = [], supervised.augment
+    monkeypatch.setattr(supervised, "augment",
+                        lambda images, *args: seen.append((images, augment(images, *args))) or seen[-1][1])
+    manifest = dict(multilabel=findings, classes=classes)[task]
+    train_here(monkeypatch, manifest, tmp_path, *TINY, "--batch", 10, "--samples", 30, "--epochs", 3,
+               "--lr", 0.05, "--min_lr", 0.01, "--wd", 2, "--wd_end", 5, "--clip", 1e-5, "--drop_path", 0,
+               "--steps", 5)
+    packed, table = torch.from_numpy(np.load(manifest.parent / "images.npy")), pd.read_csv(manifest)
+    torch.manual_seed(0)
+    n_outputs = dict(multilabel=3, classes=4)[task]
+    model = timm.create_model("vit_small_patch16_224", in_chans=1, num_classes=n_outputs,
+                              **json.loads(TINY[1]))
+    groups = [[p for p in model.parameters() if (p.ndim > 1) == decayed] for decayed in (True, False)]
+    optimizer = torch.optim.AdamW([dict(params=group) for group in groups])
+    falling = lambda start, end, n: end + (start - end) * (1 + np.cos(np.pi * np.arange(n) / n)) / 2
+    rates = np.concatenate([np.linspace(0, 0.05, 3), falling(0.05, 0.01, 6)]) * 10 / 256    # 3 steps an epoch
+    for (images, views), rate, decay, line in zip(seen, rates, falling(2, 5, 9), log_of(tmp_path)):
+        rows = table.iloc[[int((packed == image).all((1, 2)).nonzero()) for image in images]]
+        logits = model(views)
+        if task == "multilabel":
+            truth = torch.tensor((rows[["Edema", "Mass", "No Finding"]] == 1).to_numpy())
+            loss = -torch.where(truth, logits.sigmoid(), 1 - logits.sigmoid()).log().mean()
+        else:
+            loss = -logits.softmax(1).log()[range(10), rows["class"].to_numpy() - 7].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad *= min(1, 1e-5 / (float(parameter.grad.norm()) + 1e-6))
+        for group, wd in zip(optimizer.param_groups, (decay, 0)):
+            group.update(lr=rate, weight_decay=wd)
+        optimizer.step()
+        assert abs(line["loss"] - loss.item()) < 1e-6 and abs(line["lr"] - rate) < 1e-12
+    assert len(seen) == 5
+    last = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    for name, value in model.state_dict().items():
+        assert torch.allclose(last[name], value, rtol=0, atol=1e-6), name
+
 
 def test_processes_and_micro_batches_do_not_change_the_weights(findings, tmp_path, monkeypatch):
     flags = [*TINY, "--batch", 12, "--steps", 5, "--lr", 0.02, "--drop_path", 0.3]
