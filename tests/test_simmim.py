@@ -236,7 +236,7 @@ def test_a_run_is_the_definition_written_out(pack, tmp_path, monkeypatch):
         for group in optimizer.param_groups:
             group["lr"] = rate * 10 / 512
         optimizer.step()
-        assert abs(line["loss"] - loss.item()) < 1e-6 and abs(line["lr"] - rate * 10 / 512) < 1e-12
+        assert abs(line["loss"] - loss.item()) < 1e-5 and abs(line["lr"] - rate * 10 / 512) < 1e-12
     assert len(seen) == 5
     last = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
     for name, value in model.state_dict().items():

@@ -148,15 +148,15 @@ def test_a_run_is_the_definition_written_out(pack, tmp_path, monkeypatch):
     """
     seen, make_views = [], sit.make_views
     monkeypatch.setattr(sit, "make_views", lambda *args: seen.append([*make_views(*args)]) or seen[-1])
-    train_here(monkeypatch, pack, tmp_path, "--batch", 10, "--samples", 30, "--epochs", 3, "--lr", 0.05,
-               "--min_lr", 0.01, "--wd", 2, "--wd_end", 5, "--clip", 1e-5, "--drop_path", 0, "--ema", 0.5,
+    train_here(monkeypatch, pack, tmp_path, "--batch", 10, "--samples", 30, "--epochs", 3, "--lr", 0.01,
+               "--min_lr", 0.002, "--wd", 10, "--wd_end", 25, "--clip", 1e-5, "--drop_path", 0, "--ema", 0.5,
                "--steps", 5)
     student, teacher = tiny(), tiny()
     groups = [[p for p in student.parameters() if (p.ndim > 1) == decayed] for decayed in (True, False)]
     optimizer = torch.optim.AdamW([dict(params=group) for group in groups])
     falling = lambda start, end, n: end + (start - end) * (1 + np.cos(np.pi * np.arange(n) / n)) / 2
-    rates = np.concatenate([np.linspace(0, 0.05, 3), falling(0.05, 0.01, 6)]) * 10 / 256    # 3 steps an epoch
-    steps = zip(seen, rates, falling(2, 5, 9), falling(0.5, 1, 9), log_of(tmp_path))
+    rates = np.concatenate([np.linspace(0, 0.01, 3), falling(0.01, 0.002, 6)]) * 10 / 256   # 3 an epoch
+    steps = zip(seen, rates, falling(10, 25, 9), falling(0.5, 1, 9), log_of(tmp_path))
     for (clean, corrupted, masks), rate, decay, momentum, line in steps:
         embedding, recon = student(corrupted)
         with torch.no_grad():
@@ -174,14 +174,14 @@ def test_a_run_is_the_definition_written_out(pack, tmp_path, monkeypatch):
         optimizer.step()
         for mean, new in zip(teacher.parameters(), student.parameters()):
             mean.data = momentum * mean.data + (1 - momentum) * new.data
-        assert abs(line["contrast"] - contrast.item()) < 1e-5 and abs(line["loss"] - loss.item()) < 1e-5
+        assert abs(line["contrast"] - contrast.item()) < 2e-5 and abs(line["loss"] - loss.item()) < 2e-5
     assert len(seen) == 5
     last = torch.load(tmp_path / "last.pt", weights_only=True)
     for whose, model in (("student", student), ("teacher", teacher)):
         for name, value in model.state_dict().items():
             # batch norm takes up a shift of its input: the gradients of biases before it are but rounding
             if not name.endswith(("running_mean", "cls_head.0.bias", "cls_head.3.bias", "cls_head.6.bias")):
-                assert torch.allclose(last[whose][name], value, rtol=0, atol=1e-5), (whose, name)
+                assert torch.allclose(last[whose][name], value, rtol=0, atol=2e-6), (whose, name)
 
 
 def test_processes_do_not_change_the_weights(pack, tmp_path, monkeypatch):

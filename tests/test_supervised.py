@@ -180,7 +180,7 @@ def test_a_run_is_the_definition_written_out(task, findings, classes, tmp_path, 
         for group, wd in zip(optimizer.param_groups, (decay, 0)):
             group.update(lr=rate, weight_decay=wd)
         optimizer.step()
-        assert abs(line["loss"] - loss.item()) < 1e-6 and abs(line["lr"] - rate) < 1e-12
+        assert abs(line["loss"] - loss.item()) < 1e-5 and abs(line["lr"] - rate) < 1e-12
     assert len(seen) == 5
     last = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
     for name, value in model.state_dict().items():
