@@ -33,7 +33,7 @@ PEAK = dict(lr=1e-4, min_lr=1e-6)                                           # se
         lr=2e-4, warmup_lr=1e-6, min_lr=1e-5, schedule="cosine", step_epoch=700, epochs=100,
         warmup_epochs=10, wd=0.05, clip=5.0, drop_path=0.0, mask_unit=32, mask_ratio=0.6)),
     (7, "supervised", dict(PEAK, epochs=1000, warmup_epochs=10, wd=0.04, wd_end=0.04)),
-    (8, "classify", dict(epochs=30, batch=64)),
+    (8, "classify", dict(epochs=30, batch=64, patience=10)),
 ])
 def test_defaults_are_those_of_the_section(section, script, stated):
     defaults = SCRIPTS[script].DEFAULTS
