@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -278,7 +279,7 @@ def vit(in_chans=3, img_size=32, **changes):
 @pytest.mark.parametrize("container, prefix, key", [
     ("model", "", None), ("state_dict", "module.", None), ("teacher", "module.backbone.", None),
     ("student", "backbone.", "student"), ("state_dict", "module.base_encoder.", None),
-    ("model", "encoder.", None)])
+    ("model", "encoder.", None), ("SiT_model", "module.backbone.", None)])
 def test_every_key_style_loads_to_identical_features(tmp_path, container, prefix, key):
     torch.manual_seed(1)
     source, target = vit().eval(), vit().eval()
@@ -291,6 +292,33 @@ def test_every_key_style_loads_to_identical_features(tmp_path, container, prefix
     gmml.load_backbone(target, config_of(init=str(tmp_path / "other.pth"), init_key=key))
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(source(x), target(x))
+
+
+def test_a_configuration_beside_the_weights_does_no_harm(tmp_path, monkeypatch):
+    """SimMIM's files hold a configuration of a class of another package, which need not be installed."""
+    package = types.ModuleType("yacs.config")
+    package.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", package)
+        config = package.CfgNode(MODEL=package.CfgNode(TYPE="vit", DEPTH=12), AMP="O1")
+        config.frozen = True                            # CfgNode keeps its state beside the items
+        state = {f"encoder.{name}": value for name, value in vit().state_dict().items()}
+        torch.save({"model": state, "config": config, "epoch": 799}, tmp_path / "w.pth")
+    assert "loaded 30 tensors" in gmml.load_backbone(vit(), config_of(init=str(tmp_path / "w.pth")))
+
+
+@pytest.mark.parametrize("file, heads", [("moco", 12), ("ours", 3)])
+def test_weights_of_another_number_of_heads_are_pointed_out(tmp_path, file, heads):
+    wide = dict(embed_dim=384, num_heads=heads)
+    state = vit(**wide).state_dict()
+    torch.save({"state_dict": {f"module.base_encoder.{name}": value for name, value in state.items()}},
+               tmp_path / "moco.pth")
+    torch.save({"model": state, "model_args": wide}, tmp_path / "ours.pth")
+    config = config_of(init=str(tmp_path / f"{file}.pth"))
+    assert "heads" not in gmml.load_backbone(vit(**wide), config)
+    other = gmml.load_backbone(vit(**wide | {"num_heads": 6}), config)
+    assert f"made with {heads} heads, used with 6" in other
 
 
 @pytest.mark.parametrize("adapt, factor", [("sum", 1.0), ("average", 1 / 3)])
@@ -392,6 +420,21 @@ def test_a_run_is_the_definition_written_out(pack, tmp_path, monkeypatch):
     last = weights(tmp_path / "last.pt")
     for name, value in model.state_dict().items():
         assert torch.allclose(last[name], value, rtol=0, atol=1e-6), name
+
+
+def test_blocks_that_nothing_is_decoded_from_stay_as_they_are(pack, tmp_path):
+    flags = ["--batch", 12, "--steps", 3, "--lr", 0.02, "--recon_blocks", "[1, 2]"]
+    for nproc in (1, 2):
+        result = run_script("pretrain/gmml.py", "--manifest", pack, "--out", tmp_path / str(nproc), *TINY, *flags,
+                            nproc=nproc)
+        assert result.returncode == 0, result.stderr
+    one, two = (weights(tmp_path / f"{nproc}/backbone.pt") for nproc in (1, 2))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    torch.manual_seed(0)
+    begun = vit(1, depth=4).state_dict()
+    still = {name for name in one if torch.equal(one[name], begun[name])}
+    assert any(name.startswith("blocks.2.mlp") for name in still)
+    assert not any(name.startswith(("blocks.0.mlp", "blocks.1.mlp")) for name in still)
 
 
 def test_processes_and_micro_batches_do_not_change_the_weights(pack, tmp_path):
