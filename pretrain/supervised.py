@@ -639,7 +639,7 @@ def read_weights(file, key=None):
         if isinstance(state, dict) else {}
     if not state:
         fail(f"{file} holds no weights" + (f" under '{key}'" if key else ""))
-    if any("base_encoder." in name and value.shape[-1] == 384 for name, value in state.items()):
+    if any("base_encoder." in name and value.shape[-1:] == (384,) for name, value in state.items()):
         heads = 12
     return state, heads
 

@@ -100,21 +100,6 @@ def test_a_changed_row_runs_again_and_what_it_does_not_touch_does_not(project, d
 
 
 @pytest.mark.slow
-def test_other_content_of_an_input_runs_the_stage_again(project, demo):
-    flags, done = ["--demo", "--scale", 0.1, "--exp", EXP], project / "data/demo/nih/manifest.csv.done"
-    before = done.read_text()
-    try:
-        done.write_text(before.splitlines()[0] + "\nother content\n")
-        again = run_all(project, *flags, "--only", "rows")
-    finally:
-        done.write_text(before)
-        restored = run_all(project, *flags)
-    assert again.returncode == restored.returncode == 0, again.stderr + restored.stderr
-    assert f"{EXP} pretrain: complete" in again.stdout          # of other images
-    assert f"{EXP} finetune: complete" not in again.stdout and "finished, best epoch" in again.stdout
-
-
-@pytest.mark.slow
 def test_a_demo_of_another_scale_needs_another_folder(project, demo):
     result = run_all(project, "--demo", "--scale", 0.2, "--dry-run")
     assert result.returncode == 2 and "data/demo/raw has stand-ins of another scale than 0.2" in result.stderr
@@ -267,7 +252,7 @@ def test_dry_run_prints_commands_and_runs_nothing(project):
 
 
 def test_verdicts_are_on_the_rows_that_are_run(project):
-    for flags, exps, out in ((["--demo", "--exp", EXP], EXP, "results/demo"),
+    for flags, exps, out in ((["--demo", "--scale", 0.1, "--exp", EXP], EXP, "results/demo"),
                              (["--exp", "3.4,2.2"], "3.4,2.2", "results")):
         command = f"evaluate/compare.py --predictions runs --exp {exps} --out {out}"
         assert command in run_all(project, *flags, "--dry-run").stdout
@@ -305,3 +290,14 @@ def test_the_plan_names_costs_and_missing_inputs(project):
     # ViT-S/16: 4.6 billion multiply-adds, two views, backward twice the forward
     assert abs(float(row[4].replace(",", "")) * 1e15 / (99_840_000 * 6 * 2 * 4.6e9) - 1) < 0.03
     assert "missing: weights/simmim_pretrain__swin_base__img192_window6__800ep.pth" in result.stdout
+
+
+@pytest.mark.slow
+def test_other_content_of_an_input_runs_the_stage_again(project, demo):
+    """Last of all, as it leaves a record that is not true."""
+    done = project / "data/demo/mimic_cxr/manifest.csv.done"
+    done.write_text(done.read_text().splitlines()[0] + "\nother content\n")
+    again = run_all(project, "--demo", "--scale", 0.1, "--exp", EXP, "--only", "rows")
+    assert again.returncode == 0, again.stderr
+    stages = re.findall(r"^\[\d+/\d+\] (.*?): (complete$)?", again.stdout, re.M)
+    assert [name for name, complete in stages if not complete] == [f"{EXP} pretrain"]      # gave the same weights

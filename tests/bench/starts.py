@@ -1,16 +1,16 @@
-"""What each start is worth on labelled images of anybody: every strategy against random, small and with few labels.
+"""What each start is worth on labelled images of anybody: every strategy against random, with few labels.
 
 Each row of experiments.yaml that is named pre-trains a small transformer on the training images, their labels
 unseen (but for the supervised row, which learns from them all). What it learnt is then measured twice: by a
-linear probe on frozen features, and by fine-tuning, both with a small share of the labels, drawn anew by each seed.
+linear probe on frozen features, and by fine-tuning, both with few labels, drawn anew by each seed.
 
     python tests/bench/starts.py --manifest packed/manifest.csv --out /tmp/starts --model \\
         '{"img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}' --mask_unit 4
 
 Reads   a manifest with splits train, val and test and labels, images.npy beside it (see data_prep/pack.py).
-Writes  --out: the run folders, log.txt, metrics.csv and starts.md, also on the terminal: mean AUC over the labels,
-        as mean and standard deviation of the seeds; gain: over random, in pairs of seeds, with its standard error.
-Called again, it goes on: what is there is not made again.
+Writes  --out: the run folders, log.txt, metrics.csv, and starts.md, which is also printed: mean AUC over the
+        labels, as mean (standard deviation) of the seeds; gain over the first row, in pairs of seeds, with its
+        standard error. Called again, it goes on: what is there is not made again.
 """
 
 import argparse
@@ -46,9 +46,9 @@ def measure(args, row):
     run, start, strategy = args.out / row, "random", row.split(".")[1]
     if strategy != "random":
         flags = ["--mask_unit", args.mask_unit] if strategy == "simmim" and args.mask_unit else []
-        call(args, f"pretrain/{SCRIPTS.get(strategy, strategy)}.py", "--exp", row, "--manifest", args.manifest,
-             "--split", "train", "--model_args", args.model, "--out", run / "pretrain", *flags,
-             processes=args.processes)
+        script = f"pretrain/{SCRIPTS.get(strategy, strategy)}.py"
+        call(args, script, "--exp", row, "--manifest", args.manifest, "--split", "train", "--model_args",
+             args.model, "--out", run / "pretrain", *flags, processes=args.processes)
         start = run / "pretrain/backbone.pt"
     for name, flags in (("probe", ["--probe"]), ("finetune", [])):
         call(args, "finetune/classify.py", "--exp", row, "--init", start, "--train", args.manifest,
@@ -64,7 +64,7 @@ def measure(args, row):
 
 def table(args, metrics):
     """The AUCs of all rows as Markdown; the first row is what the others are compared with."""
-    auc = metrics[(metrics["metric"] == "auc") & metrics["label"].isna() & (metrics["variant"] == "corrected")]
+    auc = metrics.query("metric == 'auc' and variant == 'corrected' and label.isna()")
     auc = auc.set_index(["exp", "seed"])["value"]
     lines = ["| start | probe | gain | fine-tuned | gain |", "|---|---|---|---|---|"]
     for row in args.rows:
@@ -86,7 +86,7 @@ def main():
     add("--model", required=True, metavar="JSON", help="model_args of the transformer, its img_size among them")
     add("--out", type=Path, required=True, help="folder to write into")
     add("--rows", nargs="+", default=ROWS, metavar="ROW", help="rows of experiments.yaml, random first")
-    add("--labels", type=float, default=0.02, help="share of the training patients whose labels are used (0.02)")
+    add("--labels", type=float, default=0.05, help="share of the patients whose labels are used (0.05)")
     add("--epochs", type=int, default=50, help="of fine-tuning (50)")
     add("--seeds", type=int, nargs="+", default=[0, 11, 21, 42, 100], help="two or more (0 11 21 42 100)")
     add("--mask_unit", type=int, help="pixels of SimMIM's squares, whole patches (that of its row)")
