@@ -425,8 +425,8 @@ def test_a_run_is_the_definition_written_out(pack, tmp_path, monkeypatch):
 def test_blocks_that_nothing_is_decoded_from_stay_as_they_are(pack, tmp_path):
     flags = ["--batch", 12, "--steps", 3, "--lr", 0.02, "--recon_blocks", "[1, 2]"]
     for nproc in (1, 2):
-        result = run_script("pretrain/gmml.py", "--manifest", pack, "--out", tmp_path / str(nproc), *TINY, *flags,
-                            nproc=nproc)
+        out = tmp_path / str(nproc)
+        result = run_script("pretrain/gmml.py", "--manifest", pack, "--out", out, *TINY, *flags, nproc=nproc)
         assert result.returncode == 0, result.stderr
     one, two = (weights(tmp_path / f"{nproc}/backbone.pt") for nproc in (1, 2))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5

@@ -300,4 +300,4 @@ def test_other_content_of_an_input_runs_the_stage_again(project, demo):
     again = run_all(project, "--demo", "--scale", 0.1, "--exp", EXP, "--only", "rows")
     assert again.returncode == 0, again.stderr
     stages = re.findall(r"^\[\d+/\d+\] (.*?): (complete$)?", again.stdout, re.M)
-    assert [name for name, complete in stages if not complete] == [f"{EXP} pretrain"]      # gave the same weights
+    assert [name for name, complete in stages if not complete] == [f"{EXP} pretrain"]  # gave the same weights
