@@ -31,7 +31,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_matrix
 from scipy.special import expit, logit, ndtr, ndtri, xlogy
 from threadpoolctl import threadpool_limits
@@ -343,6 +342,8 @@ def temper(p, temperature):
 
 def fit_temperature(y, p):
     """The temperature in 0.05-20 of least cross-entropy over all labels (Guo et al., arXiv:1706.04599)."""
+    from scipy.optimize import minimize_scalar          # takes half a second and is not always needed
+
     def cross_entropy(log_temperature):
         q = temper(p, np.exp(log_temperature))
         return -(xlogy(y, q) + xlogy(1 - y, 1 - q)).mean()

@@ -31,6 +31,34 @@ from html import escape
 from math import isnan, nan, sqrt
 from pathlib import Path
 
+# --- begin copy: error ---
+def fail(message):
+    """A mistake the user can mend: one sentence on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+# --- end copy: error ---
+
+
+def options():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--metrics", required=True, type=Path, help="metrics.csv of evaluate/metrics.py")
+    parser.add_argument("--out", required=True, type=Path, help="folder for tables, figures and report.html")
+    parser.add_argument("--predictions", type=Path, help="folder with <exp>/predictions/, to name them")
+    parser.add_argument("--verdicts", type=Path, nargs="+", default=[], help="verdicts.csv of compare.py")
+    parser.add_argument("--runs", type=Path, help="folder with <exp>/**/log.jsonl and pretrain/*.png")
+    parser.add_argument("--experiments", type=Path, help="the grid (default: this project's)")
+    parser.add_argument("--figure1", type=Path, help="Figure 1 (default: figure1.* below OUT)")
+    parser.add_argument("--title", default="Does domain-specific pre-training make sense?")
+    parser.add_argument("--note", help="remark at the top of the page, e.g. which data are stand-ins")
+    parser.error = fail                 # one sentence, like every other mistake
+    return parser.parse_args()
+
+
+if __name__ == "__main__":      # help and mistakes are answered before the imports below, which take a second
+    options()
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -82,14 +110,6 @@ plt.rcParams.update({
     "svg.hashsalt": "the same figure, the same bytes",
     **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)})
-
-
-# --- begin copy: error ---
-def fail(message):
-    """A mistake the user can mend: one sentence on stderr and exit code 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
-# --- end copy: error ---
 
 
 def write(path, content):
@@ -1193,19 +1213,7 @@ def compose(args, metrics, by_number, facts, logs, verdicts, beside):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--metrics", required=True, type=Path, help="metrics.csv of evaluate/metrics.py")
-    parser.add_argument("--out", required=True, type=Path, help="folder for tables, figures and report.html")
-    parser.add_argument("--predictions", type=Path, help="folder with <exp>/predictions/, to name them")
-    parser.add_argument("--verdicts", type=Path, nargs="+", default=[], help="verdicts.csv of compare.py")
-    parser.add_argument("--runs", type=Path, help="folder with <exp>/**/log.jsonl and pretrain/*.png")
-    parser.add_argument("--experiments", type=Path, help="the grid (default: this project's)")
-    parser.add_argument("--figure1", type=Path, help="Figure 1 (default: figure1.* below OUT)")
-    parser.add_argument("--title", default="Does domain-specific pre-training make sense?")
-    parser.add_argument("--note", help="remark at the top of the page, e.g. which data are stand-ins")
-    parser.error = fail                 # one sentence, like every other mistake
-    args = parser.parse_args()
+    args = options()
     for folder in filter(None, (args.predictions, args.runs)):
         if not folder.is_dir():
             fail(f"{folder} is no folder")
