@@ -258,12 +258,12 @@ stopping=0 running=""
 stop() { stopping=1; if [ -n "$running" ]; then kill -TERM "$running" || true; fi; }
 trap stop TERM INT HUP
 set -m                  # a stage is a process group of its own: a signal to this script or its group reaches it once
-while IFS=$'\t' read -r part name output key command inputs <&3; do
+while IFS=$'\t' read -r part name output key command reads <&3; do
   number=$((number + 1))
   if [ "$stopping" = 1 ]; then echo "stopped before stage '$name'; the same command goes on from there" >&2; exit 75; fi
   if [ -n "$only" ] && [ "$only" != "$part" ]; then continue; fi
   if [ "$dry" = 1 ]; then echo "${command//\$PYTHON/$PYTHON}"; continue; fi
-  IFS='|' read -ra inputs <<<"$inputs"                    # output.done: the key, hash of the inputs, hash of the output
+  IFS='|' read -ra inputs <<<"$reads"                     # output.done: the key, hash of the inputs, hash of the output
   made="$key $(for input in "${inputs[@]}"; do tail -n 1 "$input.done" 2>/dev/null || true; done | sha256sum)"
   if [ -e "$output" ] && [ "$(head -n 1 "$output.done" 2>/dev/null)" = "$made" ]; then
     echo "[$number/$count] $name: complete"

@@ -681,9 +681,8 @@ class Score:
 
 def gap(values):
     """Largest minus smallest defined value along the first axis; NaN with fewer than two."""
-    largest, smallest = (how(values, axis=0, initial=start, where=~np.isnan(values))
-                         for how, start in ((np.max, -np.inf), (np.min, np.inf)))
-    return np.where(np.count_nonzero(~np.isnan(values), axis=0) > 1, largest - smallest, np.nan)
+    span = np.fmax.reduce(values) - np.fmin.reduce(values)                  # which pass over NaN
+    return np.where(np.count_nonzero(~np.isnan(values), axis=0) > 1, span, np.nan)
 
 
 def score_file(path, resamples, chosen=None, groups=None, bca=False):

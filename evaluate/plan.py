@@ -115,7 +115,8 @@ def inputs(table, exp, data):
     if not table[exp].get("pretrain"):
         row |= row.get("finetune") or {}                # whose start is another row's pre-training
     packs = dict.fromkeys([*([row["pretrain"]["dataset"]] if table[exp].get("pretrain") else []), *TESTS])
-    found = {f"{data}/{name}": "" if Path(data, name, "manifest.csv").is_file() else "missing" for name in packs}
+    found = {f"{data}/{name}": "" if Path(data, name, "manifest.csv").is_file() else "missing"
+             for name in packs}
     kind, _, name = row["init"].partition(":")
     if kind == "exp":
         there = Path(f"runs/{name}/pretrain/backbone.pt").is_file()
@@ -169,8 +170,9 @@ def main():
                   + " ".join(f"{hour:8,.1f}" for hour in hours) + f" {disk:8.2f}")
         reads = inputs(table, exp, args.data)
         print("    reads " + ", ".join(f"{name} ({state})" if state else name for name, state in reads.items()))
-        for name in (name for name, state in reads.items() if state == "missing"):
-            missing.setdefault(name, []).append(exp)
+        for name, state in reads.items():
+            if state == "missing":
+                missing.setdefault(name, []).append(exp)
     print(f"{'all':24} {'':9} {'':10} {'':12} {'':10} " + " ".join(f"{total:8,.0f}" for total in totals))
     for name, users in sorted(missing.items()):
         print(f"missing: {name}  (for {', '.join(users[:6])}{' ...' if len(users) > 6 else ''})")

@@ -636,6 +636,12 @@ def make_model(facts, num_classes, drop_path=None):
 
 
 # --- begin copy: weights ---
+def start_file(init):
+    """The file that `init` stands for where it is no name of random, timm's or torchvision's weights."""
+    kind, _, key = init.partition(":")
+    return Path(f"runs/{key}/pretrain/backbone.pt" if kind == "exp" else init)
+
+
 def read_weights(file, key=None):
     """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept.
 
@@ -654,7 +660,8 @@ def read_weights(file, key=None):
         fail(f"{file} does not exist")
     except Exception as problem:  # whatever a broken or hostile file raises
         fail(f"{file} is not a plain tensor checkpoint ({' '.join(str(problem).split())[:120]})")
-    heads = state.get("model_args", {}).get("num_heads") if isinstance(state, dict) else None
+    facts = state.get("model_args") if isinstance(state, dict) else None
+    heads = facts.get("num_heads") if isinstance(facts, dict) else None
     for name in [key] if key else ["teacher", "student", "model", "state_dict", "net", "SiT_model"]:
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
@@ -730,8 +737,6 @@ def load_backbone(model, config, weights_dir="weights"):
         fail(f"channel_adapt is '{adapt}'; expected average, sum, duplicate or duplicate_mean")
     source, _, name = init.partition(":")
     n_heads = None
-    if source == "exp":
-        init = f"runs/{name}/pretrain/backbone.pt"
     if source in ("timm", "torchvision"):
         name = name or config["arch"]
         local = [path for path in sorted(Path(weights_dir).glob(f"{name}*"))
@@ -750,6 +755,7 @@ def load_backbone(model, config, weights_dir="weights"):
                 fail(f"cannot download {source}'s weights of {name} ({type(problem).__name__}); fetch them "
                      f"elsewhere into {weights_dir}/{name}.pth or .safetensors, or use --init FILE")
     else:
+        init = start_file(init)
         state, n_heads = read_weights(init, config["init_key"])
     state, wanted, notes = timm_names(state), model.state_dict(), []
     heads, first, loaded, misfits = prefixes(model, "classifier"), prefixes(model, "first_conv"), {}, []
@@ -825,13 +831,19 @@ def write_atomic(path, write):
         fail(f"cannot write {path}: {reason.strerror}; the last complete checkpoint is untouched")
 
 
+def fail_diverged(what, out):
+    """The end of a run whose numbers are none any more: what is no number, and what is left of the run."""
+    last = Path(out) / "last.pt"
+    kept = f"{last} is the last good checkpoint" if last.is_file() else "no checkpoint was saved before"
+    fail(f"{what} is no number; {kept}; try a lower lr or a longer warm-up")
+
+
 def save_atomic(content, path):
     """torch.save of a checkpoint; one whose weights are no numbers would be worth nothing and stops the run."""
     for part in content.values():
         for name, value in part.items() if isinstance(part, dict) else ():
             if isinstance(value, torch.Tensor) and not value.isfinite().all():
-                fail(f"{name} is no number after step {content['step']}, {path} is not written; "
-                     "try a lower lr or a longer warm-up")
+                fail_diverged(f"{name} after step {content['step']}", Path(path).parent)
     write_atomic(path, lambda file: torch.save(content, file))
 
 
@@ -846,10 +858,8 @@ def digest(*files):
 
 def note_inputs(config, *manifests):
     """Add digests of the images (by manifest.csv and pack.json) and of the start to what a run must agree in."""
-    kind, _, key = config["init"].partition(":")
-    start = f"runs/{key}/pretrain/backbone.pt" if kind == "exp" else config["init"]
     packs = [Path(manifest).with_name("pack.json") for manifest in manifests]
-    config.update(data_sha256=digest(*manifests, *packs), init_sha256=digest(start))
+    config.update(data_sha256=digest(*manifests, *packs), init_sha256=digest(start_file(config["init"])))
 
 
 def open_run(out, config, resume, main):
@@ -953,10 +963,7 @@ class Progress:
         sums = {name: float(value) for name, value in self.sums.items()}
         means = {name: value / sums["n"] for name, value in sums.items() if name not in ("n", "finite")}
         if sums.get("finite", 0) < sums.get("n", 0):
-            last = Path(self.out) / "last.pt"
-            kept = f"{last} is the last good checkpoint" if last.is_file() else "no checkpoint was saved before"
-            fail(f"the loss of step {self.seen + int(sums['finite']) + 1} is no number; {kept}; "
-                 "try a lower lr or a longer warm-up")
+            fail_diverged(f"the loss of step {self.seen + int(sums['finite']) + 1}", self.out)
         return means
 
     def meter(self):

@@ -315,6 +315,8 @@ def test_weights_of_another_number_of_heads_are_pointed_out(tmp_path, file, head
     torch.save({"state_dict": {f"module.base_encoder.{name}": value for name, value in state.items()}},
                tmp_path / "moco.pth")
     torch.save({"model": state, "model_args": wide}, tmp_path / "ours.pth")
+    torch.save({"model": state, "model_args": ["of", "others"]}, tmp_path / "other.pth")
+    assert "heads" not in gmml.load_backbone(vit(**wide), config_of(init=str(tmp_path / "other.pth")))
     config = config_of(init=str(tmp_path / f"{file}.pth"))
     assert "heads" not in gmml.load_backbone(vit(**wide), config)
     other = gmml.load_backbone(vit(**wide | {"num_heads": 6}), config)

@@ -15,16 +15,15 @@ Writes  --out: the run folders, log.txt, metrics.csv, and starts.md, which is al
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ["mini.random", "mini.supervised", "mini.gmml", "mini.sit", "mini.dino", "mini.moco", "mini.simmim"]
-SCRIPTS = {"moco": "moco_v3"}                           # where the row is not called as its script
 
 
 def call(args, script, *flags, processes=1):
@@ -43,11 +42,11 @@ def call(args, script, *flags, processes=1):
 
 def measure(args, row):
     """Pre-train a row, then probe and fine-tune it with every seed and predict the test images."""
-    run, start, strategy = args.out / row, "random", row.split(".")[1]
-    if strategy != "random":
+    run, start = args.out / row, "random"
+    strategy = yaml.safe_load((ROOT / "experiments.yaml").read_text())[row].get("pretrain", {}).get("strategy")
+    if strategy:
         flags = ["--mask_unit", args.mask_unit] if strategy == "simmim" and args.mask_unit else []
-        script = f"pretrain/{SCRIPTS.get(strategy, strategy)}.py"
-        call(args, script, "--exp", row, "--manifest", args.manifest, "--split", "train", "--model_args",
+        call(args, f"pretrain/{strategy}.py", "--exp", row, "--manifest", args.manifest, "--split", "train", "--model_args",
              args.model, "--out", run / "pretrain", *flags, processes=args.processes)
         start = run / "pretrain/backbone.pt"
     for name, flags in (("probe", ["--probe"]), ("finetune", [])):
@@ -72,8 +71,7 @@ def table(args, metrics):
         for name in ("probe", "finetune"):
             values, base = (auc[f"{which}-{name}"].loc[args.seeds] for which in (row, args.rows[0]))
             gain = values - base
-            cells += [f"{values.mean():.3f} ({statistics.stdev(values):.3f})",
-                      f"{gain.mean():+.3f} ± {statistics.stdev(gain) / len(gain) ** 0.5:.3f}"]
+            cells += [f"{values.mean():.3f} ({values.std():.3f})", f"{gain.mean():+.3f} ± {gain.sem():.3f}"]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -83,7 +81,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("--manifest", type=Path, required=True, help="manifest.csv of the images")
-    add("--model", required=True, metavar="JSON", help="model_args of the transformer, its img_size among them")
+    add("--model", required=True, metavar="JSON", help="model_args of the transformer, with its img_size")
     add("--out", type=Path, required=True, help="folder to write into")
     add("--rows", nargs="+", default=ROWS, metavar="ROW", help="rows of experiments.yaml, random first")
     add("--labels", type=float, default=0.05, help="share of the patients whose labels are used (0.05)")
