@@ -645,7 +645,8 @@ def start_file(init):
 def read_weights(file, key=None):
     """The state dict inside a checkpoint of any maker: a nested container is opened, tensors are kept.
 
-    Returns: state dict, and the number of attention heads where the file tells (MoCo-v3's ViT-S has 12, timm's 6).
+    Returns: state dict, and the number of attention heads where the file tells it (MoCo-v3's ViT-S has 12,
+    timm's 6), or None.
     """
     try:
         if str(file).endswith(".safetensors"):
@@ -839,7 +840,7 @@ def fail_diverged(what, out):
 
 
 def save_atomic(content, path):
-    """torch.save of a checkpoint; one whose weights are no numbers would be worth nothing and stops the run."""
+    """torch.save of a checkpoint; one whose weights are no numbers is not written and stops the run."""
     for part in content.values():
         for name, value in part.items() if isinstance(part, dict) else ():
             if isinstance(value, torch.Tensor) and not value.isfinite().all():
@@ -857,7 +858,7 @@ def digest(*files):
 
 
 def note_inputs(config, *manifests):
-    """Add digests of the images (by manifest.csv and pack.json) and of the start to what a run must agree in."""
+    """Add digests of images (manifest.csv, pack.json) and start to the config, in which a run must agree."""
     packs = [Path(manifest).with_name("pack.json") for manifest in manifests]
     config.update(data_sha256=digest(*manifests, *packs), init_sha256=digest(start_file(config["init"])))
 
@@ -884,7 +885,7 @@ def open_run(out, config, resume, main):
     last, log = out / "last.pt", out / "log.jsonl"
     if resume == "never" or not last.is_file():
         if main:
-            last.unlink(missing_ok=True)                # first: without it no run goes on from the other files
+            last.unlink(missing_ok=True)                # first: without it no run goes on from the rest
             log.unlink(missing_ok=True)
         return None
     try:

@@ -8,9 +8,9 @@ linear probe on frozen features, and by fine-tuning, both with few labels, drawn
         '{"img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}' --mask_unit 4
 
 Reads   a manifest with splits train, val and test and labels, images.npy beside it (see data_prep/pack.py).
-Writes  --out: the run folders, log.txt, metrics.csv, and starts.md, which is also printed: mean AUC over the
-        labels, as mean (standard deviation) of the seeds; gain over the first row, in pairs of seeds, with its
-        standard error. Called again, it goes on: what is there is not made again.
+Writes  --out: the run folders, log.txt, metrics.csv, and starts.md, which is also printed: mean AUC over
+        the labels, as mean (standard deviation) of the seeds; gain over the first row, in pairs of seeds, with
+        its standard error. Called again, it goes on: what is there is not made again.
 """
 
 import argparse
