@@ -82,3 +82,8 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"real data folder {SHARED} is absent")
     return SHARED
+
+
+def pytest_collection_modifyitems(items):
+    """The file that takes longest goes first: on several cores the last file to end is waited for."""
+    items.sort(key=lambda item: item.path.name != "test_run_all.py")

@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/setup_env.sh
 export OMP_NUM_THREADS=1        # every core has a test of its own
-exec "$PYTHON" -m pytest "${@:-tests}" -q -p no:cacheprovider -n auto --dist loadfile --durations=15
+exec "$PYTHON" -m pytest "${@:-tests}" -q -p no:cacheprovider -n auto --dist loadfile \
+  --no-loadscope-reorder --durations=15
