@@ -223,22 +223,33 @@ def test_slurm_jobs_are_chained_and_do_what_the_chain_does(project, demo, tmp_pa
 
 @pytest.mark.slow
 def test_two_nodes_are_two_launchers_that_meet(project, demo):
-    """Two torchrun agents on this machine, as on two nodes: the weights are those of one process."""
-    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
-    script = ["pretrain/gmml.py", "--exp", "demo.gmml-mimic", "--data", "data/demo", "--steps", "6",
-              "--device", "cpu"]
-    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-                f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=study", "--local_addr=127.0.0.1"]
-    nodes = [subprocess.Popen([sys.executable, *launcher, *script, "--out", "nodes"], cwd=project, env=ENV,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [node.communicate(timeout=120)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
-    assert any("on 2 x cpu" in text for text in said)
-    alone = [sys.executable, *script, "--out", "node"]
-    subprocess.run(alone, cwd=project, env=ENV, check=True, capture_output=True)
-    one, two = (torch.load(project / name / "backbone.pt", weights_only=True)["model"]
-                for name in ("node", "nodes"))
-    assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5
+    """An arm on two torchrun agents of this machine, as on two nodes: weights and predictions of one process."""
+    def run(command, nodes):
+        port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=1",
+                    "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=study",
+                    "--local_addr=127.0.0.1"]
+        running = [subprocess.Popen([sys.executable, *(launcher if nodes > 1 else []), *command,
+                                     "--device", "cpu"], cwd=project, env=ENV, text=True,
+                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(nodes)]
+        said = [node.communicate(timeout=120)[0] for node in running]
+        assert [node.returncode for node in running] == [0] * nodes, said
+        return "".join(said)
+
+    row = ["--exp", "demo.gmml-mimic", "--data", "data/demo"]
+    for nodes in (1, 2):
+        out = f"on{nodes}"
+        said = run(["pretrain/gmml.py", *row, "--steps", "6", "--out", f"{out}/pretrain"], nodes)
+        assert nodes == 1 or "on 2 x cpu" in said
+        run(["finetune/classify.py", *row, "--seeds", "0", "--steps", "4", "--out", f"{out}/finetune", "--init",
+             f"{out}/pretrain/backbone.pt"], nodes)
+        run(["evaluate/predict.py", "--checkpoint", f"{out}/finetune/seed0/classifier.pt", "--manifest",
+             "data/demo/nih/manifest.csv", "--out", f"{out}/nih_test.csv"], nodes)
+    for name in ("pretrain/backbone.pt", "finetune/seed0/classifier.pt"):
+        one, two = (torch.load(project / f"on{nodes}" / name, weights_only=True)["model"] for nodes in (1, 2))
+        assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5, name
+    one, two = (pd.read_csv(project / f"on{nodes}/nih_test.csv").filter(like="prob_") for nodes in (1, 2))
+    assert len(one) > 20 and one.std().min() > 0 and np.allclose(one, two, rtol=0, atol=1e-5)
 
 
 def test_dry_run_prints_commands_and_runs_nothing(project):

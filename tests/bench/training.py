@@ -85,17 +85,25 @@ def script_step(module, flags, out, steps):
     return statistics.median(np.diff(times)[1:])
 
 
+PEAK = """
+import re, runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""     # what wait4 says of a process includes the one it was started from
+
+
 def memory(script, flags, out, batch):
     """MiB of a process of two steps at its peak, and how many an image more in the batch takes."""
     peaks = []
     for size in (batch, 2 * batch):
-        command = [sys.executable, ROOT / script, *flags, "--batch", size, "--out", out / f"memory{size}"]
+        command = [sys.executable, "-c", PEAK, ROOT / script, *flags, "--batch", size,
+                   "--out", out / f"memory{size}"]
         command += ["--steps", 2] * ("predict" not in script)
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
+        process = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+        if process.returncode:
             sys.exit(f"error: {script} failed; its message is above")
-        peaks.append(usage.ru_maxrss / 1024)
+        peaks.append(int(process.stdout.split()[-1]) / 1024)
     return dict(memory=peaks[0], memory_an_image=(peaks[1] - peaks[0]) / batch)
 
 
