@@ -15,6 +15,7 @@ import argparse
 import ast
 import difflib
 import fnmatch
+import signal
 import sys
 from pathlib import Path
 
@@ -137,6 +138,7 @@ def main():
     parser.add_argument("--data", default="data", metavar="DIR", help="folder of the packed datasets")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
     table = yaml.safe_load((ROOT / "experiments.yaml").read_text())
     known = [exp for exp in table if exp != "defaults"]
     if args.exp == "all":

@@ -124,14 +124,22 @@ def timed(function, seconds):
     def clocked(*args):
         begun = time.perf_counter()
         result = function(*args)
-        result = result if isinstance(result, (list, torch.Tensor)) else tuple(result)  # of a generator too
         seconds.append(time.perf_counter() - begun)
         return result
     return clocked
 
 
-INPUT = {"gmml": "make_views", "sit": "make_views", "dino": "make_crops", "moco_v3": "make_views",
-         "simmim": "make_views", "supervised": "augment", "classify": "augment"}    # all of a step's input
+def noted(function, calls):
+    """The function, but it notes its arguments."""
+    def noting(*args):
+        calls.append(args)
+        return function(*args)
+    return noting
+
+
+INPUT = {   # what makes a step's input, after plan_step where there is one
+    "gmml": "make_views", "sit": "make_views", "dino": "make_crops", "moco_v3": "make_views",
+    "simmim": "make_views", "supervised": "augment", "classify": "augment"}
 VIEWS = {   # what makes the views of a script
     "gmml": "augment", "sit": "augment", "dino": "strong_view", "moco_v3": "strong_view",
     "simmim": "random_resized_crop", "supervised": "augment", "classify": "augment"}
@@ -401,11 +409,15 @@ def measure(name, manifest, folder, steps):
     flags = [*flags, source, manifest, "--device", "cpu", "--warmup_epochs", 1]
     row.update(memory(script, flags, folder, batch))
     flags += ["--batch", batch]
-    seconds, whole = [], getattr(module, INPUT[module.__name__])
-    setattr(module, INPUT[module.__name__], timed(whole, seconds))
+    parts = {part: (getattr(module, part), []) for part in ("plan_step", INPUT[module.__name__])
+             if hasattr(module, part)}
+    for part, (function, calls) in parts.items():
+        setattr(module, part, noted(function, calls))
     row["loop"] = script_step(module, flags, folder / "loop", steps) / batch
-    row["input"] = statistics.median(seconds[1:]) / batch
-    setattr(module, INPUT[module.__name__], whole)
+    row["input"] = median_seconds(lambda: [function(*calls[-1]) for function, calls in parts.values()],
+                                  steps) / batch
+    for part, (function, _) in parts.items():
+        setattr(module, part, function)
     makes = VIEWS[module.__name__]
     setattr(module, makes, cached(getattr(module, makes)))
     row["step"] = script_step(module, flags, folder / "step", steps) / batch
