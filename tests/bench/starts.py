@@ -46,8 +46,8 @@ def measure(args, row):
     strategy = yaml.safe_load((ROOT / "experiments.yaml").read_text())[row].get("pretrain", {}).get("strategy")
     if strategy:
         flags = ["--mask_unit", args.mask_unit] if strategy == "simmim" and args.mask_unit else []
-        call(args, f"pretrain/{strategy}.py", "--exp", row, "--manifest", args.manifest, "--split", "train", "--model_args",
-             args.model, "--out", run / "pretrain", *flags, processes=args.processes)
+        call(args, f"pretrain/{strategy}.py", "--exp", row, "--manifest", args.manifest, "--split", "train",
+             "--model_args", args.model, "--out", run / "pretrain", *flags, processes=args.processes)
         start = run / "pretrain/backbone.pt"
     for name, flags in (("probe", ["--probe"]), ("finetune", [])):
         call(args, "finetune/classify.py", "--exp", row, "--init", start, "--train", args.manifest,
@@ -63,7 +63,7 @@ def measure(args, row):
 
 def table(args, metrics):
     """The AUCs of all rows as Markdown; the first row is what the others are compared with."""
-    auc = metrics.query("metric == 'auc' and variant == 'corrected' and label.isna()")
+    auc = metrics.query("metric == 'auc_mean' and variant == 'corrected' and labels == labels.max()")
     auc = auc.set_index(["exp", "seed"])["value"]
     lines = ["| start | probe | gain | fine-tuned | gain |", "|---|---|---|---|---|"]
     for row in args.rows:
