@@ -223,7 +223,7 @@ def test_slurm_jobs_are_chained_and_do_what_the_chain_does(project, demo, tmp_pa
 
 @pytest.mark.slow
 def test_two_nodes_are_two_launchers_that_meet(project, demo):
-    """An arm on two torchrun agents of this machine, as on two nodes: weights and predictions of one process."""
+    """An arm on two torchrun agents of this machine, as on two nodes: what one process writes."""
     def run(command, nodes):
         port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
         launcher = ["-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=1",
@@ -241,10 +241,10 @@ def test_two_nodes_are_two_launchers_that_meet(project, demo):
         out = f"on{nodes}"
         said = run(["pretrain/gmml.py", *row, "--steps", "6", "--out", f"{out}/pretrain"], nodes)
         assert nodes == 1 or "on 2 x cpu" in said
-        run(["finetune/classify.py", *row, "--seeds", "0", "--steps", "4", "--out", f"{out}/finetune", "--init",
-             f"{out}/pretrain/backbone.pt"], nodes)
+        run(["finetune/classify.py", *row, "--seeds", "0", "--steps", "4", "--out", f"{out}/finetune",
+             "--init", f"{out}/pretrain/backbone.pt"], nodes)
         run(["evaluate/predict.py", "--checkpoint", f"{out}/finetune/seed0/classifier.pt", "--manifest",
-             "data/demo/nih/manifest.csv", "--out", f"{out}/nih_test.csv"], nodes)
+             "data/demo/nih/manifest.csv", "--batch", "8", "--out", f"{out}/nih_test.csv"], nodes)
     for name in ("pretrain/backbone.pt", "finetune/seed0/classifier.pt"):
         one, two = (torch.load(project / f"on{nodes}" / name, weights_only=True)["model"] for nodes in (1, 2))
         assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5, name
@@ -301,6 +301,13 @@ def test_the_plan_names_costs_and_missing_inputs(project):
     # ViT-S/16: 4.6 billion multiply-adds, two views, backward twice the forward
     assert abs(float(row[4].replace(",", "")) * 1e15 / (99_840_000 * 6 * 2 * 4.6e9) - 1) < 0.03
     assert "missing: weights/simmim_pretrain__swin_base__img192_window6__800ep.pth" in result.stdout
+
+
+def test_a_reader_that_leaves_ends_the_plan_without_a_word(project):
+    command = [sys.executable, "evaluate/plan.py", "--exp", "2.1"]
+    plan = subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    plan.stdout.close()                                             # as `| head` does
+    assert plan.stderr.read() == "" and plan.wait() == -signal.SIGPIPE
 
 
 @pytest.mark.slow

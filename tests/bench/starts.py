@@ -43,7 +43,8 @@ def call(args, script, *flags, processes=1):
 def measure(args, row):
     """Pre-train a row, then probe and fine-tune it with every seed and predict the test images."""
     run, start = args.out / row, "random"
-    strategy = yaml.safe_load((ROOT / "experiments.yaml").read_text())[row].get("pretrain", {}).get("strategy")
+    rows = yaml.safe_load((ROOT / "experiments.yaml").read_text())
+    strategy = rows[row].get("pretrain", {}).get("strategy")
     if strategy:
         flags = ["--mask_unit", args.mask_unit] if strategy == "simmim" and args.mask_unit else []
         call(args, f"pretrain/{strategy}.py", "--exp", row, "--manifest", args.manifest, "--split", "train",

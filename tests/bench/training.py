@@ -1,13 +1,14 @@
 """Time the training scripts against plain loops of the same mathematics, side by side in one process.
 
 Three comparisons for each script, on drawn 224-pixel images, with ratios of medians:
-  input  the views of a step, against Pillow and torchvision image by image in a DataLoader, a worker a core
+  input  the views of a step, masks drawn, against Pillow and torchvision image by image; both alone and
+         warm, the latter's time divided by the cores
   step   everything but the views, against eager timm with PyTorch's default AdamW, a forward a crop, clipping
          and moving averages parameter by parameter; beside it the share of the machine's sgemm rate
   loop   both together, input and step
 Beside them the peak memory of two steps in a process of their own, and what an image more in the batch adds.
 
-    python tests/bench/training.py --out bench_training.json              some ten minutes on two cores
+    python tests/bench/training.py --out bench_training.json              some 25 minutes on two cores
     python tests/bench/training.py --methods gmml predict --steps 3
 
 Writes  a Markdown table on the terminal; --out: JSON, a row a method, with the machine it was measured on.
