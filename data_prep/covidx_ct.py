@@ -10,13 +10,10 @@ makers' scripts: see --release.
 
 Reads {train,val,test}_COVIDx_CT-3A.txt (name class xmin ymin xmax ymax) and metadata.csv; images lie in
 3A_images/, images/ or COVIDx_CT-3A/. All splits are eligible. Writes split pretrain in the order of the draw,
-the class as three 0/1 columns, and boxes.csv with the body's box in pixels, for pack.py --crop-box (the
-study does not crop). The slices of a volume are near-copies: look at the number of patients, too."""
+and the class as three 0/1 columns. The study does not crop to the body's box. The slices of a volume are
+near-copies: look at the number of patients, too."""
 
 import argparse
-import fnmatch
-import gzip
-import io
 import json
 import os
 import re
@@ -28,7 +25,6 @@ import numpy as np
 import pandas as pd
 
 CLASSES = ["Normal", "Pneumonia", "COVID-19"]           # 0, 1, 2 of the lists, `finding` of the metadata
-BOX = ["xmin", "ymin", "xmax", "ymax"]                  # pixels, max exclusive; slices need not be 512 x 512
 
 
 # --- begin copy: error ---
@@ -39,114 +35,14 @@ def fail(message):
 # --- end copy: error ---
 
 
-# --- begin copy: find ---
-def find(raw, *patterns, required=True):
-    """First match in `raw` or folders below; links, and folders of many folders (images), are not entered."""
-    found, home = [], os.path.realpath(raw) + os.sep
-    for folder, inner, names in os.walk(raw):
-        depth = len(Path(folder).relative_to(raw).parts)
-        found += [(depth, rank, Path(folder, name)) for rank, pattern in enumerate(patterns)
-                  for name in fnmatch.filter(filter(str.isprintable, inner + names), pattern)
-                  if os.path.realpath(os.path.join(folder, name)).startswith(home)]
-        if depth == 5 or len(inner) > 100:          # 5: physionet.org/files/<name>/<version>/<folder>
-            inner.clear()
-    if found or not required:
-        return min(found)[2] if found else None
-    fail(f"{raw}: no {' or '.join(patterns)} in it or the folders below; unpack the download or mend --raw")
-# --- end copy: find ---
-
-
-# --- begin copy: read table ---
-def read_table(path, columns=None, **options):
-    """A CSV file (.gz too) as stripped strings, '' where blank, indexed by row number; `columns` alone."""
-    if columns:
-        options["usecols"] = lambda name: name in columns
-    try:
-        data = Path(path).read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-        table = pd.read_csv(io.StringIO(text), dtype=str, index_col=False, keep_default_na=False,
-                            na_values=["NaN", "nan", "None"], **options).fillna("")
-    except UnicodeDecodeError as problem:
-        row = problem.object[:problem.start].count(b"\n") + 1
-        fail(f"{path} row {row}: not UTF-8 text; download the file again or convert it")
-    except (OSError, EOFError, ValueError, zlib.error) as problem:
-        fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
-    absent = [name for name in columns or [] if name not in table]
-    if absent:
-        fail(f"{path} row 1: no column '{absent[0]}'; download the file again")
-    table.index += 1 if "names" in options else 2              # a file without header starts at row 1
-    return table[columns or list(table)].apply(lambda cells: cells.str.strip())
-# --- end copy: read table ---
-
-
-# --- begin copy: sample ---
-def count(text):
-    """Type of --n-pretrain: a number, or None for `all`."""
-    return None if text == "all" else int(text)
-
-
-def sample(pool, rest, n, seed, remedy="ask for fewer with --n-pretrain, or for `all`"):
-    """The pre-training sample: `pool` sorted by path, one seeded permutation, its first n rows in order.
-
-    So the samples of one seed are nested. They become split `pretrain`, followed by `rest`; what is not
-    drawn is left out. n = 0 draws nothing and returns every row as it is.
-    """
-    if n is not None and not 0 <= n <= len(pool):
-        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; {remedy}")
-    if n == 0:
-        return pd.concat([pool, rest]).sort_values("path")
-    order = np.random.default_rng(seed).permutation(len(pool))[:n]
-    drawn = pool.sort_values("path").iloc[order].assign(split="pretrain")
-    return pd.concat([drawn, rest.sort_values("path")])
-# --- end copy: sample ---
-
-
-# --- begin copy: write index ---
-COLUMNS = ["path", "patient", "study", "split", "view", "sex", "age", "race"]     # all others are labels
-
-
-def write_index(table, source, args, notes=(), may_share=False, beside=None, **facts):
-    """Check and write the index, and beside it index.json with its counts, `facts` and `notes`; print them.
-
-    table: one row an image, numbered as in `source`; those of COLUMNS it lacks are written blank.
-    beside: {file name: text} of further files in the same folder.
-    """
-    if table.empty:
-        fail(f"{source}: no image is left to write; see --help for which are kept")
-    table = table.reindex(columns=COLUMNS + [name for name in table if name not in COLUMNS], fill_value="")
-    table["sex"] = table.sex.where(table.sex.isin(["M", "F", "O"]), "")
-    outside = table.path.str.contains(r"(?:^|/)\.{0,2}(?:/|$)|\\") | ~table.path.map(str.isprintable)
-    absent = table.path.map(lambda path: args.require_files and not os.path.isfile(args.raw / path))
-    for wrong, what in [(outside, "names no file below the raw folder; mend or remove the row"),
-                        (table.path.duplicated(), "is listed twice; remove one of the rows"),
-                        (absent, "is absent; unpack it, or leave out --require-files")]:
-        if wrong.any():
-            fail(f"{source} row {table.index[wrong][0]}: image {table.path[wrong].iloc[0]!r} {what}")
-    shared = int((table.groupby("patient").split.nunique() > 1).sum())
-    if shared and not may_share:
-        fail(f"{source}: {shared} patients stand in more than one split; mend the split lists")
-    splits = {split: {"images": len(rows), "patients": rows.patient.nunique()}
-              for split, rows in table.groupby("split")}
-    facts |= {"images": len(table), "splits": splits, "patients_in_two_splits": shared, "notes": list(notes)}
-    texts = {args.out.with_name(name): text for name, text in (beside or {}).items()} | {
-        args.out: table.to_csv(index=False, lineterminator="\n"),
-        args.out.with_suffix(".json"): json.dumps(facts, indent=1) + "\n"}
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in texts.items():               # whole or not at all: written beside, then renamed
-            with open(f"{path}.tmp", "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(f"{path}.tmp", path)
-    except OSError as problem:
-        fail(f"{args.out} cannot be written ({problem.strerror}); choose another --out")
-    print(f"{args.out}: {len(table):,} images of {table.patient.nunique():,} patients")
-    for split, number in splits.items():
-        print(f"  {split:<8} {number['images']:>9,} images {number['patients']:>8,} patients")
-    for note in notes:
-        print(f"  {note}")
-# --- end copy: write index ---
+def read_list(path, split):
+    """The slices of a list file: name, class."""
+    table = read_table(path, sep=r"\s+", header=None, names=["name", "class", "xmin", "ymin", "xmax", "ymax"])
+    numbers = table.drop(columns="name").apply(lambda cells: cells.str.isdecimal()).all(axis=1)
+    wrong = table.index[~numbers | ~table["class"].isin(["0", "1", "2"])]
+    if len(wrong) or table.empty:
+        fail(f"{path} row {[*wrong, 1][0]}: not `name class xmin ymin xmax ymax`; download the file again")
+    return table[["name", "class"]].assign(split=split)
 
 
 def patient_of(name, known):
@@ -162,71 +58,114 @@ def patient_of(name, known):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--raw", type=Path, default="raw/covidx_ct", help="the download (%(default)s)")
-    parser.add_argument("--out", type=Path, default="data/covidx_ct/index.csv", help="index (%(default)s)")
-    parser.add_argument("--require-files", action="store_true", help="refuse absent images")
-    parser.add_argument("--release", choices=["3A", "3B", "2A"], default="3A", help="(%(default)s)")
-    parser.add_argument("--splits", default="train,val,test", help="draw from these (%(default)s)")
-    parser.add_argument("--n-pretrain", type=count, default=100_000, help="or all, or 0 (%(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="of the sample (%(default)s)")
+    option = parser.add_argument
+    option("--raw", type=Path, default="raw/covidx_ct", help="the download (%(default)s)")
+    option("--out", type=Path, default="data/covidx_ct/index.csv", help="the index (%(default)s)")
+    option("--release", choices=["3A", "3B", "2A"], default="3A", help="(%(default)s)")
+    option("--n-pretrain", type=count, default=100_000, help="or all, or 0 for no sample (%(default)s)")
+    option("--seed", type=int, default=42, help="of the sample (%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-    splits = args.splits.split(",")
-    if not set(splits) <= {"train", "val", "test"}:
-        fail(f"--splits {args.splits}: give one or more of train, val and test, joined by commas")
 
     first = find(args.raw, f"*_COVIDx_CT-{args.release}.txt*")
     lists = {split: find(first.parent, f"{split}_COVIDx_CT-{args.release}.txt*", required=False)
              for split in ("train", "val", "test")}
-    tables = []
-    for split, path in lists.items():
-        if path:
-            table = read_table(path, sep=r"\s+", header=None, names=["name", "class", *BOX])
-            if table.empty:
-                fail(f"{path}: no slice in it; download the file again")
-            numbers = table[BOX].apply(lambda cells: cells.str.isdecimal()).all(axis=1)
-            wrong = ~table["class"].isin(["0", "1", "2"]) | ~numbers
-            if wrong.any():
-                fail(f"{path} row {table.index[wrong][0]}: not `name class xmin ymin xmax ymax`; mend it")
-            tables.append(table.assign(split=split))
-    table = pd.concat(tables)
-
-    patients = read_table(find(args.raw, "metadata.csv*"), ["patient id", "sex", "age", "finding", "view"])
-    patients = patients.drop_duplicates("patient id").set_index("patient id")
-    known = set(patients.index)
-    found = table.name.map(lambda name: patient_of(name, known))
+    tables = [read_list(path, split) for split, path in lists.items() if path]
+    table = pd.concat(tables, ignore_index=True)
+    path = find(args.raw, "metadata.csv*")
+    people = read_table(path, ["patient id", "sex", "age", "view"])
+    people = people.rename(columns={"patient id": "patient"}).drop_duplicates("patient")
+    known = set(people.patient)
     table["study"] = table.name.str.replace(r"[_-][^_-]*$", "", regex=True)                 # the volume
-    table["patient"] = found.where(found.notna(), table.study)
-    for column in ("sex", "view", "finding"):
-        table[column] = table.patient.map(patients[column]).fillna("")
-    age = pd.to_numeric(table.patient.map(patients.age), errors="coerce")
+    table["patient"] = table.name.map(lambda name: patient_of(name, known)).fillna(table.study)
+    table = join(table, people, ["patient"], path)
+    age = pd.to_numeric(table.age, errors="coerce")
     table["age"] = age.where(age.between(0, 120)).round().astype("Int64")
     for number, label in enumerate(CLASSES):
         table[label] = (table["class"] == str(number)).astype(int)
     folder = find(args.raw, f"{args.release}_images", "images", f"COVIDx_CT-{args.release}", required=False)
     folder = folder or first.parent / f"{args.release}_images"
-    table["path"] = folder.relative_to(args.raw).as_posix() + "/" + table.name
+    table["path"] = folder.relative_to(args.raw).as_posix() + "/" + table.pop("name")
 
-    finding = table["class"].map(lambda number: CLASSES[int(number)])
-    contrary = (table.finding != "") & (table.finding != finding)
-    notes = [f"{split}: no list, so none of its slices" for split, path in lists.items() if not path]
-    for number, what in [(found.isna().sum(), "slices: no patient in the metadata, their volume is taken"),
-                         (contrary.sum(), "slices have another class than their patient's finding")]:
-        if number:
-            notes.append(f"{number:,} {what}")
     shared = int((table.groupby("patient").split.nunique() > 1).sum())
-    notes.append(f"{shared:,} patients stand in more than one list")
+    rows = table.sort_values("path") if args.n_pretrain == 0 else sample(table, args.n_pretrain, args.seed)
+    write_index(rows.drop(columns="class"), args, dataset="covidx_ct", available=len(table),
+                absent_lists=[split for split in lists if not lists[split]], patients_in_two_lists=shared)
 
-    table["official"] = table.split
-    eligible = table.split.isin(splits)
-    chosen = sample(table[eligible], table[~eligible], args.n_pretrain, args.seed)
-    drawn_from = chosen.official[chosen.split == "pretrain"].value_counts().to_dict()
-    boxes = chosen[["path", *BOX]].to_csv(index=False, lineterminator="\n")
-    chosen = chosen.drop(columns=["name", "class", "finding", "official", *BOX])
-    source = " or ".join(str(path) for path in lists.values() if path)
-    write_index(chosen, source, args, notes, may_share=True, beside={"boxes.csv": boxes}, dataset="covidx_ct",
-                release=args.release, available=len(table), eligible=int(eligible.sum()), seed=args.seed,
-                drawn_from=drawn_from, patients_in_two_lists=shared)
+
+# --- begin copy: tables ---
+def find(raw, *names, required=True):
+    """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
+    for depth in range(6):                          # 5: physionet.org/files/<dataset>/<version>/<folder>
+        for name in names:
+            found = sorted(raw.glob("*/" * depth + name))
+            if found:
+                return found[0]
+    if required:
+        fail(f"{raw}: no {' or '.join(names)} in it or in folders below; unpack the download or change --raw")
+
+
+def read_table(path, columns=(), **options):
+    """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
+    try:
+        table = pd.read_csv(path, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig",
+                            na_values=["NaN", "nan", "None"], **options).fillna("")
+    except (OSError, EOFError, ValueError, zlib.error) as problem:
+        fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
+    for name in columns:
+        if name not in table or f"{name}.1" in table:
+            fail(f"{path} row 1: no column '{name}', or two; download the file again")
+    table.index += 1 if "header" in options else 2
+    return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
+# --- end copy: tables ---
+
+
+# --- begin copy: join ---
+def join(table, other, keys, path):
+    """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
+    twice = other.duplicated(keys)
+    if twice.any():
+        fail(f"{path} row {other.index[twice][0]}: its {' and '.join(keys)} stand there twice; remove one")
+    joined = table.merge(other, on=keys, how="left", indicator=True).set_index(table.index)
+    met = (joined.pop("_merge") == "both").mean()
+    if met == 0:
+        theirs, ours = ([*rows[keys].head(1).values.ravel()] for rows in (other, table))
+        fail(f"{path}: no image has a row in it; it has {' and '.join(keys)} {theirs}, the images {ours}")
+    print(f"{path}: rows for {met:.1%} of the images")
+    return joined.fillna("")
+# --- end copy: join ---
+
+
+# --- begin copy: sample ---
+def count(text):
+    """Type of --n-pretrain: a number, or None for `all`."""
+    return None if text == "all" else int(text)
+
+
+def sample(pool, n, seed):
+    """n rows of `pool`, None: all. Sorted by path, a seeded permutation, its first n: so nested."""
+    if n is not None and not 0 < n <= len(pool):
+        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`")
+    order = np.random.default_rng(seed).permutation(len(pool))[:n]
+    return pool.sort_values("path").iloc[order].assign(split="pretrain")
+# --- end copy: sample ---
+
+
+# --- begin copy: write index ---
+def write_index(table, args, **facts):
+    """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
+    first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
+    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
+    facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+        table.to_csv(f"{args.out}.part", index=False)
+        os.replace(f"{args.out}.part", args.out)
+    except OSError as problem:
+        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
+    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+# --- end copy: write index ---
 
 
 if __name__ == "__main__":

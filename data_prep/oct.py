@@ -32,11 +32,45 @@ def fail(message):
 # --- end copy: error ---
 
 
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    option = parser.add_argument
+    option("--raw", type=Path, default="raw/oct", help="the download (%(default)s)")
+    option("--out", type=Path, default="data/oct/index.csv", help="the index (%(default)s)")
+    option("--n-pretrain", type=count, default=100_000, help="or all (%(default)s)")
+    option("--seed", type=int, default=42, help="of the sample (%(default)s)")
+    parser.error = fail                 # one sentence, like every other mistake
+    args = parser.parse_args()
+
+    table = pd.DataFrame({"path": scan(args.raw, ".jpeg", ".jpg")}, dtype=str)
+    place = table.path.str.extract(rf"(?:^|/)(train|val|test)/({'|'.join(CLASSES)})/([^/]+)\.[^.]+$")
+    table[["split", "class", "name"]] = place
+    table = table[table.name.notna() & ~table.path.str.contains("chest_xray/")]
+    if table.empty:
+        fail(f"{args.raw}: no train/CNV/*.jpeg at any depth; unpack ZhangLabData.zip there or change --raw")
+    found = len(table)
+    table = table.sort_values("path", key=lambda paths: paths.str.len(), kind="stable")
+    table = table.drop_duplicates(["split", "class", "name"])          # Kaggle's copy holds the tree twice
+    if args.n_pretrain and args.n_pretrain > len(table):
+        fail(f"--n-pretrain {args.n_pretrain}: only {len(table):,} images here; the study's release is v3 "
+             "(ZhangLabData.zip, 109,309); for v2 use --n-pretrain all")
+    middle = table.name.str.extract("^[A-Z]+-([^-]+)-")[0]
+    table["patient"] = middle.fillna(table.name)                        # a name of another form: a patient
+    for label in CLASSES:
+        table[label] = (table["class"] == label).astype(int)        # of the folder, whatever the name says
+    test = table.patient[table.split == "test"]
+    leak = test[test.isin(table.patient[table.split == "train"])].nunique()
+    rows = sample(table.drop(columns=["class", "name"]), args.n_pretrain, args.seed)
+    write_index(rows, args, dataset="oct", available=len(table), second_copies=found - len(table),
+                test_patients_in_train=leak)
+
+
 # --- begin copy: scan ---
 def scan(raw, *endings):
-    """Sorted paths, relative to `raw`, of files that end so, macOS's ._* ones apart; links aren't entered."""
-    return sorted(f"{folder}/{name}".removeprefix(f"{raw}/") for folder, _, names in os.walk(raw)
-                  for name in names if name.lower().endswith(endings) and not name.startswith("._"))
+    """Sorted paths, relative to `raw`, of all files that end so; macOS's ._* files are left out."""
+    found = [f"{folder}/{name}" for folder, _, names in os.walk(raw) for name in names
+             if name.lower().endswith(endings) and name.isprintable() and not name.startswith("._")]
+    return sorted(os.path.relpath(path, raw) for path in found)
 # --- end copy: scan ---
 
 
@@ -46,107 +80,30 @@ def count(text):
     return None if text == "all" else int(text)
 
 
-def sample(pool, rest, n, seed, remedy="ask for fewer with --n-pretrain, or for `all`"):
-    """The pre-training sample: `pool` sorted by path, one seeded permutation, its first n rows in order.
-
-    So the samples of one seed are nested. They become split `pretrain`, followed by `rest`; what is not
-    drawn is left out. n = 0 draws nothing and returns every row as it is.
-    """
-    if n is not None and not 0 <= n <= len(pool):
-        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; {remedy}")
-    if n == 0:
-        return pd.concat([pool, rest]).sort_values("path")
+def sample(pool, n, seed):
+    """n rows of `pool`, None: all. Sorted by path, a seeded permutation, its first n: so nested."""
+    if n is not None and not 0 < n <= len(pool):
+        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`")
     order = np.random.default_rng(seed).permutation(len(pool))[:n]
-    drawn = pool.sort_values("path").iloc[order].assign(split="pretrain")
-    return pd.concat([drawn, rest.sort_values("path")])
+    return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
 
 
 # --- begin copy: write index ---
-COLUMNS = ["path", "patient", "study", "split", "view", "sex", "age", "race"]     # all others are labels
-
-
-def write_index(table, source, args, notes=(), may_share=False, beside=None, **facts):
-    """Check and write the index, and beside it index.json with its counts, `facts` and `notes`; print them.
-
-    table: one row an image, numbered as in `source`; those of COLUMNS it lacks are written blank.
-    beside: {file name: text} of further files in the same folder.
-    """
-    if table.empty:
-        fail(f"{source}: no image is left to write; see --help for which are kept")
-    table = table.reindex(columns=COLUMNS + [name for name in table if name not in COLUMNS], fill_value="")
-    table["sex"] = table.sex.where(table.sex.isin(["M", "F", "O"]), "")
-    outside = table.path.str.contains(r"(?:^|/)\.{0,2}(?:/|$)|\\") | ~table.path.map(str.isprintable)
-    absent = table.path.map(lambda path: args.require_files and not os.path.isfile(args.raw / path))
-    for wrong, what in [(outside, "names no file below the raw folder; mend or remove the row"),
-                        (table.path.duplicated(), "is listed twice; remove one of the rows"),
-                        (absent, "is absent; unpack it, or leave out --require-files")]:
-        if wrong.any():
-            fail(f"{source} row {table.index[wrong][0]}: image {table.path[wrong].iloc[0]!r} {what}")
-    shared = int((table.groupby("patient").split.nunique() > 1).sum())
-    if shared and not may_share:
-        fail(f"{source}: {shared} patients stand in more than one split; mend the split lists")
-    splits = {split: {"images": len(rows), "patients": rows.patient.nunique()}
-              for split, rows in table.groupby("split")}
-    facts |= {"images": len(table), "splits": splits, "patients_in_two_splits": shared, "notes": list(notes)}
-    texts = {args.out.with_name(name): text for name, text in (beside or {}).items()} | {
-        args.out: table.to_csv(index=False, lineterminator="\n"),
-        args.out.with_suffix(".json"): json.dumps(facts, indent=1) + "\n"}
+def write_index(table, args, **facts):
+    """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
+    first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
+    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
+    facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in texts.items():               # whole or not at all: written beside, then renamed
-            with open(f"{path}.tmp", "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(f"{path}.tmp", path)
+        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+        table.to_csv(f"{args.out}.part", index=False)
+        os.replace(f"{args.out}.part", args.out)
     except OSError as problem:
-        fail(f"{args.out} cannot be written ({problem.strerror}); choose another --out")
-    print(f"{args.out}: {len(table):,} images of {table.patient.nunique():,} patients")
-    for split, number in splits.items():
-        print(f"  {split:<8} {number['images']:>9,} images {number['patients']:>8,} patients")
-    for note in notes:
-        print(f"  {note}")
+        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
+    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
 # --- end copy: write index ---
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--raw", type=Path, default="raw/oct", help="the download (%(default)s)")
-    parser.add_argument("--out", type=Path, default="data/oct/index.csv", help="the index (%(default)s)")
-    parser.add_argument("--require-files", action="store_true", help="refuse absent images")
-    parser.add_argument("--n-pretrain", type=count, default=100_000, help="or all, or 0 (%(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="of the sample (%(default)s)")
-    parser.error = fail                 # one sentence, like every other mistake
-    args = parser.parse_args()
-
-    table = pd.DataFrame({"path": scan(args.raw, ".jpeg", ".jpg")}, dtype=str)
-    place = table.path.str.extract(rf"(?:^|/)(train|val|test)/({'|'.join(CLASSES)})/([^/]+)$")
-    table[["split", "class", "name"]] = place
-    table = table[table.name.notna() & ~table.path.str.contains("chest_xray/")]
-    if table.empty:
-        fail(f"{args.raw}: no train/CNV/*.jpeg at any depth; unpack ZhangLabData.zip there or mend --raw")
-    found = len(table)
-    table = table.sort_values("path", key=lambda paths: paths.str.len(), kind="stable")
-    table = table.drop_duplicates(["split", "class", "name"])          # Kaggle's copy holds the tree twice
-    named = table.name.str.extract(r"^([A-Z]+)-([^-]+)-")
-    table["patient"] = named[1].where(named[1].notna(), table.name.str.rpartition(".")[0])
-    for label in CLASSES:
-        table[label] = (table["class"] == label).astype(int)
-    in_train, in_test = (set(table.patient[table.split == split]) for split in ("train", "test"))
-    notes = [f"{len(in_train & in_test):,} of the {len(in_test):,} test patients stand in train too"]
-    for number, what in [(found - len(table), "images of a second copy of the tree are left out"),
-                         (named[1].isna().sum(), "names tell no patient: each is taken for one"),
-                         ((named[0] != table["class"])[named[0].notna()].sum(),
-                          "names begin with another class than their folder's, which is the one written")]:
-        if number:
-            notes.append(f"{number:,} {what}")
-    chosen = sample(table, table[:0], args.n_pretrain, args.seed,
-                    "the study's release is v3 (ZhangLabData.zip, 109,309); for v2 use --n-pretrain all")
-    write_index(chosen.drop(columns=["class", "name"]), args.raw, args, notes, may_share=True, dataset="oct",
-                available=len(table), eligible=len(table), seed=args.seed,
-                drawn_from=table.split[chosen.index].value_counts().to_dict(),
-                test_patients_in_train=len(in_train & in_test))
 
 
 if __name__ == "__main__":

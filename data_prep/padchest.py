@@ -1,4 +1,4 @@
-"""PadChest -> index.csv: the study's 1,860 manually reviewed PA and AP radiographs of archive 0, a test set.
+"""PadChest -> index.csv: the study's 1,861 manually reviewed PA and AP radiographs of archive 0, a test set.
 
 Bustos et al., arXiv:1901.07441. Registration with BIMCV, research use, no redistribution. 1 TB in 54
 archives, of which the study needs 0.zip (some tens of GB) and the table:
@@ -6,18 +6,17 @@ archives, of which the study needs 0.zip (some tens of GB) and the table:
 
     python data_prep/padchest.py --raw raw/padchest --out data/padchest/index.csv
 
-Reads PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv[.gz]; images lie in 0/ ... 54/ or in one folder.
-Kept are rows with Projection PA or AP, ImageDir 0 and MethodProjection "Manual review of DICOM fields", which
-tells how the projection was found, not who labelled; all kept rows happen to be labelled by physicians. Rows
-whose Labels are blank are dropped and counted. Writes split test and every label that occurs as a 0/1 column
-of the source's name: there are subcategories of atelectasis and effusion, whose grouping is left to
-evaluation."""
+Reads PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv[.gz]; images lie anywhere below --raw. Kept are
+rows with Projection PA or AP, ImageDir 0 and MethodProjection "Manual review of DICOM fields", which tells
+how the projection was found, not who labelled; all kept rows happen to be labelled by physicians. Rows whose
+Labels are blank are dropped. Writes split test and every label that occurs as a 0/1 column of the source's
+name; atelectasis and effusion have subcategories, whose grouping is left to evaluation.
+
+The original table gives 1,861 rows of 1,758 patients. The study's authors evaluated on a copy that lacks one
+row (effusion, a woman) and has ids rounded to six digits: 1,860 rows, 1,754 patients. Either is read."""
 
 import argparse
 import ast
-import fnmatch
-import gzip
-import io
 import json
 import os
 import sys
@@ -26,7 +25,8 @@ from pathlib import Path
 
 import pandas as pd
 
-REVIEWED = "Manual review of DICOM fields"
+COLUMNS = ["ImageID", "ImageDir", "StudyDate_DICOM", "StudyID", "PatientID", "Labels", "PatientBirth",
+           "PatientSex_DICOM", "Projection", "MethodProjection"]
 
 
 # --- begin copy: error ---
@@ -35,102 +35,6 @@ def fail(message):
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 # --- end copy: error ---
-
-
-# --- begin copy: find ---
-def find(raw, *patterns, required=True):
-    """First match in `raw` or folders below; links, and folders of many folders (images), are not entered."""
-    found, home = [], os.path.realpath(raw) + os.sep
-    for folder, inner, names in os.walk(raw):
-        depth = len(Path(folder).relative_to(raw).parts)
-        found += [(depth, rank, Path(folder, name)) for rank, pattern in enumerate(patterns)
-                  for name in fnmatch.filter(filter(str.isprintable, inner + names), pattern)
-                  if os.path.realpath(os.path.join(folder, name)).startswith(home)]
-        if depth == 5 or len(inner) > 100:          # 5: physionet.org/files/<name>/<version>/<folder>
-            inner.clear()
-    if found or not required:
-        return min(found)[2] if found else None
-    fail(f"{raw}: no {' or '.join(patterns)} in it or the folders below; unpack the download or mend --raw")
-# --- end copy: find ---
-
-
-# --- begin copy: scan ---
-def scan(raw, *endings):
-    """Sorted paths, relative to `raw`, of files that end so, macOS's ._* ones apart; links aren't entered."""
-    return sorted(f"{folder}/{name}".removeprefix(f"{raw}/") for folder, _, names in os.walk(raw)
-                  for name in names if name.lower().endswith(endings) and not name.startswith("._"))
-# --- end copy: scan ---
-
-
-# --- begin copy: read table ---
-def read_table(path, columns=None, **options):
-    """A CSV file (.gz too) as stripped strings, '' where blank, indexed by row number; `columns` alone."""
-    if columns:
-        options["usecols"] = lambda name: name in columns
-    try:
-        data = Path(path).read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-        table = pd.read_csv(io.StringIO(text), dtype=str, index_col=False, keep_default_na=False,
-                            na_values=["NaN", "nan", "None"], **options).fillna("")
-    except UnicodeDecodeError as problem:
-        row = problem.object[:problem.start].count(b"\n") + 1
-        fail(f"{path} row {row}: not UTF-8 text; download the file again or convert it")
-    except (OSError, EOFError, ValueError, zlib.error) as problem:
-        fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
-    absent = [name for name in columns or [] if name not in table]
-    if absent:
-        fail(f"{path} row 1: no column '{absent[0]}'; download the file again")
-    table.index += 1 if "names" in options else 2              # a file without header starts at row 1
-    return table[columns or list(table)].apply(lambda cells: cells.str.strip())
-# --- end copy: read table ---
-
-
-# --- begin copy: write index ---
-COLUMNS = ["path", "patient", "study", "split", "view", "sex", "age", "race"]     # all others are labels
-
-
-def write_index(table, source, args, notes=(), may_share=False, beside=None, **facts):
-    """Check and write the index, and beside it index.json with its counts, `facts` and `notes`; print them.
-
-    table: one row an image, numbered as in `source`; those of COLUMNS it lacks are written blank.
-    beside: {file name: text} of further files in the same folder.
-    """
-    if table.empty:
-        fail(f"{source}: no image is left to write; see --help for which are kept")
-    table = table.reindex(columns=COLUMNS + [name for name in table if name not in COLUMNS], fill_value="")
-    table["sex"] = table.sex.where(table.sex.isin(["M", "F", "O"]), "")
-    outside = table.path.str.contains(r"(?:^|/)\.{0,2}(?:/|$)|\\") | ~table.path.map(str.isprintable)
-    absent = table.path.map(lambda path: args.require_files and not os.path.isfile(args.raw / path))
-    for wrong, what in [(outside, "names no file below the raw folder; mend or remove the row"),
-                        (table.path.duplicated(), "is listed twice; remove one of the rows"),
-                        (absent, "is absent; unpack it, or leave out --require-files")]:
-        if wrong.any():
-            fail(f"{source} row {table.index[wrong][0]}: image {table.path[wrong].iloc[0]!r} {what}")
-    shared = int((table.groupby("patient").split.nunique() > 1).sum())
-    if shared and not may_share:
-        fail(f"{source}: {shared} patients stand in more than one split; mend the split lists")
-    splits = {split: {"images": len(rows), "patients": rows.patient.nunique()}
-              for split, rows in table.groupby("split")}
-    facts |= {"images": len(table), "splits": splits, "patients_in_two_splits": shared, "notes": list(notes)}
-    texts = {args.out.with_name(name): text for name, text in (beside or {}).items()} | {
-        args.out: table.to_csv(index=False, lineterminator="\n"),
-        args.out.with_suffix(".json"): json.dumps(facts, indent=1) + "\n"}
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in texts.items():               # whole or not at all: written beside, then renamed
-            with open(f"{path}.tmp", "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(f"{path}.tmp", path)
-    except OSError as problem:
-        fail(f"{args.out} cannot be written ({problem.strerror}); choose another --out")
-    print(f"{args.out}: {len(table):,} images of {table.patient.nunique():,} patients")
-    for split, number in splits.items():
-        print(f"  {split:<8} {number['images']:>9,} images {number['patients']:>8,} patients")
-    for note in notes:
-        print(f"  {note}")
-# --- end copy: write index ---
 
 
 def parse_labels(text):
@@ -146,40 +50,81 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--raw", type=Path, default="raw/padchest", help="the download (%(default)s)")
     parser.add_argument("--out", type=Path, default="data/padchest/index.csv", help="the index (%(default)s)")
-    parser.add_argument("--require-files", action="store_true", help="refuse absent images")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
 
     source = find(args.raw, "PADCHEST_chest_x_ray_images_labels_160K*.csv*")
     # Ids as text: PatientID has up to 39 digits, and as numbers they would be rounded and patients merged.
-    images = read_table(source, ["ImageID", "ImageDir", "StudyDate_DICOM", "StudyID", "PatientID", "Labels",
-                                 "PatientBirth", "PatientSex_DICOM", "Projection", "MethodProjection"])
-    table = images[images.Projection.isin(["PA", "AP"]) & (images.MethodProjection == REVIEWED)
-                   & (pd.to_numeric(images.ImageDir, errors="coerce") == 0)]               # 0 or 0.0
+    images = read_table(source, COLUMNS)
+    archive = pd.to_numeric(images.ImageDir, errors="coerce")               # 0 or 0.0
+    reviewed = images.MethodProjection == "Manual review of DICOM fields"
+    table = images[images.Projection.isin(["PA", "AP"]) & reviewed & (archive == 0)]
     blank = table.Labels == ""
     table = table[~blank]
     labels = table.Labels.map(parse_labels)
     if labels.isna().any():
         row = table.index[labels.isna()][0]
-        fail(f"{source} row {row}: Labels {table.Labels[row][:40]!r} is not a list of texts; mend the row")
+        fail(f"{source} row {row}: Labels {table.Labels[row][:40]!r} is not a list of texts; correct the row")
     names = sorted(set().union(*labels))
     findings = pd.DataFrame({name: labels.map(lambda row: int(name in row)) for name in names}, table.index)
 
-    by_length = sorted(scan(args.raw, ".png"), key=len, reverse=True)      # of two copies, the shorter path
-    where = {path.rpartition("/")[2]: path for path in by_length}
-    folder = (source.parent.relative_to(args.raw) / "0").as_posix()
-    age = pd.to_numeric(table.StudyDate_DICOM.str[:4], errors="coerce") \
-        - pd.to_numeric(table.PatientBirth, errors="coerce")
-    index = pd.DataFrame({
-        "path": [where.get(name, f"{folder}/{name}") for name in table.ImageID], "patient": table.PatientID,
-        "study": table.StudyID, "split": "test", "view": table.Projection,
-        "sex": table.PatientSex_DICOM, "age": age.where(age.between(0, 120)).round().astype("Int64"),
-    }).join(findings)
-    rounded = table.PatientID.str.contains("e+", case=False, regex=False).sum()
-    notes = [f"{blank.sum():,} rows without labels dropped"] if blank.any() else []
-    notes += [f"{rounded:,} patient ids were rounded to numbers, patients may be merged"] if rounded else []
-    write_index(index.sort_values("path"), source, args, notes, dataset="padchest", available=len(images),
-                without_labels=int(blank.sum()), rounded_ids=int(rounded))
+    by_length = sorted(args.raw.rglob("*.png"), key=lambda path: -len(str(path)))
+    where = {path.name: path for path in by_length}                         # of two copies, the shorter path
+    paths = [where.get(name, source.parent / "0" / name) for name in table.ImageID]
+    birth = pd.to_numeric(table.PatientBirth, errors="coerce")
+    age = pd.to_numeric(table.StudyDate_DICOM.str[:4], errors="coerce") - birth
+    index = pd.DataFrame({"path": [path.relative_to(args.raw).as_posix() for path in paths],
+                          "patient": table.PatientID, "study": table.StudyID, "split": "test",
+                          "view": table.Projection, "sex": table.PatientSex_DICOM,
+                          "age": age.where(age.between(0, 120)).astype("Int64")}, table.index)
+    rounded = table.PatientID.str.contains("e+", case=False, regex=False).any()
+    release = "the authors' copy, ids rounded" if rounded else "the original table"
+    write_index(index.join(findings).sort_values("path"), args, dataset="padchest", available=len(images),
+                without_labels=int(blank.sum()), release=release)
+
+
+# --- begin copy: tables ---
+def find(raw, *names, required=True):
+    """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
+    for depth in range(6):                          # 5: physionet.org/files/<dataset>/<version>/<folder>
+        for name in names:
+            found = sorted(raw.glob("*/" * depth + name))
+            if found:
+                return found[0]
+    if required:
+        fail(f"{raw}: no {' or '.join(names)} in it or in folders below; unpack the download or change --raw")
+
+
+def read_table(path, columns=(), **options):
+    """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
+    try:
+        table = pd.read_csv(path, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig",
+                            na_values=["NaN", "nan", "None"], **options).fillna("")
+    except (OSError, EOFError, ValueError, zlib.error) as problem:
+        fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
+    for name in columns:
+        if name not in table or f"{name}.1" in table:
+            fail(f"{path} row 1: no column '{name}', or two; download the file again")
+    table.index += 1 if "header" in options else 2
+    return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
+# --- end copy: tables ---
+
+
+# --- begin copy: write index ---
+def write_index(table, args, **facts):
+    """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
+    first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
+    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
+    facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+        table.to_csv(f"{args.out}.part", index=False)
+        os.replace(f"{args.out}.part", args.out)
+    except OSError as problem:
+        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
+    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+# --- end copy: write index ---
 
 
 if __name__ == "__main__":

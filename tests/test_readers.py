@@ -1,5 +1,6 @@
 """The eight readers: exact counts on the real metadata, the traps of every layout, and hostile downloads."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -8,7 +9,7 @@ import re
 import shutil
 import sys
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -43,7 +44,7 @@ def read(tmp_path):
 
 @pytest.fixture
 def refused(read, capsys):
-    """The one sentence with which a reader refuses its input."""
+    """Call a reader that refuses its input. Returns: its one sentence."""
     def sentence(dataset, raw, *flags):
         with pytest.raises(SystemExit) as exit:
             read(dataset, raw, *flags)
@@ -258,7 +259,7 @@ def test_nih_index_is_whole_and_no_patient_stands_in_two_splits(nih_index, expec
     assert (table[NIH] == "0").all(axis=1).sum() == expected["nih/all"]["no_finding"]
     groups = [set(rows.patient) for _, rows in table.groupby("split")]
     assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
-    assert facts["patients_in_two_splits"] == 0 and facts["fallback_split"] is False
+    assert facts["fallback_split"] is False
     assert list(table.columns) == FACTS + NIH and list(table.path) == sorted(table.path)
 
 
@@ -289,7 +290,7 @@ def test_nih_fallback_split_has_the_studys_sizes(real_nih, fixtures, nih_index, 
     drawn, facts = read("nih", raw)
     assert drawn.split.value_counts().to_dict() == {"train": 75_312, "val": 11_212, "test": 25_596}
     assert drawn.groupby("patient").split.nunique().max() == 1
-    assert facts["fallback_split"] is True and any("fallback" in note for note in facts["notes"])
+    assert facts["fallback_split"] is True
     assert set(drawn.path[drawn.split == "test"]) == set(table.path[table.split == "test"])
     both, draw = table.patient[table.split != "test"], load_script("data_prep/nih.py").draw_validation
     assert draw(both, 11_212, 42) == set(drawn.patient[drawn.split == "val"]) != draw(both, 11_212, 7)
@@ -304,7 +305,6 @@ def test_nih_sample_is_the_seeded_permutation_and_counts_its_test_images(nih_ind
     test = sample.path.isin(table.path[table.split == "test"])
     assert set(sample.split) == {"pretrain"} and facts["dataset"] == "nih_pretrain"
     assert facts["test_images"] == test.sum() == 22_772
-    assert facts["test_patients"] == sample.patient[test].nunique()
 
 
 def test_nih_trainval_sample_holds_no_test_image(nih_index, real_nih, read):
@@ -316,9 +316,10 @@ def test_nih_trainval_sample_holds_no_test_image(nih_index, real_nih, read):
 
 @needs_shared
 def test_nih_bundle_of_1000_real_images_is_found_whole(read):
-    table, facts = read("nih", SHARED / "realdata" / "nih", "--require-files")
+    table, facts = read("nih", SHARED / "realdata" / "nih")
     assert table.split.value_counts().to_dict() == {"train": 599, "val": 96, "test": 305}
-    assert facts["patients_in_two_splits"] == 0 and facts["in_no_list"] == 0
+    assert facts["available"] == 1000 and table.groupby("patient").split.nunique().max() == 1
+    assert all((SHARED / "realdata" / "nih" / path).is_file() for path in table.path)
 
 
 def chexpert_counts(rows):
@@ -333,10 +334,25 @@ def assert_chexpert(rows, want):
     assert got == {key: want[key] for key in got}
 
 
+@pytest.fixture(scope="module")
+def chexpert_indexes(real_chexpert, fixtures, tmp_path_factory):
+    """{views, form of the split: index}; the races of the validation set under the demographics' names."""
+    people = pd.read_csv(fixtures / "chexpert" / "valid_metadata.csv", dtype=str, keep_default_na=False)
+    people = people.rename(columns={"patient_id": "PATIENT", "race": "PRIMARY_RACE"})
+    raw = tmp_path_factory.mktemp("chexpert_raw")
+    people.to_csv(raw / "CHEXPERT DEMO.csv", index=False)
+    tables = {}
+    for name, views in (("chexpert_split_2021_08_20.csv.gz", "all"), ("CheXpert_test_Glocker.csv.gz", "frontal")):
+        link(raw, *real_chexpert.iterdir(), fixtures / "chexpert" / name)
+        tables[views], _ = run("chexpert", raw, raw / "out" / "index.csv", "--views", views)
+        (raw / name).unlink()
+    return tables
+
+
 @pytest.mark.parametrize("views, key", [("frontal", "valid_frontal"), ("all", "valid")])
-def test_chexpert_validation_has_the_exact_counts(real_chexpert, fixtures, expected, read, views, key):
-    table, _ = read("chexpert", real_chexpert, "--splits", "val", "--views", views, "--demographics",
-                    fixtures / "chexpert" / "valid_metadata.csv")
+def test_chexpert_validation_has_the_exact_counts(chexpert_indexes, expected, views, key):
+    table = chexpert_indexes[views]
+    table = table[table.split == "val"]
     assert_chexpert(table, expected[f"chexpert/{key}"])
     if views == "all":
         for group, want in expected["tables"]["chexpert_valid"].items():
@@ -355,36 +371,31 @@ def test_chexpert_validation_has_the_exact_counts(real_chexpert, fixtures, expec
         assert guess == expected["chexpert/valid_frontal"]["random_guess"]
 
 
-@pytest.mark.parametrize("name", ["chexpert_split_2021_08_20.csv.gz", "CheXpert_test_Glocker.csv.gz"])
-def test_chexpert_test_split_has_the_exact_counts(real_chexpert, fixtures, expected, read, name):
-    by_row_number = name.startswith("chexpert_split")
-    table, facts = read("chexpert", real_chexpert, "--split-file", fixtures / "chexpert" / name,
-                        "--splits", "train,val,test" if by_row_number else "val,test")
-    if by_row_number:
-        split = load_script("data_prep/chexpert.py").SPLIT_PATIENTS
-        assert split == {part: want["patients"] for part, want in expected["chexpert/glocker_split"].items()
-                         if part in split}
-        want = expected["chexpert/glocker_split"]["train"]
-        assert facts["splits"]["train"] == {"images": want["images"], "patients": want["patients"]}
+@pytest.mark.parametrize("views", ["all", "frontal"])       # by row numbers, by the rows themselves
+def test_chexpert_test_split_has_the_exact_counts(chexpert_indexes, fixtures, expected, views):
+    table = chexpert_indexes[views]
     test = table[table.split == "test"]
     assert_chexpert(test, expected["chexpert/test_glocker"])
     want, age = expected["tables"]["glocker_test"]["all"], test.age.astype(int)
     assert (age.sum(), age.min(), age.max()) == (want["age_sum"], want["age_min"], want["age_max"])
     assert (test.sex == "F").sum() == want["female_scans"]
     assert test[test.sex == "F"].patient.nunique() == want["female_patients"]
-    assert (table.split == "val").sum() == 202 and facts["patients_in_two_splits"] == 0
     glocker = pd.read_csv(fixtures / "chexpert" / "CheXpert_test_Glocker.csv.gz", usecols=["Path"]).Path
     assert set(test.path) == set(glocker.str.partition("/")[2])
+    patients = load_script("data_prep/chexpert.py").SPLIT_PATIENTS
+    assert patients == {split: facts["patients"] for split, facts in expected["chexpert/glocker_split"].items()
+                        if split in patients}
 
 
-def test_chexpert_train_has_the_exact_counts(real_chexpert, fixtures, expected, read):
-    table, _ = read("chexpert", real_chexpert, "--splits", "train,val", "--views", "all")
-    train, want = table[table.split == "train"], expected["chexpert/train"]
+def test_chexpert_train_has_the_exact_counts(real_chexpert, expected):
+    train, want = load_script("data_prep/chexpert.py").read_rows(real_chexpert / "train.csv.gz"), \
+        expected["chexpert/train"]
     assert_chexpert(train, want)
     assert train.view[train.view != "Lateral"].value_counts().to_dict() == {
         key: n for key, n in want["AP/PA"].items() if key != "blank"}
     assert (train.view == "Lateral").sum() == want["AP/PA"]["blank"]
-    assert train.sex.map({"M": "Male", "F": "Female", "": "Unknown"}).value_counts().to_dict() == want["sex"]
+    sexes = train.sex.map({"M": "Male", "F": "Female"}).fillna("Unknown")
+    assert sexes.value_counts().to_dict() == want["sex"]
     assert (train.age == "").sum() == want["age_zero"] and train.age[train.age != ""].astype(int).max() == 90
     frontal = train[train.view != "Lateral"]
     assert (len(frontal), frontal.patient.nunique()) == (want["frontal"], want["frontal_patients"])
@@ -392,14 +403,29 @@ def test_chexpert_train_has_the_exact_counts(real_chexpert, fixtures, expected, 
 
 def test_chexpert_row_numbers_do_not_fit_a_re_sorted_train_csv(real_chexpert, fixtures, refused, tmp_path):
     train = pd.read_csv(real_chexpert / "train.csv.gz", dtype=str, keep_default_na=False)
-    raw = link(tmp_path / "raw", real_chexpert / "valid.csv")
+    raw = link(tmp_path / "raw", real_chexpert / "valid.csv",
+               fixtures / "chexpert" / "chexpert_split_2021_08_20.csv.gz")
     train.sort_values("Age", kind="stable").to_csv(raw / "train.csv", index=False)
-    message = refused("chexpert", raw, "--split-file",
-                      fixtures / "chexpert" / "chexpert_split_2021_08_20.csv.gz")
+    message = refused("chexpert", raw)
     assert "order" in message and "train.csv" in message
 
 
-def test_padchest_has_the_exact_counts(fixtures, expected, read, tmp_path):
+def test_padchest_original_table_has_the_exact_counts(fixtures, expected, read, tmp_path):
+    source = fixtures / "padchest_original" / "original_folder0.csv.gz"
+    (tmp_path / "raw").mkdir()
+    shutil.copy(source, tmp_path / "raw" / f"{PADCHEST_CSV}.gz")
+    table, facts = read("padchest", tmp_path / "raw")
+    want, positives = expected["padchest/original"], dict(expected["padchest/original"]["positives"])
+    assert (facts["available"], len(table), table.patient.nunique()) == (
+        want["folder0_rows"], want["images"], want["patients"]) == (3_004, 1_861, 1_758)
+    assert (table.sex == "F").sum() == want["female_images"]
+    some = [name for name in table.columns[8:] if "atelectasis" in name]
+    assert (table[some] == "1").any(axis=1).sum() == positives.pop("any atelectasis")
+    assert {label: (table[label] == "1").sum() for label in positives} == positives
+    assert facts["release"] == "the original table" and table.patient.str.len().min() > 30
+
+
+def test_padchest_authors_copy_has_the_exact_counts(fixtures, expected, read, tmp_path):
     table, facts = read("padchest", link(tmp_path / "raw", *(fixtures / "padchest").iterdir()))
     want, tables = expected["padchest/filtered"], expected["tables"]["padchest"]
     labels = table.drop(columns=FACTS).astype(int)
@@ -418,7 +444,7 @@ def test_padchest_has_the_exact_counts(fixtures, expected, read, tmp_path):
     assert labels[some].any(axis=1).sum() == want["atelectasis_any"]
     effusion = [name for name in labels if "pleural effusion" in name]
     assert labels[effusion].any(axis=1).sum() == want["pleural effusion_any"]
-    assert facts["rounded_ids"] == 1860                     # the authors' copy went through a spreadsheet
+    assert facts["release"] == "the authors' copy, ids rounded"
     age = table.age.astype(int)
     assert (age.min(), age.max(), round(age.mean(), 1)) == (0, 98, 59.2)
 
@@ -426,10 +452,6 @@ def test_padchest_has_the_exact_counts(fixtures, expected, read, tmp_path):
 def test_covidx_has_the_exact_counts(fixtures, expected, read, tmp_path):
     raw = link(tmp_path / "raw", *(fixtures / "covidx_ct").iterdir())
     table, facts = read("covidx_ct", raw, "--n-pretrain", 0)
-    boxes = pd.read_csv(tmp_path / "out" / "boxes.csv")
-    assert list(boxes.path) == list(table.path)
-    read_boxes = load_script("data_prep/pack.py").read_boxes(tmp_path / "out" / "boxes.csv")
-    assert list(read_boxes.items()) == [(path, tuple(box)) for path, *box in boxes.itertuples(index=False)]
     for split in ("val", "test"):
         rows, want = table[table.split == split], expected[f"covidx_ct/{split}"]
         assert (len(rows), rows.patient.nunique()) == (want["images"], want["patients"])
@@ -437,10 +459,8 @@ def test_covidx_has_the_exact_counts(fixtures, expected, read, tmp_path):
             positive = rows[rows[name] == "1"]
             assert len(positive) == want["class_images"][str(number)]
             assert positive.patient.nunique() == want["class_patients"][str(number)]
-        assert (boxes[table.split == split][["xmin", "ymin", "xmax", "ymax"]] > 512).any(axis=1).sum() \
-            == want["rows_with_box_beyond_512"]
     assert facts["patients_in_two_lists"] == expected["covidx_ct/val&test shared patients"] == 0
-    assert not any("metadata" in note or "finding" in note for note in facts["notes"])
+    assert facts["absent_lists"] == ["train"]
     metadata = load_script("data_prep/covidx_ct.py").read_table(fixtures / "covidx_ct" / "metadata.csv.gz")
     assert metadata.finding.value_counts().to_dict() == expected["covidx_ct/metadata"]["finding"]
 
@@ -480,7 +500,7 @@ def test_nih_images_are_found_in_every_layout_and_the_sample_is_the_same(read, t
     names = [f"{name}.png" for name in ("00000007_000", "00000007_001", "00000008_000", "00000009_000",
                                         "00000010_000")]
     raw = write(tmp_path / "raw" / "nih", files | {place.format(name): b"" for name in names}).parent
-    table, _ = read("nih", raw, "--require-files")
+    table, _ = read("nih", raw)
     assert list(table.path) == [f"nih/{place.format(name)}" for name in names]
     sample, _ = read("nih", raw, "--pretrain", "all", "--n-pretrain", 3)
     order = np.random.default_rng(42).permutation(5)[:3]
@@ -504,8 +524,7 @@ def test_nih_whole_findings_are_compared_and_unknown_ones_refused(refused, tmp_p
     ({"val_list.txt": None}, "together"),
     ({"val_list.txt": "00000007_001.png"}, "two lists"),
     ({"test_list.txt": None}, "test_list.txt"),
-    ({"test_list.txt": "00000099_000.png"}, "none of its images"),
-    ({"train_list.txt": "00000007_000.png", "val_list.txt": "00000007_001.png"}, "more than one split"),
+    ({"test_list.txt": "00000099_000.png"}, "test_list.txt: no image of it ('00000099_000.png') is in"),
     ({"Data_Entry_2017_v2020.csv": None}, "Data_Entry"),
 ])
 def test_nih_lists_that_cannot_be_are_refused(refused, tmp_path, change, said):
@@ -513,14 +532,9 @@ def test_nih_lists_that_cannot_be_are_refused(refused, tmp_path, change, said):
     assert said in refused("nih", write(tmp_path / "raw", files))
 
 
-def test_nih_given_lists_win_over_found_ones_and_unlisted_images_are_left_out(read, tmp_path):
-    write(tmp_path, {"a.txt": "00000008_000.png 0 0\r\n", "b.txt": "00000010_000.png\r\n",
-                     "c.txt": "00000009_000.png"})
-    table, facts = read("nih", write(tmp_path / "raw", nih_files()), "--train-list", tmp_path / "a.txt",
-                        "--val-list", tmp_path / "b.txt", "--test-list", tmp_path / "c.txt")
-    assert dict(zip(table.patient, table.split)) == {"00000008": "train", "00000010": "val",
-                                                     "00000009": "test"}
-    assert facts["in_no_list"] == 2
+def test_nih_images_in_no_list_are_left_out(read, tmp_path):
+    table, facts = read("nih", write(tmp_path / "raw", nih_files() | {"test_list.txt": "00000010_000.png\r\n"}))
+    assert "00000009" not in set(table.patient) and (len(table), facts["available"]) == (4, 5)
 
 
 # ---- MIMIC-CXR ----
@@ -542,8 +556,6 @@ def test_mimic_labels_go_to_every_image_of_a_study_and_stay_as_they_are(read, tm
     study = table[table.study == "59000001"]
     assert len(study) == 2 and (study.Atelectasis == "1").all() and (study.Consolidation == "-1").all()
     assert (study.Edema == "0").all() and (study.Pneumonia == "").all()
-    last = table[table.study == "59000005"]
-    assert set(last.path) and (last[MIMIC].iloc[-1] != "1").sum() >= 13
     assert (table["view"] == "").sum() == 2 and list(table.columns) == FACTS + MIMIC
 
 
@@ -553,7 +565,6 @@ def test_mimic_study_without_labels_is_kept_blank_or_left_out_on_request(read, t
     raw = write(tmp_path / "raw", files)
     table, facts = read("mimic_cxr", raw, "--n-pretrain", 0)
     assert len(table) == 12 and (table[table.study == "59000005"][MIMIC] == "").all(axis=None)
-    assert any(note.startswith("2 of 12") for note in facts["notes"])
     labelled, _ = read("mimic_cxr", raw, "--n-pretrain", 0, "--labelled-only")
     assert len(labelled) == 10
 
@@ -562,7 +573,7 @@ def test_mimic_samples_are_nested_and_come_from_official_train(read, tmp_path):
     raw = write(tmp_path / "raw", mimic_files(306))
     large, facts = read("mimic_cxr", raw, "--n-pretrain", 250)
     small, _ = read("mimic_cxr", raw, "--n-pretrain", 100)
-    assert list(large.split[:250]) == ["pretrain"] * 250 and facts["drawn_from"] == {"train": 250}
+    assert list(large.split[:250]) == ["pretrain"] * 250 and facts["eligible"] == 300
     assert list(large.path[:100]) == list(small.path[:100])
     everything, _ = read("mimic_cxr", raw, "--n-pretrain", 0)
     train = sorted(everything.path[everything.split == "train"])
@@ -590,13 +601,24 @@ def test_mimic_views_and_splits_restrict_the_sample(read, refused, tmp_path):
     assert "--splits valid" in refused("mimic_cxr", raw, "--splits", "valid")
 
 
-def test_mimic_sex_and_age_come_from_the_patients_table(read, tmp_path):
-    write(tmp_path, {"patients.csv.gz": [["subject_id", "gender", "anchor_age"], ["19000000", "F", "52"]]})
-    table, _ = read("mimic_cxr", write(tmp_path / "raw", mimic_files()), "--n-pretrain", 0, "--patients",
-                    tmp_path / "patients.csv.gz")
-    assert set(map(tuple, table[["patient", "sex", "age"]][table.patient == "19000000"].to_numpy())) == {
-        ("19000000", "F", "52")}
-    assert (table.sex[table.patient != "19000000"] == "").all()
+@pytest.mark.parametrize("name, keys", [("chexpert", "subject_id and study_id"), ("metadata", "dicom_id")])
+def test_mimic_ids_that_became_decimal_numbers_are_refused(refused, tmp_path, name, keys):
+    files = mimic_files()
+    header, *rows = files[f"mimic-cxr-2.0.0-{name}.csv.gz"]
+    damaged = [[f"{cell}.0" if column in ("subject_id", "study_id") else cell
+                for column, cell in zip(header, row)] for row in rows]
+    raw = write(tmp_path / "raw", files | {f"mimic-cxr-2.0.0-{name}.csv.gz": [header, *damaged]})
+    message = refused("mimic_cxr", raw, "--n-pretrain", 0)
+    assert f"{name}.csv.gz: no image has a row in it" in message and keys in message
+    assert "'19000000.0'" in message and "'19000000'" in message
+
+
+def test_mimic_a_table_of_few_studies_is_said_with_its_share(read, tmp_path, capsys):
+    files = mimic_files()
+    files["mimic-cxr-2.0.0-chexpert.csv.gz"] = files["mimic-cxr-2.0.0-chexpert.csv.gz"][:2]     # 2 of 12 images
+    table, _ = read("mimic_cxr", write(tmp_path / "raw", files), "--n-pretrain", 0)
+    assert (table[MIMIC] != "").any(axis=1).sum() == 2
+    assert "chexpert.csv.gz: rows for 16.7% of the images" in capsys.readouterr().out
 
 
 def test_mimic_study_listed_twice_is_refused_rather_than_doubling_images(refused, tmp_path):
@@ -616,6 +638,7 @@ def test_chexpert_release_in_the_path_need_not_be_the_folder(read, tmp_path, rel
                                 for i in (3, 4)] \
         + ["CheXpert-v1.0-small/valid/patient00090/study1/view1_frontal.jpg"]
     assert list(table.split) == ["test", "test", "val"] and table.study[0] == "patient00003/study1"
+    assert list(table.columns) == FACTS + CHEXPERT
 
 
 def test_chexpert_full_release_in_parts_is_put_together(read, tmp_path):
@@ -628,41 +651,51 @@ def test_chexpert_full_release_in_parts_is_put_together(read, tmp_path):
         f"{parts[0]}/patient00003/study1/view1_frontal.jpg": b"",
         f"{parts[0]}/patient00004/study2/view1_frontal.jpg": b"",
         f"{parts[1]}/patient00004/study1/view1_frontal.jpg": b""}).parent
-    table, _ = read("chexpert", raw, "--require-files")
+    table, _ = read("chexpert", raw)
+    assert all((raw / path).is_file() for path in table.path)
     assert [path.split("/")[1] for path in table.path] == [first, parts[0], parts[1]]
 
 
 def test_chexpert_laterals_are_left_out_unless_all_views_are_asked(read, tmp_path):
     raw = write(tmp_path / "raw", chexpert_files())
-    frontal, _ = read("chexpert", raw, "--splits", "val")
-    every, _ = read("chexpert", raw, "--splits", "val", "--views", "all")
-    assert list(frontal["view"]) == ["AP"] and sorted(every["view"]) == ["AP", "Lateral"]
+    frontal, _ = read("chexpert", raw)
+    every, _ = read("chexpert", raw, "--views", "all")
+    assert list(frontal["view"]) == ["AP"] * 3 and sorted(every["view"]) == ["AP"] * 3 + ["Lateral"]
 
 
 def test_chexpert_labels_sex_and_age_are_untouched_where_known(read, tmp_path):
     files = chexpert_files()
-    files["CheXpert-v1.0-small/train.csv"][3] = chexpert_row("train", 2, one="1", Sex="Unknown", Age="0")
-    table, _ = read("chexpert", write(tmp_path / "raw", files), "--splits", "train")
-    row = table.set_index("patient").loc["patient00002"]
+    files["CheXpert-v1.0-small/train.csv"][4] = chexpert_row("train", 3, one="1", Sex="Unknown", Age="0")
+    table, _ = read("chexpert", write(tmp_path / "raw", files))
+    row = table.set_index("patient").loc["patient00003"]
     assert (row["Pleural Effusion"], row.Edema, row.Cardiomegaly, row.Fracture) == ("1", "0", "-1", "")
     assert (row.sex, row.age) == ("", "")
-    assert set(table["Pleural Effusion"]) == {"1"} and table.sex[0] == "F" and table.age[0] == "61"
+    assert set(table["Pleural Effusion"]) == {"1"} and table.sex[1] == "F" and table.age[1] == "61"
 
 
-@pytest.mark.parametrize("header", [["PATIENT", "GENDER", "AGE_AT_CXR", "PRIMARY_RACE", "ETHNICITY"],
-                                    ["patient_id", "sex", "age", "race", "ethnicity"]])
-def test_chexpert_race_is_the_patients_as_given(read, tmp_path, header):
+DEMO = ["PATIENT", "GENDER", "AGE_AT_CXR", "PRIMARY_RACE", "ETHNICITY"]
+
+
+def test_chexpert_race_is_the_patients_as_given(read, tmp_path, capsys):
     write(tmp_path / "raw", {"CHEXPERT DEMO.csv": [
-        header, ["patient00003", "F", "61", "White, non-Hispanic", "Non-Hispanic/Non-Latino"],
+        DEMO, ["patient00003", "F", "61", "White, non-Hispanic", "Non-Hispanic/Non-Latino"],
+        ["patient00003", "F", "61", "", "Unknown"],
         ["patient00090", "F", "61", "Black or African American", "Unknown"]]})
     table, _ = read("chexpert", write(tmp_path / "raw", chexpert_files()))
     assert list(table.race) == ["White, non-Hispanic", "", "Black or African American"]
+    assert "DEMO.csv: rows for 66.7% of the images" in capsys.readouterr().out
+
+
+def test_chexpert_demographics_whose_patients_are_mere_numbers_are_refused(refused, tmp_path):
+    raw = write(tmp_path / "raw", chexpert_files() | {"CHEXPERT DEMO.csv": [DEMO, ["3", "F", "61", "White", ""]]})
+    message = refused("chexpert", raw)
+    assert "DEMO.csv: no image has a row in it" in message and "['3']" in message and "patient0" in message
 
 
 @pytest.mark.parametrize("split, said", [
     (",index,split\n0,1,test\n", "order"), (",index,split\n0,0,train\n1,5,test\n", "row 3"),
     (",index,split\n0,zero,train\n", "row 2"), (",index,split\n0,0,holdout\n", "row 2"),
-    ("number,part\n0,train\n", "index")])
+    ("number,part\n0,train\n", "index"), ("index,split,split\n0,train,test\n", "'split', or two")])
 def test_chexpert_split_files_that_do_not_fit_are_refused(refused, tmp_path, split, said):
     files = chexpert_files() | {"CheXpert-v1.0-small/chexpert_split_2021_08_20.csv": split}
     assert said in refused("chexpert", write(tmp_path / "raw", files))
@@ -691,10 +724,6 @@ def test_chexpert_names_what_it_misses(refused, tmp_path):
     del files["CheXpert-v1.0-small/chexpert_split_2021_08_20.csv"]
     raw = write(tmp_path / "raw", files)
     assert "chexpert_split_2021_08_20.csv" in refused("chexpert", raw)
-    write(tmp_path, {"demo.xlsx": b"PK\x03\x04\xff\xfe\x00"})
-    assert "demo.xlsx" in refused("chexpert", raw, "--splits", "val", "--demographics",
-                                  tmp_path / "demo.xlsx")
-    assert "--splits validate" in refused("chexpert", raw, "--splits", "validate")
 
 
 # ---- PadChest ----
@@ -741,7 +770,7 @@ def test_padchest_labels_are_read_never_evaluated(refused, tmp_path, text, monke
 
 def test_padchest_images_may_lie_in_one_flat_folder(read, tmp_path):
     raw = write(padchest(tmp_path, padchest_row(1)), {"images/image1.png": b""})
-    assert list(read("padchest", raw, "--require-files")[0].path) == ["images/image1.png"]
+    assert list(read("padchest", raw)[0].path) == ["images/image1.png"]
 
 
 def test_padchest_age_is_year_of_study_less_year_of_birth(read, tmp_path):
@@ -769,16 +798,14 @@ def test_vindr_columns_go_by_name_and_a_missing_one_is_blank(read, tmp_path):
               for name in VINDR if name != "Edema"]
     table, facts = read("vindr_cxr", write(tmp_path / "raw", vindr_files(header)), "--with-train")
     assert list(table.columns) == FACTS + VINDR and (table.Edema == "").all()
-    assert any("Edema" in note for note in facts["notes"]) and set(table["Other diseases"]) == {"0"}
+    assert facts["blank_labels"] == ["Edema"] and set(table["Other diseases"]) == {"0"}
 
 
 @pytest.mark.parametrize("rule, nodule, copd", [("majority", "1", "0"), ("any", "1", "1")])
-def test_vindr_training_labels_are_votes_whose_counts_stay(read, tmp_path, rule, nodule, copd):
+def test_vindr_training_labels_are_votes(read, tmp_path, rule, nodule, copd):
     table, _ = read("vindr_cxr", write(tmp_path / "raw", vindr_files()), "--with-train", "--train-vote", rule)
     row = table[table.split == "train"].iloc[0]
     assert (row["Nodule/Mass"], row.COPD, row.ILD) == (nodule, copd, "0")
-    votes = pd.read_csv(tmp_path / "out" / "votes.csv")
-    assert (votes["Nodule/Mass"][0], votes.COPD[0], votes.ILD[0], votes.readers[0]) == (2, 1, 0, 3)
 
 
 def test_vindr_of_kaggle_cannot_stand_in(refused, tmp_path):
@@ -809,15 +836,13 @@ def test_covidx_patient_of_every_family_of_names():
     assert {name: patient_of(name, known) for name in names} == names
 
 
-def test_covidx_sample_is_drawn_from_all_splits_and_boxes_stay(read, tmp_path):
+def test_covidx_sample_is_drawn_from_all_splits(read, tmp_path):
     table, facts = read("covidx_ct", write(tmp_path / "raw", covidx_files()), "--n-pretrain", "all")
-    assert set(table.split) == {"pretrain"} and facts["drawn_from"] == {"train": 1, "val": 2, "test": 1}
+    assert list(table.split) == ["pretrain"] * 4 and facts["available"] == 4
     row = table.set_index("patient").loc["patient45"]
     assert (row.sex, row.age, row["COVID-19"], row.Normal, row["view"]) == ("F", "77", "1", "0", "Axial")
-    boxes = pd.read_csv(tmp_path / "out" / "boxes.csv").set_index("path")
-    assert boxes.loc[row.path].to_list() == [0, 71, 560, 413]          # slices are not all 512 wide
-    part, facts = read("covidx_ct", tmp_path / "raw", "--n-pretrain", "all", "--splits", "val,test")
-    assert sorted(part.split) == ["pretrain"] * 3 + ["train"] and facts["eligible"] == 3
+    some, _ = read("covidx_ct", tmp_path / "raw", "--n-pretrain", 3)
+    assert list(some.path) == list(table.path[:3])                      # nested
 
 
 @pytest.mark.parametrize("folder", ["3A_images", "images", "COVIDx_CT-3A"])
@@ -833,19 +858,24 @@ def test_covidx_3b_is_read_when_asked(read, refused, tmp_path):
     raw = write(tmp_path / "raw", covidx_files("3B"))
     assert "3A.txt" in refused("covidx_ct", raw)
     table, facts = read("covidx_ct", raw, "--release", "3B", "--n-pretrain", "all")
-    assert len(table) == 4 and facts["release"] == "3B"
+    assert len(table) == 4 and facts["dataset"] == "covidx_ct"
 
 
-def test_covidx_tells_unknown_patients_contrary_classes_and_shared_patients(read, tmp_path):
+def test_covidx_tells_unknown_and_shared_patients(read, tmp_path, capsys):
     files = covidx_files()
     files["train_COVIDx_CT-3A.txt"] += "stranger_1_5.png 0 0 0 9 9\nNCP_9999_1235_0017.png 0 0 130 512 429\n"
     files["test_COVIDx_CT-3A.txt"] += "\nNCP_9999_1234_0018.png 2 0 130 512 429\n"
     table, facts = read("covidx_ct", write(tmp_path / "raw", files), "--n-pretrain", 0)
     assert table.set_index("path").loc["3A_images/stranger_1_5.png", "patient"] == "stranger_1"
-    notes = " | ".join(facts["notes"])
-    assert "1 slices: no patient" in notes
-    assert "1 slices have another class" in notes
+    assert "metadata.csv: rows for 85.7% of the images" in capsys.readouterr().out      # 6 of 7
     assert facts["patients_in_two_lists"] == 1
+
+
+def test_covidx_metadata_of_other_patients_are_refused(refused, tmp_path):
+    files = covidx_files()
+    files["metadata.csv"] = files["metadata.csv"].splitlines()[0] + "\nNCP_1,CNCB,China,,,COVID-19,Yes,Expert,,CT\n"
+    message = refused("covidx_ct", write(tmp_path / "raw", files), "--n-pretrain", "all")
+    assert "metadata.csv: no image has a row in it" in message and "NCP_1" in message and "NCP_9999" in message
 
 
 @pytest.mark.parametrize("line", ["a_1_2.png 3 0 0 9 9", "a_1_2.png 2 0 0 9", "a_1_2.png 2 0 0 9 -9",
@@ -861,8 +891,7 @@ def test_covidx_lines_that_cannot_be_are_refused(refused, tmp_path, line):
 
 @pytest.mark.parametrize("root", ["CellData/OCT", "OCT2017", "OCT2017 ", "archive/OCT2017 /OCT2017 "])
 def test_oct_is_found_in_every_release(read, tmp_path, root):
-    table, facts = read("oct", write(tmp_path / "raw", oct_files(root)), "--n-pretrain", "all",
-                        "--require-files")
+    table, facts = read("oct", write(tmp_path / "raw", oct_files(root)), "--n-pretrain", "all")
     assert sorted(table.path) == sorted(oct_files(root)) and set(table.split) == {"pretrain"}
     assert sorted(table.patient) == ["101", "101", "101", "102"] and facts["test_patients_in_train"] == 1
     normal = table.set_index("path").loc[f"{root}/train/NORMAL/NORMAL-102-1.jpeg"]
@@ -881,7 +910,7 @@ def test_oct_second_copy_of_the_tree_counts_once(read, tmp_path):
     raw = write(tmp_path / "raw", oct_files("OCT2017 ") | oct_files("oct2017/OCT2017 "))
     table, facts = read("oct", raw, "--n-pretrain", "all")
     assert sorted(table.path) == sorted(oct_files("OCT2017 "))
-    assert any("second copy" in note for note in facts["notes"])
+    assert facts["second_copies"] == 4
 
 
 def test_oct_with_too_few_images_names_the_release(refused, tmp_path):
@@ -889,12 +918,11 @@ def test_oct_with_too_few_images_names_the_release(refused, tmp_path):
     assert "4 images" in message and "v3" in message
 
 
-def test_oct_folder_wins_over_the_name_with_a_warning(read, tmp_path):
+def test_oct_folder_wins_over_the_name(read, tmp_path):
     files = oct_files() | {"CellData/OCT/train/DME/CNV-103-1.jpeg": b"",
                            "CellData/OCT/train/DME/scan.jpeg": b""}
     table, facts = read("oct", write(tmp_path / "raw", files), "--n-pretrain", "all")
     assert (table.DME == "1").sum() == 2 and "scan" in set(table.patient)
-    assert any(note.startswith("1 names begin with another class") for note in facts["notes"])
 
 
 # ---- ImageNet ----
@@ -925,8 +953,7 @@ def test_imagenet_tar_files_and_missing_answers_are_named(refused, tmp_path):
 
 @needs_shared
 def test_imagenet_real_images_one_a_class(read):
-    table, facts = read("imagenet", SHARED / "realdata" / "imagenet", "--n-pretrain", "all",
-                        "--require-files")
+    table, facts = read("imagenet", SHARED / "realdata" / "imagenet", "--n-pretrain", "all")
     assert len(table) == len(facts["wnids"]) == 1000
     wnids = table.path.str.split("/").str[1]
     assert [facts["wnids"][int(k)] for k in table["class"]] == list(wnids)
@@ -940,9 +967,7 @@ def test_index_has_the_contracts_columns_and_the_same_bytes_again(read, tmp_path
     table, facts = read(dataset, raw, *ALL.get(dataset, []))
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert list(table.columns[:8]) == FACTS and set(table.split) <= {"pretrain", "train", "val", "test"}
-    assert facts["dataset"] == dataset
-    assert facts["images"] == len(table)
-    assert not any(name.endswith(".tmp") for name in written)
+    assert facts["dataset"] == dataset and set(written) == {"index.csv", "index.json"}
     assert facts["splits"] == {split: {"images": len(rows), "patients": rows.patient.nunique()}
                                for split, rows in table.groupby("split")}
     assert b"\r" not in written["index.csv"]
@@ -950,16 +975,13 @@ def test_index_has_the_contracts_columns_and_the_same_bytes_again(read, tmp_path
     assert written == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
-def test_absent_images_stay_in_the_index_unless_required(read, refused, tmp_path, dataset):
+@pytest.mark.parametrize("dataset", [name for name in DATASETS if name not in ("nih", "oct", "imagenet")])
+def test_images_that_are_absent_stay_in_the_index_at_the_place_of_the_download(read, tmp_path, dataset):
     raw = write(tmp_path / "raw", FILES[dataset]())
     table, _ = read(dataset, raw, *ALL.get(dataset, []))
-    if dataset not in ("nih", "oct", "imagenet"):                           # those three have their images
-        assert "absent" in refused(dataset, raw, *ALL.get(dataset, []), "--require-files")
-    for path in table.path:
-        (raw / path).parent.mkdir(parents=True, exist_ok=True)
-        (raw / path).touch()
-    assert list(read(dataset, raw, *ALL.get(dataset, []), "--require-files")[0].path) == list(table.path)
+    assert len(table) and not any((raw / path).exists() for path in table.path)
+    write(raw, dict.fromkeys(table.path, b""))
+    assert list(read(dataset, raw, *ALL.get(dataset, []))[0].path) == list(table.path)
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -989,19 +1011,16 @@ def test_a_mistake_on_the_command_line_exits_with_two():
 
 
 @pytest.mark.parametrize("damage, said", [
-    (lambda text: text.replace("No Finding", "No F\xefnding").encode("latin-1"), "row 3"),
+    (lambda text: text.replace("No Finding", "No F\xefnding").encode("latin-1"), "utf-8"),
     (lambda text: text.replace("Patient Age", "Age").encode(), "Patient Age"),
     (lambda text: gzip.compress(text.encode())[:-20], "not a readable table"),
     (lambda text: b"", "not a readable table"),
     (lambda text: text.replace("\n00000008", "\n\"00000008").encode(), "not a readable table"),
-    (lambda text: (text + text.splitlines()[2] + "\n").encode(),
-     "row 7: image 'images/00000007_001.png' is listed twice"),
-    (lambda text: text.replace("00000007_001.png", "../../x.png").encode(),
-     "row 3: image 'images/../../x.png' names no file")])
-def test_damaged_metadata_is_refused_with_its_row(refused, tmp_path, damage, said):
+    (lambda text: text.replace("View Position", "Patient Age").encode(), "no column 'Patient Age', or two"),
+    (lambda text: text.replace("8,0,F", "8,,0,F").encode(), "line 4")])
+def test_damaged_metadata_is_refused(refused, tmp_path, damage, said):
     files = nih_files()
     files["Data_Entry_2017_v2020.csv"] = damage(files["Data_Entry_2017_v2020.csv"])
-    files["train_list.txt"] += "../../x.png\n"
     message = refused("nih", write(tmp_path / "raw", files))
     assert "Data_Entry_2017_v2020.csv" in message and said in message
 
@@ -1025,39 +1044,13 @@ def test_a_failed_run_leaves_the_index_of_the_last_one(read, refused, tmp_path):
 
 # ---- hostile downloads ----
 
-@pytest.mark.parametrize("linked", ["Data_Entry_2017_v2020.csv", "test_list.txt"])
-def test_metadata_that_are_a_link_out_of_the_raw_folder_are_not_read(refused, tmp_path, linked):
-    raw, outside = write(tmp_path / "raw", nih_files()), tmp_path / "outside"
-    outside.mkdir()
-    (raw / linked).rename(outside / linked)
-    (raw / linked).symlink_to(outside / linked)
-    assert linked[:9] in refused("nih", raw)
-
-
-def test_folders_full_of_folders_are_not_searched_for_metadata(refused, tmp_path):
-    files = {f"patients/{i}/{name}": text for i in range(101) for name, text in nih_files().items()
-             if "images" not in name}
-    assert "Data_Entry" in refused("nih", write(tmp_path / "raw", files))
-
-
 def test_a_raw_folder_may_itself_be_a_link(read, tmp_path):
     write(tmp_path / "elsewhere", nih_files())
     (tmp_path / "raw").symlink_to(tmp_path / "elsewhere")
-    table, _ = read("nih", tmp_path / "raw", "--require-files")
+    table, _ = read("nih", tmp_path / "raw")
     assert len(table) == 5 and table.path[0] == "images/00000007_000.png"
 
 
-opened, watched = [], []
-
-
-def watch(event, details):
-    """Note every path that is opened or listed while a test watches; audit hooks cannot be removed."""
-    events = "open", "os.listdir", "os.scandir"
-    if watched and event in events and isinstance(details[0], (str, os.PathLike)):
-        opened.append(os.path.realpath(details[0]))
-
-
-sys.addaudithook(watch)
 CELLS = ["", " ", "NaN", "None", "../../../etc/passwd", "/etc/passwd", "C:\\x", "..\\x", "a/../../b", "\x00",
          "\n", "é", "1e308", "-1", "2", "inf", "9" * 400, "[[[", "=1+1", "train", "0", "\u202e", "x" * 5000,
          "|", ",", '"', "00000007_000.png"]
@@ -1114,7 +1107,7 @@ def spoil(raw, outside, damage):
         path.symlink_to(outside / "secret.csv")
     elif kind == "folder":
         path.mkdir()
-    elif kind == "odd name":
+    elif kind == "odd name" and path.suffix.lower() in (".png", ".jpeg"):
         path.with_name(f"{path.stem}\n\udcff{path.suffix}").write_bytes(data)
     elif kind != "gone":
         path.write_bytes(data)
@@ -1123,34 +1116,30 @@ def spoil(raw, outside, damage):
 @pytest.mark.parametrize("dataset", DATASETS)
 @settings(deadline=None, derandomize=True, max_examples=30,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(spoils=st.lists(damages(), min_size=1, max_size=3), require=st.booleans())
-def test_spoilt_download_gives_safe_paths_or_one_sentence(dataset, tmp_path_factory, capsys, spoils, require):
+@given(spoils=st.lists(damages(), min_size=1, max_size=3))
+def test_spoilt_download_gives_an_index_or_one_sentence_and_packing_reads_nothing_outside(
+        dataset, tmp_path_factory, capsys, spoils):
     base = tmp_path_factory.mktemp("hostile")
     outside = write(base / "outside", {"secret.csv": "secret", "train/CNV/CNV-1-1.jpeg": b""})
     raw = write(base / "raw", FILES[dataset]())
     (raw / "link").symlink_to(outside)
     for damage in spoils:
         spoil(raw, outside, damage)
-    flags = ALL.get(dataset, []) + ["--require-files"] * require
-    opened.clear()
-    watched.append(True)
     try:
-        table, _ = run(dataset, raw, base / "out" / "index.csv", *flags)
+        table, _ = run(dataset, raw, base / "out" / "index.csv", *ALL.get(dataset, []))
     except SystemExit as exit:
         assert exit.code == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         assert not list((base / "out").glob("*")) if (base / "out").exists() else True
     else:
-        for path in map(PurePosixPath, table.path):
-            assert path.parts and not path.is_absolute() and ".." not in path.parts and "\\" not in str(path)
-        assert table.path.is_unique and set(table.split) <= {"pretrain", "train", "val", "test"}
+        pack = load_script("data_prep/pack.py")
+        for path in table.path:
+            with contextlib.suppress(pack.Rejected):
+                assert Path(pack.locate(raw, path)).is_relative_to(os.path.realpath(raw))
+        assert set(table.split) <= {"pretrain", "train", "val", "test"}
         labels = table.drop(columns=[*FACTS, "class"], errors="ignore")
         assert labels.isin(["1", "0", "-1", ""]).all(axis=None)
-        assert set(table.sex) <= {"M", "F", "O", ""}
-        assert all(age == "" or 0 <= int(age) <= 120 for age in table.age)
     finally:
-        watched.clear()
         capsys.readouterr()
-        assert not [path for path in opened if path.startswith(str(outside))]
         shutil.rmtree(base)
