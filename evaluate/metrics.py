@@ -1,28 +1,34 @@
-"""Score prediction files: every metric of the study, as the paper computed it and as the textbook defines it.
+"""Score prediction files: every metric of the study, its 95 % interval and its patient resamples.
 
 Variant "paper" repeats what printed the tables of "From pre-training to downstream performance: does
-domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819), "corrected" is the usual one.
-To import: each metric, the patient bootstrap by weighted ranks, DeLong's test (clustered too). What compares
-experiments (verdicts, Holm, variance of runs and of patients, detectable differences) is compare.py.
+domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819) where that differs from the usual
+definition, "corrected". To import: auc, auc_interval, delong, oracle_auc, mean_accuracy, subset_accuracy,
+fnr, calibration_error, ece. Comparing arms (intervals over runs, verdicts) is compare.py's.
 
+    python evaluate/metrics.py a.csv b.csv                          two models of yours, a table on the terminal
     python evaluate/metrics.py runs/*/predictions/seed*/*.csv --out results/metrics.csv
-    python evaluate/metrics.py test.csv --exp mine --seed 0 --dataset here --out metrics.csv
-    python evaluate/metrics.py runs/*/predictions/*/nih_test.csv --manifest data/nih/manifest.csv --out m.csv
 
-Reads   predictions: path, patient, true_<label> (0 or 1), prob_<label> (0 to 1), one row an image. A blank
-        patient has no other image; "Pleural Effusion" and other spellings become NIH's. The path tells
-        experiment, seed and test set. nih_val.csv beside a file (or --validation) chooses thresholds.
-Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, threshold, value, ci_low, ci_high.
-        labels: size of the label set: 14 (all NIH's are there), 5 (at least four of the study's), else all.
-        label: blank for the mean over the defined labels (auc_labels says how many) and for whole images.
-        threshold: of the decision p > threshold, or the referred fraction, or the lower edge of a bin.
-        value: blank if undefined. Intervals: 95 %, by patient; of auc, accuracies, fnr, brier, subgroups.
+Reads   predictions: path, patient, true_<label> (1, 0, blank if unknown), prob_<label> (0 to 1), a row an
+        image; sex, age, race if there, or from --manifest. A blank patient has no other image. "Pleural
+        Effusion" and other spellings become NIH's. Experiment, seed and test set: from runs/<exp>/predictions/
+        seed<k>/<test set>.csv, else the file's name, 0 and "test". nih_val.csv beside a file chooses
+        thresholds and a temperature; <test set>.json beside it may hold the mark "stand_in".
+Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, threshold, value, ci_low, ci_high,
+        stand_in. labels: what a mean is over: 14 (NIH's), 5 (at least four of the study's), all (if others).
+        label: of one label; both blank: of whole images. threshold: of p > threshold, the share referred, or
+        a bin's lower edge. value: blank if undefined. <exp>-ensemble: the mean probability of an arm's runs.
+        draws.npz beside it: for "exp/seed/dataset" float32 [rows, resamples], the values of a metric when
+        patients are drawn with replacement, the same ones for every run; "exp/seed/dataset/rows": which.
+Cells that are unknown are left out of every metric; a label that no image knows is not scored.
 """
 
 import argparse
+import csv
+import json
 import os
 import re
 import sys
+import zlib
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -32,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
-from scipy.special import expit, logit, ndtr, ndtri, xlogy
+from scipy.special import expit, logit, ndtr, xlogy
 from threadpoolctl import threadpool_limits
 
 NIH14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
@@ -43,7 +49,8 @@ FRACTIONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)        # nominal share of images r
 SPECIFICITIES = (0.9, 0.95)
 BINS = 15                                            # of calibration errors and reliability curves
 AGES = {"<=40": 40, "41-60": 60, "61-80": 80, ">80": np.inf}    # upper end of each band, years
-COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high".split()
+NORMAL = 1.959964                                    # half width of a 95 % interval in standard errors
+COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high stand_in".split()
 
 
 # --- begin copy: error ---
@@ -54,13 +61,49 @@ def fail(message):
 # --- end copy: error ---
 
 
-# --- begin copy: AUC and resampling ---
-# Throughout: y is 0/1 [n, K], p float [n, K] in [0, 1]; a row is an image, a column a label; NaN: undefined.
+# --------------------------------------------------------------------------------------------------- ranking
+# Throughout: y [n, K] is 1, 0, anything else is unknown; p float [n, K] in [0, 1]; a row is an image, a column
+# a label; NaN is undefined. The influence of an image is what a little more of its weight adds to a metric.
+
+def is_known(y):
+    return (y == 1) | (y == 0)
+
+
 def mean_over_labels(values, variant="corrected"):
     """Mean of the defined values over the last axis; "paper" leaves out zeros too. NaN if none is left."""
     used = values > 0 if variant == "paper" else ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.where(used, values, 0).sum(-1) / used.sum(-1)
+
+
+def ranked_auc(y, level):
+    """AUC of one label; level int [n]: the rank of each score, ties equal. NaN without both classes."""
+    size = level.max(initial=0) + 1
+    high = np.bincount(level[y == 1], minlength=size)
+    low = np.bincount(level[y == 0], minlength=size)
+    with np.errstate(invalid="ignore"):
+        return high @ (np.cumsum(low) - low / 2) / (high.sum() * low.sum())
+
+
+def auc_influence(y, level):
+    """Each image's influence on the AUC of one label, float [n], zeros without both classes.
+
+    For a positive, its share of negatives below it (ties 1/2) less the AUC, over the number of positives; for
+    a negative likewise. Source: DeLong et al. 1988, by ranks as in Sun & Xu 2014.
+    """
+    positive, negative = y == 1, y == 0
+    high, low = (np.bincount(level[members], minlength=level.max() + 1) for members in (positive, negative))
+    if not positive.any() or not negative.any():
+        return np.zeros(len(y))
+    below = (np.cumsum(low) - low / 2) / low.sum()
+    above = 1 - (np.cumsum(high) - high / 2) / high.sum()
+    area = high @ below / high.sum()
+    return positive * (below[level] - area) / high.sum() + negative * (above[level] - area) / low.sum()
+
+
+def levels(scores):
+    """Rank of each score, int [n], equal scores sharing one."""
+    return np.unique(scores, return_inverse=True)[1]
 
 
 def auc(y, p, variant="corrected"):
@@ -69,58 +112,87 @@ def auc(y, p, variant="corrected"):
     Undefined without both classes; "paper" gives 0 to a label without positives.
     """
     if np.ndim(y) == 1:
-        return auc(y[:, None], p[:, None], variant)[0]
-    values = np.full(y.shape[1], np.nan)
-    for k, (truth, score) in enumerate(zip(y.T, p.T)):
-        positive, negative = (np.sort(score[np.flatnonzero(truth == c)]) for c in (1, 0))    # mask is slower
-        if len(positive) and len(negative):
-            below = np.searchsorted(negative, positive)
-            tied = negative[np.minimum(below, len(negative) - 1)] == positive
-            ties = np.searchsorted(negative, positive[tied], "right") - below[tied]
-            values[k] = (below.sum() + ties.sum() / 2) / (len(positive) * len(negative))
-        elif variant == "paper" and not len(positive):
-            values[k] = 0.0
+        return auc(np.asarray(y)[:, None], np.asarray(p)[:, None], variant)[0]
+    values = np.array([ranked_auc(truth, levels(score)) for truth, score in zip(y.T, p.T)])
+    if variant == "paper":
+        values[~(y == 1).any(0)] = 0
     return values
 
 
-def auc_influence(y, p):
-    """What each image adds to the AUC of one label (1-D, both classes), float [n].
+def clustered_error(y, influence, patient=None):
+    """Standard error of an AUC, or a difference of AUCs, of one label from its influences, float [n].
 
-    A positive: (share of the negatives below it, ties 1/2, - AUC) / positives; a negative likewise with the
-    positives above it. The components of DeLong et al. (1988), by ranks as in Sun & Xu (2014).
+    Images of one `patient` are a cluster (all alone by default). NaN if a class has fewer than two patients.
+    Source: Obuchowski 1997; with one image a patient DeLong et al. 1988.
     """
-    positive = y == 1
-    below_or_at = [np.searchsorted(ranked, p) + np.searchsorted(ranked, p, "right")
-                   for ranked in (np.sort(p[~positive]), np.sort(p[positive]))]
-    negatives, positives = (~positive).sum(), positive.sum()
-    placed = np.where(positive, below_or_at[0] / (2 * negatives), 1 - below_or_at[1] / (2 * positives))
-    return (placed - placed[positive].mean()) / np.where(positive, positives, negatives)
+    cluster = levels(np.arange(len(y)) if patient is None else patient)
+    size, sums, counts = cluster.max() + 1, [], []
+    for members in (y == 1, y == 0):
+        sums.append(np.bincount(cluster[members], influence[members], size))
+        counts.append(len(np.unique(cluster[members])))
+    (ten, one), (m, n) = sums, counts
+    if min(m, n) < 2:
+        return np.nan
+    variance = m / (m - 1) * ten @ ten + n / (n - 1) * one @ one
+    variance += 2 * size / (size - 1) * ten @ one
+    return np.sqrt(max(variance, 0))
 
 
-def delong_test(difference, parts, clusters):
-    """Test of equal AUC of two models on the same images (DeLong et al. 1988; Obuchowski 1997); one label.
+def auc_interval(y, p, patient=None):
+    """(AUC, lower, upper end of its 95 % interval) of one label; 1-D y and p in scikit-learn's order.
 
-    parts float [2, P]: auc_influence, left - right, summed over the positives and the negatives of each
-    patient; clusters: how many patients have a positive, a negative. Returns a dict: difference, se, z, p;
-    se is NaN if a class has one patient, z and p where se tells nothing.
+    AUC +- 1.96 standard errors (DeLong), clustered by `patient` if given, within 0 and 1; NaN if undefined.
     """
-    (ten, one), (m, n), size, se = parts, clusters, len(parts[0]), np.nan
-    if min(m, n) > 1:
-        variance = m / (m - 1) * ten @ ten + n / (n - 1) * one @ one + 2 * size / (size - 1) * ten @ one
-        se = np.sqrt(max(variance, 0))
+    y, p = np.asarray(y), np.asarray(p)
+    area, margin = auc(y, p), NORMAL * clustered_error(y, auc_influence(y, levels(p)), patient)
+    return float(area), float(max(area - margin, 0)), float(min(area + margin, 1))
+
+
+def delong(y, p_left, p_right, patient=None):
+    """DeLong's test of equal AUC of two models on the same images, one label, all arguments 1-D.
+
+    Returns: {difference, se, z, p}; se as clustered_error, z and p NaN where it tells nothing.
+    Raises: ValueError without both classes.
+    """
+    difference = auc(y, p_left) - auc(y, p_right)
+    if np.isnan(difference):
+        raise ValueError("DeLong's test needs positives and negatives")
+    influence = auc_influence(y, levels(p_left)) - auc_influence(y, levels(p_right))
+    se = clustered_error(y, influence, patient)
     z = difference / se if se > 0 else (0.0 if se == difference == 0 else np.nan)
     return {"difference": difference, "se": se, "z": z, "p": 2 * ndtr(-abs(z))}
 
+
+def average_precision(y, p):
+    """AUPRC (average precision) of one label and each image's influence on it, float [n]; NaN without positives.
+
+    The mean over positives of the precision at their score; a further image above a score changes it there.
+    """
+    positive, negative = y == 1, y == 0
+    high, low = np.sort(p[positive]), np.sort(p[negative])
+    if not len(high):
+        return np.nan, np.zeros(len(p))
+    true = len(high) - np.searchsorted(high, high)            # positives that score at least as high, each
+    false = len(low) - np.searchsorted(low, high)
+    flagged = true + false
+    area = (true / flagged).mean()
+    reached = np.searchsorted(high, p, "right")               # positives that do not score higher, each image
+    gain, loss = (np.append(0, np.cumsum(part / flagged ** 2))[reached] for part in (false, true))
+    own = (true / flagged)[np.maximum(reached - 1, 0)]
+    return area, (positive * (own - area + gain) - negative * loss) / len(high)
+
+
+# ------------------------------------------------------------------------------------------------ resampling
 
 @lru_cache(maxsize=8)
 def resample_counts(size, resamples, seed):
     """How often each of `size` units is drawn in every bootstrap resample, uint8 [B, size], read-only."""
     rng = np.random.default_rng(seed)
-    draws = np.empty((resamples, size), np.uint8, order="F")     # read patient by patient
-    for row in draws:
+    counts = np.empty((resamples, size), np.uint8, order="F")     # read patient by patient
+    for row in counts:
         row[:] = np.bincount(rng.integers(size, size=size), minlength=size)
-    draws.flags.writeable = False
-    return draws
+    counts.flags.writeable = False
+    return counts
 
 
 def draw_patients(patient, resamples, seed=0):
@@ -128,121 +200,99 @@ def draw_patients(patient, resamples, seed=0):
 
     The draws depend on the set of patients and the seed alone: two models on one test set get the same ones.
     """
-    names, index = np.unique(patient, return_inverse=True)
-    return index, resample_counts(len(names), resamples, seed)
+    index = levels(patient)
+    return index, resample_counts(index.max() + 1, resamples, seed)
 
 
-def auc_draws(y, p, patient, draws, chunk=128):
-    """AUC per label of every resample, float [B, K], by weighted ranks; patient and draws from draw_patients.
+def auc_draws(y, p, patient, counts, chunk=128):
+    """AUC per label of every resample, float [B, K], by weighted ranks; patient and counts of draw_patients.
 
-    Scores are sorted once. Positives that outrank the same negatives share a row; `step` holds the negatives
-    between a row and the one before (twice; a tie: once here, once in the next), by patient: a resample costs
-    one sparse product and one cumulative sum, here by blocks of 32 rows times a triangle of ones, twice as
-    fast as np.cumsum. Counts are exact, in 16 bits where all rows of a label fit (half the time), or in
-    float32, up to 2^22 images.
+    Positives that outrank the same negatives share a row; `steps` holds the negatives between a row and the
+    one before, by patient (twice; a tie: once here, once in the next), `at` a row's positives. A resample
+    costs two sparse products and a cumulative sum over rows, by blocks of 32 rows times a triangle of ones:
+    twice as fast as np.cumsum. Exact in 16 bits where a row's counts fit, else in float32 up to 2^22 images.
     """
-    triangle, patients, sides = np.tri(32, dtype=np.float32), draws.shape[1], ("left", "right")
-    maps, values, most = [], np.full((len(draws), y.shape[1]), np.nan), int(draws.max(initial=0))
-    for k in range(y.shape[1]):
-        order = np.argsort(p[:, k])
-        score, owner, positive = p[order, k], patient[order], y[order, k] == 1
-        high, low = score[positive], score[~positive]
-        outranked = sum(np.searchsorted(low, high, side) for side in sides)
-        _, first, row = np.unique(outranked, return_index=True, return_inverse=True)
-        next_row = np.concatenate([np.searchsorted(high[first], low, side) for side in sides])
-        entries = (next_row, np.tile(owner[~positive], 2)), (row, owner[positive])
-        shape = (len(first) // 32 + 1) * 32, patients
-        largest = max(np.bincount(rows).max(initial=0) for rows, _ in entries)
+    values = np.full((len(counts), y.shape[1]), np.nan)
+    triangle, most, maps = np.tri(32, dtype=np.float32), int(counts.max(initial=0)), []
+    for truth, score in zip(y.T, p.T):
+        high, low = np.flatnonzero(truth == 1), np.flatnonzero(truth == 0)
+        ranked = np.sort(score[low])
+        outranked = np.searchsorted(ranked, score[high]) + np.searchsorted(ranked, score[high], "right")
+        _, first, at = np.unique(outranked, return_index=True, return_inverse=True)
+        leaders = score[high][first]
+        steps = np.concatenate([np.searchsorted(leaders, score[low], side) for side in ("left", "right")])
+        shape = (len(leaders) // 32 + 1) * 32, counts.shape[1]
+        largest = max(np.bincount(rows).max(initial=0) for rows in (steps, at))
         kind = np.uint16 if largest * most < 2 ** 16 else np.float32
-        maps.append([csr_matrix((np.ones(len(cells[0]), kind), cells), shape) for cells in entries])
-    for start in range(0, len(draws), chunk):
-        block = draws[start:start + chunk].T
-        weights = {kind: block.astype(kind, order="C") for kind in {step.dtype for step, _ in maps}}
-        for k, (step, at) in enumerate(maps):
-            weight = weights[step.dtype]                                        # [P, b]
-            below, drawn = ((cells @ weight).astype(np.float32, copy=False) for cells in (step, at))
-            below = triangle @ below.reshape(-1, 32, below.shape[1])
-            below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                  # what the blocks before hold
-            below = below.reshape(drawn.shape)                                  # [rows, b]
-            ordered, positives = np.einsum("ij,ij->j", drawn, below, dtype=np.float64), drawn.sum(0)
+        for cells in ((steps, np.tile(patient[low], 2)), (at, patient[high])):
+            maps.append(csr_matrix((np.ones(len(cells[0]), kind), cells), shape))
+    for start in range(0, len(counts), chunk):
+        block = counts[start:start + chunk].T
+        weights = {kind: block.astype(kind, order="C") for kind in {part.dtype for part in maps}}   # [P, b]
+        products = ((part @ weights[part.dtype]).astype(np.float32, copy=False) for part in maps)
+        for k, (steps, drawn) in enumerate(zip(products, products)):                # [rows, b]
+            below = triangle @ steps.reshape(-1, 32, steps.shape[1])
+            below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                      # of the blocks before
+            below = below.reshape(drawn.shape)
+            ordered = np.einsum("ij,ij->j", drawn, below, dtype=np.float64)
+            pairs = drawn.sum(0, dtype=np.float64) * below[-1]
             with np.errstate(invalid="ignore"):
-                values[start:start + chunk, k] = ordered / (positives.astype(np.float64) * below[-1])
+                values[start:start + chunk, k] = ordered / pairs
     return values
 
 
-def sum_draws(columns, patient, draws, chunk=128):
-    """Sums of float columns [n, M] in every resample, [B, M]: the rates of a resample are ratios of these.
+def linear_draws(influences, counts, chunk=128):
+    """What each resample adds to a metric, to first order, float32 [B, M]; influences [P, M], by patient.
 
-    float32 is exact for counts below 2^24, and twice as fast.
+    The infinitesimal jackknife (Efron 1982): its spread is the bootstrap's where the metric is smooth.
     """
-    ones, shape = np.ones(len(patient), columns.dtype), (draws.shape[1], len(patient))
-    by_patient = csr_matrix((ones, (patient, np.arange(len(patient)))), shape) @ columns
-    sums = np.zeros((len(draws), columns.shape[1]), columns.dtype)
-    for start in range(0, len(by_patient), chunk):          # few enough for their draws to be cached
-        sums += draws[:, start:start + chunk].astype(columns.dtype) @ by_patient[start:start + chunk]
+    influences = influences.astype(np.float32)
+    sums = np.zeros((len(counts), influences.shape[1]), np.float32) - influences.sum(0)
+    for start in range(0, len(influences), chunk):          # few enough for their draws to be cached
+        sums += counts[:, start:start + chunk].astype(np.float32) @ influences[start:start + chunk]
     return sums
-
-
-def interval(draws, value=None, influence=None, level=0.95):
-    """Percentile interval of draws [B], NaN left out; BCa (Efron 1987) if value and influence [P] are given.
-
-    influence: how much each patient adds to the value. BCa needs draws on both sides of the value.
-    """
-    draws, tails = draws[~np.isnan(draws)], np.array([(1 - level) / 2, (1 + level) / 2])
-    if not len(draws):
-        return np.nan, np.nan
-    if influence is not None and draws.min() < value < draws.max():
-        bias = ndtri(((draws < value).mean() + (draws <= value).mean()) / 2)
-        skew = (influence ** 3).sum() / (6 * (influence ** 2).sum() ** 1.5)
-        tails = ndtr(bias + (bias + ndtri(tails)) / (1 - skew * (bias + ndtri(tails))))
-    return tuple(np.interp(tails * (len(draws) - 1), np.arange(len(draws)), np.sort(draws)))
-# --- end copy: AUC and resampling ---
-
-
-def delong(y, p_left, p_right, patient=None):
-    """delong_test of two models, for one label; all arguments 1-D, length n.
-
-    Images count as independent, with `patient` those of one patient as a cluster (the same where every
-    patient has one image). Raises ValueError without both classes.
-    """
-    if (y == 1).all() or not (y == 1).any():
-        raise ValueError("DeLong's test needs positives and negatives")
-    cluster = np.unique(np.arange(len(y)) if patient is None else patient, return_inverse=True)[1]
-    contrast = auc_influence(y, p_left) - auc_influence(y, p_right)
-    classes = [y == 1, y != 1]
-    parts = [np.bincount(cluster[members], contrast[members], cluster.max() + 1) for members in classes]
-    return delong_test(auc(y, p_left) - auc(y, p_right), parts,
-                       [len(np.unique(cluster[members])) for members in classes])
-
-
-def stable_order(values):
-    """np.argsort(values, kind="stable") of floats [n], several times as fast where few are equal."""
-    order = np.argsort(values)
-    ranked = values[order]
-    tied = np.flatnonzero(ranked[1:] == ranked[:-1])
-    tied = np.union1d(tied, tied + 1)
-    order[tied] = order[tied][np.lexsort((order[tied], ranked[tied]))]
-    return order
 
 
 # ------------------------------------------------------------------------------------- decisions and referral
 
+def share(hits, among):
+    """Share of `among` that are `hits` per column, float [M], and each image's influence on it, [n, M]."""
+    total = among.sum(0)
+    with np.errstate(invalid="ignore"):
+        value = hits.sum(0) / total
+        return value, (hits - value * among) / total
+
+
+def is_right(y, p, threshold):
+    """Whether each cell is on its side of p > threshold, bool [n, K]; False where unknown."""
+    return np.where(p > threshold, y == 1, y == 0)
+
+
 def mean_accuracy(y, p, threshold, variant="corrected"):
     """Accuracy at p > threshold, averaged over labels; "paper" rounds each label to 4 decimals first."""
-    accuracy = ((p > threshold) == (y == 1)).mean(0)
+    accuracy, _ = share(is_right(y, p, threshold), is_known(y))
     return (accuracy.round(4) if variant == "paper" else accuracy).mean()
 
 
+def all_right(y, p, threshold):
+    """share() of the images with every label right among those with every label known, one column."""
+    return share(is_right(y, p, threshold).all(1)[:, None], is_known(y).all(1)[:, None])
+
+
 def subset_accuracy(y, p, threshold):
-    """Share of images with every label right at p > threshold."""
-    return ((p > threshold) == (y == 1)).all(1).mean()
+    """Share of images with every label right at p > threshold, of those with every label known."""
+    return all_right(y, p, threshold)[0][0]
+
+
+def misses(y, p, threshold):
+    """{"fnr": share() of positives that are missed, "fpr": of negatives that are not} at p > threshold."""
+    flagged, positive, negative = p > threshold, y == 1, y == 0
+    return {"fnr": share(positive & ~flagged, positive), "fpr": share(negative & flagged, negative)}
 
 
 def fnr(y, p, threshold):
     """Missed share of the positives per label at p > threshold, float [K]; undefined without positives."""
-    positive = y == 1
-    with np.errstate(invalid="ignore"):
-        return (positive & (p <= threshold)).sum(0) / positive.sum(0)
+    return misses(y, p, threshold)["fnr"][0]
 
 
 def images_seen(n, fractions, variant="corrected"):
@@ -253,25 +303,30 @@ def images_seen(n, fractions, variant="corrected"):
     return np.minimum(seen.cumsum() if variant == "paper" else seen, n)
 
 
-def referral_auc(y, p, seen):
-    """AUC per label when the `seen` most uncertain images are answered, and when they are left out: [Q, K].
+def answer_levels(p):
+    """Ranks of p per label, int [n + 2, K]; the last two rows are those of the answers 0 and 1."""
+    return np.stack([levels(np.append(score, [0, 1])) for score in p.T], 1)
 
-    Uncertain: small u = mean over labels of |p - 0.5|, in stable order of (u, row). An answer is the truth as
-    a probability. Its pairs are in order but for ties, so the images without one have to be ranked only.
+
+def referral_turns(p):
+    """When each image is referred, int [n]: by u = mean over labels of |p - 0.5|, ties by row."""
+    turns = np.empty(len(p), int)
+    turns[np.argsort(np.abs(p - 0.5).mean(1), kind="stable")] = np.arange(len(p))
+    return turns
+
+
+def answered(y, turns, level, count):
+    """Ranks [n, K] after the first `count` images in turn were answered: the truth as a probability."""
+    return np.where((turns < count)[:, None], (y == 1) * level[-1], level[:-2])
+
+
+def referral_auc(y, turns, level, seen):
+    """AUC per label, float [Q, K], after the first `seen` images in turn were answered.
+
+    Args: turns int [n] of referral_turns, level int [n + 2, K] of answer_levels.
     """
-    order, all_low = stable_order(np.abs(p - 0.5).mean(1)), (y == 0).sum(0)
-    all_high, answered, left_out = len(y) - all_low, [], []
-    for count in seen:
-        truth, score = (np.asfortranarray(values[order[count:]]) for values in (y, p))
-        low, tied = (truth == 0).sum(0), score == 1 - truth      # p equals the answer to the other class
-        high, tied_low = len(truth) - low, (tied & (truth == 0)).sum(0)
-        left_out.append(auc(truth, score))
-        ordered = np.where(high * low, left_out[-1], 0) * high * low
-        ordered += (all_high - high) * (all_low - tied_low / 2)
-        ordered += (all_low - low) * (high - (tied.sum(0) - tied_low) / 2)
-        with np.errstate(invalid="ignore"):
-            answered.append(ordered / (all_high * all_low))
-    return np.array(answered), np.array(left_out)
+    tables = [answered(y, turns, level, count) for count in seen]
+    return np.array([[ranked_auc(*column) for column in zip(y.T, table.T)] for table in tables])
 
 
 def oracle_auc(y, p, fractions, variant="corrected"):
@@ -280,7 +335,7 @@ def oracle_auc(y, p, fractions, variant="corrected"):
     "paper" gives 0 to a label without positives, and its referrals add up.
     """
     seen = images_seen(len(p), fractions, variant)
-    values = referral_auc(y, p, seen)[0]
+    values = referral_auc(y, referral_turns(p), answer_levels(p), seen)
     if variant == "paper":
         values[:, ~(y == 1).any(0)] = 0
     return values, seen / len(p)
@@ -288,47 +343,65 @@ def oracle_auc(y, p, fractions, variant="corrected"):
 
 def risk_coverage_area(y, p, threshold=0.5):
     """Share of wrong labels among the 1, 2, ... n most certain images, averaged (Geifman et al. 2019)."""
-    certain_first = stable_order(-np.abs(p - 0.5).mean(1))
-    wrong = ((p > threshold) != (y == 1)).mean(1)[certain_first]
-    return (np.cumsum(wrong) / np.arange(1, len(y) + 1)).mean()
+    certain_first = np.argsort(-np.abs(p - 0.5).mean(1), kind="stable")
+    known = is_known(y)[certain_first]
+    wrong = known & ~is_right(y, p, threshold)[certain_first]
+    some = known.any(1)
+    risk = wrong[some].sum(1) / known[some].sum(1)
+    return (np.cumsum(risk) / np.arange(1, len(risk) + 1)).mean()
 
 
 # ------------------------------------------------------------------------------------------------ calibration
 
-def bin_gap(bins, confidence, outcome):
-    """Sum over bins of count |mean confidence - mean outcome| / n per label, float [K]; the counts cancel."""
-    excess = zip(bins.T, (confidence - outcome).T)
-    return np.array([np.abs(np.bincount(*column)).sum() for column in excess]) / len(bins)
+def binned_error(bins, excess):
+    """Sum over bins of count |mean excess| / n of one label, and each image's influence on it, float [n]."""
+    sums = np.bincount(bins, excess)
+    error = np.abs(sums).sum() / len(bins)
+    return error, (np.sign(sums)[bins] * excess - error) / len(bins)
 
 
 def calibration_error(y, p, thresholds=THRESHOLDS):
     """The paper's "calibration error", float [T, K]: |p - 0.5| held against the accuracy at the threshold.
 
     Bin i starts at i/30 but is 1/15 wide, and an item goes to the first bin that holds it, which is the first
-    whose upper end lies above it. Source: the released evaluation code (evaluation.md, section 2).
+    whose upper end lies above it. Source: the released evaluation code.
     """
-    confidence, upper = np.abs(p - 0.5), np.linspace(0, 0.5, BINS + 1)[:-1] + 1 / BINS
-    bins = np.searchsorted(upper, confidence, "right")
-    return np.array([bin_gap(bins, confidence, (p > threshold) == (y == 1)) for threshold in thresholds])
+    upper, values = np.linspace(0, 0.5, BINS + 1)[:-1] + 1 / BINS, np.empty((len(thresholds), y.shape[1]))
+    for k, (truth, score) in enumerate(zip(y.T, p.T)):
+        truth, score = truth[is_known(truth)], score[is_known(truth)]
+        confidence = np.abs(score - 0.5)
+        bins = np.searchsorted(upper, confidence, "right")
+        for t, threshold in enumerate(thresholds):
+            values[t, k] = binned_error(bins, confidence - is_right(truth, score, threshold))[0]
+    return values
 
 
 def probability_bins(p, adaptive=False):
-    """Bin of each probability, int [n, K]: BINS equal widths, closed above, or (adaptive) equal counts."""
+    """Bin of each probability of one label, int [n]: BINS equal widths, closed above, or equal counts."""
     if not adaptive:
         return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], p)
-    bins = np.empty(p.shape, int)
-    for column, scores in zip(bins.T, p.T):
-        column[stable_order(scores)] = np.arange(len(p)) * BINS // len(p)
+    bins = np.empty(len(p), int)
+    bins[np.argsort(p, kind="stable")] = np.arange(len(p)) * BINS // len(p)
     return bins
+
+
+def ece_and_influence(y, p, adaptive=False):
+    """Expected calibration error per label, float [K], and each image's influence on it, [n, K]."""
+    values, influence = np.empty(y.shape[1]), np.zeros(y.shape)
+    for k, known in enumerate(is_known(y).T):
+        truth, score = y[known, k], p[known, k]
+        values[k], influence[known, k] = binned_error(probability_bins(score, adaptive), score - truth)
+    return values, influence
 
 
 def ece(y, p, adaptive=False):
     """Expected calibration error per label, float [K]: p against the share of positives (Guo et al. 2017)."""
-    return bin_gap(probability_bins(p, adaptive), p, y)
+    return ece_and_influence(y, p, adaptive)[0]
 
 
 def reliability(y, p):
     """Reliability curve of one label (1-D): images, mean p, share of positives in each bin, float [BINS]."""
+    y, p = y[is_known(y)], p[is_known(y)]
     bins = probability_bins(p)
     count, predicted, observed = (np.bincount(bins, weights, BINS) for weights in (None, p, y))
     with np.errstate(invalid="ignore"):
@@ -341,8 +414,9 @@ def temper(p, temperature):
 
 
 def fit_temperature(y, p):
-    """The temperature in 0.05-20 of least cross-entropy over all labels (Guo et al., arXiv:1706.04599)."""
+    """The temperature in 0.05-20 of least cross-entropy over all known cells (Guo et al., arXiv:1706.04599)."""
     from scipy.optimize import minimize_scalar          # takes half a second and is not always needed
+    y, p = y[is_known(y)], p[is_known(y)]
 
     def cross_entropy(log_temperature):
         q = temper(p, np.exp(log_temperature))
@@ -352,33 +426,14 @@ def fit_temperature(y, p):
 
 # ------------------------------------------------------------------------------------------- operating points
 
-def operating_points(y, p):
-    """One label (1-D): its distinct scores t, ascending, and how many positives and negatives have p > t."""
-    order = np.argsort(p)
-    scores, positive = p[order], y[order] == 1
-    last = np.flatnonzero(np.append(scores[1:] > scores[:-1], True))        # of the images with each score
-    above = positive.sum() - np.cumsum(positive)[last]
-    return scores[last], above, len(p) - 1 - last - above
-
-
-def average_precision(y, p):
-    """Area under the precision-recall steps (AUPRC) per label, float [K]; undefined without positives."""
+def sensitivity_at(y, p, specificity):
+    """Highest sensitivity of p > t with at least that specificity per label, float [K]; NaN without a class."""
     values = np.full(y.shape[1], np.nan)
-    for k in np.flatnonzero(y.any(0)):
-        _, true, false = operating_points(y[:, k], p[:, k])
-        from_t = np.append(y[:, k].sum(), true[:-1])                # positives with p >= t
-        flagged = np.append(len(y), (true + false)[:-1])
-        values[k] = ((from_t - true) * from_t / flagged).sum() / from_t[0]
-    return values
-
-
-def sensitivity_at(y, p, specificities=SPECIFICITIES):
-    """Highest sensitivity with at least each specificity, float [S, K]; undefined without both classes."""
-    values = np.full((len(specificities), y.shape[1]), np.nan)
-    for k in np.flatnonzero(y.any(0) & ~y.all(0)):
-        _, true, false = operating_points(y[:, k], p[:, k])
-        specificity = 1 - false / (y[:, k] == 0).sum()
-        values[:, k] = true[np.searchsorted(specificity, np.array(specificities) - 1e-12)] / y[:, k].sum()
+    for k in np.flatnonzero((y == 1).any(0) & (y == 0).any(0)):
+        low = np.sort(p[y[:, k] == 0, k])
+        least = int(np.ceil(specificity * len(low) - 1e-9))           # negatives that must not be flagged
+        threshold = low[least - 1] if least else -1
+        values[k] = (p[y[:, k] == 1, k] > threshold).mean()
     return values
 
 
@@ -386,297 +441,372 @@ def choose_threshold(y, p, rule):
     """The lowest score t of one label (1-D) where p > t is best by `rule`: "f1", or "youden" for
     sensitivity + specificity. NaN without both classes.
     """
-    positives, negatives = (y == 1).sum(), (y == 0).sum()
-    if not positives or not negatives:
+    high, low, scores = np.sort(p[y == 1]), np.sort(p[y == 0]), np.unique(p[is_known(y)])
+    if not len(high) or not len(low):
         return np.nan
-    scores, true, false = operating_points(y, p)
-    gain = {"f1": 2 * true / (true + false + positives), "youden": true / positives - false / negatives}[rule]
+    true = len(high) - np.searchsorted(high, scores, "right")
+    false = len(low) - np.searchsorted(low, scores, "right")
+    gain = true / len(high) - false / len(low) if rule == "youden" else true / (true + false + len(high))
     return scores[np.argmax(gain)]
-
-
-def rates(y, p, threshold):
-    """Accuracy, sensitivity, specificity, ... of p > threshold (one or [K]) by name, float [K] each."""
-    positive, flagged = y == 1, p > threshold
-    hit, passed = (positive & flagged).sum(0), (~positive & ~flagged).sum(0)
-    with np.errstate(invalid="ignore"):
-        sensitivity, specificity = hit / positive.sum(0), passed / (~positive).sum(0)
-        f1 = np.where(positive.any(0), 2 * hit / (positive.sum(0) + flagged.sum(0)), np.nan)
-    return {"accuracy": (hit + passed) / len(y), "sensitivity": sensitivity, "specificity": specificity,
-            "balanced_accuracy": (sensitivity + specificity) / 2, "f1": f1}
 
 
 # ---------------------------------------------------------------------------------------------- reading files
 
+# --- begin copy: files ---
 class InputError(ValueError):
     """A mistake in the user's files; the text is the sentence to print."""
 
 
-class Predictions(NamedTuple):
-    """One predictions file: the K labels, y int8 [n, K], p float64 [n, K], patient and path str [n]."""
-    labels: list
-    y: np.ndarray
-    p: np.ndarray
-    patient: np.ndarray
-    path: np.ndarray
-
-    def of(self, labels):
-        """y and p of some of the labels."""
-        columns = [self.labels.index(label) for label in labels]
-        return self.y[:, columns], self.p[:, columns]
-
-
-def nih_name(label):
-    """NIH's spelling of a label ("Pleural effusion": "Effusion"); a label that NIH lacks keeps its own."""
-    spelt = {name.replace("_", "").lower(): name for name in NIH14} | {"pleuraleffusion": "Effusion"}
-    return spelt.get(re.sub(r"[\W_]", "", label).lower(), label)
-
-
-def read_csv(path, columns, **options):
-    """A CSV that holds `columns` and at least one row. Raises InputError."""
+def read_csv(path, columns=(), dtype=str):
+    """A CSV, blank cells as "". Raises InputError unless every row has the header's number of cells, every
+    column a name of its own, and `columns` and at least one row are there.
+    """
     try:
-        frame = pd.read_csv(path, keep_default_na=False, low_memory=False, **options)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            header = next(rows, [])
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise InputError(f"{path} line {rows.line_num} has {len(row)} cells, the header "
+                                     f"{len(header)}; mend the line")
+        frame = pd.read_csv(path, dtype=dtype, keep_default_na=False, low_memory=False, encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path") from None
-    except (OSError, UnicodeDecodeError, pd.errors.EmptyDataError, pd.errors.ParserError) as problem:
-        reason = " ".join(str(problem).split())
-        raise InputError(f"{path} is no CSV table with a header row ({reason})") from None
-    for column in columns:
-        if column not in frame:
-            raise InputError(f"{path} has no column '{column}'; add it")
+    except (OSError, UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as problem:
+        raise InputError(f"{path} is no CSV table with a header row ({problem}); make it again") from None
+    for place, name in enumerate(header, 1):
+        if not name.strip():
+            raise InputError(f"{path}: column {place} has no name; name it or delete it")
+        if header.count(name) > 1:
+            raise InputError(f"{path} has two columns '{name}'; keep one")
+    for name in columns:
+        if name not in header:
+            raise InputError(f"{path} has no column '{name}'; expected {', '.join(columns)}")
     if frame.empty:
         raise InputError(f"{path} has a header and no rows; make it again")
     return frame
 
 
+def write(path, save):
+    """A file, whole or not at all: `save` fills a temporary one beside it, which is then renamed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(path.name + ".tmp"), "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except OSError as problem:
+        raise InputError(f"{path} cannot be written ({problem.strerror}); choose another --out") from None
+# --- end copy: files ---
+
+
+class Predictions(NamedTuple):
+    """One predictions file: its K labels, y int8 [n, K] (-1: unknown), p float64 [n, K], patient and path
+    str [n], and people: sex, age band and race, a DataFrame of str by image.
+    """
+    labels: list
+    y: np.ndarray
+    p: np.ndarray
+    patient: np.ndarray
+    path: np.ndarray
+    people: pd.DataFrame
+
+
+def nih_name(label):
+    """NIH's spelling of a label ("Pleural effusion": "Effusion"); a label that NIH lacks keeps its own."""
+    spelt = {name.replace("_", "").lower(): name for name in NIH14}
+    spelt["pleuraleffusion"] = "Effusion"
+    return spelt.get(re.sub(r"[\W_]", "", label).lower(), label)
+
+
 def read_predictions(path):
     """One predictions file, checked. Raises InputError that names file, row and what was expected."""
-    frame = read_csv(path, ["path", "patient"], dtype={"path": str, "patient": str})
-    names = {kind: [name[5:] for name in frame if name.startswith(kind)] for kind in ("true_", "prob_")}
-    for kind, other in (("true_", "prob_"), ("prob_", "true_")):
-        for name in sorted(set(names[kind]) - set(names[other])):
-            raise InputError(f"{path} has a column {kind}{name} but no {other}{name}; add it or drop both")
-    labels = [nih_name(name) for name in names["true_"]]
-    if not labels:
+    frame = read_csv(path, ["path", "patient"], {"path": str, "patient": str})
+    true, prob = ([name[5:] for name in frame if name.startswith(kind)] for kind in ("true_", "prob_"))
+    for name in sorted(set(true) ^ set(prob)):
+        has, lacks = ("true", "prob") if name in true else ("prob", "true")
+        raise InputError(f"{path} has a column {has}_{name} but no {lacks}_{name}; add it or drop both")
+    labels = np.array([nih_name(name) for name in true])
+    if not true:
         raise InputError(f"{path} has no column true_<label>; a label needs true_<label> and prob_<label>")
     if len(set(labels)) < len(labels):
-        raise InputError(f"{path} has label {max(labels, key=labels.count)} under two spellings; keep one")
+        twice = max(labels, key=list(labels).count)
+        raise InputError(f"{path} has label {twice} under two spellings; keep one")
     for row in np.flatnonzero(frame["path"].duplicated())[:1]:
         raise InputError(f"{path} row {row + 1}: image '{frame['path'][row]}' is there twice; keep one row")
-    parts = []
-    for kind, expected in (("true_", "0 or 1"), ("prob_", "a probability from 0 to 1")):
-        columns = [frame[kind + name] for name in names["true_"]]
-        part = np.array([pd.to_numeric(column, errors="coerce").to_numpy(float) for column in columns])
-        wrong = ~((part >= 0) & (part <= 1)) if kind == "prob_" else ~np.isin(part, (0, 1))
-        for k, row in np.argwhere(wrong)[:1]:
-            name, cell = columns[k].name, columns[k][row]
-            raise InputError(f"{path} row {row + 1}: {name} is '{cell}'; expected {expected}")
-        parts.append(part.T)
-    y, p = parts[0].astype(np.int8), parts[1]
-    if not (y.any(0) & ~y.all(0)).any():
+    tables = []
+    for kind, expected in (("true_", "1, 0 or blank (unknown)"), ("prob_", "a probability from 0 to 1")):
+        cells = frame[[kind + name for name in true]]
+        numbers = cells.replace("", -1) if kind == "true_" else cells
+        numbers = numbers.apply(pd.to_numeric, errors="coerce").to_numpy(float)
+        good = np.isin(numbers, (-1, 0, 1)) if kind == "true_" else (numbers >= 0) & (numbers <= 1)
+        for row, k in np.argwhere(~good)[:1]:
+            raise InputError(f"{path} row {row + 1}: {cells.columns[k]} is '{cells.iat[row, k]}'; expected "
+                             f"{expected}")
+        tables.append(numbers)
+    scored = is_known(tables[0]).any(0)
+    y, p = tables[0][:, scored].astype(np.int8), tables[1][:, scored]
+    if not ((y == 1).any(0) & (y == 0).any(0)).any():
         raise InputError(f"{path} has no label with both positives and negatives, so nothing can be ranked; "
                          "check true_<label> or add images")
-    patient = np.where(frame["patient"] == "", "image " + frame["path"], frame["patient"]).astype(str)
-    return Predictions(labels, y, p, patient, frame["path"].to_numpy(str))
+    nobody = frame["patient"].str.lower().isin(["", "nan", "none", "na", "n/a", "<na>", "null"])
+    patient = np.where(nobody, "image " + frame["path"], frame["patient"]).astype(str)
+    return Predictions(list(labels[scored]), y, p, patient, frame["path"].to_numpy(str), people_of(frame))
 
 
-def label_sets(labels):
-    """What means are over, by size: 14 if all of NIH's labels are there, 5 if four of STUDY5, else all."""
-    study = [label for label in STUDY5 if label in labels]
-    sets = ({14: list(NIH14)} if set(NIH14) <= set(labels) else {}) | ({5: study} if len(study) >= 4 else {})
-    return sets or {len(labels): labels}
+def people_of(frame):
+    """Sex, age band and race of every row, blank if unknown; "White, non-Hispanic" and the like are White."""
+    people = frame.reindex(columns=["sex", "age", "race"], fill_value="").astype(str)
+    ages = pd.to_numeric(people["age"], errors="coerce")
+    people["age"] = pd.cut(ages, [-np.inf, *AGES.values()], labels=list(AGES)).astype(object).fillna("")
+    for race in ("White", "Black", "Asian"):
+        people.loc[people["race"].str.contains(race), "race"] = race
+    return people
 
 
 @lru_cache(maxsize=1)
-def read_groups(manifests):
-    """Sex, age band and race of every image of the manifests: DataFrame of str by path, blank if unknown."""
-    frame = pd.concat([read_csv(path, ["path"], dtype=str) for path in manifests])
-    frame = frame.reindex(columns=["path", "sex", "age", "race"]).fillna("").drop_duplicates().set_index("path")
-    for path in frame.index[frame.index.duplicated()][:1]:
+def read_manifests(manifests):
+    """people_of every image of the manifests, by path."""
+    frame = pd.concat([read_csv(path, ["path"]) for path in manifests]).fillna("")
+    people = people_of(frame).assign(path=frame["path"]).drop_duplicates().set_index("path")
+    for path in people.index[people.index.duplicated()][:1]:
         raise InputError(f"the manifests know two people for image '{path}'; give the one that the predictions "
                          "were made from")
-    bands = pd.cut(pd.to_numeric(frame["age"], errors="coerce"), [-np.inf, *AGES.values()], labels=list(AGES))
-    frame["age"] = bands.astype(object).fillna("")
-    if (frame == "").all(axis=None):
+    if (people == "").all(axis=None):
         raise InputError(f"{manifests[0]} knows no sex, age or race of any image; leave --manifest out")
-    for race in ("White", "Black", "Asian"):                # also "White, non-Hispanic" and the like
-        frame.loc[frame["race"].str.contains(race), "race"] = race
-    return frame
+    return people
+
+
+def read_mark(path):
+    """The sentence "stand_in" of the facts beside a predictions file, "" without."""
+    facts = path.with_suffix(".json")
+    try:
+        return json.loads(facts.read_text())["stand_in"] or "" if facts.is_file() else ""
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{facts} holds no facts of predictions with 'stand_in'; predict again") from None
+
+
+def label_sets(labels):
+    """{name: columns} that means are over: 14, 5 (of at least four) and all, unless that is one of them."""
+    study = [labels.index(label) for label in STUDY5 if label in labels]
+    sets = {"14": [labels.index(label) for label in NIH14]} if set(NIH14) <= set(labels) else {}
+    if len(study) >= 4:
+        sets["5"] = study
+    if len(labels) not in map(len, sets.values()):
+        sets["all"] = list(range(len(labels)))
+    return sets
 
 
 # --------------------------------------------------------------------------------------------- scoring a file
 
 def choose(validation):
     """What validation predictions decide: {rule: {label: threshold}}, and one temperature for the model."""
-    thresholds = {rule: {label: choose_threshold(y, p, rule)
-                         for label, y, p in zip(validation.labels, validation.y.T, validation.p.T)}
-                  for rule in ("f1", "youden")}
+    thresholds = {"f1": {}, "youden": {}}
+    for label, y, p in zip(validation.labels, validation.y.T, validation.p.T):
+        for rule in thresholds:
+            thresholds[rule][label] = choose_threshold(y, p, rule)
     return thresholds, fit_temperature(validation.y, validation.p)
 
 
 class Score:
-    """Collects the rows of one file, from `labels` to `ci_high`; `sets`: the label sets that means are over.
+    """Collects the rows of one predictions file, from `labels` to `ci_high`, and their patient resamples."""
 
-    What belongs to a label is computed once and written in every set that holds the label.
-    """
+    def __init__(self, test, resamples, seed):
+        self.labels, self.y, self.p, self.people = test.labels, test.y, test.p, test.people
+        self.sets = label_sets(test.labels)
+        self.patient, self.counts = draw_patients(test.patient, resamples, seed)
+        self.level, self.known = answer_levels(test.p), is_known(test.y)
+        self.rows, self.drawn, self.linear = [], {}, {}
 
-    def __init__(self, test, sets, patient, draws):
-        self.rows, self.patient, self.draws = [], patient, draws
-        self.labels = [label for label in test.labels if any(label in labels for labels in sets.values())]
-        self.y, self.p = test.of(self.labels)
-        self.sets = {size: [self.labels.index(label) for label in labels] for size, labels in sets.items()}
+    def put(self, metric, value, influence=None, draws=None, labels="", label="", threshold="",
+            variant="corrected"):
+        """One row: value +- 1.96 standard errors, from its draws [B] or the images' influence [n].
 
-    def of_sets(self):
-        """(size, y, p) of every label set, for what is computed from all labels of an image."""
-        return [(size, self.y[:, columns], self.p[:, columns]) for size, columns in self.sets.items()]
-
-    def put(self, size, metric, value, threshold=np.nan, variant="corrected", draws=None, influence=None):
-        """One row without a label, with an interval if there are draws [B]."""
-        low, high = (np.nan, np.nan) if draws is None else interval(draws, value, influence)
-        self.rows.append((size, metric, variant, "", threshold, value, low, high))
-
-    def put_labels(self, metric, values, threshold=np.nan, variant="corrected", draws=None, influence=None,
-                   mean=True):
-        """A row a label, one for the mean of the defined; values [K], draws [B, K], influence [P, K].
-
-        mean: whether there is such a row, or bool [K]: over which labels.
+        AUCs, and of everything else the means, have resamples of patients.
         """
-        spans = [(np.nan, np.nan) if draws is None else
-                 interval(draws[:, k], values[k], None if influence is None else influence[:, k])
-                 for k in range(len(values))]
-        for size, columns in self.sets.items():
-            self.rows += [(size, metric, variant, self.labels[k], threshold, values[k], *spans[k])
-                          for k in columns]
-            if mean is not False:
-                over = [k for k in columns if mean is True or mean[k]]
-                self.put(size, metric, mean_over_labels(values[over]), threshold, variant,
-                         None if draws is None else mean_over_labels(draws[:, over]))
+        error, threshold = np.nan, f"{threshold:g}" if threshold != "" else ""
+        key = "|".join((labels, metric, label, threshold))
+        if draws is not None and not np.isnan(draws).all():
+            error, self.drawn[key] = np.nanstd(draws), draws
+        elif influence is not None and not np.isnan(value):
+            by_patient = np.bincount(self.patient, influence, self.counts.shape[1])
+            error = np.sqrt(by_patient @ by_patient)
+            if not label:
+                self.linear[key] = value, by_patient
+        margin = NORMAL * error if error > 1e-12 else np.nan        # no spread at all tells nothing
+        ends = max(value - margin, 0), min(value + margin, 1)
+        self.rows.append((labels, metric, variant, label, threshold, value, *ends))
+
+    def put_each(self, metric, values, influence=None, draws=None, **where):
+        """A row a label; values [K], influence [n, K], draws [B, K]."""
+        for k, label in enumerate(self.labels):
+            columns = [None if part is None else part[:, k] for part in (influence, draws)]
+            self.put(metric, values[k], *columns, label=label, **where)
+
+    def put_labels(self, metric, values, influence=None, draws=None, over=True, **where):
+        """put_each, and for every label set the mean of the defined; over: bool [K], labels in the means."""
+        self.put_each(metric, values, influence, draws, **where)
+        name = {"auc": "auc_mean", "accuracy": "mean_accuracy"}.get(metric, metric)
+        used = ~np.isnan(values) & over
+        for labels, columns in self.sets.items():
+            kept = [k for k in columns if used[k]]
+            means = [None if influence is None else influence[:, kept].mean(1) if kept else None,
+                     None if draws is None else mean_over_labels(draws[:, columns])]
+            self.put(name, mean_over_labels(values[kept]), *means, labels=labels, **where)
+
+    def draws(self):
+        """(names, float32 [rows, B]) of the resamples; a name is labels|metric|label|threshold."""
+        values, influences = zip(*self.linear.values())
+        linear = np.array(values) + linear_draws(np.stack(influences, 1), self.counts)
+        drawn = [*self.drawn.values(), *linear.T]
+        return np.array([*self.drawn, *self.linear]), np.array(drawn, np.float32)
 
     def baselines(self):
         """What is in the file, and what an answer without a look at the image scores."""
-        prevalence = self.y.mean(0)
-        for size, y, _ in self.of_sets():
-            self.put(size, "images", len(y))
-            self.put(size, "patients", self.draws.shape[1])
-            self.put(size, "always_negative_subset_accuracy", (y == 0).all(1).mean())
-        self.put_labels("positives", self.y.sum(0), mean=False)
+        prevalence, _ = share(self.y == 1, self.known)
+        self.put("images", len(self.y))
+        self.put("patients", self.counts.shape[1])
+        self.put_each("positives", (self.y == 1).sum(0))
+        self.put_each("known", self.known.sum(0))
         self.put_labels("random_guess_accuracy", 1 - prevalence, variant="paper")
         self.put_labels("random_guess_accuracy", prevalence ** 2 + (1 - prevalence) ** 2)
-        self.put_labels("always_negative_accuracy", 1 - prevalence)
+        self.put_labels("always_negative_accuracy", *share(self.y == 0, self.known))
+        for labels, columns in self.sets.items():
+            y = self.y[:, columns]
+            self.put("always_negative_subset_accuracy", subset_accuracy(y, 0 * y, 0.5), labels=labels)
 
-    def ranking(self, bca=False):
+    def ranking(self):
         """Metrics without a threshold."""
-        draws, influence = auc_draws(self.y, self.p, self.patient, self.draws), None
-        if bca:
-            influence = np.zeros((self.draws.shape[1], len(self.labels)))
-            for k in np.flatnonzero(self.y.any(0) & ~self.y.all(0)):
-                added = auc_influence(self.y[:, k], self.p[:, k])
-                influence[:, k] = np.bincount(self.patient, added, len(influence))
-        for variant in ("paper", "corrected"):
-            values = auc(self.y, self.p, variant)
-            self.put_labels("auc", values, variant=variant, draws=draws, influence=influence, mean=False)
-            for size, columns in self.sets.items():
-                self.put(size, "auc_mean", mean_over_labels(values[columns], variant), variant=variant,
-                         draws=mean_over_labels(draws[:, columns]),
-                         influence=influence[:, columns].sum(1) if bca else None)
-        for size, columns in self.sets.items():
-            self.put(size, "auc_labels", np.count_nonzero(~np.isnan(values[columns])))
+        values = np.array([ranked_auc(y, level) for y, level in zip(self.y.T, self.level[:-2].T)])
+        draws = auc_draws(self.y, self.p, self.patient, self.counts)
+        self.put_labels("auc", values, None, draws)
+        paper = np.where((self.y == 1).any(0), values, 0)
+        self.put_each("auc", paper, variant="paper")
+        for labels, columns in self.sets.items():
+            self.put("auc_mean", mean_over_labels(paper[columns], "paper"), labels=labels, variant="paper")
+            self.put("auc_labels", np.count_nonzero(~np.isnan(values[columns])), labels=labels)
         if len(draws):
-            self.put_labels("undefined_resamples", np.isnan(draws).mean(0), mean=False)
-        self.put_labels("auprc", average_precision(self.y, self.p))
-        for specificity, values in zip(SPECIFICITIES, sensitivity_at(self.y, self.p)):
-            self.put_labels(f"sensitivity_at_specificity_{specificity:g}", values)
+            self.put_each("undefined_resamples", np.isnan(draws).mean(0))
+        areas, influences = zip(*(average_precision(y, p) for y, p in zip(self.y.T, self.p.T)))
+        self.put_labels("auprc", np.array(areas), np.stack(influences, 1))
+        for specificity in SPECIFICITIES:
+            sensitivity = sensitivity_at(self.y, self.p, specificity)
+            self.put_labels(f"sensitivity_at_specificity_{specificity:g}", sensitivity)
 
     def decisions(self):
-        """Metrics of p > threshold, and the Brier score; the rates of a resample are ratios of its sums."""
-        positive, squares = self.y == 1, (self.p - self.y) ** 2
-        counted = [positive, ~positive]
-        for threshold in THRESHOLDS:
-            wrong = (self.p > threshold) != positive
-            spoilt = np.stack([wrong[:, columns].any(1) for columns in self.sets.values()], 1)
-            counted += [wrong & positive, wrong & ~positive, spoilt]
-        sums = sum_draws(np.hstack(counted, dtype=np.float32), self.patient, self.draws)
-        ends = np.cumsum([part.shape[1] for part in counted])[:-1]
-        positives, negatives, *sums = np.split(sums.astype(float), ends, 1)
-        images = (positives + negatives)[:, :1]
-        self.put_labels("brier", squares.mean(0), draws=sum_draws(squares, self.patient, self.draws) / images)
-        for threshold, missed, alarms, spoilt in zip(THRESHOLDS, sums[::3], sums[1::3], sums[2::3]):
-            here = rates(self.y, self.p, threshold)
-            right, whole = 1 - (missed + alarms) / images, 1 - spoilt / images
-            with np.errstate(invalid="ignore"):
-                missed, alarms = missed / positives, alarms / negatives
-            self.put_labels("accuracy", here["accuracy"], threshold, draws=right, mean=False)
-            self.put_labels("balanced_accuracy", here["balanced_accuracy"], threshold,
-                            draws=1 - (missed + alarms) / 2)
-            for variant in ("paper", "corrected"):
-                self.put_labels("fnr", fnr(self.y, self.p, threshold), threshold, variant, missed)
-                for i, (size, y, p) in enumerate(self.of_sets()):
-                    mean, subset = mean_accuracy(y, p, threshold, variant), subset_accuracy(y, p, threshold)
-                    rights = right[:, self.sets[size]].mean(1)
-                    self.put(size, "mean_accuracy", mean, threshold, variant, rights)
-                    self.put(size, "subset_accuracy", subset, threshold, variant, whole[:, i])
+        """Metrics of p > threshold, and the Brier score."""
+        self.put_labels("brier", *share(self.known * (self.p - self.y) ** 2, self.known))
+        for t in THRESHOLDS:
+            (missed, missed_influence), (alarms, alarms_influence) = misses(self.y, self.p, t).values()
+            self.put_labels("fnr", missed, missed_influence, threshold=t)
+            self.put_labels("fpr", alarms, alarms_influence, threshold=t)
+            influence = -(missed_influence + alarms_influence) / 2
+            self.put_labels("balanced_accuracy", 1 - (missed + alarms) / 2, influence, threshold=t)
+            self.put_labels("accuracy", *share(is_right(self.y, self.p, t), self.known), threshold=t)
+            for labels, columns in self.sets.items():
+                y, p, where = self.y[:, columns], self.p[:, columns], {"labels": labels, "threshold": t}
+                self.put("mean_accuracy", mean_accuracy(y, p, t, "paper"), variant="paper", **where)
+                value, influence = all_right(y, p, t)
+                self.put("subset_accuracy", value[0], influence[:, 0], **where)
 
     def calibration(self):
         """How far p is from a probability."""
-        for threshold, values in zip(THRESHOLDS, calibration_error(self.y, self.p)):
-            self.put_labels("calibration_error", values, threshold, "paper")
-        self.put_labels("ece", ece(self.y, self.p))
+        for t, values in zip(THRESHOLDS, calibration_error(self.y, self.p)):
+            self.put_labels("calibration_error", values, threshold=t, variant="paper")
+        self.put_labels("ece", *ece_and_influence(self.y, self.p))
         self.put_labels("adaptive_ece", ece(self.y, self.p, adaptive=True))
         curves = np.array([reliability(y, p) for y, p in zip(self.y.T, self.p.T)])      # [K, 3, BINS]
         for edge, curve in zip(np.arange(BINS) / BINS, curves.T):
             for name, values in zip(("images", "predicted", "observed"), curve):
-                self.put_labels(f"reliability_{name}", values, edge, mean=False)
+                self.put_each(f"reliability_{name}", values, threshold=edge)
 
     def referral(self):
-        """An expert answers the uncertain images (oracle), or they are left out (rejection)."""
-        for size, y, p in self.of_sets():
-            seen = {variant: images_seen(len(p), FRACTIONS, variant) for variant in ("paper", "corrected")}
-            counts = np.unique(np.concatenate(list(seen.values())))
-            answered, left_out = referral_auc(y, p, counts)
-            for variant, images in seen.items():
-                for fraction, count, at in zip(FRACTIONS, images, np.searchsorted(counts, images)):
-                    self.put(size, "oracle_auc", mean_over_labels(answered[at], variant), fraction, variant)
-                    self.put(size, "referred", count / len(p), fraction, variant)
-            for fraction, at in zip(FRACTIONS, np.searchsorted(counts, seen["corrected"])):
-                self.put(size, "rejection_auc", mean_over_labels(left_out[at]), fraction)
-            self.put(size, "risk_coverage_area", risk_coverage_area(y, p))
-        alone = [oracle_auc(self.y[:, [k]], self.p[:, [k]], FRACTIONS)[0] for k in range(len(self.labels))]
-        for fraction, values in zip(FRACTIONS, np.hstack(alone)):
-            self.put_labels("oracle_auc_by_label", values, fraction)
+        """An expert answers the uncertain images (oracle), or as many at random, or they are left out."""
+        n = len(self.y)
+        seen, paper = (images_seen(n, FRACTIONS, variant) for variant in ("corrected", "paper"))
+        for labels, columns in self.sets.items():
+            y, p, level = self.y[:, columns], self.p[:, columns], self.level[:, columns]
+            turns, counts = referral_turns(p), np.union1d(seen, paper)
+            values = dict(zip(counts, referral_auc(y, turns, level, counts)))
+            plain, slopes = mean_over_labels(values[0]), np.gradient(
+                [mean_over_labels(values[k]) for k in seen], FRACTIONS)      # what a larger share would add
+            for q, k, slope in zip(FRACTIONS, seen, slopes):
+                where, left = {"labels": labels, "threshold": q}, turns >= k
+                pairs = zip(y.T, answered(y, turns, level, k).T)
+                influence = sum(auc_influence(*pair) for pair in pairs) / max((~np.isnan(values[k])).sum(), 1)
+                # a resample refers the same share: where it has more images above the cut, the cut moves
+                cut = slope * (k / n - ~left) / n
+                self.put("oracle_auc", mean_over_labels(values[k]), influence + cut, **where)
+                if k == 0:
+                    at_random = influence
+                untouched = (n - k) * (n - k - 1) / (n * (n - 1))           # share of the pairs, at random
+                self.put("random_referral_auc", 1 - untouched * (1 - plain), untouched * at_random, **where)
+                rejected = [ranked_auc(*column) for column in zip(y[left].T, level[:-2][left].T)]
+                self.put("rejection_auc", mean_over_labels(np.array(rejected)), **where)
+                self.put("referred", k / n, **where)
+            for q, k in zip(FRACTIONS, paper):
+                where = {"labels": labels, "threshold": q, "variant": "paper"}
+                self.put("oracle_auc", mean_over_labels(values[k], "paper"), **where)
+                self.put("referred", k / n, **where)
+            self.put("risk_coverage_area", risk_coverage_area(y, p), labels=labels)
+        for k in range(len(self.labels)):
+            turns, level = referral_turns(self.p[:, [k]]), self.level[:, [k]]
+            for q, (value,) in zip(FRACTIONS, referral_auc(self.y[:, [k]], turns, level, seen)):
+                self.put("oracle_auc_by_label", value, label=self.labels[k], threshold=q)
 
     def chosen_on_validation(self, thresholds, temperature):
         """The thresholds and the temperature of `choose`, applied."""
         for rule, chosen in thresholds.items():
             at = np.array([chosen.get(label, np.nan) for label in self.labels])
-            self.put_labels(f"threshold_{rule}", at, mean=False)
-            for name, values in rates(self.y, self.p, at).items():
-                self.put_labels(f"{name}_{rule}", np.where(np.isnan(at), np.nan, values))
+            self.put_each(f"threshold_{rule}", at)
+            for name, (values, influence) in misses(self.y, self.p, at).items():
+                self.put_labels(f"{name}_{rule}", np.where(np.isnan(at), np.nan, values), influence)
         tempered = temper(self.p, temperature)
         self.put_labels("ece_temperature", ece(self.y, tempered))
-        self.put_labels("brier_temperature", ((tempered - self.y) ** 2).mean(0))
-        for size in self.sets:
-            self.put(size, "temperature", temperature)
+        self.put_labels("brier_temperature", *share(self.known * (tempered - self.y) ** 2, self.known))
+        self.put("temperature", temperature)
 
-    def subgroups(self, groups):
-        """AUC of each sex, age band and race, and per label the gap between best and worst.
+    def subgroups(self, chosen):
+        """AUC, ECE, FNR and FPR of each sex, age band and race, and the gap between best and worst group.
 
-        Means are over the labels that are defined in every group that has any. A gap has no interval: resampling
-        adds noise to every group, hence to the largest difference, and its percentiles would lie too high.
+        FNR and FPR at THRESHOLDS and at Youden's thresholds of validation. Means are over the labels that are
+        defined in every group that has any. A gap has no interval: resampling adds noise to every group,
+        hence to the largest difference.
         """
-        for attribute in groups:
-            if not (names := sorted(set(groups[attribute]) - {""})):
-                continue
-            here = [(groups[attribute] == name).to_numpy() for name in names]
-            values = np.array([auc(self.y[rows], self.p[rows]) for rows in here])           # [groups, K]
-            shared = ~np.isnan(values[~np.isnan(values).all(1)]).any(0)    # a group of one image has no AUC
-            for name, rows, areas in zip(names, here, values):
-                draws = auc_draws(self.y[rows], self.p[rows], self.patient[rows], self.draws)
-                self.put_labels(f"auc[{attribute}={name}]", areas, draws=draws, mean=shared)
-                for size in self.sets:
-                    self.put(size, f"images[{attribute}={name}]", rows.sum())
-            if len(names) > 1:
-                self.put_labels(f"auc_gap[{attribute}]", gap(values), mean=shared)
-                for size, columns in self.sets.items():
-                    self.put(size, f"auc_labels[{attribute}]", shared[columns].sum())
+        youden = chosen[0]["youden"] if chosen else {}
+        at = {f"@{t:g}": t for t in THRESHOLDS}
+        at["_youden"] = np.array([youden.get(label, np.nan) for label in self.labels])
+        for attribute in self.people:
+            found = defaultdict(dict)                           # metric: {group: (values [K], influence)}
+            for group in sorted(set(self.people[attribute]) - {""}):
+                inside = (self.people[attribute] == group).to_numpy()
+                self.put(f"images[{attribute}={group}]", inside.sum())
+                y = np.where(inside[:, None], self.y, -1)       # the others are unknown
+                ranks = list(zip(y.T, self.level[:-2].T))
+                areas = np.array([ranked_auc(truth, level) for truth, level in ranks])
+                influences = [auc_influence(truth, level) for truth, level in ranks]
+                found["auc"][group] = areas, np.stack(influences, 1)
+                found["ece"][group] = ece_and_influence(y, self.p)
+                for suffix, t in list(at.items())[:len(at) - (not chosen)]:
+                    for name, part in misses(y, self.p, t).items():
+                        found[name + suffix][group] = part
+            for metric, groups in found.items():
+                self.put_groups(attribute, metric, groups)
+
+    def put_groups(self, attribute, metric, groups):
+        """Rows of one metric, "name" or "name@threshold", for {group: (values [K], influence [n, K])}."""
+        name, _, threshold = metric.partition("@")
+        threshold = float(threshold) if threshold else ""
+        values = np.array([value for value, _ in groups.values()])                  # [groups, K]
+        shared = ~np.isnan(values[~np.isnan(values).all(1)]).any(0)    # a group of one image has no AUC
+        for group, (value, influence) in groups.items():
+            self.put_labels(f"{name}[{attribute}={group}]", value, influence, over=shared, threshold=threshold)
+        if len(groups) > 1:
+            self.put_labels(f"{name}_gap[{attribute}]", gap(values), over=shared, threshold=threshold)
+            for labels, columns in self.sets.items():
+                count = shared[columns].sum()
+                self.put(f"{name}_labels[{attribute}]", count, labels=labels, threshold=threshold)
 
 
 def gap(values):
@@ -685,111 +815,143 @@ def gap(values):
     return np.where(np.count_nonzero(~np.isnan(values), axis=0) > 1, span, np.nan)
 
 
-def score_file(path, resamples, chosen=None, groups=None, bca=False):
-    """Rows of one file, from `labels` to `ci_high`, and remarks to print."""
-    test = read_predictions(path)
-    score = Score(test, label_sets(test.labels), *draw_patients(test.patient, resamples))
+def digest(test):
+    """Checksum of images, patients, labels and truths, whatever the order of rows and columns."""
+    rows, columns = np.argsort(test.path), np.argsort(test.labels)
+    texts = [*np.array(test.labels)[columns], *test.path[rows], *test.patient[rows]]
+    return zlib.crc32("\n".join(texts).encode() + test.y[np.ix_(rows, columns)].tobytes())
+
+
+def average(runs):
+    """Predictions of the ensemble of an arm's runs on the same images: their mean probability."""
+    first, total = runs[0], 0
+    for run in runs:
+        rows = pd.Index(run.path).get_indexer(first.path)
+        columns = [run.labels.index(label) for label in first.labels]
+        total = total + run.p[np.ix_(rows, columns)]
+    return first._replace(p=total / len(runs))
+
+
+def score_file(test, dataset, resamples, validation=None):
+    """(rows, names of the resamples, resamples) of one set of predictions."""
+    score = Score(test, resamples, zlib.crc32(dataset.encode()))
+    chosen = choose(validation) if validation else None
     score.baselines()
-    score.ranking(bca)
+    score.ranking()
     score.decisions()
     score.calibration()
     score.referral()
-    if chosen is not None:
+    if chosen:
         score.chosen_on_validation(*chosen)
-    if groups is not None:
-        places = groups.index.get_indexer(test.path)
-        for row in np.flatnonzero(places < 0)[:1]:
-            raise InputError(f"{path} row {row + 1}: image '{test.path[row]}' is in no manifest; give the "
-                             "one that the predictions were made from")
-        score.subgroups(groups.iloc[places])
-    left_out = sorted(set(test.labels) - set(score.labels))
-    remarks = [f"not scored: {', '.join(left_out)}"] if left_out else []
-    for size, y, p in score.of_sets():
-        defined = [score.labels[k] for k, value in zip(score.sets[size], auc(y, p)) if not np.isnan(value)]
-        if len(defined) < size:
-            remarks.append(f"mean of {size} over {len(defined)}: {', '.join(defined)}")
-    return score.rows, remarks
+    score.subgroups(chosen)
+    return score.rows, *score.draws()
 
 
-def score_run(paths, validation, manifests, resamples, bca):
-    """score_file for the files of one run, whose thresholds and temperature come from its validation."""
-    chosen = choose(read_predictions(validation)) if validation else None
-    groups = read_groups(manifests) if manifests else None
-    return [score_file(path, resamples, None if path == validation else chosen, groups, bca)
-            for path in paths]
+def score_set(exp, dataset, paths, validation, manifests, resamples):
+    """All runs of one arm on one test set, {seed: path}, and their ensemble.
+
+    Returns: [(exp, seed, rows, names, resamples)], the mark of stand-ins, the checksum of the images.
+    """
+    results, tests, vals = [], [], []
+    for seed, path in paths.items():
+        test = read_predictions(path)
+        if tests and digest(test) != digest(tests[0]):
+            raise InputError(unlike(path, next(iter(paths.values()))))
+        if manifests:
+            people = read_manifests(manifests)
+            for image in test.path[~np.isin(test.path, people.index)][:1]:
+                raise InputError(f"{path}: image '{image}' is in no manifest; give the one that the "
+                                 "predictions were made from")
+            test = test._replace(people=people.loc[test.path].reset_index(drop=True))
+        beside = validation or path.with_name("nih_val.csv")
+        val = read_predictions(beside) if beside != path and (validation or beside.is_file()) else None
+        results.append((exp, seed, *score_file(test, dataset, resamples, val)))
+        tests.append(test)
+        vals.append(val)
+    if len(tests) > 1:
+        val = average(vals) if None not in vals and len(set(map(digest, vals))) == 1 else None
+        results.append((f"{exp}-ensemble", "all", *score_file(average(tests), dataset, resamples, val)))
+    return results, " ".join(sorted({read_mark(path) for path in paths.values()})).strip(), digest(tests[0])
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
 def identify(path, args):
-    """(exp, seed, dataset) of a file: the flags, and what they leave open from its path."""
+    """(exp, seed, dataset) of a file: the flags, else its path, else its name."""
     found = re.search(r"([^/]+)/predictions/seed(\d+)/([^/]+)\.csv$", path.absolute().as_posix())
+    parts = found.groups() if found else (path.stem, "0", "test")
     flags = (args.exp, args.seed, args.dataset)
-    if found is None and None in flags:
-        raise InputError(f"{path} does not lie at runs/<exp>/predictions/seed<k>/<test set>.csv, so its path "
-                         "does not tell enough; give --exp, --seed and --dataset")
-    parts = found.groups() if found else flags
     return tuple(part if flag is None else flag for flag, part in zip(flags, parts))
 
 
-def write_metrics(path, rows):
-    """metrics.csv, whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
-    table = pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, float_format="%.10g", lineterminator="\n")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(path.name + ".tmp"), "w", encoding="utf-8", newline="") as file:
-            file.write(table)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
-    except OSError as problem:
-        raise InputError(f"{path} cannot be written ({problem.strerror}); choose another --out") from None
+def unlike(path, other):
+    return (f"{path} and {other} have the same test set's name but other images, patients or true labels; "
+            "predict the same images with both, or give each its own --dataset")
+
+
+def summary(table):
+    """The means of every arm and test set as text, means over the runs; an interval is of one run."""
+    shown = table["metric"].isin(["auc_mean", "auprc", "brier", "ece", "fnr"]) & table["labels"].ne("")
+    shown &= table["variant"].eq("corrected") & table["threshold"].isin(["", "0.5"])
+    by = ["exp", "dataset", "labels"]
+    means = table[shown].pivot_table("value", by, "metric", sort=False)
+    aucs = table[shown & table["metric"].eq("auc_mean")].groupby(by, sort=False)
+    means.insert(0, "runs", aucs.size())
+    for end in ("ci_high", "ci_low"):
+        means.insert(2, end, aucs[end].first().where(means["runs"] == 1))
+    return means.rename(columns={"fnr": "fnr at 0.5"}).reset_index().to_string(
+        index=False, float_format="%.4f", na_rep="")
 
 
 def run(args):
-    """Score all files, a process for each run, and write their rows."""
+    """Score all files, a process an arm and test set, and write their rows and resamples."""
     if args.bootstrap < 0 or args.workers < 1:
         raise InputError("--bootstrap must be 0 or more, --workers 1 or more")
-    names, folders = {}, defaultdict(list)
+    if args.validation and len({path.parent for path in args.predictions}) > 1:
+        raise InputError(f"--validation {args.validation} belongs to one run; put nih_val.csv beside each file")
+    sets = defaultdict(dict)
     for path in args.predictions:
-        name = identify(path, args)
-        if name in names.values():
-            raise InputError(f"{path} is a second file of exp {name[0]}, seed {name[1]}, {name[2]}; give one")
-        names[path] = name
-        folders[path.parent].append(path)
-    if args.validation and len(folders) > 1:
-        raise InputError(f"--validation {args.validation} belongs to one run, but the files lie in "
-                         f"{len(folders)} folders; give one run, or put nih_val.csv beside each")
-    rows, bca, manifests = [], args.interval == "bca", tuple(args.manifest)
-    jobs = [(paths, args.validation or next(folder.glob("nih_val.csv"), None), manifests, args.bootstrap, bca)
-            for folder, paths in folders.items()]
-    workers = min(args.workers, len(jobs))                  # a process a core: BLAS threads would only fight
-    with ProcessPoolExecutor(workers, initializer=threadpool_limits, initargs=(1,)) as pool:
-        for (paths, *_), scores in zip(jobs, pool.map(score_run, *zip(*jobs))):
-            for path, (scored, remarks) in zip(paths, scores):
-                rows += [names[path] + row for row in scored]
-                means = [f"{row[5]:.4f} ({row[0]})" for row in scored
-                         if row[1:3] == ("auc_mean", "corrected")]
-                print(*names[path], "AUC", *means, *(f"[{remark}]" for remark in remarks), flush=True)
-    write_metrics(args.out, rows)
-    print(f"{args.out}: {len(rows):,} rows of {len(names)} files")
+        exp, seed, dataset = identify(path, args)
+        if seed in sets[exp, dataset]:
+            raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; give one")
+        sets[exp, dataset][seed] = path
+    jobs = [(*key, paths, args.validation, tuple(args.manifest), args.bootstrap)
+            for key, paths in sets.items()]
+    rows, resamples, first = [], {}, {}
+    with ProcessPoolExecutor(args.workers, initializer=threadpool_limits, initargs=(1,)) as pool:
+        scored = (pool.map if args.workers > 1 else map)(score_set, *zip(*jobs))
+        for (_, dataset, paths, *_), (results, mark, checksum) in zip(jobs, scored):
+            path = next(iter(paths.values()))
+            other, expected = first.setdefault(dataset, (path, checksum))
+            if checksum != expected:
+                raise InputError(unlike(path, other))
+            for exp, seed, lines, names, draws in results:
+                rows += [(exp, seed, dataset, *line, mark) for line in lines]
+                resamples |= {f"{exp}/{seed}/{dataset}": draws, f"{exp}/{seed}/{dataset}/rows": names}
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    print(summary(table))
+    for mark in sorted(set(table["stand_in"]) - {""}):
+        print(f"stand-in: {mark}")
+    if args.out:
+        text = table.to_csv(index=False, float_format="%.10g", lineterminator="\n").encode()
+        write(args.out.with_name("draws.npz"), lambda file: np.savez(file, **resamples))
+        write(args.out, lambda file: file.write(text))
+        print(f"{args.out}: {len(rows):,} rows of {len(args.predictions)} files; draws.npz beside it")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("predictions", nargs="+", type=Path, help="predictions files, of any number of runs")
-    parser.add_argument("--out", type=Path, required=True, help="the metrics.csv to write")
-    parser.add_argument("--exp", help="experiment, where the path does not tell")
-    parser.add_argument("--seed", help="seed of the run, where the path does not tell")
-    parser.add_argument("--dataset", help="name of the test set, where the path does not tell")
-    parser.add_argument("--bootstrap", type=int, default=2000, help="resamples (2000); 0: no intervals")
-    parser.add_argument("--interval", choices=("percentile", "bca"), default="percentile",
-                        help="of the AUCs (percentile); the other metrics have percentile intervals")
-    parser.add_argument("--validation", type=Path, help="validation predictions (nih_val.csv beside)")
-    parser.add_argument("--manifest", nargs="+", type=Path, default=[],
-                        help="manifests with sex, age and race of the images: scores subgroups as well")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
+    add = parser.add_argument
+    add("predictions", nargs="+", type=Path, help="predictions files, of any number of runs")
+    add("--out", type=Path, help="the metrics.csv to write (default: the terminal alone)")
+    add("--exp", help="experiment, in place of the path's")
+    add("--seed", help="seed of the run, in place of the path's")
+    add("--dataset", help="name of the test set, in place of the path's")
+    add("--bootstrap", type=int, default=2000, help="resamples of patients (2000); 0: none")
+    add("--validation", type=Path, help="validation predictions (default: nih_val.csv beside a file)")
+    add("--manifest", nargs="+", type=Path, default=[], help="manifests with sex, age and race of the images")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
     parser.error = fail                 # one sentence, like every other mistake
     try:
         run(parser.parse_args())

@@ -10,11 +10,10 @@ from sklearn.metrics import roc_auc_score
 
 def test_the_table_of_starts_is_the_gain_over_the_first_row(tmp_path, monkeypatch):
     starts, rng = load_script("tests/bench/starts.py"), np.random.default_rng(0)
-    seeds, labels, aucs, files = [0, 7, 9], ["A", "B"], {}, []
+    seeds, labels, aucs, files, true = [0, 7, 9], ["A", "B"], {}, [], rng.integers(0, 2, (60, 2))
     for row in ("random", "better"):
         for name in ("probe", "finetune"):
             for seed in seeds:
-                true = rng.integers(0, 2, (60, 2))
                 prob = (true + rng.random((60, 2)) * (2 if row == "better" else 9)) / 10
                 file = tmp_path / f"{row}-{name}/predictions/seed{seed}/test.csv"
                 file.parent.mkdir(parents=True)

@@ -65,13 +65,25 @@ def test_paper_mean_leaves_out_a_truly_inverted_label_and_corrected_keeps_it():
 @given(scores)
 def test_average_precision_and_sensitivity_at_specificity_are_sklearns(rows):
     y, p = np.array(rows).T
-    area = m.average_precision(y[:, None], p[:, None])[0]
+    area, _ = m.average_precision(y, p)
     assert area == pytest.approx(sk.average_precision_score(y, p)) if y.any() else np.isnan(area)
     if y.any() and not y.all():
         fpr, tpr, _ = sk.roc_curve(y, p, drop_intermediate=False)
-        best = [tpr[1 - fpr >= specificity - 1e-9].max() for specificity in (0, 0.5, 0.9, 0.95, 1)]
-        mine = m.sensitivity_at(y[:, None], p[:, None], (0, 0.5, 0.9, 0.95, 1))[:, 0]
-        np.testing.assert_allclose(mine[1:], best[1:])
+        for specificity in (0.5, 0.9, 0.95, 1):
+            best = tpr[1 - fpr >= specificity - 1e-9].max()
+            assert m.sensitivity_at(y[:, None], p[:, None], specificity)[0] == pytest.approx(best)
+
+
+@pytest.mark.parametrize("patients", [None, 15])
+def test_auc_interval_is_the_auc_and_its_delong_error(patients):
+    y, p, patient = sample(60, 1, patients or 60, decimals=1, seed=3)
+    y, p, cluster = y[:, 0], p[:, 0], np.arange(60) if patients is None else patient
+    areas, variance = variance_by_pairs(y, [p, np.full(60, 0.5)], cluster)     # the second is constant
+    value, low, high = m.auc_interval(y, p, None if patients is None else patient)
+    assert value == pytest.approx(sk.roc_auc_score(y, p))
+    assert (high - low) / 2 == pytest.approx(stats.norm.ppf(0.975) * np.sqrt(variance), rel=1e-6)
+    assert np.isnan(m.auc_interval(np.zeros(4), np.arange(4) / 4)).all()
+    assert np.isnan(m.auc_interval([1, 0, 0], [0.9, 0.1, 0.2])[1:]).all()      # one positive: no spread
 
 
 # ----------------------------------------------------------------------------------------------- decisions
@@ -84,14 +96,12 @@ def test_decisions_are_strictly_above_the_threshold():
 
 def test_rates_are_sklearns():
     y, p, _ = sample(200, 3)
-    found = m.rates(y, p, np.array([0.2, 0.5, 0.7]))
+    found = m.misses(y, p, np.array([0.2, 0.5, 0.7]))
     for k, flagged in enumerate((p > [0.2, 0.5, 0.7]).T):
-        assert found["accuracy"][k] == pytest.approx(sk.accuracy_score(y[:, k], flagged))
-        assert found["balanced_accuracy"][k] == pytest.approx(sk.balanced_accuracy_score(y[:, k], flagged))
-        assert found["sensitivity"][k] == pytest.approx(sk.recall_score(y[:, k], flagged))
-        assert found["specificity"][k] == pytest.approx(sk.recall_score(1 - y[:, k], ~flagged))
-        assert found["f1"][k] == pytest.approx(sk.f1_score(y[:, k], flagged))
+        assert found["fnr"][0][k] == pytest.approx(1 - sk.recall_score(y[:, k], flagged))
+        assert found["fpr"][0][k] == pytest.approx(1 - sk.recall_score(1 - y[:, k], ~flagged))
     assert m.subset_accuracy(y, p, 0.5) == sk.accuracy_score(y, p > 0.5)
+    assert m.mean_accuracy(y, p, 0.5) == pytest.approx(((p > 0.5) == y).mean())
     np.testing.assert_allclose(m.fnr(y, p, 0.5), 1 - sk.recall_score(y, p > 0.5, average=None))
 
 
@@ -116,8 +126,9 @@ def test_chosen_thresholds_are_the_best_of_all_scores(rows):
         assert np.isnan(m.choose_threshold(y, p, "f1")) and np.isnan(m.choose_threshold(y, p, "youden"))
         return
     def gain(rule, t):
-        found = m.rates(y[:, None], p[:, None], t)
-        return found["f1"][0] if rule == "f1" else found["sensitivity"][0] + found["specificity"][0]
+        if rule == "f1":
+            return sk.f1_score(y, p > t, zero_division=0)
+        return sk.balanced_accuracy_score(y, p > t)
     for rule in ("f1", "youden"):
         assert gain(rule, m.choose_threshold(y, p, rule)) == pytest.approx(max(gain(rule, t) for t in p))
 
@@ -178,7 +189,7 @@ def test_ece_and_reliability_are_sklearns_calibration_curve():
 
 def test_adaptive_ece_has_bins_of_equal_count():
     y, p, _ = sample(152, 2, decimals=1)
-    counts = np.bincount(m.probability_bins(p, adaptive=True)[:, 0], minlength=15)
+    counts = np.bincount(m.probability_bins(p[:, 0], adaptive=True), minlength=15)
     assert counts.max() - counts.min() <= 1 and counts.sum() == 152
     for k in range(2):
         order = np.argsort(p[:, k], kind="stable")
@@ -232,21 +243,13 @@ def test_nominal_fractions_of_202_images_add_up_in_the_paper():
         np.testing.assert_array_equal(np.round(shares * 202), images)
 
 
-def test_rejection_drops_the_images_that_the_oracle_answers():
-    y, p, _ = sample(100, 3, decimals=6)
-    values = m.referral_auc(y, p, m.images_seen(100, [0.0, 0.2]))[1]
-    kept = np.sort(np.argsort(np.abs(p - 0.5).mean(1), kind="stable")[20:])
-    np.testing.assert_allclose(values, [m.auc(y, p), m.auc(y[kept], p[kept])])
-
-
 def test_answers_tie_with_images_that_were_certain_of_the_other_class():
     y, p = np.array([[1, 1, 0, 0, 0, 1]]).T, np.array([[0.0, 0.5, 1.0, 0.5, 0.2, 1.0]]).T
     for seen in range(7):
-        answered, left_out = m.referral_auc(y, p, [seen])
+        found = m.referral_auc(y, m.referral_turns(p), m.answer_levels(p), [seen])
         order, now = np.argsort(np.abs(p[:, 0] - 0.5), kind="stable"), p.copy()
         now[order[:seen]] = y[order[:seen]]
-        assert answered[0, 0] == pytest.approx(sk.roc_auc_score(y, now), abs=1e-12)
-        np.testing.assert_array_equal(left_out[0], m.auc(y[order[seen:]], p[order[seen:]]))
+        assert found[0, 0] == pytest.approx(sk.roc_auc_score(y, now), abs=1e-12)
 
 
 def test_floating_point_never_refers_one_image_too_few():
@@ -264,11 +267,9 @@ def test_weighted_ranks_equal_the_naive_loop_over_resamples(n, patients, decimal
     y, p, patient = sample(n, 3, patients, decimals, seed=n)
     index, draws = m.draw_patients(patient, 150)
     fast = m.auc_draws(y, p, index, draws, chunk=64)
-    sums = m.sum_draws((p - y) ** 2, index, draws, chunk=64)
-    for draw, values, total in zip(draws, fast, sums):
+    for draw, values in zip(draws, fast):
         rows = np.concatenate([np.flatnonzero(index == i) for i in np.repeat(np.arange(len(draw)), draw)])
         np.testing.assert_allclose(values, m.auc(y[rows], p[rows]), rtol=0, atol=1e-12)     # NaN where NaN
-        np.testing.assert_allclose(total, ((p - y) ** 2)[rows].sum(0), rtol=1e-12)
 
 
 @pytest.mark.parametrize("times, decimals", [(1, 0), (60, 8), (250, 0), (250, 8)])    # 16 bits and more
@@ -301,7 +302,7 @@ def test_repeating_every_image_of_a_patient_tells_the_bootstrap_nothing_new():
 def test_bootstrap_error_of_the_auc_is_delongs_where_images_are_independent():
     y, p, patient = sample(600, 1, decimals=8)
     index, draws = m.draw_patients(np.arange(600), 4000)
-    influence = m.auc_influence(y[:, 0], p[:, 0])
+    influence = m.auc_influence(y[:, 0], m.levels(p[:, 0]))
     assert m.auc_draws(y, p, index, draws).std() == pytest.approx(np.sqrt((influence ** 2).sum()), rel=0.05)
 
 
@@ -316,28 +317,64 @@ def test_test_set_of_the_study_is_resampled_a_thousand_times_in_seconds():
     np.testing.assert_allclose(values[7], m.auc(y[rows], p[rows]), rtol=0, atol=1e-12)
 
 
-def test_percentile_interval_is_numpys_quantile_of_the_defined_draws():
-    draws = np.append(np.random.default_rng(0).normal(size=999), np.nan)
-    np.testing.assert_allclose(m.interval(draws), np.nanquantile(draws, [0.025, 0.975]))
-    assert np.isnan(m.interval(np.full(5, np.nan))).all() and np.isnan(m.interval(np.array([]))).all()
-    assert m.interval(np.ones(9), 1.0, np.zeros(4)) == (1, 1)         # nothing for BCa to shift
+def resampled(y, p, patient, counts):
+    """{metric: its value in every resample}, each computed anew on the drawn images."""
+    values = {}
+    for draw in counts:
+        rows = np.repeat(np.arange(len(y)), draw[patient])
+        yy, pp = y[rows], p[rows]
+        here = {"auprc": sk.average_precision_score(yy, pp, average="macro"), "ece": m.ece(yy, pp).mean(),
+                "brier": ((pp - yy) ** 2).mean(), "fnr|0.3": (1 - sk.recall_score(yy, pp > 0.3, average=None)).mean(),
+                "fpr|0.3": (1 - sk.recall_score(1 - yy, pp <= 0.3, average=None)).mean(),
+                "mean_accuracy|0.3": ((pp > 0.3) == yy).mean(), "subset_accuracy|0.3": sk.accuracy_score(yy, pp > 0.3)}
+        for q, area in zip((0.1, 0.25), m.oracle_auc(yy, pp, (0.1, 0.25))[0]):
+            here[f"oracle_auc|{q}"] = area.mean()
+        for name, value in here.items():
+            values.setdefault(name, []).append(value)
+    return values
 
 
-def test_bca_interval_is_scipys():
-    x = np.random.default_rng(1).exponential(size=40)
-    reference = stats.bootstrap((x,), np.mean, n_resamples=3000, method="BCa", rng=np.random.default_rng(2))
-    mine = m.interval(reference.bootstrap_distribution, x.mean(), (x - x.mean()) / len(x))
-    np.testing.assert_allclose(mine, reference.confidence_interval, rtol=1e-9)
+def test_first_order_resamples_are_those_of_the_naive_bootstrap(tmp_path):
+    """Within the second order: 1,000 resamples tell a spread to 2 %; the bins of the ECE are the least smooth."""
+    y, p, patient = sample(600, 3, 300, 6, seed=4)
+    test = m.Predictions(["A", "B", "C"], y.astype(np.int8), p, patient, np.arange(600).astype(str),
+                         m.people_of(pd.DataFrame(index=range(600))))
+    _, names, draws = m.score_file(test, "here", 1000)
+    index, counts = m.draw_patients(patient, 1000, m.zlib.crc32(b"here"))
+    found = {"|".join(filter(None, name.split("|")[1:])): row for name, row in zip(names, draws)
+             if name.startswith("all")}
+    for name, expected in resampled(y, p, index, counts).items():
+        tight = name != "ece"
+        assert np.std(found[name]) == pytest.approx(np.std(expected), rel=0.12 if tight else 0.4), name
+        assert np.corrcoef(found[name], expected)[0, 1] > (0.93 if tight else 0.6), name
 
 
-def test_influence_is_the_change_of_the_auc_with_an_images_weight():
+def test_referring_at_random_is_the_mean_over_all_choices():
+    y, p, patient = sample(7, 1, decimals=2, seed=2)
+    p = p.clip(0.01, 0.99)
+    test = m.Predictions(["A"], y.astype(np.int8), p, patient, np.arange(7).astype(str),
+                         m.people_of(pd.DataFrame(index=range(7))))
+    rows, _, _ = m.score_file(test, "here", 9)
+    found = {row[4]: row[5] for row in rows if row[1] == "random_referral_auc"}
+    values = []
+    for chosen in itertools.combinations(range(7), 1):                # floor(7 * 0.25) = 1
+        now = p.copy()
+        now[list(chosen)] = y[list(chosen)]
+        values.append(sk.roc_auc_score(y[:, 0], now[:, 0]))
+    assert found["0.25"] == pytest.approx(np.mean(values))
+    assert found["0.1"] == pytest.approx(sk.roc_auc_score(y[:, 0], p[:, 0]))
+
+
+def test_influence_is_the_change_of_auc_and_auprc_with_an_images_weight():
     y, p, _ = sample(40, 1, decimals=1)
     y, p = y[:, 0], p[:, 0]
     for i in range(40):
         weight = np.ones(40)
         weight[i] += 1e-6
         slope = (sk.roc_auc_score(y, p, sample_weight=weight) - sk.roc_auc_score(y, p)) / 1e-6
-        assert m.auc_influence(y, p)[i] == pytest.approx(slope, abs=1e-5)
+        assert m.auc_influence(y, m.levels(p))[i] == pytest.approx(slope, abs=1e-5)
+        slope = (sk.average_precision_score(y, p, sample_weight=weight) - sk.average_precision_score(y, p)) / 1e-6
+        assert m.average_precision(y, p)[1][i] == pytest.approx(slope, abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -415,9 +452,12 @@ def test_published_means_are_means_over_the_labels_with_an_auc_above_zero():
 
 # ---------------------------------------------------------------------------------------------- the command
 
-def predictions(path, labels=FIVE, n=120, patients=60, seed=0, **columns):
-    """Write a predictions file; returns its DataFrame."""
+def predictions(path, labels=FIVE, n=120, patients=60, seed=0, score_seed=None, **columns):
+    """Write a predictions file; returns its DataFrame. score_seed: other scores for the same images."""
     y, p, patient = sample(n, len(labels), patients, 6, seed)
+    if score_seed is not None:
+        noise = np.random.default_rng(score_seed).normal(size=y.shape)
+        p = (1 / (1 + np.exp(1 - y - noise))).round(6)
     frame = pd.DataFrame({"path": [f"images/{i:04d}.png" for i in range(n)], "patient": patient,
                           **{f"true_{label}": y[:, k] for k, label in enumerate(labels)},
                           **{f"prob_{label}": p[:, k] for k, label in enumerate(labels)}, **columns})
@@ -433,7 +473,7 @@ def run_folder(root, exp="3.4", seed=0):
 def command(monkeypatch, tmp_path, *args, bootstrap=50):
     """Run main() here; returns metrics.csv with every cell as text."""
     out = tmp_path / "metrics.csv"
-    argv = ["metrics.py", *map(str, args), "--out", str(out), "--bootstrap", str(bootstrap)]
+    argv = ["metrics.py", *map(str, args), "--out", str(out), "--bootstrap", str(bootstrap), "--workers", "1"]
     monkeypatch.setattr(sys, "argv", argv)
     m.main()
     return pd.read_csv(out, dtype=str, keep_default_na=False)
@@ -456,8 +496,9 @@ def test_nih_is_scored_with_14_and_with_5_labels_and_the_path_tells_the_run(monk
     for labels in (m.NIH14, FIVE):
         mean = np.mean([sk.roc_auc_score(frame[f"true_{label}"], frame[f"prob_{label}"]) for label in labels])
         for variant in ("paper", "corrected"):
-            assert cell(table, "auc_mean", variant, labels=str(len(labels))) == pytest.approx(mean)
-    assert cell(table, "auc", label="Edema", labels="14") == cell(table, "auc", label="Edema", labels="5")
+            found = cell(table, "auc_mean", variant, labels=str(len(labels)))
+            assert found == pytest.approx(mean)
+    assert set(table.labels[table.label == ""]) == {"", "14", "5"}         # all are the 14
     assert not table.duplicated(["labels", "metric", "variant", "label", "threshold"]).any()
 
 
@@ -467,63 +508,121 @@ def test_every_metric_of_the_contract_is_written_with_its_thresholds(monkeypatch
     y, p = (frame[[f"{kind}_{label}" for label in FIVE]].to_numpy() for kind in ("true", "prob"))
     for t in ("0.1", "0.2", "0.3", "0.4", "0.5"):
         accuracy = [sk.accuracy_score(y[:, k], p[:, k] > float(t)) for k in range(5)]
+        balanced = [sk.balanced_accuracy_score(y[:, k], p[:, k] > float(t)) for k in range(5)]
         assert cell(table, "mean_accuracy", threshold=t) == pytest.approx(np.mean(accuracy))
+        assert cell(table, "balanced_accuracy", threshold=t) == pytest.approx(np.mean(balanced))
         rounded = np.mean(np.round(accuracy, 4))
         assert cell(table, "mean_accuracy", "paper", threshold=t) == pytest.approx(rounded)
-        for variant in ("paper", "corrected"):
-            assert cell(table, "subset_accuracy", variant, threshold=t) == pytest.approx(
-                sk.accuracy_score(y, p > float(t)))
-            assert cell(table, "fnr", variant, threshold=t) == pytest.approx(
-                1 - sk.recall_score(y, p > float(t), average="macro"))
+        assert cell(table, "subset_accuracy", threshold=t) == pytest.approx(sk.accuracy_score(y, p > float(t)))
+        assert cell(table, "fnr", threshold=t) == pytest.approx(
+            1 - sk.recall_score(y, p > float(t), average="macro"))
         expected = [calibration_error_as_written(y[:, k], p[:, k], float(t)) for k in range(5)]
         assert cell(table, "calibration_error", "paper", threshold=t) == pytest.approx(np.mean(expected))
     for variant in ("paper", "corrected"):
-        values, _ = oracle_by_hand(y, p, m.FRACTIONS, variant == "paper")
-        for q, value in zip(m.FRACTIONS, values):
+        values, shares = oracle_by_hand(y, p, m.FRACTIONS, variant == "paper")
+        for q, value, share in zip(m.FRACTIONS, values, shares):
             assert cell(table, "oracle_auc", variant, threshold=f"{q:g}") == pytest.approx(np.mean(value))
+            assert cell(table, "referred", variant, threshold=f"{q:g}") == pytest.approx(share)
+    order = np.argsort(np.abs(p - 0.5).mean(1), kind="stable")
+    kept = order[12:]                                                        # of 120 the tenth is left out
+    areas = [sk.roc_auc_score(y[kept, k], p[kept, k]) for k in range(5)]
+    assert cell(table, "rejection_auc", threshold="0.1") == pytest.approx(np.mean(areas))
+    alone = oracle_by_hand(y[:, [1]], p[:, [1]], [0.1], False)[0]
+    assert cell(table, "oracle_auc_by_label", label=FIVE[1], threshold="0.1") == pytest.approx(alone[0][0])
     assert cell(table, "auprc") == pytest.approx(sk.average_precision_score(y, p, average="macro"))
     brier = [sk.brier_score_loss(y[:, k], p[:, k]) for k in range(5)]
     assert cell(table, "brier") == pytest.approx(np.mean(brier))
     count = table[(table.metric == "reliability_images") & (table.label == "Edema")].value.astype(float)
     assert count.sum() == 120
-    assert {"ece", "adaptive_ece", "rejection_auc", "risk_coverage_area", "oracle_auc_by_label", "referred",
-            "balanced_accuracy", "sensitivity_at_specificity_0.9",
-            "sensitivity_at_specificity_0.95"} <= set(table.metric)
+    assert {"ece", "adaptive_ece", "risk_coverage_area", "fpr", "random_referral_auc",
+            "sensitivity_at_specificity_0.9", "sensitivity_at_specificity_0.95"} <= set(table.metric)
 
 
-def test_intervals_are_quantiles_over_resampled_patients(monkeypatch, tmp_path):
-    path = run_folder(tmp_path) / "padchest.csv"
+def read_draws(tmp_path, run):
+    """{labels|metric|label|threshold: resamples} of one run in draws.npz."""
+    with np.load(tmp_path / "draws.npz") as file:
+        return dict(zip(file[f"{run}/rows"].tolist(), file[run]))
+
+
+def test_draws_are_the_same_patients_for_every_run_and_make_the_intervals(monkeypatch, tmp_path):
+    paths = [run_folder(tmp_path, exp) / "padchest.csv" for exp in ("2.2", "3.4")]
+    frames = [predictions(path, score_seed=seed) for path, seed in zip(paths, (0, 1))]
+    table = command(monkeypatch, tmp_path, *paths, bootstrap=200)
+    index, counts = m.draw_patients(frames[0].patient.to_numpy(str), 200, m.zlib.crc32(b"padchest"))
+    for exp, frame in zip(("2.2", "3.4"), frames):
+        draws = read_draws(tmp_path, f"{exp}/0/padchest")
+        y, p = (frame[[f"{kind}_{label}" for label in FIVE]].to_numpy() for kind in ("true", "prob"))
+        for b in (0, 7, 199):
+            rows = np.repeat(np.arange(120), counts[b][index])
+            areas = [sk.roc_auc_score(y[rows, k], p[rows, k]) for k in range(5)]
+            assert draws["5|auc_mean||"][b] == pytest.approx(np.mean(areas), abs=1e-6)
+            assert draws["|auc|Edema|"][b] == pytest.approx(areas[3], abs=1e-6)
+        for metric, key, threshold in (("auc_mean", "5|auc_mean||", ""), ("fnr", "5|fnr||0.3", "0.3")):
+            row = table[(table.exp == exp) & (table.metric == metric) & (table.threshold == threshold)
+                        & (table.variant == "corrected") & (table.label == "")].iloc[0]
+            error = (float(row.ci_high) - float(row.ci_low)) / 2 / stats.norm.ppf(0.975)
+            assert error == pytest.approx(np.std(draws[key]), rel=0.15 if metric == "fnr" else 1e-5)
+            assert (float(row.ci_high) + float(row.ci_low)) / 2 == pytest.approx(float(row.value))
+    assert {key.split("|")[1] for key in draws} >= {"auprc", "ece", "fnr", "subset_accuracy", "oracle_auc"}
+
+
+def test_an_unknown_label_counts_nowhere(monkeypatch, tmp_path):
+    """A label that is blank (or -1) in every row leaves what a file without its columns gives."""
+    path = run_folder(tmp_path) / "vindr_test.csv"
+    frame = predictions(path, true_Edema="")
+    blank = command(monkeypatch, tmp_path, path)
+    frame.assign(true_Edema=-1).to_csv(path, index=False)
+    pd.testing.assert_frame_equal(command(monkeypatch, tmp_path, path), blank)
+    frame.drop(columns=["true_Edema", "prob_Edema"]).to_csv(path, index=False)
+    pd.testing.assert_frame_equal(command(monkeypatch, tmp_path, path), blank)
+    four = [label for label in FIVE if label != "Edema"]
+    y, p = (frame[[f"{kind}_{label}" for label in four]].to_numpy(float) for kind in ("true", "prob"))
+    assert cell(blank, "mean_accuracy", threshold="0.5") == pytest.approx(((p > 0.5) == y).mean())
+    assert cell(blank, "auc_labels", labels="5") == 4 and "Edema" not in set(blank.label)
+
+
+def test_unknown_cells_are_left_out_of_every_metric(monkeypatch, tmp_path):
+    """Labels with blank cells against each label's known rows alone, and images with all known for subsets."""
+    path = run_folder(tmp_path) / "here.csv"
     frame = predictions(path)
-    table = command(monkeypatch, tmp_path, path, bootstrap=200)
-    index, draws = m.draw_patients(frame.patient.to_numpy(str), 200)
-    y, p = (frame[[f"{kind}_{label}" for label in FIVE]].to_numpy() for kind in ("true", "prob"))
-    values = {"auc_mean": [], "fnr": [], "subset_accuracy": [], "brier": [], "balanced_accuracy": []}
-    for draw in draws:
-        rows = np.repeat(np.arange(120), draw[index])
-        yy, pp = y[rows], p[rows]
-        values["auc_mean"].append(m.mean_over_labels(m.auc(yy, pp)))
-        values["fnr"].append(m.mean_over_labels(m.fnr(yy, pp, 0.3)))
-        values["subset_accuracy"].append(m.subset_accuracy(yy, pp, 0.3))
-        values["brier"].append(((pp - yy) ** 2).mean())
-        values["balanced_accuracy"].append(m.mean_over_labels(m.rates(yy, pp, 0.3)["balanced_accuracy"]))
-    for metric, expected in values.items():
-        threshold = "" if metric in ("auc_mean", "brier") else "0.3"
-        row = table[(table.metric == metric) & (table.variant == "corrected") & (table.label == "")
-                    & (table.threshold == threshold)].iloc[0]
-        np.testing.assert_allclose([float(row.ci_low), float(row.ci_high)],
-                                   np.quantile(expected, [0.025, 0.975]), atol=1e-9)
+    rng = np.random.default_rng(1)
+    for label in FIVE:
+        frame[f"true_{label}"] = frame[f"true_{label}"].astype(str).mask(rng.random(120) < 0.2, "")
+    frame.to_csv(path, index=False)
+    table = command(monkeypatch, tmp_path, path)
+    accuracies = []
+    for label in FIVE:
+        known = frame[frame[f"true_{label}"] != ""]
+        y, p = known[f"true_{label}"].astype(int).to_numpy(), known[f"prob_{label}"].to_numpy()
+        assert cell(table, "known", label=label) == len(known)
+        assert cell(table, "auc", label=label) == pytest.approx(sk.roc_auc_score(y, p))
+        assert cell(table, "auprc", label=label) == pytest.approx(sk.average_precision_score(y, p))
+        assert cell(table, "brier", label=label) == pytest.approx(sk.brier_score_loss(y, p))
+        assert cell(table, "fnr", label=label, threshold="0.3") == pytest.approx(1 - sk.recall_score(y, p > 0.3))
+        assert cell(table, "fpr", label=label, threshold="0.3") == pytest.approx(
+            1 - sk.recall_score(1 - y, p <= 0.3))
+        assert cell(table, "ece", label=label) == pytest.approx(m.ece(y[:, None], p[:, None])[0])
+        assert cell(table, "calibration_error", "paper", label, "0.3") == pytest.approx(
+            calibration_error_as_written(y, p, 0.3))
+        accuracies.append(sk.accuracy_score(y, p > 0.3))
+    assert cell(table, "mean_accuracy", threshold="0.3") == pytest.approx(np.mean(accuracies))
+    complete = frame[(frame[[f"true_{label}" for label in FIVE]] != "").all(axis=1)]
+    right = (complete[[f"prob_{label}" for label in FIVE]].to_numpy() > 0.3) == (
+        complete[[f"true_{label}" for label in FIVE]].to_numpy() == "1")
+    assert cell(table, "subset_accuracy", threshold="0.3") == pytest.approx(right.all(1).mean())
+    p = frame[[f"prob_{label}" for label in FIVE]].to_numpy()
+    asked = np.argsort(np.abs(p - 0.5).mean(1), kind="stable")[:12]
+    areas = []
+    for k, label in enumerate(FIVE):
+        now, truth = p[:, k].copy(), frame[f"true_{label}"]
+        for i in asked:
+            now[i] = now[i] if truth[i] == "" else int(truth[i])
+        known = truth != ""
+        areas.append(sk.roc_auc_score(truth[known].astype(int), now[known]))
+    assert cell(table, "oracle_auc", threshold="0.1") == pytest.approx(np.mean(areas))
 
 
-def test_bca_moves_the_intervals_of_the_auc_alone(monkeypatch, tmp_path):
-    path = run_folder(tmp_path) / "padchest.csv"
-    predictions(path)
-    plain = command(monkeypatch, tmp_path, path)
-    bca = command(monkeypatch, tmp_path, path, "--interval", "bca")
-    moved = set(bca.metric[(bca != plain).any(axis=1)])
-    assert moved == {"auc", "auc_mean"} and bca.value.equals(plain.value)
-
-
-def test_a_label_without_positives_is_an_empty_cell_and_the_mean_is_over_four(monkeypatch, tmp_path, capsys):
+def test_a_label_without_positives_is_an_empty_cell_and_the_mean_is_over_four(monkeypatch, tmp_path):
     path = run_folder(tmp_path) / "vindr_test.csv"
     frame = predictions(path, true_Edema=0)
     table = command(monkeypatch, tmp_path, path)
@@ -531,25 +630,96 @@ def test_a_label_without_positives_is_an_empty_cell_and_the_mean_is_over_four(mo
     assert cell(table, "auc_labels") == 4 and cell(table, "auc", "paper", "Edema") == 0
     for variant in ("paper", "corrected"):
         assert cell(table, "auc_mean", variant) == pytest.approx(np.mean(four))
+        assert cell(table, "oracle_auc", variant, threshold="0") == pytest.approx(np.mean(four))
     row = table[(table.metric == "auc") & (table.variant == "corrected") & (table.label == "Edema")].iloc[0]
     assert row.value == row.ci_low == row.ci_high == ""
-    assert "mean of 5 over 4: Atelectasis, Cardiomegaly, Consolidation, Effusion" in capsys.readouterr().out
     assert cell(table, "undefined_resamples", label="Edema") == 1
 
 
-def test_other_spellings_and_other_peoples_labels_are_understood(monkeypatch, tmp_path, capsys):
+def test_every_label_of_a_file_is_scored_and_only_the_studys_five_are_called_so(monkeypatch, tmp_path):
     for name, label in {"Pleural Effusion": "Effusion", "pleural effusion": "Effusion", "EDEMA": "Edema",
                         "Pleural thickening": "Pleural_Thickening", "Covid": "Covid"}.items():
         assert m.nih_name(name) == label
     spelt = ["atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural effusion", "Fracture"]
-    predictions(tmp_path / "a.csv", spelt)
-    flags = ["--exp", "x", "--seed", "0", "--dataset", "here"]
+    frame = predictions(tmp_path / "a.csv", spelt)
+    table = command(monkeypatch, tmp_path, tmp_path / "a.csv")
+    areas = [sk.roc_auc_score(frame[f"true_{x}"], frame[f"prob_{x}"]) for x in spelt]
+    assert cell(table, "auc_mean", labels="5") == pytest.approx(np.mean(areas[:5]))
+    assert cell(table, "auc_mean", labels="all") == pytest.approx(np.mean(areas))
+    assert set(table.label) == {"", *FIVE, "Fracture"}
+    predictions(tmp_path / "b.csv", ["Nodule", "Mass", "Hernia", "Fracture", "Covid"])
+    assert set(command(monkeypatch, tmp_path, tmp_path / "b.csv").labels) == {"", "all"}
+
+
+def test_two_files_of_ones_own_are_two_arms_on_one_test_set(monkeypatch, tmp_path, capsys):
+    a, b = (predictions(tmp_path / f"{name}.csv", ["Lesion"], score_seed=seed)
+            for seed, name in enumerate("ab"))
+    monkeypatch.setattr(sys, "argv", ["metrics.py", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"),
+                                      "--bootstrap", "50", "--workers", "1"])
+    m.main()
+    out = capsys.readouterr().out
+    for frame in (a, b):
+        assert f"{sk.roc_auc_score(frame.true_Lesion, frame.prob_Lesion):.4f}" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv"]        # nothing is written
+    table = command(monkeypatch, tmp_path, tmp_path / "a.csv", tmp_path / "b.csv")
+    assert set(zip(table.exp, table.seed, table.dataset)) == {("a", "0", "test"), ("b", "0", "test")}
+    flags = ["--exp", "mine", "--seed", "7", "--dataset", "here"]
     table = command(monkeypatch, tmp_path, tmp_path / "a.csv", *flags)
-    assert set(table.labels) == {"5"} and set(table.label) == {"", *FIVE}
-    assert "not scored: Fracture" in capsys.readouterr().out
-    predictions(tmp_path / "b.csv", ["Pneumonia"])
-    table = command(monkeypatch, tmp_path, tmp_path / "b.csv", *flags)
-    assert set(table.labels) == {"1"} and set(table.dataset) == {"here"}
+    assert set(zip(table.exp, table.seed, table.dataset)) == {("mine", "7", "here")}
+
+
+def test_the_runs_of_an_arm_also_make_an_ensemble_whatever_the_order_of_rows(monkeypatch, tmp_path):
+    paths = [run_folder(tmp_path, "3.4", seed) / "padchest.csv" for seed in (0, 11)]
+    frames = [predictions(path, score_seed=seed) for seed, path in enumerate(paths)]
+    mean = frames[0].copy()
+    for label in FIVE:
+        mean[f"prob_{label}"] = (frames[0][f"prob_{label}"] + frames[1][f"prob_{label}"]) / 2
+    shuffled = frames[1].sample(frac=1, random_state=0)[["path", "patient", *sorted(frames[1].columns[2:])]]
+    shuffled.to_csv(paths[1], index=False)
+    table = command(monkeypatch, tmp_path, *paths)
+    mean.to_csv(tmp_path / "mean.csv", index=False)
+    alone = command(monkeypatch, tmp_path, tmp_path / "mean.csv", "--dataset", "padchest")
+    made = table[table.exp == "3.4-ensemble"].reset_index(drop=True)
+    assert set(made.seed) == {"all"} and not made.empty
+    pd.testing.assert_frame_equal(made.drop(columns=["exp", "seed", "value"]),
+                                  alone.drop(columns=["exp", "seed", "value"]))
+    np.testing.assert_allclose(*(pd.to_numeric(part.value) for part in (made, alone)), atol=1e-9)
+
+
+def test_runs_on_other_images_are_refused(monkeypatch, tmp_path, capsys):
+    here, there = (run_folder(tmp_path, exp) / "padchest.csv" for exp in ("2.2", "3.4"))
+    frame = predictions(here)
+    for other in (frame.assign(true_Edema=1 - frame.true_Edema), frame.assign(patient=frame.path), frame[:-1],
+                  frame.drop(columns=["true_Edema", "prob_Edema"])):
+        there.parent.mkdir(parents=True, exist_ok=True)
+        other.to_csv(there, index=False)
+        with pytest.raises(SystemExit) as stop:
+            command(monkeypatch, tmp_path, here, there)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "but other images, patients or true labels" in error
+        assert str(here) in error and str(there) in error and not (tmp_path / "metrics.csv").exists()
+
+
+def test_the_mark_of_stand_ins_stands_in_every_row(monkeypatch, tmp_path, capsys):
+    path = run_folder(tmp_path) / "padchest.csv"
+    predictions(path)
+    assert set(command(monkeypatch, tmp_path, path).stand_in) == {""}
+    path.with_suffix(".json").write_text('{"exp": "3.4", "stand_in": null}')
+    assert set(command(monkeypatch, tmp_path, path).stand_in) == {""}
+    path.with_suffix(".json").write_text('{"exp": "3.4", "stand_in": "drawn by data_prep/demo.py"}')
+    assert set(command(monkeypatch, tmp_path, path).stand_in) == {"drawn by data_prep/demo.py"}
+    assert "stand-in: drawn by data_prep/demo.py" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spelling", ["", "nan", "NaN", "None"])
+def test_images_of_nobody_are_patients_of_their_own(monkeypatch, tmp_path, spelling):
+    path = run_folder(tmp_path) / "padchest.csv"
+    predictions(path).assign(patient=spelling).to_csv(path, index=False)
+    table = command(monkeypatch, tmp_path, path)
+    assert cell(table, "patients") == cell(table, "images") == 120
+    predictions(path).assign(patient="7").to_csv(path, index=False)         # one patient tells no spread
+    one = command(monkeypatch, tmp_path, path)
+    assert cell(one, "patients") == 1 and set(one.ci_low) == {""}
 
 
 def test_thresholds_and_temperature_come_from_the_validation_file(monkeypatch, tmp_path):
@@ -560,8 +730,8 @@ def test_thresholds_and_temperature_come_from_the_validation_file(monkeypatch, t
     assert not table[table.dataset == "nih_val"].metric.str.contains("youden|temperature").any()
     t = m.choose_threshold(val.true_Edema.to_numpy(), val.prob_Edema.to_numpy(), "youden")
     assert cell(table, "threshold_youden", label="Edema", dataset="padchest") == pytest.approx(t)
-    assert cell(table, "sensitivity_youden", label="Edema", dataset="padchest") == pytest.approx(
-        sk.recall_score(test.true_Edema, test.prob_Edema > t))
+    assert cell(table, "fnr_youden", label="Edema", dataset="padchest") == pytest.approx(
+        1 - sk.recall_score(test.true_Edema, test.prob_Edema > t))
     y, p = (val[[f"{kind}_{label}" for label in m.NIH14]].to_numpy() for kind in ("true", "prob"))
     assert cell(table, "temperature", dataset="padchest") == pytest.approx(m.fit_temperature(y, p))
     (folder / "nih_val.csv").rename(tmp_path / "val.csv")
@@ -570,37 +740,55 @@ def test_thresholds_and_temperature_come_from_the_validation_file(monkeypatch, t
     assert not command(monkeypatch, tmp_path, folder / "padchest.csv").metric.str.contains("youden").any()
 
 
-def test_subgroups_are_scored_apart_with_the_gap_between_them(monkeypatch, tmp_path):
-    path = run_folder(tmp_path) / "chexpert_valid.csv"
-    frame = predictions(path)
+def people_of(frame):
+    """Sex, age and race of the images of a predictions file."""
     rng = np.random.default_rng(0)
     races = ["White, non-Hispanic", "White", "Black or African American"]
-    people = pd.DataFrame({"path": frame.path, "sex": rng.choice(["F", "M", ""], 120),
-                           "age": rng.integers(20, 95, 120), "race": rng.choice(races, 120)})
+    return pd.DataFrame({"path": frame.path, "sex": rng.choice(["F", "M", ""], len(frame)),
+                         "age": rng.integers(20, 95, len(frame)), "race": rng.choice(races, len(frame))})
+
+
+def test_subgroups_have_auc_fnr_fpr_and_calibration_of_their_own(monkeypatch, tmp_path):
+    path = run_folder(tmp_path) / "chexpert_valid.csv"
+    frame = predictions(path)
+    val = predictions(path.with_name("nih_val.csv"), seed=5)
+    people = people_of(frame)
     people.sample(frac=1, random_state=0).to_csv(tmp_path / "manifest.csv", index=False)
     table = command(monkeypatch, tmp_path, path, "--manifest", tmp_path / "manifest.csv")
-    groups = {"sex=F": people.sex == "F", "sex=M": people.sex == "M", "race=Black": people.race == races[2],
-              "race=White": people.race != races[2], "age=<=40": people.age <= 40, "age=>80": people.age > 80,
+    groups = {"sex=F": people.sex == "F", "sex=M": people.sex == "M", "race=White": people.race.str[0] == "W",
+              "race=Black": people.race.str[0] == "B", "age=<=40": people.age <= 40, "age=>80": people.age > 80,
               "age=41-60": people.age.between(41, 60), "age=61-80": people.age.between(61, 80)}
+    youden = m.choose_threshold(val.true_Edema.to_numpy(), val.prob_Edema.to_numpy(), "youden")
     found = {}
     for name, here in groups.items():
+        y, p = frame.true_Edema[here], frame.prob_Edema[here]
         assert cell(table, f"images[{name}]") == here.sum()
-        found[name] = sk.roc_auc_score(frame.true_Edema[here], frame.prob_Edema[here])
+        found[name] = sk.roc_auc_score(y, p)
         assert cell(table, f"auc[{name}]", label="Edema") == pytest.approx(found[name])
+        assert cell(table, f"fnr[{name}]", label="Edema", threshold="0.3") == pytest.approx(
+            1 - sk.recall_score(y, p > 0.3))
+        assert cell(table, f"fpr[{name}]", label="Edema", threshold="0.3") == pytest.approx(
+            1 - sk.recall_score(1 - y, p <= 0.3))
+        assert cell(table, f"fnr_youden[{name}]", label="Edema") == pytest.approx(
+            1 - sk.recall_score(y, p > youden))
+        assert cell(table, f"ece[{name}]", label="Edema") == pytest.approx(
+            m.ece(y.to_numpy()[:, None], p.to_numpy()[:, None])[0])
     ages = [value for name, value in found.items() if name.startswith("age")]
     assert cell(table, "auc_gap[age]", label="Edema") == pytest.approx(max(ages) - min(ages))
     assert cell(table, "auc_gap[sex]", label="Edema") == pytest.approx(abs(found["sex=F"] - found["sex=M"]))
-    assert (table[table.metric.str.startswith("auc_gap")].ci_low == "").all()       # they would lie too high
+    assert (table[table.metric.str.contains("_gap")].ci_low == "").all()       # they would lie too high
+    row = table[(table.metric == "fnr[sex=F]") & (table.label == "") & (table.threshold == "0.3")].iloc[0]
+    assert float(row.ci_low) < float(row.value) < float(row.ci_high)
+    frame.merge(people, on="path").to_csv(path, index=False)                   # the same, beside the predictions
+    pd.testing.assert_frame_equal(command(monkeypatch, tmp_path, path), table)
 
 
 def test_means_of_subgroups_are_over_the_labels_that_all_groups_have(monkeypatch, tmp_path):
     path = run_folder(tmp_path) / "chexpert_valid.csv"
-    frame = predictions(path)
-    frame["sex"] = ["F", "M"] * 60
+    frame = predictions(path).assign(sex=["F", "M"] * 60)
     frame.loc[frame.sex == "F", "true_Edema"] = 0
-    frame.drop(columns="sex").to_csv(path, index=False)
-    frame[["path", "sex"]].to_csv(tmp_path / "manifest.csv", index=False)
-    table = command(monkeypatch, tmp_path, path, "--manifest", tmp_path / "manifest.csv")
+    frame.to_csv(path, index=False)
+    table = command(monkeypatch, tmp_path, path)
     shared, gaps = [label for label in FIVE if label != "Edema"], []
     for sex in "FM":
         here = frame[frame.sex == sex]
@@ -619,19 +807,21 @@ def test_manifests_that_differ_about_an_image_are_refused(monkeypatch, tmp_path,
     given = "--manifest", tmp_path / "a.csv", tmp_path / "b.csv"
     assert cell(command(monkeypatch, tmp_path, path, *given), "images[sex=F]") == 120
     frame.assign(sex=["F"] * 119 + ["M"])[["path", "sex"]].to_csv(tmp_path / "b.csv", index=False)
+    m.read_manifests.cache_clear()
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, tmp_path, path, *given)
     assert stop.value.code == 2 and "two people for image 'images/0119.png'" in capsys.readouterr().err
 
 
-def test_processes_do_not_change_the_result_and_no_resamples_give_no_intervals(monkeypatch, tmp_path):
+def test_processes_do_not_change_the_result_and_no_resamples_give_no_draws(monkeypatch, tmp_path):
     paths = [run_folder(tmp_path, exp, seed) / "padchest.csv" for exp in ("2.2", "3.4") for seed in (0, 11)]
     for i, path in enumerate(paths):
-        predictions(path, seed=i)
-    one = command(monkeypatch, tmp_path, *paths, "--workers", "1")
+        predictions(path, score_seed=i)
+    one = command(monkeypatch, tmp_path, *paths)
     pd.testing.assert_frame_equal(one, command(monkeypatch, tmp_path, *paths, "--workers", "2"))
     bare = command(monkeypatch, tmp_path, *paths, bootstrap=0)
-    assert (bare.ci_low == "").all() and bare.value.isin(one.value).all()
+    pd.testing.assert_series_equal(bare.value, one.value[one.metric != "undefined_resamples"], check_index=False)
+    assert read_draws(tmp_path, "2.2/0/padchest")["5|fnr||0.3"].shape == (0,)
 
 
 def test_constant_scores_and_two_images(monkeypatch, tmp_path):
@@ -661,7 +851,7 @@ def test_always_negative_on_the_hand_labelled_images(shared, monkeypatch, tmp_pa
         negative = cell(table, "always_negative_accuracy", label=label)
         guessing = cell(table, "random_guess_accuracy", label=label)
         assert guessing == pytest.approx(negative ** 2 + (1 - negative) ** 2)
-    assert f"{cell(table, 'always_negative_accuracy'):.4f}" == "0.7238"                  # erratum 16
+    assert f"{cell(table, 'always_negative_accuracy'):.4f}" == "0.7238"
     assert f"{cell(table, 'always_negative_subset_accuracy'):.4f}" == "0.3663"
     assert cell(table, "subset_accuracy", threshold="0.5") == cell(table, "always_negative_subset_accuracy")
 
@@ -682,13 +872,19 @@ BASE = "path,patient,true_Edema,prob_Edema\na,1,1,0.9\nb,2,0,0.2\n"
     (BASE.replace("0.9", "nan"), ["row 1", "prob_Edema is 'nan'", "0 to 1"]),
     (BASE.replace("0.2", ""), ["row 2", "prob_Edema is ''"]),
     (BASE.replace("0.2", "1.2"), ["row 2", "prob_Edema is '1.2'"]),
-    (BASE.replace("b,2,0", "b,2,-1"), ["row 2", "true_Edema is '-1'", "0 or 1"]),
+    (BASE.replace("b,2,0", "b,2,2"), ["row 2", "true_Edema is '2'", "1, 0 or blank"]),
     (BASE.replace("b,2,0", "b,2,yes"), ["row 2", "true_Edema is 'yes'"]),
     (BASE.replace("b,2", "a,2"), ["row 2", "image 'a'", "twice"]),
     (BASE.replace("b,2,0", "b,2,1"), ["both positives and negatives"]),
     ("path,patient,true_Edema,prob_Edema\na,1,1,0.9\n", ["both positives and negatives"]),
     ("path,patient,true_Effusion,true_Pleural Effusion,prob_Effusion,prob_Pleural Effusion\na,1,1,1,1,1\n",
-     ["Effusion", "two spellings"])])
+     ["Effusion", "two spellings"]),
+    # as a spreadsheet or pandas saves a table
+    (BASE.replace("\n", ",\n"), ["column 5 has no name"]),
+    ("," + BASE.replace("\na", "\n0,a").replace("\nb", "\n1,b"), ["column 1 has no name"]),
+    (BASE.replace("0.9", "0.9,").replace("0.2", "0.2,"), ["line 2 has 5 cells, the header 4"]),
+    (BASE.replace("0,0.2", "0"), ["line 3 has 3 cells, the header 4"]),
+    (BASE.replace("prob_Edema", "true_Edema"), ["two columns 'true_Edema'"])])
 def test_a_mistake_in_the_file_is_one_sentence(text, said, monkeypatch, tmp_path, capsys):
     path = run_folder(tmp_path) / "a.csv"
     path.parent.mkdir(parents=True)
@@ -703,23 +899,24 @@ def test_a_mistake_in_the_file_is_one_sentence(text, said, monkeypatch, tmp_path
 
 def test_a_mistake_in_the_call_is_one_sentence(monkeypatch, tmp_path, capsys):
     here, there = run_folder(tmp_path) / "padchest.csv", run_folder(tmp_path, "2.2") / "padchest.csv"
-    predictions(here), predictions(there), predictions(tmp_path / "loose.csv")
+    predictions(here), predictions(there)
     pd.DataFrame({"path": ["images/0001.png"], "sex": ["F"]}).to_csv(tmp_path / "manifest.csv", index=False)
     pd.DataFrame({"path": ["images/0001.png"], "age": [""]}).to_csv(tmp_path / "blank.csv", index=False)
     (tmp_path / "file").write_text("")
+    (tmp_path / "marked.csv").write_text(BASE)
+    (tmp_path / "marked.json").write_text("[]")
     for args, said in [
-            ([tmp_path / "absent.csv", "--exp", "1", "--seed", "0", "--dataset", "d"], "does not exist"),
-            ([tmp_path / "loose.csv"], "give --exp, --seed and --dataset"),
-            ([tmp_path / "loose.csv", "--exp", "1"], "give --exp, --seed and --dataset"),
+            ([tmp_path / "absent.csv"], "does not exist"),
             ([here, here], "is a second file of exp 3.4, seed 0, padchest"),
             ([here, there, "--validation", here], "belongs to one run"),
             ([here, "--manifest", tmp_path / "manifest.csv"], "image 'images/0000.png' is in no manifest"),
             ([here, "--manifest", tmp_path / "blank.csv"], "knows no sex, age or race"),
             ([here, "--bootstrap", "-1"], "--bootstrap must be 0 or more"),
             ([here, "--manifest", tmp_path / "none.csv"], "none.csv does not exist"),
+            ([tmp_path / "marked.csv"], "marked.json holds no facts"),
             ([here, "--out", tmp_path / "file" / "m.csv"], "cannot be written")]:
         monkeypatch.setattr(sys, "argv", ["metrics.py", "--out", str(tmp_path / "m.csv"), "--bootstrap", "9",
-                                          *map(str, args)])
+                                          "--workers", "1", *map(str, args)])
         with pytest.raises(SystemExit) as stop:
             m.main()
         error = capsys.readouterr().err
@@ -736,8 +933,8 @@ def test_the_command_needs_no_torch_and_fails_politely(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, script, path, "--out", out, "--bootstrap", "20"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert out.read_text().startswith(",".join(m.COLUMNS) + "\n")
-    assert list(out.parent.iterdir()) == [out]                                  # no temporary file is left
+    assert done.stderr == "" and out.read_text().startswith(",".join(m.COLUMNS) + "\n")
+    assert sorted(path.name for path in out.parent.iterdir()) == ["draws.npz", "metrics.csv"]
     path.write_text(BASE.replace("0.9", "-0.1"))
     failed = run_script("evaluate/metrics.py", path, "--out", tmp_path / "m.csv")
     assert_user_error(failed, str(path), "row 1", "-0.1")
