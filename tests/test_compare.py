@@ -1,578 +1,385 @@
-"""compare.py: verdicts on known effects, statistics against SciPy and brute force, errata rebuilt."""
+"""evaluate/compare.py against SciPy, simulation, loops and constructed arms; the claims and errata of the paper."""
 
-import copy
 import itertools
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, assert_user_error, load_script, run_script
+from conftest import ROOT, load_script, run_here
 from scipy import stats
 
 compare = load_script("evaluate/compare.py")
 metrics = load_script("evaluate/metrics.py")
 REPORTED = ROOT / "evaluate" / "reported"
-SEEDS = (0, 11, 21)
+nan = np.nan
 
 
-@pytest.fixture(scope="module")
-def published():
-    return compare.Published(REPORTED)
+# ------------------------------------------------------------------------------------------------ statistics
 
-
-@pytest.fixture(scope="module")
-def claims():
-    return compare.read_claims(REPORTED / "claims.csv")
-
-
-def write_predictions(root, exp, seed, testset, y, p, patient, labels=tuple(compare.STUDY5)):
-    """One prediction file as predict.py leaves it."""
-    frame = pd.DataFrame({"path": [f"images/{i:04}.png" for i in range(len(y))], "patient": patient})
-    for k, label in enumerate(labels):
-        frame[f"true_{label}"] = y[:, k]
-    for k, label in enumerate(labels):
-        frame[f"prob_{label}"] = p[:, k]
-    path = root / exp / "predictions" / f"seed{seed}" / f"{testset}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(path, index=False, float_format="%.8g")
-    return path
-
-
-def truth(rng, images=240, patients=110, labels=5):
-    """True labels that patients share in part, and the patient of every image."""
-    patient = rng.integers(patients, size=images)
-    y = (rng.normal(size=(patients, labels))[patient] + rng.normal(size=(images, labels)) > 0.6).astype(int)
-    return y, np.array([f"p{n}" for n in patient])
-
-
-def probabilities(rng, y, strength):
-    """Predictions whose ranking improves with strength; 0 is chance."""
-    return 1 / (1 + np.exp(-(strength * (2 * y - 1) + rng.normal(size=y.shape) - 1)))
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    """Predictions with known order: 3.4 far above 2.2, 3.6 like 2.2 but for noise, 1.2 without any skill."""
-    root = tmp_path_factory.mktemp("runs")
-    rng = np.random.default_rng(7)
-    for testset in ("nih_test", "chexpert_valid"):
-        y, patient = truth(rng)
-        shared = rng.normal(size=y.shape)
-        for exp, strength in (("3.4", 1.6), ("2.2", 0.6), ("3.6", 0.6), ("1.2", 0.0)):
-            for seed in SEEDS:
-                p = probabilities(rng, y, strength + 0.02 * rng.normal()) * 0.7 + 0.3 / (1 + np.exp(-shared))
-                write_predictions(root, exp, seed, testset, y, p.clip(0.001, 0.999), patient)
-    return root
-
-
-def judged(source, *rows):
-    """Verdicts of claims (metric, testset, left, right, sign), all of one family."""
-    columns = compare.CLAIM
-    texts = [dict(zip(columns, (f"X{n}", "X", "a statement", *row))) for n, row in enumerate(rows)]
-    path = source.tmp / "claims.csv"
-    pd.DataFrame(texts, columns=columns).to_csv(path, index=False)
-    return compare.verdicts(compare.read_claims(path), source)
-
-
-@pytest.fixture(scope="module")
-def ours(known, tmp_path_factory):
-    source = compare.Predictions(known, 400)
-    source.tmp = tmp_path_factory.mktemp("claims")
-    return source
-
-
-# ---------------------------------------------------------------------------- verdicts
-
-def test_verdicts_on_a_known_effect(ours):
-    table = judged(ours,
-                   *[("auc_mean5", "nih_test", left, right, sign) for left, right, sign in (
-                       ("3.4", "2.2", "1"), ("2.2", "3.4", "1"), ("2.2", "3.6", "1"), ("2.2", "9.9", "1"),
-                       ("2.2", "3.4", "-1"), ("3.4", "2.2", "0"))])
-    assert list(table["verdict"]) == ["holds", "contradicted", "undecided", "not run", "holds", "holds"]
-    assert table["remark"][3] == "no auc_mean5 of 9.9 on nih_test"
-    assert "no direction" in table["remark"][5]
-    assert table["effect"][0] == -table["effect"][1] and table["p"][0] == table["p"][1]
-    decided = table[table["verdict"] != "not run"]
-    assert ((decided["ci_low"] < decided["effect"]) & (decided["effect"] < decided["ci_high"])).all()
-    assert (decided["p_holm"] >= decided["p"]).all()
-
-
-def test_the_effect_is_the_difference_of_the_means_over_runs_of_the_means_over_labels(ours, known):
-    table = judged(ours, ("auc_mean5", "nih_test", "3.4", "2.2", "1"),
-                   ("auc_mean4", "nih_test", "3.4", "2.2", "1"),
-                   ("auc", "nih_test", "3.4:Edema", "2.2:Edema", "1"))
-    areas = {}
-    for exp in ("3.4", "2.2"):
-        frames = [pd.read_csv(known / exp / "predictions" / f"seed{seed}" / "nih_test.csv") for seed in SEEDS]
-        areas[exp] = np.array([[metrics.auc(f[f"true_{x}"].to_numpy(), f[f"prob_{x}"].to_numpy())
-                                for x in compare.STUDY5] for f in frames]).mean(0)
-    gap = areas["3.4"] - areas["2.2"]
-    assert table["effect"].tolist() == pytest.approx([gap.mean(), np.delete(gap, 3).mean(), gap[3]])
-
-
-def test_thresholds_offsets_and_the_constant_answer(ours, known):
-    table = judged(ours, ("mean_accuracy@0.5", "chexpert_valid", "3.4", "always_negative", "1"),
-                   ("fnr@0.3", "chexpert_valid", "3.4", "2.2", "-1"),
-                   ("subset_accuracy@0.3", "chexpert_valid", "3.4", "always_negative", "1"),
-                   ("auc", "chexpert_valid", "3.4:Edema", "3.4:Effusion+0.20", "1"))
-    frames = [pd.read_csv(known / "3.4" / "predictions" / f"seed{seed}" / "chexpert_valid.csv")
-              for seed in SEEDS]
-    y, p = ([f[[f"{kind}_{x}" for x in compare.STUDY5]].to_numpy() for f in frames]
-            for kind in ("true", "prob"))
-    accuracy = np.mean([metrics.mean_accuracy(a, b, 0.5) for a, b in zip(y, p)])
-    assert table["effect"][0] == pytest.approx(accuracy - (1 - y[0].mean()))
-    subset = np.mean([metrics.subset_accuracy(a, b, 0.3) for a, b in zip(y, p)])
-    assert table["effect"][2] == pytest.approx(subset - (y[0] == 0).all(1).mean())
-    areas = np.mean([metrics.auc(a, b) for a, b in zip(y, p)], 0)
-    assert table["effect"][3] == pytest.approx(areas[3] - areas[4] - 0.20)
-    assert table["verdict"][1] == "holds" and table["verdict"][3] == "contradicted"
-
-
-def test_a_set_against_another_and_a_difference_of_differences(ours):
-    table = judged(ours, ("auc_mean5", "nih_test", "3.4@chexpert_valid", "3.4@nih_test", "1"),
-                   *[("auc_mean5", "nih_test", *sides, "1")
-                     for sides in (("3.4-2.2", "3.6-1.2"), ("3.4", "2.2"), ("3.6", "1.2"))])
-    nih, chexpert = (ours.values("3.4", name, "auc_mean5")[1].mean()
-                     for name in ("nih_test", "chexpert_valid"))
-    assert table["effect"][0] == pytest.approx(chexpert - nih)
-    assert table["runs"].tolist() == ["3", "3 3 3 3", "3 3", "3 3"]           # one arm: paired run by run
-    assert table["effect"][1] == pytest.approx(table["effect"][2] - table["effect"][3])
-
-
-class Given:
-    """A source of numbers that are simply given: {arm: values over runs}."""
-    source, files = "given", {}
-
-    def __init__(self, tmp, arms):
-        self.tmp, self.arms = tmp, arms
-
-    def values(self, exp, *_):
-        return list(range(len(self.arms[exp]))), np.array(self.arms[exp]), None
-
-    def sizes(self, _):
-        return "", ""
-
-
-def test_holm_within_the_family_can_undo_a_verdict(tmp_path):
-    source = Given(tmp_path, {"1": [0.80, 0.82, 0.84], "2": [0.76, 0.77, 0.79], "3": [0.81, 0.82, 0.83]})
-    claim, empty = ("auc_mean5", "nih_test", "1", "2", "1"), ("auc_mean5", "nih_test", "1", "3", "1")
-    alone, family = judged(source, claim), judged(source, claim, *[empty] * 4)
-    assert alone["verdict"][0] == "holds" and 0.02 < alone["p"][0] == alone["p_holm"][0] < 0.05
-    assert family["verdict"][0] == "undecided" and family["p_holm"][0] == pytest.approx(5 * family["p"][0])
-    assert family["ci_low"][0] > 0                               # the interval alone would have said "holds"
-
-
-def test_identical_predictions_cannot_be_told_apart(tmp_path):
-    y, patient = truth(np.random.default_rng(1))
-    p = probabilities(np.random.default_rng(2), y, 1)
-    for exp, seed in itertools.product(("3.4", "2.2"), SEEDS):
-        write_predictions(tmp_path, exp, seed, "nih_test", y, p, patient)
-    source = compare.Predictions(tmp_path, 200)
-    source.tmp = tmp_path
-    row = judged(source, ("auc_mean5", "nih_test", "3.4", "2.2", "1")).iloc[0]
-    assert row["verdict"] == "undecided"
-    assert row[["effect", "p", "ci_low", "ci_high"]].tolist() == [0, 1, 0, 0]
-
-
-@pytest.fixture(scope="module")
-def some_single(tmp_path_factory):
-    """Arm 3.4 with one run, 2.2 and 3.6 with three."""
-    root, rng = tmp_path_factory.mktemp("single"), np.random.default_rng(3)
-    y, patient = truth(rng)
-    for exp, strength, seeds in (("3.4", 2.0, SEEDS[:1]), ("2.2", 0.3, SEEDS), ("3.6", 0.4, SEEDS)):
-        for seed in seeds:
-            write_predictions(root, exp, seed, "nih_test", y, probabilities(rng, y, strength), patient)
-    source = compare.Predictions(root, 200)
-    source.tmp = root
-    return source
-
-
-def test_an_arm_of_one_run_is_judged_by_its_patients_and_its_spread_over_runs_is_unknown(some_single):
-    table = judged(some_single, ("auc_mean5", "nih_test", "3.4", "2.2", "1"),
-                   ("mean_accuracy@0.5", "nih_test", "3.4", "always_negative", "1"),
-                   ("mean_accuracy@0.5", "nih_test", "2.2", "always_negative", "1"))
-    assert table["verdict"][0] == "holds" and table["ci_low"][0] > 0 < table["se_patients"][0]
-    assert table["se_runs"].isna().tolist() == [True, True, False]       # the constant answer has no spread
-    assert table["remark"].str.contains("one run").tolist() == [True, True, False]
-    compare.write(table, some_single.tmp / "verdicts.csv")
-    assert pd.read_csv(some_single.tmp / "verdicts.csv", dtype=str, keep_default_na=False)["se_runs"][0] == ""
-
-
-def test_components_pairs_and_detectable_difference_with_an_arm_of_one_run(some_single):
-    components, comparisons = compare.all_pairs(some_single)
-    assert components.groupby("exp")["se_runs"].agg(lambda errors: errors.isna().mean()).to_dict() == {
-        "3.4": 1, "2.2": 0, "3.6": 0}
-    single = comparisons[["left", "right"]].eq("3.4").any(axis=1)
-    for name in ("se_runs", "p_welch"):
-        assert (comparisons[name].isna() == single).all()
-    assert comparisons[["p", "ci_low", "ci_high", "se_patients"]].notna().all(axis=None)
-    row = compare.detectable(comparisons, some_single).iloc[0]
-    means = comparisons[comparisons["label"] == ""]
-    pair = means[means["se_runs"].notna()].iloc[0]                       # the one that counts
-    error = np.hypot(pair["se_runs"], pair["se_patients"])
-    assert row["detectable"] == pytest.approx(compare.noncentrality(pair["freedom"]) * error)
-    row = compare.detectable(comparisons[single], some_single).iloc[0]
-    assert np.isnan(row["detectable"]) and row["detectable_with_endless_runs"] > 0
-
-
-def test_the_table_has_all_its_columns_when_nothing_was_run(ours):
-    table = judged(ours, ("auc_mean5", "nih_test", "9.9", "9.8", "1"))
-    assert list(table) == compare.VERDICT and np.isnan(table["effect"][0])
-
-
-def test_only_the_experiments_that_are_asked_for_are_read(known, tmp_path):
-    (tmp_path / "3.4").symlink_to(known / "3.4")
-    (tmp_path / "2.2").symlink_to(known / "2.2")
-    rng = np.random.default_rng(13)
-    y, patient = truth(rng, images=50)
-    write_predictions(tmp_path, "demo.x", 0, "nih_test", y, probabilities(rng, y, 1), patient)
-    with pytest.raises(compare.InputError, match="cannot be compared"):
-        compare.Predictions(tmp_path, 100)
-    assert {exp for exp, _ in compare.Predictions(tmp_path, 100, "3.4,2.*").files} == {"3.4", "2.2"}
-    with pytest.raises(compare.InputError, match=r"holds no 3\.9/predictions/seed<k>"):
-        compare.Predictions(tmp_path, 100, "3.4,3.9")
-
-
-def test_row_order_label_order_and_spelling_do_not_matter(tmp_path):
-    rng = np.random.default_rng(4)
-    y, patient = truth(rng)
-    p = {seed: probabilities(rng, y, 1) for seed in SEEDS}
-    for seed in SEEDS:
-        write_predictions(tmp_path / "a", "3.4", seed, "nih_test", y, p[seed], patient)
-        names = ["Pleural Effusion", "edema", *compare.STUDY5[2::-1]]
-        path = write_predictions(tmp_path / "b", "3.4", seed, "nih_test", y[:, ::-1], p[seed][:, ::-1],
-                                 patient, names)
-        pd.read_csv(path).sample(frac=1, random_state=seed).to_csv(path, index=False)
-    a, b = (compare.Predictions(tmp_path / name, 100).values("3.4", "nih_test", "auc_mean5") for name in "ab")
-    assert a[1] == pytest.approx(b[1]) and a[2] == pytest.approx(b[2])
-
-
-def test_recipe_a_is_found_under_its_plain_key_and_validation_files_are_no_test_set(tmp_path):
-    rng = np.random.default_rng(5)
-    y, patient = truth(rng)
-    write_predictions(tmp_path, "0.1.7", 0, "nih_test", y, probabilities(rng, y, 1), patient)
-    write_predictions(tmp_path, "0.1.7", 0, "nih_val", y, probabilities(rng, y, 1), patient)
-    source = compare.Predictions(tmp_path, 100)
-    assert source.values("0.1.7a", "nih_test", "auc_mean5") is not None
-    assert {key[1] for key in source.files} == {"nih_test"}
-
-
-# ---------------------------------------------------------------------------- claims
-
-def test_every_claim_is_understood(claims):
-    assert len(claims) == len(pd.read_csv(REPORTED / "claims.csv")) == 99
-    sides = {claim["id"]: claim["sides"] for claim in claims}
-    operand = sides["E01"][0][2]
-    assert (operand["exp"], operand["minus"], operand["part"]) == ("2.2", "2.1", None)
-    assert sides["J01"][1][2]["exp"] == "4.2.1-50k" and sides["K01"][0][2]["exp"] == "0.1.7a"
-    assert (sides["M03"][1][2]["part"], sides["M03"][1][2]["offset"]) == ("Atelectasis", "+0.20")
-    assert [side[1] for side in sides["G01"]] == ["auc_mean5", "auc_mean14"]
-    assert [side[2] for side in sides["H01"]] == ["ood", "nih_test"]
-    assert (sides["L01"][0][2]["exp"], sides["L01"][0][2]["testset"]) == ("3.4", "vindr_test")
-
-
-@pytest.mark.parametrize("metric, left, sign", [("accuracy", "3.4", "1"), ("auc_mean5", "3.4 > 2.2", "1"),
-                                                ("auc_mean5", "3.4", "2"), ("fnr@high", "3.4", "1")])
-def test_a_claim_that_cannot_be_read_is_named(tmp_path, metric, left, sign):
-    pd.DataFrame([["A01", "A", "s", metric, "nih_test", left, "2.2", sign]], columns=compare.CLAIM).to_csv(
-        tmp_path / "claims.csv", index=False)
-    with pytest.raises(compare.InputError, match="claims.csv line 2.*cannot be read"):
-        compare.read_claims(tmp_path / "claims.csv")
-
-
-# ---------------------------------------------------------------------------- statistics
-
-def test_from_runs_alone_the_test_is_welchs(published):
-    left, right = (published.values(exp, "padchest", "auc_mean5")[1] for exp in ("3.4", "1.2"))
-    found = compare.estimate([(1, compare.make_arm("a", left)), (-1, compare.make_arm("b", right))])
+def test_two_arms_without_resamples_are_compared_by_welchs_test():
+    left, right = [0.81, 0.83, 0.80, 0.84, 0.82], [0.78, 0.80, 0.79]
+    found = compare.estimate([(1, compare.make_arm(left)), (-1, compare.make_arm(right))])
     expected = stats.ttest_ind(left, right, equal_var=False)
-    assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
-    assert (found.low, found.high) == pytest.approx(expected.confidence_interval(), rel=1e-9)
-    assert found.effect == pytest.approx(left.mean() - right.mean())
+    interval = expected.confidence_interval()
+    assert found.effect == pytest.approx(np.mean(left) - np.mean(right))
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert found.p == pytest.approx(expected.pvalue) and found.freedom == pytest.approx(expected.df)
+    assert np.isnan(found.se_patients)
 
 
-def test_one_arm_on_both_sides_is_a_paired_test(published, claims):
-    claim = next(claim for claim in claims if claim["id"] == "L01")
-    found, _ = compare.judge(claim, published)
-    areas = pd.read_csv(REPORTED / "raw_runs_auc.csv", dtype={"exp": str})
-    four = areas.query("exp == '3.4' and classes == 5 and label in @compare.LABELS['auc_mean4']")
-    runs = four.groupby(["testset", "seed"])["auc"].mean()
-    expected = stats.ttest_rel(runs["vindr_test"], runs["nih_test"])
-    assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
-    assert found.effect == pytest.approx((runs["vindr_test"] - runs["nih_test"]).mean())
+def test_printed_cells_are_compared_by_welchs_test_of_mean_sd_and_n():
+    numbers = compare.Numbers("published runs")
+    numbers.printed = {("a", "s", "5|auc_mean||"): (0.81, 0.002, 5), ("b", "s", "5|auc_mean||"): (0.80, 0.009, 3)}
+    found, remarks, sources = compare.compare(numbers, [(1, "a", "s", "5|auc_mean||"), (-1, "b", "s", "5|auc_mean||")])
+    expected = stats.ttest_ind_from_stats(0.81, 0.002, 5, 0.80, 0.009, 3, equal_var=False)
+    assert found.p == pytest.approx(expected.pvalue) and remarks == ["seeds only"] and sources == {"printed"}
 
 
-def test_the_spread_claim_is_a_t_test_on_log_ratios(published, claims):
-    found, _ = compare.judge(next(claim for claim in claims if claim["id"] == "H03"), published)
-    areas = pd.read_csv(REPORTED / "raw_runs_auc.csv", dtype={"exp": str})
-    sd = areas.query("label == 'mean' and classes == 5").groupby(["testset", "exp"])["auc"].std()
-    ratios = np.log((sd["chexpert_test"] / sd["nih_test"]).dropna())
-    assert found.effect == pytest.approx(ratios.mean())
-    assert found.p == pytest.approx(stats.ttest_1samp(ratios, 0).pvalue)
+def test_one_arm_on_both_sides_is_paired_by_run():
+    numbers = compare.Numbers("our runs")
+    left, right = [0.80, 0.82, 0.79, 0.85], [0.78, 0.81, 0.76, 0.84]
+    for key, values in (("|auc|A|", left), ("|auc|B|", right)):
+        numbers.values["a", "s", key] = dict(zip("0123", values))
+    found, _, _ = compare.compare(numbers, [(1, "a", "s", "|auc|A|"), (-1, "a", "s", "|auc|B|")])
+    assert found.p == pytest.approx(stats.ttest_rel(left, right).pvalue)
+    difference, _, _ = compare.compare(numbers, [(1, "a", "s", "|auc|A|"), (-1, "a", "s", "|auc|B|")], 0.01)
+    assert difference.effect == pytest.approx(found.effect - 0.01)
 
 
-def test_the_spread_claim_is_about_the_arms_of_table_2(published, claims):
-    claim = next(claim for claim in claims if claim["id"] == "H03")
-    stand_ins = {(f"mini.{key[0]}", *key[1:]): values for key, values in published.numbers.items()}
-    alone, beside = copy.copy(published), copy.copy(published)
-    alone.numbers, beside.numbers = stand_ins, published.numbers | stand_ins
-    for source in (alone, beside):
-        source.files = dict.fromkeys(key[:2] for key in source.numbers)
-    found, remark = compare.judge(claim, alone)
-    assert found is None and "fewer than two arms of Table 2" in remark
-    (found, remark), (expected, said) = (compare.judge(claim, source) for source in (beside, published))
-    assert (found.effect, found.p, found.runs, remark) == (expected.effect, expected.p, [7], said)
-
-
-def test_p_welch_is_welchs_test_on_the_runs(ours):
-    _, comparisons = compare.all_pairs(ours)
-    for row in comparisons[comparisons["label"].isin(["", "Effusion"])].to_dict("records"):
-        asked = ("auc", row["label"]) if row["label"] else (f"auc_mean{row['labels']}", None)
-        left, right = (ours.values(row[side], row["dataset"], *asked)[1] for side in ("left", "right"))
-        expected = stats.ttest_ind(left, right, equal_var=False)
-        assert row["p_welch"] == pytest.approx(expected.pvalue, rel=1e-9)
-        # p, which counts the patients too, comes from the row's own errors and degrees of freedom
-        t = abs(row["effect"]) / np.hypot(row["se_runs"], row["se_patients"])
-        assert row["p"] == pytest.approx(2 * stats.t.sf(t, row["freedom"]), rel=1e-6)
-
-
-def step_down(p):
-    """Holm's adjusted p-values, one after the other from the smallest; NaN stays."""
-    adjusted, largest, left = [np.nan] * len(p), 0, int(np.isfinite(p).sum())
-    for i in sorted(np.flatnonzero(np.isfinite(p)), key=lambda i: p[i]):
-        largest = max(largest, min(1, left * p[i]))
-        adjusted[i], left = largest, left - 1
-    return adjusted
-
-
-def test_p_holm_is_over_the_family_and_p_holm_all_over_the_whole_table(published, claims):
-    table = compare.verdicts(claims, published)
-    assert table["p"].notna().sum() == 45
-    assert table["p_holm_all"].tolist() == pytest.approx(step_down(table["p"].to_numpy()), nan_ok=True)
-    for _, family in table.groupby("family"):
-        assert family["p_holm"].tolist() == pytest.approx(step_down(family["p"].to_numpy()), nan_ok=True)
-    _, pairs = compare.all_pairs(published)
-    for _, asked in pairs.groupby(["dataset", "labels", "label"]):
-        assert asked["p_holm"].tolist() == pytest.approx(step_down(asked["p"].to_numpy()), nan_ok=True)
-
-
-def test_holm_by_hand():
-    assert compare.holm([0.01, np.nan, 0.04, 0.03]).tolist()[::2] == pytest.approx([0.03, 0.06])
-    assert compare.holm([0.01, np.nan, 0.04, 0.03])[3] == pytest.approx(0.06)
-    assert np.isnan(compare.holm([np.nan, 0.5])[0]) and compare.holm([0.9, 0.8]).tolist() == [1, 1]
-
-
-def test_holm_rejects_what_the_step_down_procedure_rejects():
+def test_the_parts_of_the_error_are_those_of_runs_and_patients():
+    """Scores = run + patient + run x patient: with many of both, the two parts are the known variances."""
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        p, level = rng.random(8) ** 3, 0.05
-        rejected, ranked = set(), np.argsort(p)
-        for step, i in enumerate(ranked):
-            if p[i] > level / (8 - step):
-                break
-            rejected.add(i)
-        assert rejected == set(np.flatnonzero(compare.holm(p) <= level))
+    runs, patients = 400, 300
+    common, own = rng.normal(size=patients), rng.normal(size=(runs, patients)) * 2
+    scores = 0.05 * rng.normal(size=(runs, 1)) + common + own
+    counts = rng.multinomial(patients, [1 / patients] * patients, size=800) / patients
+    found = compare.estimate([(1, compare.make_arm(scores.mean(1), scores @ counts.T))])
+    assert found.se_patients == pytest.approx(common.std() / np.sqrt(patients), rel=0.1)
+    assert found.se_runs == pytest.approx(0.05 / np.sqrt(runs), rel=0.4)      # s^2 less 4 / 300 from run x patient
+    assert found.high - found.effect == pytest.approx(
+        stats.t.ppf(0.975, found.freedom) * np.hypot(found.se_runs, found.se_patients))
+    assert found.p == pytest.approx(
+        2 * stats.t.sf(abs(found.effect) / np.hypot(found.se_runs, found.se_patients), found.freedom))
 
 
-@pytest.mark.parametrize("patients", [110, 10_000])
-def test_delong_of_single_runs_is_the_textbooks(tmp_path, patients):
-    rng = np.random.default_rng(6)
-    y, patient = truth(rng, patients=patients)
-    p = [probabilities(rng, y, strength) for strength in (0.8, 0.5)]
-    for exp, scores in zip(("3.4", "2.2"), p):
-        write_predictions(tmp_path, exp, 0, "nih_test", y, scores.round(2).clip(0.01, 0.99), patient)
-    source = compare.Predictions(tmp_path, 100)
-    for k, label in enumerate(compare.STUDY5):
-        expected = metrics.delong(y[:, k], *(s.round(2).clip(0.01, 0.99)[:, k] for s in p), patient)
-        assert source.delong("3.4", "2.2", "nih_test", label) == pytest.approx(expected["p"], rel=1e-4)
+def coverage(runs, spread, arms, simulations=1200):
+    """Share of simulated 95 % intervals that hold 0. spread: sd of a run's effect; patients' parts are fixed."""
+    rng, hits, patients = np.random.default_rng(runs), 0, 60
+    for _ in range(simulations):
+        counts = rng.multinomial(patients, [1 / patients] * patients, size=200) / patients
+        common, terms = rng.normal(size=patients) * 0.5, []
+        for sign in (1, -1)[:arms]:
+            scores = rng.normal(size=(runs, 1)) * spread + common + rng.normal(size=patients) * 0.3
+            scores = scores + rng.normal(size=(runs, patients)) * 0.5
+            terms.append((sign, compare.make_arm(scores.mean(1), scores @ counts.T)))
+        result = compare.estimate(terms)
+        hits += result.low <= 0 <= result.high
+    return hits / simulations
 
 
-def test_the_nested_interval_covers_the_truth():
-    """Normal runs and patients with interaction: 95 % intervals contain the true 0 about that often."""
-    rng, hits, rejected, trials = np.random.default_rng(8), 0, 0, 150
-    for trial in range(trials):
-        arms = []
-        patients = rng.normal(size=200)                          # what both arms share does not matter
-        draws = rng.multinomial(200, np.full(200, 1 / 200), size=300) / 200          # [B, P]
-        for exp in ("a", "b"):
-            scores = patients + 0.7 * rng.normal(size=(1, 200)) + rng.normal(size=(5, 1)) * 0.06 \
-                + 0.5 * rng.normal(size=(5, 200))                # runs [5, P]
-            arms.append(compare.make_arm(exp, scores.mean(1), scores @ draws.T))
-        found = compare.estimate([(1, arms[0]), (-1, arms[1])])
-        hits += found.low <= 0 <= found.high
-        rejected += found.p < 0.05
-    assert 0.92 <= hits / trials <= 1                            # conservative by construction
-    assert rejected / trials <= 0.10                             # 0.05 + three binomial sd
+@pytest.mark.parametrize("runs", [2, 3, 5])
+@pytest.mark.parametrize("spread", [0.5, 0.0])                # runs dominate, patients dominate
+def test_the_interval_of_a_pair_covers_the_truth(runs, spread):
+    assert 0.93 <= coverage(runs, spread, 2) <= 0.98 - 0.005 * (spread > 0)
 
 
-def test_variance_is_told_apart():
-    """Without differences between runs the error is the patients'; without patients it is the runs'."""
-    rng = np.random.default_rng(9)
-    shared = 0.8 + 0.02 * rng.normal(size=500)
-    same = compare.estimate([(1, compare.make_arm("a", [shared.mean()] * 4, np.tile(shared, (4, 1))))])
-    assert same.se_runs == 0 and same.se_patients == pytest.approx(shared.std(ddof=1))
-    runs = np.array([0.80, 0.82, 0.85, 0.79])
-    fixed = compare.estimate([(1, compare.make_arm("a", runs, np.tile(runs[:, None], 500)))])
-    assert fixed.se_patients == pytest.approx(0, abs=1e-12)
-    assert fixed.se_runs == pytest.approx(runs.std(ddof=1) / 2)
-    noise = 0.01 * rng.normal(size=500)                          # two runs that other patients move apart
-    draws = np.stack([0.80 + noise, 0.84 - noise])
-    moved = compare.estimate([(1, compare.make_arm("a", [0.80, 0.84], draws))])
-    assert moved.se_runs == pytest.approx(np.sqrt((0.04 ** 2 / 2 - 2 * noise.var(ddof=1)) / 2))
+def test_the_interval_of_one_arm_with_two_runs_covers_less_as_the_help_says():
+    assert 0.84 <= coverage(2, 0.5, 1) <= 0.90
+    assert 0.91 <= coverage(5, 0.5, 1) <= 0.96
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.6])
-def test_oracle_auc_equals_its_definition_on_the_images_themselves(fraction):
-    rng = np.random.default_rng(10)
-    y, patient = truth(rng, 90, 40)
-    p = probabilities(rng, y, 0.7).round(3).clip(0.001, 0.999)
-    index, draws = metrics.draw_patients(patient, 20, 1)
-    once = compare.oracle_draws(y, p, index, np.ones((1, draws.shape[1]), np.uint8), fraction, "uncertain")
-    assert once[0] == pytest.approx(np.nanmean(metrics.oracle_auc(y, p, [fraction])[0]))
-    several = compare.oracle_draws(y, p, index, draws, fraction, "uncertain")
-    for value, counts in zip(several, draws):
-        images = np.repeat(np.arange(len(y)), counts[index])     # a patient drawn twice comes twice
-        assert value == pytest.approx(np.nanmean(metrics.oracle_auc(y[images], p[images], [fraction])[0]))
+def test_an_arm_of_one_run_is_judged_by_patients_and_says_so():
+    draws = np.random.default_rng(0).normal(0.8, 0.01, (1, 500))
+    found = compare.estimate([(1, compare.make_arm([0.8], draws))])
+    assert found.high - 0.8 == pytest.approx(stats.norm.ppf(0.975) * draws.std()) and np.isnan(found.se_runs)
+    assert np.isnan(compare.estimate([(1, compare.make_arm([0.8]))]).p)          # nothing is known
+    numbers = compare.Numbers("our runs")
+    numbers.values["a", "s", "k"], numbers.draws["a", "s", "k"] = {"0": 0.8}, {"0": draws[0]}
+    assert compare.compare(numbers, [(1, "a", "s", "k")])[1] == ["an arm has one run, whose spread is unknown"]
 
 
-def test_random_referral_is_the_mean_over_all_choices_of_images():
-    rng = np.random.default_rng(11)
-    y = np.array([[1, 0, 1, 0, 0, 1, 0]]).T
-    p = rng.uniform(0.1, 0.9, size=y.shape)
-    values = []
-    for seen in itertools.combinations(range(7), 3):             # floor(7 * 0.5)
-        q = p.copy()
-        q[list(seen)] = y[list(seen)]
-        values.append(metrics.auc(y, q)[0])
-    found = compare.oracle_draws(y, p, np.arange(7), np.ones((1, 7), np.uint8), 0.5, "random")
-    assert found[0] == pytest.approx(np.mean(values))
+def test_holm_is_the_step_down_loop_and_absent_comparisons_count():
+    p = [0.01, 0.04, 0.03, nan, 0.005]
+    expected, running = {}, 0.0
+    for step, (value, place) in enumerate(sorted((1.0 if np.isnan(v) else v, i) for i, v in enumerate(p))):
+        running = max(running, min(1, (5 - step) * value))
+        expected[place] = running
+    np.testing.assert_allclose(compare.holm(p), [expected[i] for i in range(5)])
+    assert compare.holm([0.02])[0] == 0.02 and compare.holm([0.02, nan, nan])[0] == pytest.approx(0.06)
 
 
-@pytest.mark.parametrize("freedom", [2, 3.7, 8, 40, 1e6, np.inf])
-def test_a_t_test_at_the_noncentrality_has_80_percent_power(freedom):
-    away, limit = compare.noncentrality(freedom), stats.t.ppf(0.975, freedom)
-    power = stats.nct.sf(limit, freedom, away) + stats.nct.cdf(-limit, freedom, away)
-    assert power == pytest.approx(0.8, abs=1e-5)
+def test_the_detectable_difference_is_found_with_80_percent_power():
+    for freedom in (3, 8, 1e6):
+        shift = compare.noncentrality(freedom)
+        power = stats.nct.sf(stats.t.ppf(0.975, freedom), freedom, shift)
+        assert power == pytest.approx(0.8, abs=1e-3)
 
 
-@pytest.mark.parametrize("runs", [3, 5])
-def test_the_detectable_difference_is_found_in_four_of_five_comparisons(runs, tmp_path):
-    """Between arms of few runs; 2.8 standard errors, which would do for many runs, find 0.45 and 0.65."""
-    rng = np.random.default_rng(runs)
-    found = [compare.estimate([(1, compare.make_arm("a", a)), (-1, compare.make_arm("b", b))])
-             for a, b in rng.normal(size=(3000, 2, runs))]
-    pairs = pd.DataFrame(found).assign(dataset="nih_test", labels="5", label="")
-    row = compare.detectable(pairs, Given(tmp_path, {})).iloc[0]
-    assert np.isnan(row["se_patients"]) and np.isnan(row["detectable_with_endless_runs"])
+# -------------------------------------------------------------------------------------- verdicts, constructed
 
-    def power(gap):
-        left, right = np.random.default_rng(14).normal(size=(2, runs, 10_000))
-        return (stats.ttest_ind(left + gap, right, equal_var=False).pvalue < 0.05).mean()
-
-    assert power(row["detectable"]) == pytest.approx(0.8, abs=0.05)     # spreads are estimates too
-    assert power(2.8 * row["se_runs"]) < 0.7
+SETS = ("nih_test", "vindr_test")
 
 
-def test_the_detectable_difference_of_our_runs(ours):
-    components, comparisons = compare.all_pairs(ours)
-    row = compare.detectable(comparisons, ours).query("dataset == 'chexpert_valid'").iloc[0]
-    assert row["detectable_with_endless_runs"] == pytest.approx(
-        (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * row["se_patients"], rel=1e-5)
-    assert row["detectable_with_endless_runs"] < row["detectable"] and row["images"] == 240
-    pairs = comparisons[(comparisons["dataset"] == "nih_test") & (comparisons["label"] == "")]
-    assert len(pairs) == 6 and pairs["p_delong"].isna().all()
-    assert len(components.query("dataset == 'nih_test' and label == ''")) == 4
+def world(**arms):
+    """Numbers with five runs an arm: {arm: mean on each set}; sd 0.001, so 0.02 apart is clear, 0.0005 is not."""
+    numbers = compare.Numbers("our runs")
+    for exp, means in arms.items():
+        for testset, mean in zip(SETS, means):
+            if mean is not None:
+                values = mean + np.array([-0.0012, 0.0012, 0, 0.0006, -0.0006])
+                numbers.values[exp, testset, "5|auc_mean||"] = dict(zip("01234", values))
+    return numbers
 
 
-# ---------------------------------------------------------------------------- the published runs
-
-def test_errata_are_those_that_were_found_by_hand(published):
-    errata, count = compare.rebuild(REPORTED, published)
-    assert count == {"Table 2": [116, 120], "Table 3": [64, 70], "Table 5": [1, 4], "Table 7": [20, 20],
-                     "Table 8": [42, 42], "Text": [2, 4]}       # the quotation of Table 5 is as wrong as Table 5
-    found = {(e["where"], e["exp"], e["quantity"]): (e["printed"], e["recomputed"], e["kind"])
-             for e in errata}
-    assert found["Table 2", "3.1", "AUC, 14 labels"] == ("0.8020", "0.7983", "number")
-    assert found["Table 2", "3.1", "AUC, 14 labels, sd over runs"] == ("0.0020", "0.0085", "number")
-    assert found["Table 2", "1.2", "AUC, 14 labels"] == ("0.8028", "0.8029", "last digit")
-    assert found["Table 2", "1.1", "AUC, 14 labels, sd over runs"][:2] == ("0.0065", "0.0066")
-    assert found["Table 5", "3.2", "AUC, 14 labels, sd over runs"][:2] == ("0.0025", "0.0024")
-    assert found["Text", "3.1", "exp 3.1 as quoted in the text"] == ("0.8021", "0.7983", "number")
-    assert found["Table 3", "3.1", "AUC, Edema"][:2] == ("0.7932", "0.7931")
-    notes = {e["note"] for e in errata if e["where"] == "Table 2" and e["exp"] == "3.1"}
-    assert notes == {"the print leaves out the run of seed 100"}
+def verdict(numbers, test, left, right, margin="", metric="auc_mean5", sets=" ".join(SETS), family="F", more=()):
+    claim = dict(id="1", family=family, place="", ours="0", statement="", test=test, metric=metric,
+                 testsets=sets, left=left, right=right, margin=margin)
+    table = compare.verdicts([claim, *more], numbers)
+    return table[table.id == "1"].set_index("testset")
 
 
-def test_sentences_and_heads_are_contradicted_by_numbers(published):
-    errata = pd.DataFrame(compare.contradictions(REPORTED, published))
-    of = {where: rows for where, rows in errata.groupby("where")}
-    images = of["Table 2, head"].set_index("testset")["recomputed"]
-    assert images.to_dict() == {"chexpert_valid": 202, "padchest": 1860}
-    assert of["Table 8, Figure 2(d)"]["recomputed"].tolist() == ["0.149", "0.297", "0.495", "0.743"]
-    assert set(of["Section 3.2"]["exp"]) == {"2.2", "3.2", "3.4", "3.7", "3.8"}
-    above = of["Section 4.1"].set_index("exp")["recomputed"]
-    assert above.to_dict() == {"2.3": 0, "2.4": 4, "3.1": 5, "3.3": 5}
-    assert set(of["Captions"]["exp"]) == {"1.1", "1.2"}
-    assert of["0.A.7"]["recomputed"].tolist() == ["4 of 6"] + ["6 of 6"] * 5 + ["4 of 12"]
-    lifts = of["Tables 7 and 8"]["recomputed"].astype(float)
-    assert len(lifts) == 7 and (lifts.min(), lifts.max()) == (0.0057, 0.0179)
+def overall(*args, **named):
+    return verdict(*args, **named).verdict["all"]
 
 
-def test_verdicts_on_the_published_runs(tmp_path):
-    result = run_script("evaluate/compare.py", "--reported", "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-    table = pd.read_csv(tmp_path / "verdicts.csv", dtype={"left": str, "right": str}).set_index("id")
-    assert len(table) == 99
-    assert table["verdict"]["A01"] == "holds" and table["verdict"]["F07"] == "contradicted"
-    assert table["verdict"]["B01"] == "undecided" and table["verdict"]["C01"] == "not run"
-    assert table["se_patients"].isna().all()                    # without predictions nobody knows
-    for name in ("components", "comparisons", "detectable", "errata"):
-        assert len(pd.read_csv(tmp_path / f"{name}.csv")) > 5
+def test_greater_and_every():
+    numbers = world(a=(0.84, 0.84), b=(0.82, 0.82), c=(0.84, 0.8202), d=(0.80, 0.86))
+    for test in ("greater", "every"):
+        assert overall(numbers, test, "a", "b") == "holds"
+        assert overall(numbers, test, "b", "a") == "contradicted"
+        assert overall(numbers, test, "c", "b") == "undecided"                  # one set is not clear
+        assert overall(numbers, test, "d", "b") == "contradicted"               # clearly less somewhere
+        assert overall(numbers, test, "x", "b") == "not run"
+    table = verdict(numbers, "greater", "d", "b")
+    assert table.verdict.tolist() == ["contradicted", "holds", "contradicted"]
+    assert "holds on 1 of 2 test sets" in table.remark["all"]
+    assert overall(numbers, "every", "a|d", "b|c") == "contradicted"            # pairwise: d against c on NIH
+    assert overall(numbers, "every", "a|c", "b") == "undecided"
 
 
-# ---------------------------------------------------------------------------- users' mistakes
-
-def test_the_command_line_writes_its_tables(known, tmp_path):
-    result = run_script("evaluate/compare.py", "--predictions", known, "--out", tmp_path, "--bootstrap", 100)
-    assert result.returncode == 0, result.stderr
-    table = pd.read_csv(tmp_path / "verdicts.csv", dtype={"left": str, "right": str}).set_index("id")
-    assert table["verdict"]["A01"] == "holds" and table["verdict"]["A06"] == "not run"
-    assert not list(tmp_path.glob(".*"))
+def test_not_every_is_the_negation_of_every():
+    numbers = world(a=(0.84, 0.84), b=(0.82, 0.82), c=(0.84, 0.8202), d=(0.80, 0.86))
+    assert overall(numbers, "not_every", "d", "b") == "holds"                   # less on one set is enough
+    assert overall(numbers, "not_every", "a", "b") == "contradicted"
+    assert overall(numbers, "not_every", "c", "b") == "undecided"
+    assert verdict(numbers, "not_every", "d", "b").decided_by["all"] == "d - b, nih_test"
 
 
-def two_arms(tmp_path):
-    rng = np.random.default_rng(12)
-    y, patient = truth(rng, 30, 20)
-    return [write_predictions(tmp_path / "runs", exp, 0, "nih_test", y, probabilities(rng, y, 1), patient)
-            for exp in ("2.2", "3.4")]
+def test_no_gain_asks_every_upper_limit_to_lie_below_the_margin():
+    numbers = world(a=(0.82, 0.82), b=(0.82, 0.82), c=(0.828, 0.82), d=(0.84, 0.80))
+    half = stats.t.ppf(0.975, 8) * np.sqrt(2 * np.var([-0.0012, 0.0012, 0, 0.0006, -0.0006], ddof=1) / 5)
+    assert overall(numbers, "no_gain", "a", "b", margin=half * 1.001) == "holds"
+    assert overall(numbers, "no_gain", "a", "b", margin=half * 0.999) == "undecided"
+    assert overall(numbers, "no_gain", "a|d", "b", margin=0.5) == "contradicted"        # clearly greater on NIH
+    table = verdict(numbers, "no_gain", "a|c", "b", margin="0.5")
+    assert table.verdict["all"] == "contradicted" and table.decided_by["all"] == "c - b, nih_test"
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda f: f.drop(columns="patient"), ["has no column 'patient'"]),
-    (lambda f: f.drop(columns="prob_Edema"), ["for every label", "'Edema'"]),
-    (lambda f: f.drop(columns=["true_Edema", "prob_Edema"]), ["cannot be compared", "'Edema' is in one"]),
-    (lambda f: f.iloc[1:], ["cannot be compared", "image 'images/0000.png' is in one of them only"]),
-    (lambda f: f.assign(true_Edema=1 - f["true_Edema"]), ["compared", "of image 'images/0000.png'"]),
-    (lambda f: pd.concat([f, f[:1]]), ["row 31", "stands there twice"]),
-    (lambda f: f.assign(prob_Edema=[1.2] + [0.5] * 29), ["row 1: prob_Edema is '1.2'", "from 0 to 1"]),
-    (lambda f: f.assign(prob_Edema=[None] + [0.5] * 29), ["row 1: prob_Edema is ''"]),
-    (lambda f: f.assign(true_Edema=["yes"] + [0] * 29), ["row 1: true_Edema is 'yes'", "0 or 1"]),
-    (lambda f: f.assign(**{f"{kind}_Pleural Effusion": 1 for kind in ("true", "prob")}),
-     ["has label Effusion under two spellings; keep one"]),
-    (lambda f: f[:0], ["has a header and no rows"]),
-])
-def test_a_bad_prediction_file_is_one_sentence(tmp_path, spoil, words):
-    path = two_arms(tmp_path)[1]
-    spoil(pd.read_csv(path)).to_csv(path, index=False)
-    with pytest.raises(compare.InputError) as said:
-        compare.Predictions(tmp_path / "runs", 100)
-    assert all(word in str(said.value) for word in ["3.4/predictions/seed0/nih_test.csv", *words])
+def test_highest_and_lowest_give_the_rank_too():
+    numbers = world(a=(0.84, 0.8302), b=(0.82, 0.83), c=(0.80, 0.80))
+    assert verdict(numbers, "highest", "a", "b|c").verdict["nih_test"] == "holds"
+    assert verdict(numbers, "highest", "a", "b|c")["rank"]["nih_test"] == "1 of 3"
+    assert verdict(numbers, "highest", "b", "a|c").verdict["nih_test"] == "contradicted"
+    assert verdict(numbers, "highest", "b", "a|c")["rank"]["nih_test"] == "2 of 3"
+    assert verdict(numbers, "highest", "a", "b|c").verdict["vindr_test"] == "undecided"
+    assert verdict(numbers, "lowest", "c", "a|b").verdict["nih_test"] == "holds"
+    assert verdict(numbers, "lowest", "c", "a|b")["rank"]["nih_test"] == "1 of 3"
+    assert verdict(numbers, "lowest", "a", "b|c").verdict["nih_test"] == "contradicted"
+    assert verdict(numbers, "lowest", "a", "b|c")["rank"]["nih_test"] == "3 of 3"
 
 
-def test_other_mistakes_are_one_sentence(tmp_path):
-    two_arms(tmp_path)[1].write_text("")
-    call = ("evaluate/compare.py", "--out", tmp_path / "out")
-    assert_user_error(run_script(*call, "--predictions", tmp_path / "runs"), "nih_test.csv is no CSV table")
-    assert_user_error(run_script(*call, "--predictions", tmp_path), "holds no */predictions/seed<k>")
-    assert_user_error(run_script(*call, "--reported", tmp_path), "raw_runs_auc.csv does not exist")
+def test_no_winner():
+    assert overall(world(a=(0.84, 0.80), b=(0.80, 0.84)), "no_winner", "a|b", "") == "holds"
+    assert overall(world(a=(0.84, 0.84), b=(0.80, 0.80)), "no_winner", "a|b", "") == "contradicted"
+    assert overall(world(a=(0.84, 0.8201), b=(0.80, 0.82)), "no_winner", "a|b", "") == "undecided"
+    three = world(a=(0.84, 0.80), b=(0.82, 0.84), c=(0.86, 0.86))
+    assert overall(three, "no_winner", "a|b|c", "") == "contradicted"
+
+
+def test_most_is_more_than_half_of_the_arms():
+    numbers = compare.Numbers("our runs")
+    for exp, (a, b) in {"a": (0.84, 0.80), "b": (0.84, 0.80), "c": (0.80, 0.84), "d": (0.80, 0.7999)}.items():
+        for label, mean in (("A", a), ("B", b)):
+            noise = np.random.default_rng(ord(exp) + ord(label)).normal(0, 0.001, 5)
+            numbers.values[exp, "nih_test", f"|auc|{label}|"] = dict(zip("01234", mean + noise))
+
+    def most(arms, metric="auc:A-B"):
+        return verdict(numbers, "most", arms, "", metric=metric, sets="nih_test").verdict["nih_test"]
+    assert most("a|b|c") == "holds" and most("a|b|c|d") == "undecided"           # exactly half is not most
+    assert most("a|b|c", "auc:B-A") == "contradicted"
+
+
+def test_a_verdict_does_not_depend_on_which_other_arms_exist():
+    """Holm counts the comparisons of the family that cannot be made: p = 0.03 alone is not clear beside two."""
+    numbers = world(a=(0.8217, None), b=(0.82, None))
+    claim = dict(numbers=numbers, test="greater", left="a", right="b", sets="nih_test")
+    alone = verdict(**claim)
+    assert 0.02 < alone.p["nih_test"] < 0.05 and alone.verdict["nih_test"] == "holds"
+    other = dict(id="2", family="F", place="", ours="0", statement="", test="greater", metric="auc_mean5",
+                 testsets="nih_test vindr_test", left="x", right="b", margin="")
+    beside = verdict(**claim, more=[other])
+    assert beside.p_holm["nih_test"] == pytest.approx(3 * alone.p["nih_test"])
+    assert beside.verdict["nih_test"] == "undecided"
+    assert verdict(**claim, more=[other | {"family": "G"}]).verdict["nih_test"] == "holds"
+
+
+def test_operands():
+    numbers = world(a=(0.84, 0.82), b=(0.82, 0.82), **{"4.2.1-50k": (0.80, 0.80), "4.2.1-100k": (0.82, 0.82)})
+    for left, right, effect in (("a-b", "4.2.1-100k-4.2.1-50k", 0.0), ("a@nih_test", "a@vindr_test", 0.02),
+                                ("a", "b+0.01", 0.01), ("4.2.1-100k", "4.2.1-50k", 0.02)):
+        found = verdict(numbers, "greater", left, right, sets="nih_test")
+        assert found.effect["nih_test"] == pytest.approx(effect), left
+    numbers.values["a", "nih_test", "5|oracle_auc||0.1"] = {"0": 0.9, "1": 0.92}
+    numbers.values["a", "nih_test", "5|random_referral_auc||0.1"] = {"0": 0.85, "1": 0.86}
+    found = verdict(numbers, "greater", "a:uncertain", "a:random", metric="oracle_auc@0.10", sets="nih_test")
+    assert found.effect["nih_test"] == pytest.approx(0.055)
+
+
+def test_arms_that_saw_the_test_images_in_pre_training_say_so():
+    numbers = world(**{"3.1": (0.84, 0.84), "3.3": (0.82, 0.82)})
+    table = verdict(numbers, "greater", "3.1", "3.3")
+    assert "22,772 of the 25,596" in table.remark["nih_test"] and "22,772" in table.remark["all"]
+    assert "22,772" not in table.remark["vindr_test"]
+    assert "22,772" not in verdict(numbers, "greater", "3.3", "3.3").remark["nih_test"]
+
+
+def test_spreads_are_compared_by_the_log_ratio_over_arms():
+    numbers, ratios = compare.Numbers("our runs"), []
+    rng = np.random.default_rng(0)
+    for exp in ("1.1", "2.1", "3.4"):
+        spreads = []
+        for testset, width in (("nih_test", 0.002), ("chexpert_test", 0.01)):
+            values = 0.8 + width * rng.normal(size=4)
+            numbers.values[exp, testset, "5|auc_mean||"] = dict(zip("0123", values))
+            spreads.append(np.std(values, ddof=1))
+        ratios.append(np.log(spreads[1] / spreads[0]))
+    found = verdict(numbers, "greater", "sd(ood)", "sd(nih_test)", sets="chexpert_test").loc["chexpert_test"]
+    expected = stats.ttest_1samp(ratios, 0)
+    assert found.effect == pytest.approx(np.mean(ratios)) and found.p == pytest.approx(expected.pvalue)
+    assert found.ci_low == pytest.approx(expected.confidence_interval().low)
+
+
+# ------------------------------------------------------------------------------------ the study's own claims
+
+@pytest.fixture(scope="module")
+def judged():
+    """Verdicts of the published and printed numbers."""
+    numbers = compare.read_reported(REPORTED)
+    return compare.verdicts(compare.read_claims(REPORTED / "claims.csv"), numbers)
+
+
+def test_claims_on_the_published_numbers(judged):
+    last = judged.drop_duplicates("id", keep="last").set_index("id")
+    assert last.verdict.value_counts().to_dict() == {
+        "holds": 31, "undecided": 31, "not run": 3, "contradicted": 2}
+    assert set(last.index[last.verdict == "contradicted"]) == {"F10", "K2"}
+    assert set(last.index[last.verdict == "not run"]) == {"L2", "M2", "N8"}          # in no run and no table
+    one = judged[(judged.id == "A1")].set_index("testset")
+    assert one.verdict.to_dict() == {**dict.fromkeys(one.index, "holds")}
+    assert one.effect["nih_test"] == pytest.approx(0.8198 - 0.8052, abs=2e-4)
+    measured = judged[judged.effect.notna() & (judged.family != "H")]           # H is about spreads themselves
+    assert measured.remark.str.contains("seeds only").all()
+    assert last["rank"]["N1s"] == "4 of 6" and last["rank"]["N6"] == "1 of 12"
+    undecided = last.loc["N9"]                                          # one printed run: an effect, no spread
+    assert undecided.effect == pytest.approx(0.7545 - 0.72378, abs=1e-4) and np.isnan(undecided.ci_low)
+
+
+def test_a_printed_pair_is_welchs_test_on_table_2(judged):
+    printed = pd.read_csv(REPORTED / "table2.csv", dtype=str).set_index(["exp", "testset", "classes"])
+    cells = [printed.loc[(exp, "nih_test", "5")].astype(float) for exp in ("3.3", "2.3")]
+    runs = pd.read_csv(REPORTED / "raw_runs_auc.csv", dtype=str).query(
+        "exp == '3.3' and testset == 'nih_test' and classes == '5' and label == 'mean'").auc.astype(float)
+    expected = stats.ttest_ind_from_stats(runs.mean(), runs.std(), 5, cells[1].auc_mean, cells[1].auc_sd, 5,
+                                          equal_var=False)
+    found = judged[(judged.id == "C1") & (judged.testset == "nih_test")].iloc[0]
+    assert found.p == pytest.approx(expected.pvalue) and found.source == "printed and published runs"
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def score(tmp_path, monkeypatch, arms, seeds=(0, 1, 2), patients=60):
+    """metrics.csv and draws.npz of drawn predictions: {arm: how well it tells}."""
+    rng, files = np.random.default_rng(0), []
+    labels = list(metrics.STUDY5)
+    y = rng.integers(0, 2, (120, 5))
+    for (exp, strength), seed in itertools.product(arms.items(), seeds):
+        logits = strength * y + rng.normal(size=y.shape)
+        frame = pd.DataFrame({"path": range(120), "patient": np.arange(120) % patients})
+        frame[[f"true_{label}" for label in labels]] = y
+        frame[[f"prob_{label}" for label in labels]] = 1 / (1 + np.exp(-logits))
+        files.append(tmp_path / f"runs/{exp}/predictions/seed{seed}/nih_test.csv")
+        files[-1].parent.mkdir(parents=True)
+        frame.to_csv(files[-1], index=False)
+    run_here(metrics, monkeypatch, *files, "--out", tmp_path / "metrics.csv", "--bootstrap", 200,
+             "--workers", 1)
+    return tmp_path / "metrics.csv"
+
+
+def test_two_arms_are_compared_without_claims(tmp_path, monkeypatch, capsys):
+    path = score(tmp_path, monkeypatch, {"good": 2.0, "bad": 0.5})
+    capsys.readouterr()
+    run_here(compare, monkeypatch, "--metrics", path, "--arms", "good", "bad")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "auc_mean" in line)
+    values = pd.read_csv(path).query("metric == 'auc_mean' and variant == 'corrected'").groupby("exp").value.mean()
+    assert f"{values['good']:.4f}" in line and f"{values['bad']:.4f}" in line
+    assert f"{values['good'] - values['bad']:.4f}" in line
+    with np.load(tmp_path / "draws.npz") as file:
+        place = file["good/0/nih_test/rows"].tolist().index("5|auc_mean||")
+        pooled = [np.mean([file[f"{exp}/{seed}/nih_test"][place] for seed in range(3)], 0, dtype=float)
+                  for exp in ("good", "bad")]
+    run_here(compare, monkeypatch, "--metrics", path, "--out", tmp_path / "out")
+    pairs = pd.read_csv(tmp_path / "out/comparisons.csv").query("label.isna() and left == 'good' and right == 'bad'")
+    assert pairs.se_patients.iloc[0] == pytest.approx(np.std(pooled[0] - pooled[1]), rel=1e-4)
+    assert (pairs.ci_low.iloc[0] > 0) and pairs.p.iloc[0] < 0.05
+
+
+def test_every_metric_with_resamples_has_an_interval_over_runs_and_patients(tmp_path, monkeypatch):
+    path = score(tmp_path, monkeypatch, {"3.4": 2.0, "2.2": 1.0})
+    run_here(compare, monkeypatch, "--metrics", path, "--out", tmp_path / "out", "--exp", "3.*")
+    arms = pd.read_csv(tmp_path / "out/arms.csv")
+    assert set(arms.exp) == {"3.4", "3.4-ensemble"}
+    means = arms[(arms.exp == "3.4") & arms.label.isna()].fillna({"threshold": -1}).set_index(["metric", "threshold"])
+    for metric, threshold in (("auprc", -1), ("ece", -1), ("fnr", 0.3), ("subset_accuracy", 0.5), ("oracle_auc", 0.1)):
+        row = means.loc[(metric, threshold)]
+        assert float(row.ci_low) < float(row.value) < float(row.ci_high) and float(row.se_patients) > 0, metric
+    verdicts = pd.read_csv(tmp_path / "out/verdicts.csv")
+    assert len(set(verdicts.id)) == 67 and (verdicts.query("id == 'A1'").verdict == "not run").all()
+
+
+def test_other_peoples_claims_and_the_constant_answer(tmp_path, monkeypatch):
+    path = score(tmp_path, monkeypatch, {"x": 1.2, "y": 0.2})
+    (tmp_path / "claims.csv").write_text(
+        "id,family,place,ours,statement,test,metric,testsets,left,right,margin\n"
+        "1,A,,1,x beats y,greater,auc_mean5,nih_test,x,y,\n"
+        "2,A,,1,x beats a constant,greater,mean_accuracy@0.5,nih_test,x,always_negative,\n"
+        "3,B,,1,asking helps,greater,oracle_auc@0.25-oracle_auc@0,nih_test,x,,\n")
+    run_here(compare, monkeypatch, "--metrics", path, "--claims", tmp_path / "claims.csv", "--out", tmp_path)
+    found = pd.read_csv(tmp_path / "verdicts.csv").set_index("id")
+    assert found.verdict.tolist() == ["holds"] * 3
+    rows = pd.read_csv(path).query("exp == 'x' and variant == 'corrected' and labels == 5")
+    accuracy = rows.query("metric == 'mean_accuracy' and threshold == 0.5").value.mean()
+    negative = rows.query("metric == 'always_negative_accuracy'").value.iloc[0]
+    assert found.effect[2] == pytest.approx(accuracy - negative, abs=1e-5)
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(draws=None), "draws.npz is not there"), (dict(flags=["--exp", "9.*"]), "no experiment like 9.*"),
+    (dict(flags=["--arms", "a", "z"]), "both 'a' and 'z'; there are a"),
+    (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,a b,c,"), "operand 'a b' cannot be read"),
+    (dict(claim="1,A,,0,s,greater,auc_mean6,nih_test,a,c,"), "metric 'auc_mean6' cannot be read"),
+    (dict(claim="1,A,,0,s,better,auc_mean5,nih_test,a,c,"), "test 'better'"),
+    (dict(claim="1,A,,0,s,no_gain,auc_mean5,nih_test,a,c,"), "no_gain with a margin")])
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, change, said):
+    path = score(tmp_path, monkeypatch, {"a": 1.0}, seeds=(0,))
+    claims = tmp_path / "claims.csv"
+    claims.write_text(",".join(compare.CLAIM) + "\n" + change.get("claim", "1,A,,0,s,greater,auc_mean5,nih_test,a,b,") + "\n")
+    if "draws" in change:
+        (tmp_path / "draws.npz").unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_here(compare, monkeypatch, "--metrics", path, "--claims", claims, "--out", tmp_path / "out",
+                 *change.get("flags", []))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error, error
     assert not (tmp_path / "out").exists()

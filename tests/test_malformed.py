@@ -37,8 +37,6 @@ COMMANDS = {                        # base: the command that reads its input, in
     "describe": ["data_prep/describe.py", "--index", "in/index.csv", "--out", "out"],
     "demo": ["data_prep/demo.py", "--out", "out", "--scale", "0.001"],
     "pack": ["data_prep/pack.py", "--index", "in/index.csv", "--raw", "in", "--out", "out", "--size", "16"],
-    "boxes": ["data_prep/pack.py", "--index", "in/index.csv", "--raw", "in", "--out", "out", "--size", "16",
-              "--crop-box", "in/boxes.csv"],
     **{name: [f"pretrain/{name}.py", "--manifest", "in/manifest.csv", *TRAIN] for name in PRETRAIN},
     "loose": ["pretrain/gmml.py", "--manifest", "in/manifest.csv", *TRAIN],
     "weights": ["pretrain/gmml.py", "--manifest", "in/manifest.csv", *TRAIN, "--init", "in/weights.pt"],
@@ -52,7 +50,7 @@ COMMANDS = {                        # base: the command that reads its input, in
                "--out", "out/p.csv"],
     "metrics": ["evaluate/metrics.py", "in/1/predictions/seed0/nih_test.csv", "--out", "out/m.csv",
                 "--bootstrap", "9", "--workers", "1"],
-    "compare": ["evaluate/compare.py", "--predictions", "in", "--out", "out", "--bootstrap", "100"],
+    "compare": ["evaluate/compare.py", "--metrics", "in/metrics.csv", "--out", "out"],
     "report": ["evaluate/report.py", "--metrics", "in/metrics.csv", "--out", "out"],
     "plan": ["evaluate/plan.py", "--exp", "3.4"],
     "run_all": ["run_all.sh", "--dry-run"],
@@ -79,13 +77,12 @@ def inputs(tmp_path_factory):
         torch.save(dict(model=classifier.state_dict(), **FACTS), root / name / "classifier.pt")
     row = {"pretrain": {"strategy": "gmml", "epochs": 2, "warmup_epochs": 1}}
     (root / "row/rows.yaml").write_text(yaml.safe_dump({"defaults": {"in_chans": 1}, "1": row}))
-    for name in ("describe", "pack", "boxes", "loose", "folder/images"):
+    for name in ("describe", "pack", "loose", "folder/images"):
         (root / name).mkdir(exist_ok=True)
         for i, image in enumerate(blobs(8 if name == "loose" else 1)):
             Image.fromarray(image).save(root / name / f"{i}.png")
-    for name in ("describe", "pack", "boxes"):
+    for name in ("describe", "pack"):
         (root / name / "index.csv").write_text("path,patient,split\n0.png,1,test\n")
-    (root / "boxes/boxes.csv").write_text("path,xmin,ymin,xmax,ymax\n0.png,0,0,30,30\n")
     pd.DataFrame({"path": [f"{i}.png" for i in range(8)], "split": "pretrain"}).to_csv(
         root / "loose/manifest.csv", index=False)
     rows = [f"{i}.png,{i // 2},{i % 2},{i % 3 // 2},0.{i},0.{9 - i}" for i in range(9)]
@@ -93,10 +90,12 @@ def inputs(tmp_path_factory):
         file = root / name / f"{exp}/predictions/seed{seed}/nih_test.csv"
         file.parent.mkdir(parents=True)
         file.write_text("path,patient,true_Edema,true_Mass,prob_Edema,prob_Mass\n" + "\n".join(rows) + "\n")
-    shutil.copytree(root / "metrics", root / "report", dirs_exist_ok=True)
-    run_case(["evaluate/metrics.py", "report/1/predictions/seed0/nih_test.csv", "--out", "report/metrics.csv",
-              "--bootstrap", "9", "--workers", "1"], root)
-    shutil.rmtree(root / "report/1")
+    files = sorted(str(path.relative_to(root)) for path in (root / "compare").rglob("nih_test.csv"))
+    for name in ("report", "compare"):
+        run_case(["evaluate/metrics.py", *files, "--out", f"{name}/metrics.csv", "--bootstrap", "9",
+                  "--workers", "1"], root)
+    shutil.rmtree(root / "compare/1")
+    shutil.rmtree(root / "compare/2")
     command = [re.sub("^in/", f"{root}/resume/", word) for word in COMMANDS["resume"]]
     assert run_case(command, root) == (0, [])
     return root
@@ -114,9 +113,10 @@ def run_case(command, cwd):
     before = os.getcwd(), sys.argv
     os.chdir(cwd)
     sys.argv = [script, *words]
-    workers = vars(module).get("answers_in_order")
+    workers = vars(module).get("pack_shards")
     if workers:                                 # of pack.py: without the second that they take to start
-        module.answers_in_order = lambda rows, _, config: (module.pack_row(*row, config) for row in rows)
+        module.pack_shards = lambda shards, _, config: (
+            module.pack_shard(*shard, config, lambda row: None) for shard in shards)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
             module.main()
@@ -127,7 +127,7 @@ def run_case(command, cwd):
         os.chdir(before[0])
         sys.argv = before[1]
         if workers:
-            module.answers_in_order = workers
+            module.pack_shards = workers
         for number, handler in handlers.items():
             signal.signal(number, handler)
     lines = stderr.getvalue().splitlines()
