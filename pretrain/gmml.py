@@ -24,7 +24,6 @@ import re
 import signal
 import sys
 import time
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,7 +39,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     std=None,                       # likewise; none: 0.229, RGB ImageNet's
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
     init_key=None,                  # which weights of the file, as in student; none: the averaged ones
-    channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer, 3 to 1 and 1 to 3
+    channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih_pretrain",         # folder below --data with the packed images
     samples=None,                   # the first so many images of the split; none: all
     epochs=1000,                    # passes over the images
@@ -102,7 +101,7 @@ def typed(default):
         with or_fail(f"read {text!r} as YAML"):
             value = text if isinstance(default, (str, float)) else yaml.safe_load(text)
         value = float(value) if isinstance(default, float) else value       # to YAML 1e-3 is text
-        if default is not None and type(value) is not type(default) or type(value) in (int, float) and value < 0:
+        if type(value) in (int, float) and value < 0 or type(value) is not type(default) and default is not None:
             raise ValueError
         return value
     read.__name__ = type(default).__name__
@@ -125,23 +124,24 @@ def read_row(file, exp, section, miniature):
 
 
 def options(section):
-    """The command line, over the row of --exp, over DEFAULTS: all flags (args) and the keys of a row (config)."""
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [--KEY VALUE]...", allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """All flags (args) and the keys of a row (config): the command line over the row of --exp over DEFAULTS."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="%(prog)s [--KEY VALUE]...", allow_abbrev=False)
     words = dict(re.findall(r"^    (\w+)=.*?# (.*)$", Path(__file__).read_text(), re.M))
     for key, default in {**FLAGS, **DEFAULTS}.items():
-        choices = re.match(r"\w+( \| \w+)+(?=;|$)", words[key])             # a comment may begin with them
-        parser.add_argument(f"--{key}", type=typed(default), default=default, help=f"{words[key]} [{default}]",
-                            choices=choices and [typed(default)(word) for word in choices[0].split(" | ")])
+        listed = re.match(r"\w+( \| \w+)+(?=;|$)", words[key])              # a comment may begin with choices
+        choices = [typed(default)(word) for word in listed[0].split(" | ")] if listed else None
+        words[key] += f" [{default}]"
+        parser.add_argument(f"--{key}", type=typed(default), default=default, choices=choices, help=words[key])
     parser.error = fail
-    flags = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), flag) for flag in sys.argv[1:]]
+    flags = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in sys.argv[1:]]
     args, unknown = parser.parse_known_args(flags)
     if args.exp and not unknown:
         file, exp = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml", args.exp
         parser.error = lambda message: fail(f"{file} row {exp}: {message}")
         args, unknown = parser.parse_known_args(read_row(file, exp, section, args.miniature) + flags)
     for word in unknown:
-        near = difflib.get_close_matches(word.split("=")[0], [f"--{key}" for key in vars(args)], 1) or ["none"]
+        near = difflib.get_close_matches(word[2:].split("=")[0], vars(args), 1) or ["none"]
         parser.error(f"unknown {word}; nearest: {near[0]}")
     return args, {"exp": args.exp or None, **{key: getattr(args, key) for key in DEFAULTS}}
 # --- end copy: options ---
@@ -155,7 +155,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import distributed as dist, nn
 
 
@@ -175,8 +174,8 @@ class GMML(nn.Module):
     def forward(self, x):
         """x [B, C, S, S] -> reconstruction [B, C, S, S]: mean over the blocks, the norm, the head."""
         features = self.backbone.forward_intermediates(
-            x, indices=self.recon_blocks, output_fmt="NLC", intermediates_only=True)    # each [B, N, D], no CLS
-        tokens = self.backbone.norm(torch.stack(features).mean(0))
+            x, indices=self.recon_blocks, output_fmt="NLC", intermediates_only=True)
+        tokens = self.backbone.norm(torch.stack(features).mean(0))          # [B, N, D], without CLS
         return self.rec_head(tokens, self.backbone.patch_embed.grid_size)
 
 
@@ -267,7 +266,8 @@ def draw_step(config, step, places, n_drop_paths):
     [2, b, S, S] and whether the view is replaced, bool [2, b].
     """
     generator = step_generator(config["seed"], step)
-    shapes = [N_CROP], [N_COLOUR], [n_drop_paths], [2], [n_blocks_for(max(config["drop"], config["replace"])), 4]
+    n_blocks = n_blocks_for(max(config["drop"], config["replace"]))
+    shapes = [N_CROP], [N_COLOUR], [n_drop_paths], [2], [n_blocks, 4]
     draws = [torch.rand(2, config["batch"], *shape, generator=generator)[:, places] for shape in shapes]
     crop, colour, depth, corruption, blocks = draws
     masks, replaced = draw_masks(corruption.flatten(0, 1), blocks.flatten(0, 1), config["img_size"],
@@ -285,8 +285,8 @@ def augment(images, crop, colour, config):
 def make_views(images, crop, colour, masks, replaced, noise, config):
     """Two views of b images, clean and corrupted, float [2b, C, S, S], from b + 1 images.
 
-    masks bool and noise float [2, b, ...]: blocks show noise or, in replaced views, the next image of the batch,
-    which in random order is any other of the set.
+    masks bool and noise float [2, b, ...]: masked pixels show noise or, in replaced views, the next image of the
+    batch, which in random order is any other of the set.
     """
     views = torch.stack([augment(images, *uniforms, config) for uniforms in zip(crop, colour)])
     clean, donors = views[:, :-1], views[:, 1:]
@@ -295,7 +295,7 @@ def make_views(images, crop, colour, masks, replaced, noise, config):
 
 
 def train(config, args, rank, world_size, device):
-    """Pre-train. Whatever is random in a step depends on (seed, step) alone: a resumed run is the same run."""
+    """Pre-train. What is random in a step depends on (seed, step) alone: a resumed run is the same run."""
     torch.manual_seed(config["seed"])
     backbone = make_model(config, 0, config["drop_path"])
     drop_paths, note = take_drop_path(backbone), load_backbone(backbone, config)
@@ -306,21 +306,24 @@ def train(config, args, rank, world_size, device):
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
 
-    rows, batch = read_manifest(args.manifest, args.split, config["samples"]), config["batch"]
+    rows = read_manifest(args.manifest, args.split, config["samples"])
     images = open_images(args.manifest, rows, config["in_chans"], device)
-    steps_an_epoch = len(rows["row"]) // max(1, batch)
-    if batch % world_size or not batch * steps_an_epoch:
-        fail(f"--batch {batch} is no multiple of {world_size} processes or more than {len(rows['row'])} images")
+    n_images, batch = len(rows["row"]), config["batch"]
+    steps_an_epoch = n_images // max(1, batch)
+    if batch % world_size or not batch or not steps_an_epoch:
+        fail(f"--batch {batch} has to be a multiple of {world_size} processes, at most the {n_images} images")
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     last_step = min(n_steps, args.steps or n_steps)
     begun = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
         print(json.dumps(config))
-        print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {len(rows['row']):,} images; "
+        print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {n_images:,} images; "
               f"steps {begun} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
             print(f"warning: the warm-up is no shorter than the {config['epochs']} epochs", file=sys.stderr)
-    net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
+    net = model
+    if world_size > 1:
+        net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     n_own = batch // world_size
     micro = 2 * (args.micro_batch or n_own)                                 # two views an image
     own = torch.arange(rank * n_own, (rank + 1) * n_own + 1) % batch        # places; the last is only a donor
@@ -334,7 +337,7 @@ def train(config, args, rank, world_size, device):
         optimizer.param_groups[1].update(lr=lr, weight_decay=0.0)
 
         if number == 0 or step == begun:
-            order = torch.from_numpy(np.random.default_rng([config["seed"], epoch]).permutation(len(rows["row"])))
+            order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + own])
         crop, colour, *draws = draw_step(config, step, own, len(drop_paths))
         depth, masks, replaced = (part[:, :-1].to(device, non_blocking=True) for part in draws)
@@ -352,7 +355,7 @@ def train(config, args, rank, world_size, device):
             more = world_size > 1 and begin + micro < len(clean)
             with net.no_sync() if more else contextlib.nullcontext(), amp:
                 part_loss = masked_l1(net(corrupted[part]), clean[part], masks[part]) / n_masked
-            scaler.scale(part_loss * world_size).backward()                 # DDP takes the mean over processes
+            scaler.scale(part_loss * world_size).backward()                 # DDP averages over processes
             loss += part_loss.detach()
         scaler.unscale_(optimizer)
         clip_each(model.parameters(), config["clip"])
@@ -371,9 +374,11 @@ def train(config, args, rank, world_size, device):
             with torch.no_grad():
                 recon = model(corrupted[:8])
             model.train()
-            picture(clean[:8], corrupted[:8], recon, masks[:8], config, f"{args.out}/recon_{epoch + 1:04}.png")
+            restored = corrupt(clean[:8], recon, masks[:8])
+            picture(f"{args.out}/recon_{epoch + 1:04}.png", config, clean[:8], corrupted[:8], recon, restored)
         if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
-            save_run(args.out, done, config, state, backbone.state_dict() if done == last_step else None)
+            weights = backbone.state_dict() if done == last_step else None
+            save_run(args.out, done, config, state, weights)
             saved = time.monotonic()
         if stopping and done < last_step:
             sys.exit(75)                # EX_TEMPFAIL: run the same command again
@@ -389,12 +394,12 @@ def main():
         train(config, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"the GPU's memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)}")
+        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)}")
     finally:
         leave()
 
 
-# ----------------------------------------------------------------------------------------- shared by all scripts
+# ------------------------------------------------------------------------------------- shared by all scripts
 
 # --- begin copy: processes ---
 def init_processes(device):
@@ -410,7 +415,7 @@ def init_processes(device):
         store, rank, world_size = next(dist.rendezvous("env://"))
         # after a restart by torchrun --max-restarts the store still holds the addresses of before
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"         # gloo: to agree, no GPU waits
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"         # to agree, no GPU waits
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size, device
 
@@ -435,7 +440,7 @@ def leave():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for the one that saves
+        sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit:
@@ -455,7 +460,7 @@ def mixed_precision(device):
 
 # --- begin copy: images ---
 def read_manifest(manifest, split, samples=None):
-    """Rows of a manifest.csv of some splits (names with commas, or all), the first `samples`: {column: texts}.
+    """The first `samples` rows of some splits (names with commas, or all) of a manifest.csv: {column: texts}.
 
     "row" holds their numbers from 0, which are those of images.npy, "n_rows" how many the file has.
     """
@@ -471,15 +476,16 @@ def read_manifest(manifest, split, samples=None):
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
             raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted(set(splits)))}")
-    columns = {name: [rows[number][place] for number in kept[:samples]] for place, name in enumerate(header)}
-    return {**columns, "row": torch.tensor(kept[:samples]), "n_rows": len(rows)}
+    kept = kept[:samples]
+    columns = {name: [rows[number][place] for number in kept] for place, name in enumerate(header)}
+    return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
 
 
 def open_images(manifest, rows, in_chans, device):
-    """A function of places among the rows, int64 [B], that returns their images, uint8 [B, C, H, W] on the device.
+    """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    From images.npy beside the manifest, in GPU memory where the rows fit, else mapped. Without it from the 8-bit
-    PNG and JPEG files named in `path`, decoded by threads; these may differ in size and come as a list.
+    They come from images.npy beside the manifest, in GPU memory where the rows fit, else mapped. Without it
+    8-bit PNG and JPEG files named in `path` are decoded by threads; as they may differ in size, into a list.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():
@@ -490,49 +496,51 @@ def open_images(manifest, rows, in_chans, device):
             path = root / rows["path"][place]
             with or_fail(f"read {path}"), Image.open(path) as image:
                 if image.format not in ("PNG", "JPEG") or image.mode[0] in "IF":
-                    raise ValueError(f"{image.format} {image.mode}, not 8-bit PNG or JPEG; data_prep/pack.py packs it")
+                    raise ValueError(f"{image.format} {image.mode} is not 8-bit PNG or JPEG; pack the files first")
                 pixels = np.array(image.convert(mode))
             return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
         return lambda places: list(pool.map(read, places))
+
     with or_fail(f"read {file}; pack the dataset again"):
-        packed, numbers = torch.from_numpy(np.load(file, mmap_mode="c")), rows["row"]       # c: torch may not write
+        packed = torch.from_numpy(np.load(file, mmap_mode="c"))             # c: torch wants it writable
         if packed.dtype != torch.uint8 or len(packed) != rows["n_rows"] or packed.shape[3:] not in ((), (3,)):
             raise ValueError(f"{packed.dtype} {tuple(packed.shape)} are not {rows['n_rows']} images")
-    packed = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2)
+    packed, numbers = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2), rows["row"]
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
-    return lambda places: packed[numbers[places].to(packed.device, non_blocking=True)].to(device, non_blocking=True)
+    return lambda places: packed[numbers[places].to(packed.device)].to(device, non_blocking=True)
 
 
 def step_generator(seed, step):
-    """A random generator made from (seed, step) alone: any number of processes and any resume draw the same."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]))
+    """A random generator made from (seed, step): any number of processes and any resume draw the same."""
+    sequence = np.random.SeedSequence([seed, step])
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 # --- end copy: images ---
 
 
 # --- begin copy: crop ---
-N_CROP = 23     # uniforms that a random resized crop and flip consume: 10 areas, 10 aspect ratios, top, left, flip
+N_CROP = 23     # uniforms of a random resized crop: 10 areas, 10 aspect ratios, top, left, flip
 
 
 def crop_boxes(u, sides, scale):
-    """Boxes of torchvision's RandomResizedCrop: ten tries, then the central crop of admissible aspect.
+    """Boxes of a random resized crop: of ten tries the first that fits, else the first one cut to the image.
 
-    u uniform [B, >= 22]; sides: height and width [2]; scale: range of the area -> begin, length [2, B] in pixels.
+    u uniform [B, >= 22]; sides: height and width [2]; scale: range of the area as fractions
+    -> begin and length [2, B], pixels. torchvision takes a central box after ten tries in vain.
     """
     area = sides.prod() * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
     aspect = (4 / 3) ** (1 - 2 * u[:, 10:20])                               # log-uniform in 3/4..4/3
-    sides = sides[:, None, None]
-    centre = torch.minimum(sides, (sides.flip(0) * 4 / 3).round()).expand(2, len(u), 1)
-    boxes = torch.cat([torch.stack([area * aspect, area / aspect]).sqrt().round(), centre], 2)     # [2, B, 11]
-    first = ((boxes >= 1) & (boxes <= sides)).all(0).int().argmax(1)        # of those that fit
-    length = boxes[:, torch.arange(len(u)), first]
-    place = torch.where(first < 10, u[:, 20:22].T, 0.5)
-    return ((sides[..., 0] - length + 1) * place).floor(), length
+    tries = torch.stack([area * aspect, area / aspect]).sqrt().round().clamp_min(1)         # [2, B, 10]
+    sides = sides[:, None]
+    first = (tries <= sides[..., None]).all(0).int().argmax(1)
+    length = torch.minimum(tries[:, torch.arange(len(u)), first], sides)
+    begin = ((sides - length + 1) * u[:, 20:22].T).floor()
+    return begin, length
 
 
 def resample_matrix(begin, length, in_size, out_size, cubic):
-    """Pillow's antialiased resampling of the pixels [begin, begin + length), both [..., B], as [..., B, out, in]."""
+    """Pillow's antialiased resampling of pixels [begin, begin + length), both [2, B], to out: [2, B, out, in]."""
     begin, length = begin[..., None, None], length[..., None, None]
     scale = length / out_size                                               # source pixels a target pixel
     reach = scale.clamp_min(1)
@@ -551,7 +559,7 @@ def resample_matrix(begin, length, in_size, out_size, cubic):
 def random_resized_crop(images, u, scale, size, cubic=True):
     """Cut, stretch to size x size and mirror each image, as torchvision does, by a matrix an axis.
 
-    images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, N_CROP] -> float32 [B, C, size, size], 0-255.
+    images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, N_CROP] -> float [B, C, size, size], 0-255.
     """
     if isinstance(images, list):
         return torch.cat([random_resized_crop(image[None], row[None], scale, size, cubic)
@@ -596,7 +604,7 @@ def colour_jitter(x, u, strength, p):
 
 
 def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
-    """Blur a share p of the images x [B, C, S, S] with width U(sigma) pixels, by matrices; u uniform [B, 2]."""
+    """Blur a share p of the images x [B, C, S, S] with width U(sigma) pixels; u uniform [B, 2]."""
     width = torch.where(u[:, 0] < p, sigma[0] + u[:, 1] * (sigma[1] - sigma[0]), 0.01)      # 0.01: none
     place = torch.arange(x.shape[3], device=x.device)
     distance = (place - place[:, None]) / width.to(x.device)[:, None, None]
@@ -609,7 +617,8 @@ def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
 # --- begin copy: normalise ---
 def fit_to_channels(config):
     """The config with one mean and deviation a channel; an image size among model_args counts."""
-    config, n = {**config, "img_size": config["model_args"].get("img_size", config["img_size"])}, config["in_chans"]
+    n, size = config["in_chans"], config["model_args"].get("img_size", config["img_size"])
+    config = {**config, "img_size": size}
     for key, imagenet in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
         values = np.ravel(config[key] or imagenet[:n]).tolist()
         if len(values) not in (1, n):
@@ -620,8 +629,9 @@ def fit_to_channels(config):
 
 def luminance(x):
     """Grey value [B, 1, H, W] of images [B, 1 or 3, H, W]."""
-    weights = x.new_tensor([0.299, 0.587, 0.114] if x.shape[1] == 3 else [1.0])
-    return (x * weights.view(-1, 1, 1)).sum(1, keepdim=True)
+    if x.shape[1] == 1:
+        return x
+    return (x * x.new_tensor([[[0.299]], [[0.587]], [[0.114]]])).sum(1, keepdim=True)
 
 
 def normalise(x, config):
@@ -644,7 +654,7 @@ def make_model(facts, num_classes, drop_path=0.0):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382) that is told whom to skip: any processes and resume skip the same."""
+    """Stochastic depth (arXiv:1603.09382) that is told whom to skip: the same in any number of processes."""
 
     def forward(self, x):
         return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
@@ -676,19 +686,21 @@ RENAMED = {r"blocks\.\d+\.(\d+\.(norm|attn|ls|mlp))": r"blocks.\1",          # D
 
 def read_weights(init, arch):
     """The checkpoint that `init` stands for, of any maker; timm's with the mean and deviation of its card."""
+    from collections import OrderedDict
+    from safetensors.torch import load_file
     source, _, name = init.partition(":")
     name = name or arch
     file = Path(f"runs/{name}/pretrain/backbone.pt" if source == "exp" else init)
     if source in ("timm", "torchvision"):
         files = [Path(f"weights/{name}.pth"), Path(f"weights/{name}.safetensors")]
         file = next((file for file in files if file.is_file()), None)
-    known = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]      # arguments of DINO, MoCo and SimMIM
+    known = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]      # in files of DINO, MoCo, SimMIM
     with or_fail(f"read {file or init} (plain tensors; without a network weights/{name}.pth)"):
         if file is None and source == "timm":
             content = timm.create_model(name, pretrained=True).state_dict()
         elif file is None:
-            import torchvision
-            content = torchvision.models.get_model(name, weights="IMAGENET1K_V1").state_dict()
+            from torchvision.models import get_model
+            content = get_model(name, weights="IMAGENET1K_V1").state_dict()
         elif file.suffix == ".safetensors":
             content = load_file(file)
         else:
@@ -702,7 +714,10 @@ def flatten(content, path=""):
     """{dotted path: tensor} of nested dicts."""
     flat = {}
     for name, value in content.items() if isinstance(content, dict) else ():
-        flat |= {f"{path}{name}": value} if isinstance(value, torch.Tensor) else flatten(value, f"{path}{name}.")
+        if isinstance(value, torch.Tensor):
+            flat[f"{path}{name}"] = value
+        else:
+            flat |= flatten(value, f"{path}{name}.")
     return flat
 
 
@@ -720,10 +735,10 @@ def timm_names(state, wanted):
         if name.endswith("q_bias"):                                         # SimMIM's ViT: keys have no bias
             v = state[name.replace("q_bias", "v_bias")]
             state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    last = list(wanted)[-1]
+    last, preferred = list(wanted)[-1], re.compile("ema|teacher|base_encoder|encoder_q")
     prefixes = [name.removesuffix(last) for name in state if name.endswith(last)]
-    best = max(prefixes, default="", key=lambda prefix: (
-        sum(prefix + name in state for name in wanted), bool(re.search("ema|teacher|base_encoder|encoder_q", prefix))))
+    found = lambda prefix: (sum(prefix + name in state for name in wanted), bool(preferred.search(prefix)))
+    best = max(prefixes, default="", key=found)
     return {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}, best
 
 
@@ -735,22 +750,23 @@ def fit_channels(kernel, in_chans, how):
 
 
 def differences(content, prefix, config, n_heads):
-    """Where a checkpoint says other things of itself than the row: heads (12 in MoCo-v3's ViT-S), mean and sd."""
+    """Where a checkpoint says of itself what the row does not: heads (MoCo-v3's ViT-S has 12), mean, sd."""
     args = content.get("model_args")
     heads = args.get("num_heads", n_heads) if isinstance(args, dict) else n_heads
-    facts = {**content, "heads": 12 if "base_encoder" in prefix and n_heads else heads}
-    return [f"ATTENTION: made with {key} {facts[key]}, used with {value}" for key, value in (
-        ("heads", n_heads), ("mean", config["mean"]), ("std", config["std"])) if facts.get(key, value) != value]
+    theirs = {**content, "heads": 12 if "base_encoder" in prefix and n_heads else heads}
+    ours = {"heads": n_heads, "mean": config["mean"], "std": config["std"]}
+    return [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
+            for key, value in ours.items() if theirs.get(key, value) != value]
 # --- end copy: read weights ---
 
 
 # --- begin copy: load transformer ---
 def load_backbone(model, config):
-    """Fill all of a timm vision transformer but its head from `init`, or fail; returns what was done, a line."""
-    init, how = config["init"], config["channel_adapt"]
+    """Fill all of a timm vision transformer but its head from `init`, or fail; returns a line on what was done."""
+    init, arch = config["init"], config["arch"]
     if init == "random":
         return "random initialisation"
-    content = read_weights(init, config["arch"])
+    content = read_weights(init, arch)
     flat = flatten(content)
     named = {name: value for name, value in flat.items() if name.startswith(config["init_key"] or "")}
     wanted = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
@@ -758,21 +774,22 @@ def load_backbone(model, config):
     notes = [f"{len(wanted)} tensors of {init} ({prefix}*)"]
     for name, target in wanted.items():
         if name not in state:
-            fail(f"{init} fills {len(wanted.keys() & state.keys())} of {len(wanted)} tensors of {config['arch']}, not "
-                 f"{name}; it has {', '.join(list(flat)[:3]) or 'no tensors'}")
+            fail(f"{init} fills {len(wanted.keys() & state.keys())} of {len(wanted)} tensors of {arch}, not {name}; "
+                 f"it has {', '.join(list(flat)[:3]) or 'no tensors'}")
         value = state[name]
         if name == "patch_embed.proj.weight" and value.shape[1] != target.shape[1]:
-            value = fit_channels(value, target.shape[1], how)
+            value = fit_channels(value, target.shape[1], config["channel_adapt"])
         if name == "pos_embed" and value.shape != target.shape:
-            value = timm.layers.resample_abs_pos_embed(
-                value, model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens, antialias=False)
+            value = timm.layers.resample_abs_pos_embed(value, model.patch_embed.grid_size, antialias=False,
+                                                       num_prefix_tokens=model.num_prefix_tokens)
         if value.shape != target.shape:
-            fail(f"{init} does not fit {config['arch']}: {name} is {tuple(value.shape)}, not {tuple(target.shape)}")
+            fail(f"{init} does not fit {arch}: {name} is {tuple(value.shape)}, not {tuple(target.shape)}")
         if value.shape != state[name].shape:
             notes.append(f"{name} {tuple(state[name].shape)} made {tuple(value.shape)}")
         wanted[name] = value
     model.load_state_dict(wanted, strict=False)
-    config["start"] = hashlib.sha256(b"".join(value.numpy().tobytes() for value in wanted.values())).hexdigest()
+    loaded = b"".join(value.numpy().tobytes() for value in wanted.values())
+    config["start"] = hashlib.sha256(loaded).hexdigest()
     others = [name for name in state if name not in wanted]
     notes += [f"left out {', '.join(others[:3])}{' ...' * (len(others) > 3)}"] if others else []
     return "; ".join(notes + differences(content, prefix, config, model.blocks[0].attn.num_heads))
@@ -817,14 +834,14 @@ def open_run(out, manifests, config, parts, resume, rank):
 
     Refused is a last.pt of another row, start or data: the config gets the hashes of manifests and pack.json.
     """
-    inputs = [Path(manifest).with_name(name) for manifest in manifests for name in (Path(manifest).name, "pack.json")]
+    inputs = [Path(file) for manifest in manifests for file in (manifest, Path(manifest).with_name("pack.json"))]
     config["data"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in inputs if file.is_file()]
     last, log = Path(out, "last.pt"), Path(out, "log.jsonl")
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
             Path(out).mkdir(parents=True, exist_ok=True)
             open_run.lock = None                                            # of the run before: another seed
-            open_run.lock = open(Path(out, ".lock"), "w")                   # goes with the process, however it ends
+            open_run.lock = open(Path(out, ".lock"), "w")                   # goes with the process
             try:
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -832,8 +849,9 @@ def open_run(out, manifests, config, parts, resume, rank):
             except OSError:                                                 # a file system without locks
                 print(f"warning: {out} cannot be locked; start no second run in it", file=sys.stderr)
     if resume == "never" or not last.is_file():
-        for file in (last, log) if rank == 0 else ():                       # last.pt first: no run goes on from it
-            file.unlink(missing_ok=True)
+        if rank == 0:
+            last.unlink(missing_ok=True)                                    # first: no run goes on from the rest
+            log.unlink(missing_ok=True)
         return 0
     with or_fail(f"go on from {last} (--resume never starts anew, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)
@@ -843,9 +861,9 @@ def open_run(out, manifests, config, parts, resume, rank):
         for name, part in parts.items():
             if isinstance(part, torch.Tensor):
                 part.copy_(state[name])
-            elif state[name]:                                               # empty: a scaler that was not needed
+            elif state[name]:                                               # empty: a scaler not needed there
                 part.load_state_dict(state[name])
-        if rank == 0 and log.is_file():                                     # lines after the checkpoint come again
+        if rank == 0 and log.is_file():                                     # later lines come again
             lines = [line for line in log.read_text().splitlines(True)
                      if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
             write_atomic(log, lambda file: file.write("".join(lines).encode()))
@@ -853,17 +871,17 @@ def open_run(out, manifests, config, parts, resume, rank):
 
 
 def save_run(out, step, config, parts, weights=None, **facts):
-    """Write last.pt, and before it `weights` as backbone.pt; parameters that are not finite end the run instead."""
+    """Write last.pt, and before it `weights` as backbone.pt; what is not finite ends the run instead."""
     facts.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
-    state = {name: part if isinstance(part, torch.Tensor) else part.state_dict() for name, part in parts.items()}
+    state = {}
+    for name, part in parts.items():
+        state[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
         card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
         weights = {name: value.cpu() for name, value in weights.items()}
         write_atomic(f"{out}/backbone.pt", lambda file: torch.save({"model": weights, **card, **facts}, file))
     write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **facts}, file))
-
-
 # --- end copy: run folder ---
 
 
@@ -871,8 +889,8 @@ def save_run(out, step, config, parts, weights=None, **facts):
 def stop_if_nan(values, step, out):
     """End a run that has diverged, before anything of it is written."""
     if not all(torch.as_tensor(value).isfinite().all() for value in values):
-        fail(f"the loss or a weight is NaN by step {step}; {out}/last.pt, if there, is the last good checkpoint; "
-             "try a lower --lr or a longer warm-up")
+        fail(f"the loss or a weight is NaN by step {step}; {out}/last.pt, if there, is the last good "
+             "checkpoint; try a lower --lr or a longer warm-up")
 
 
 def log_line(out, rank, left, **facts):
@@ -887,14 +905,12 @@ def log_line(out, rank, left, **facts):
 
 
 # --- begin copy: picture ---
-def picture(clean, corrupted, recon, masks, config, path):
-    """Rows of images: clean, corrupted, reconstructed, and the clean image restored in the masked places."""
-    recon = recon.detach().float()
-    rows = torch.cat([clean, corrupted, recon, torch.where(masks[:, None], recon, clean)], 2)  # [B, C, 4S, S]
-    mean, std = (rows.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-    pixels = ((rows * std + mean) * 255).round().clamp(0, 255).byte().permute(2, 0, 3, 1).flatten(1, 2)
-    image = Image.fromarray(pixels.expand(-1, -1, 3).cpu().numpy())
-    write_atomic(path, lambda file: image.save(file, format="png"))
+def picture(path, config, *rows):
+    """Rows of images, each normalised [B, C, S, S], as one PNG."""
+    from torchvision.utils import save_image
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    images = torch.cat(rows).float().cpu() * std + mean
+    write_atomic(path, lambda file: save_image(images, file, format="png", nrow=len(rows[0]), padding=0))
 # --- end copy: picture ---
 
 
