@@ -1,22 +1,21 @@
 """Pack the images an index names into one uint8 array, or check that every one of them can be read.
 
 Each file is decoded in full, turned into 8-bit grey (or colour), stretched to S x S and added to images.npy
-in index order; what cannot be used is listed with its reason, never repaired. Killed at any moment, the same
-command goes on where it stopped and ends in the same bytes, whatever the number of workers.
+in index order; what cannot be used is listed with its reason, never repaired. Workers write parts, which are
+joined at the end: killed at any moment, the same command goes on with the parts that are missing and ends in
+the same bytes, whatever the number of workers. At the end it needs twice the space.
 
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih_full --size original
     python data_prep/pack.py --index data/oct/index.csv --raw raw/oct --out data/oct --workers 16
-    python data_prep/pack.py --index data/covidx_ct/index.csv --raw raw/covidx_ct --out data/covidx_ct_body \\
-        --crop-box data/covidx_ct/boxes.csv
 
 Reads   the index (its column path is relative to --raw; nothing outside --raw is opened) and the images
-        boxes on request: path, xmin, ymin, xmax, ymax in pixels, xmax and ymax not included
 Writes  images.npy      uint8 [N, S, S] or [N, S, S, 3]; none with --size original
-        manifest.csv    the packed rows of the index; row i describes images.npy[i]
+        manifest.csv    the packed rows of the index; row i describes images.npy[i]; cells of sex and age that
+                        the index leaves blank are filled from DICOM headers
         rejected.csv    path, reason
-        duplicates.csv  path, duplicate_of: equal in every packed pixel; reported, not removed
-        pack.json       settings, counts, mean and standard deviation of the pixels (0..1)
+        pack.json       settings, counts, mean and standard deviation of the pixels (0..1), and stand_in:
+                        "drawn by data_prep/demo.py" or null. It is written last
 Rows are counted as in a spreadsheet: the header is row 1.
 """
 
@@ -25,40 +24,32 @@ import contextlib
 import csv
 import fcntl
 import hashlib
-import io
 import json
 import logging
-import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
-import threading
 import time
 import warnings
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from datetime import timedelta
-from importlib.metadata import version
-from itertools import chain, islice
+from collections import Counter
+from itertools import islice
 from multiprocessing.connection import wait
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "WEBP")   # no EPS: that runs Ghostscript
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS     # 89 million, Pillow's mark of a decompression bomb; radiographs: 5-20
+Image.MAX_IMAGE_PIXELS //= 2            # at twice this it refuses, before that it only warns
 MAX_BYTES = 1 << 30                     # a DICOM file is read whole before its header can be judged
-COMMIT_SECONDS = 5                      # the work a kill can cost, and the time between progress lines
-TASK = 4                                # rows a worker takes at once: fewer messages, and still a fine grain
-AHEAD = 4                               # tasks a worker may be ahead of the last row written
-FACES = {"corrected": "display", "paper": "paper"}      # the DICOM conversion of each variant
-BOX = ("xmin", "ymin", "xmax", "ymax")
-UNFINISHED = ("images.npy.part", "journal.part")
-OUTPUTS = ("pack.json", "images.npy", "manifest.csv", "rejected.csv", "duplicates.csv")
+SHARD = 32                              # most rows of a part: the work of a worker that a kill can cost
+DICOM = {"corrected": "display", "paper": "paper"}      # the conversion of each variant
+TEXT = {"mode": "w", "newline": "", "encoding": "utf-8"}
+STOPS = signal.SIGINT, signal.SIGTERM
 
 
 # --- begin copy: error ---
@@ -75,53 +66,44 @@ class Rejected(Exception):
 
 # ---- pixels: any file to 8 bits ----
 
-def to_grey8(values, variant="corrected"):
-    """Scale 16-bit grey, x / 65535 * 255, rounded (corrected) or cut toward zero (paper). Returns: uint8."""
-    scaled = np.divide(values, 65535, dtype=np.float32)
-    scaled *= 255
-    return (scaled if variant == "paper" else np.rint(scaled, out=scaled)).astype(np.uint8)
-
-
-def window_to_grey8(values, black, white):
-    """Map black..white linearly to 0..255, clipped, rounded; black > white: a negative. Returns: uint8."""
-    return np.rint(np.clip((values - black) / (white - black), 0, 1) * 255).astype(np.uint8)
+def to_grey8(values, variant="corrected", top=65535):
+    """Scale 16-bit grey, x / top * 255, rounded (corrected) or cut toward zero (paper). Returns: uint8."""
+    scaled = values / np.float32(top) * 255
+    return (scaled if variant == "paper" else np.rint(scaled)).astype(np.uint8)
 
 
 def percentile_window(levels, counts):
-    """The 0.5 and 99.5 percentiles of pixels, counts[i] of them at levels[i], equal to np.percentile's;
+    """The 0.5 and 99.5 percentiles, as np.percentile's, of pixels, counts[i] of them of value levels[i];
     minimum and maximum, at least 1 apart, where those coincide."""
-    if not counts.any():
-        return 0, 1
-    order = np.argsort(levels, kind="stable")
-    levels, ends = levels[order], np.cumsum(counts[order])      # the pixel of rank r: the first end beyond r
-    ranks = [quantile * (ends[-1] - 1) for quantile in (0.005, 0.995)]
-    black, white = (np.quantile(levels[np.searchsorted(ends, (rank // 1, np.ceil(rank)), "right")], rank % 1)
-                    for rank in ranks)
-    if black < white:
-        return black, white
-    used = levels[np.diff(ends, prepend=0) > 0]
-    return float(used[0]), max(used[-1], used[0] + 1.0)
+    used = np.flatnonzero(counts)
+    used = used[np.argsort(levels[used])]
+    levels, ends = levels[used], np.cumsum(counts[used])
+    ranks = np.column_stack([ends - counts[used], ends - 1]).ravel()        # first and last of every level
+    black, white = np.interp([0.005 * ranks[-1], 0.995 * ranks[-1]], ranks, np.repeat(levels, 2))
+    return (black, white) if black < white else (levels[0], max(levels[-1], levels[0] + 1))
 
 
-def strips(pixels):
-    """Views of some 64 rows each: NumPy widens indices to 8 bytes, which for a strip stay in the cache."""
-    return np.array_split(pixels, max(1, len(pixels) // 64))
+def prepare_lut(ds, name, values):
+    """Whether there is a LUT. If no value reaches its first input, that is a negative number, unsigned."""
+    item = ds[name].value[0] if ds.get(name) else {}
+    if "LUTDescriptor" in item and item.LUTDescriptor[1] > values.max():
+        item.LUTDescriptor[1] -= 65536
+    return "LUTDescriptor" in item and "LUTData" in item
 
 
-def dicom_paper(values, stored, ds):
-    """What the released notebook did: stored value / maximum * 255, cut; MONOCHROME1 stays a negative.
+def has_window(ds):
+    """Whether there is a first window, of a width that its function allows: 1 and more, else above 0."""
+    center, width = (ds.get(name) for name in ("WindowCenter", "WindowWidth"))
+    least = 1 if ds.get("VOILUTFunction", "LINEAR") == "LINEAR" else 1e-9
+    return None not in (center, width) and np.ravel(width)[0] >= least
 
-    Args, Returns: as dicom_display.
-    """
-    return (np.maximum(values, 0) / max(int(stored.max()), 1) * 255).astype(np.uint8)
 
-
-def dicom_display(values, stored, ds):
+def dicom_display(values, code, ds):
     """What a viewer shows: modality LUT or rescale, then VOI LUT or first window or else the 0.5-99.5
     percentiles; MONOCHROME1 inverted once, padding black.
 
-    Args: values: int32, every value that 8 or 16 bits can hold, in the order of their unsigned codes;
-        stored: the pixels, 8- or 16-bit integers [H, W]; ds: the pydicom dataset.
+    Args: values: int32, the stored value behind every code; code: uint8 or uint16 [H, W], the pixels' words;
+        ds: the pydicom dataset.
     Returns: uint8, the grey level of each of the values.
     Source: DICOM PS3.3, C.7.5.1.1.2, C.11.1, C.11.2.
     """
@@ -129,478 +111,354 @@ def dicom_display(values, stored, ds):
     padded = np.zeros(len(values), bool)
     if ds.get("PixelPaddingValue") is not None:
         ends = ds.PixelPaddingValue, ds.get("PixelPaddingRangeLimit", ds.PixelPaddingValue)
-        padded = (values >= min(ends)) & (values <= max(ends))
-
+        kind = f"{'ui'[ds.PixelRepresentation]}{code.itemsize}"
+        ends = np.array(ends).astype(kind)              # some files have them unsigned for signed pixels
+        padded = (values >= ends.min()) & (values <= ends.max())
+    prepare_lut(ds, "ModalityLUTSequence", values)
     values = apply_modality_lut(values, ds)
-    voi = ds.VOILUTSequence[0] if ds.get("VOILUTSequence") else {}
-    if "LUTDescriptor" in voi and "LUTData" in voi:
-        black, white = 0, 2 ** voi.LUTDescriptor[2] - 1
-        voi.LUTDescriptor[2] = 16       # told 8, pydicom keeps positions in 8 bits, too, and they wrap
-        shown = apply_voi_lut(values, ds)
-    elif None not in (ds.get("WindowCenter"), ds.get("WindowWidth")):
-        black, white = apply_voi_lut(np.array([-np.inf, np.inf]), ds)     # either side of the window
-        shown = apply_voi_lut(values, ds)
+    if prepare_lut(ds, "VOILUTSequence", values):
+        descriptor = ds.VOILUTSequence[0].LUTDescriptor
+        black, white = 0, 2 ** descriptor[2] - 1
+        descriptor[2] = 16              # given 8, pydicom keeps positions in 8 bits, too, and they wrap
+        values = apply_voi_lut(values, ds)
+    elif has_window(ds):
+        sides = np.array([-np.inf, np.inf])
+        black, white = apply_voi_lut(sides, ds, prefer_lut=False)
+        values = apply_voi_lut(values, ds, prefer_lut=False)
     else:
-        counts = sum(np.bincount(strip.ravel(), minlength=len(values))
-                     for strip in strips(stored.view(f"u{stored.itemsize}")))
-        black, white = percentile_window(values, np.where(padded, 0, counts))
-        shown = values
-    table = window_to_grey8(shown, float(black), float(white))
+        counts = np.where(padded, 0, np.bincount(code.ravel(), minlength=len(values)))
+        black, white = percentile_window(values, counts) if counts.any() else (0, 1)
+    table = np.rint(np.clip((values - float(black)) / (float(white) - float(black)), 0, 1) * 255)
     if ds.PhotometricInterpretation == "MONOCHROME1":
         table = 255 - table
     table[padded] = 0
-    return table
+    return table.astype(np.uint8)
 
 
 def read_dicom(file, dicom="display"):
-    """Decode a single-frame grey DICOM file. Returns: uint8 [H, W], is it MONOCHROME1? Raises: Rejected."""
+    """Decode a single-frame grey DICOM file.
+
+    Returns: uint8 [H, W], and facts: monochrome1, person: sex and age in years, '' if unknown.
+    Raises: Rejected, or what pydicom raises.
+    """
     import pydicom                              # here: it loads slowly, and most datasets have no use for it
-    from pydicom.pixels import get_decoder
     ds = pydicom.dcmread(file, force=True)      # force: a file may lack the preamble
-    if "PixelData" not in ds:
-        raise Rejected("wrong type: not a DICOM file with pixels")
     if int(ds.get("NumberOfFrames") or 1) > 1:
         raise Rejected(f"multi-frame: {ds.NumberOfFrames} frames")
-    kind = ds.get("PhotometricInterpretation")
-    if kind not in ("MONOCHROME1", "MONOCHROME2") or ds.BitsAllocated not in (8, 16):
-        raise Rejected(f"wrong type: DICOM {kind} of {ds.BitsAllocated} bits; expected 8 or 16 bits of grey")
+    kind, bits = ds.get("PhotometricInterpretation"), ds.get("BitsAllocated")
+    if kind not in ("MONOCHROME1", "MONOCHROME2") or bits not in (8, 16):
+        raise Rejected(f"wrong type: DICOM {kind} of {bits} bits; expected 8 or 16 bits of grey")
     if ds.Rows * ds.Columns > MAX_PIXELS:
         raise Rejected(f"too large: {ds.Columns} x {ds.Rows} pixels, a decompression bomb")
     syntax = ds.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian)
     ds.file_meta.TransferSyntaxUID = syntax
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise Rejected(f"unsupported transfer syntax: {syntax.name}, unknown to pydicom") from None
-    if not decoder.is_available:
-        raise Rejected(f"unsupported transfer syntax: {syntax.name}; install what one of these requires: "
-                       + ", ".join(decoder.missing_dependencies))
+    unused = 0                                  # bits below the stored ones, such as 4 of 16 below 12
+    if not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless:
+        unused = max(0, ds.get("HighBit", 0) + 1 - ds.BitsStored)
+    ds.BitsStored += unused
     stored = ds.pixel_array
     stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
     # A grey level depends on the stored value alone: worked out once a value, then looked up for each pixel.
     code = stored.view(f"u{stored.itemsize}")
-    values = np.arange(256 ** code.itemsize, dtype=code.dtype).view(stored.dtype).astype(np.int32)
-    table = (dicom_paper if dicom == "paper" else dicom_display)(values, stored, ds)
-    grey = [np.take(table, strip, mode="clip") for strip in strips(code)]   # "clip" spares NumPy a check
-    return np.concatenate(grey), kind == "MONOCHROME1"
+    values = np.arange(256 ** code.itemsize, dtype=code.dtype).view(stored.dtype).astype(np.int32) >> unused
+    if dicom == "paper":                        # as the released notebook: MONOCHROME1 stays a negative
+        top = max(int(stored.max()) >> unused, 1)
+        table = (np.maximum(values, 0) / top * 255).astype(np.uint8)
+    else:
+        table = dicom_display(values, code, ds)
+    # By strips, as NumPy widens indices to 8 bytes, which so stay in the cache; "clip" spares it a check.
+    grey = [np.take(table, strip, mode="clip") for strip in np.array_split(code, len(code) // 64 + 1)]
+    age = re.fullmatch(r"0*([1-9]\d*)Y", str(ds.get("PatientAge")))
+    person = {"sex": ds.get("PatientSex") or "", "age": age[1] if age else ""}
+    return np.concatenate(grey), {"monochrome1": kind == "MONOCHROME1", "person": person}
 
 
-def read_pillow(file):
-    """Load a file of one of FORMATS, whatever its name says. Returns: a Pillow image. Raises: Rejected."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=FORMATS)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise Rejected(f"too large: more than {MAX_PIXELS:,} pixels, a decompression bomb") from None
-    except UnidentifiedImageError:
-        raise Rejected(f"wrong type: none of {', '.join(FORMATS)}, DICOM") from None
-    with image:
-        if getattr(image, "n_frames", 1) > 1:
-            raise Rejected(f"multi-frame: {image.n_frames} frames")
-        image.load()
-    return image
-
-
-def read_image(file, channels=1, variant="corrected", dicom="display", stretch=False):
+def read_image(file, channels=1, variant="corrected", dicom="display"):
     """Decode a file of any supported kind to 8 bits at its own size.
 
     Alpha is dropped, not composited; colour becomes Pillow's L (0.299, 0.587, 0.114); no EXIF rotation.
 
-    Returns: a Pillow image of mode L (1 channel) or RGB (3), and what is worth counting about the file:
-    monochrome1, sixteen_bit, sixteen_bit_below_4096 (bool). Raises: Rejected, or whatever the decoder raises.
+    Returns: a Pillow image of mode L (1 channel) or RGB (3), and facts about the file: monochrome1,
+    sixteen_bit, sixteen_bit_below_4096 (bool), person. Raises: Rejected, or what the decoder raises.
     """
     if os.path.getsize(file) > MAX_BYTES:
         raise Rejected(f"too large: {os.path.getsize(file):,} bytes")
     with open(file, "rb") as stream:
         head = stream.read(132)
-    if not head:
-        raise Rejected("zero bytes")
-    mode, facts = "L" if channels == 1 else "RGB", {}
+    facts = {"monochrome1": False, "sixteen_bit": False, "sixteen_bit_below_4096": False, "person": {}}
     if head[128:] == b"DICM" or Path(file).suffix.lower() in (".dcm", ".dicom"):
-        grey, facts["monochrome1"] = read_dicom(file, dicom)
-        image = Image.fromarray(grey)
+        grey, found = read_dicom(file, dicom)
+        facts, image = facts | found, Image.fromarray(grey)
     else:
-        image = read_pillow(file)
-    if image.mode == "F":
-        raise Rejected("wrong type: floating-point pixels")
+        with Image.open(file, formats=FORMATS) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise Rejected(f"multi-frame: {image.n_frames} frames")
+            image.load()
+    tags = getattr(image, "tag_v2", {})         # of a TIFF
+    if image.mode == "F" or image.mode == "I" and tags:
+        raise Rejected("wrong type: floating-point, signed or 32-bit pixels")
     if image.mode.startswith("I"):              # 16 bits: convert("L") would clip at 255
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise Rejected("wrong type: more than 16 bits a pixel")
         facts.update(sixteen_bit=True, sixteen_bit_below_4096=bool(values.max() < 4096))
-        if not stretch:
-            image = Image.fromarray(to_grey8(values, variant))
-    elif stretch:
-        values = np.asarray(image.convert(mode))
-    if stretch:
-        counts = np.bincount(values.ravel())
-        levels = np.arange(len(counts))
-        image = Image.fromarray(window_to_grey8(levels, *percentile_window(levels, counts))[values])
+        top = 2 ** tags.get(258, (16,))[0] - 1                              # BitsPerSample: 12 or 16
+        if tags.get(262) == 0:                                              # WhiteIsZero
+            values = top - values
+        image = Image.fromarray(to_grey8(values, variant, top))
+    mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode), facts
 
 
-def is_constant(image):
-    """Whether all pixels are alike; a coarse sample settles it at once for all but nearly empty images."""
-    sample = image.resize((32, 32), Image.Resampling.NEAREST)
-    return all(np.ptp(np.reshape(picture.getextrema(), (-1, 2)), axis=1).max() == 0     # [channels, 2]
-               for picture in (sample, image))
-
-
-def crop(image, box):
-    """Cut out (xmin, ymin, xmax, ymax), xmax and ymax not included. Raises: Rejected if it does not fit."""
-    if box[2] > image.width or box[3] > image.height:
-        raise Rejected(f"box outside the image: {box} in {image.width} x {image.height} pixels")
-    return image.crop(box)
-
-
-def fit(image, size, resample="bicubic", keep_aspect=False):
-    """Stretch a Pillow image to size x size; with keep_aspect it is first padded to a square with black."""
-    if keep_aspect:
-        side = max(image.size)
-        square = Image.new(image.mode, (side, side))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
-    return image.resize((size, size), Image.Resampling[resample.upper()])
-
-
-# ---- rows: in worker processes, answered in the order of the index ----
+# ---- rows: in worker processes, which write parts ----
 
 def locate(root, path):
     """The file behind an index path. Raises: Rejected where there is no regular file inside `root`."""
-    if not path.strip():
-        raise Rejected("no path")
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+    if path.startswith("/") or ".." in path.split("/"):
         raise Rejected("outside the raw root")
-    if "\0" in path:                            # no file has such a name, and the next line would raise
-        raise Rejected("missing")
     file = Path(os.path.realpath(os.path.join(root, path)))
     if not file.is_relative_to(os.path.realpath(root)):
-        raise Rejected("outside the raw root")
-    if not os.path.exists(file):
-        raise Rejected("missing")
+        raise Rejected("outside the raw root: a link; only --raw itself may be one")
     if not file.is_file():
-        raise Rejected("wrong type: not a regular file")
+        raise Rejected("wrong type: not a regular file" if os.path.exists(file) else "missing")
     return file
 
 
-def pack_row(path, earlier, box, config):
-    """Answer one index row: its journal record, and its bytes (none if rejected or kept at original size).
+def pack_row(path, earlier, config):
+    """Answer one index row, `earlier` being the number of an earlier row of this path, or None.
 
-    earlier: number of an earlier row of this path, or None; box: (xmin, ymin, xmax, ymax) or None: no crop.
+    Returns: its record, and its pixels as bytes, none if it is rejected or kept at original size.
     """
+    size = config["size"]
     try:
         if earlier:
             raise Rejected(f"duplicate path: first in row {earlier}")
-        image, facts = read_image(locate(config["raw"], path), config["channels"], config["variant"],
-                                  config["dicom"], config["stretch"])
-        if box:
-            image = crop(image, box)
-        if is_constant(image):
+        file = locate(config["raw"], path)
+        image, facts = read_image(file, config["channels"], config["variant"], config["dicom"])
+        if size != "original":
+            facts["upscaled"] = min(image.size) < size
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        histogram = np.reshape(image.histogram(), (-1, 256))
+        if (histogram > 0).sum() == len(histogram):
             raise Rejected("all-constant")
-        if config["size"] != "original":
-            facts["upscaled"] = min(image.size) < config["size"]
-            image = fit(image, config["size"], config["resample"], config["keep_aspect"])
     except Rejected as error:
         return {"reason": str(error)}, b""
     except Exception as error:                  # a decoder may raise anything at all on a broken file
-        text = " ".join(str(error).split())[:200] or type(error).__name__
-        return {"reason": f"truncated or unreadable: {text}"}, b""
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        return {"reason": f"unreadable: {text}"}, b""
     pixels, level = image.tobytes(), np.arange(256)
-    histogram = np.reshape(image.histogram(), (-1, 256)).sum(0)
-    sums = {"pixels": len(pixels), "sum": int(histogram @ level), "square": int(histogram @ level ** 2)}
-    record = {"hash": hashlib.blake2b(pixels, digest_size=16).hexdigest(), "tally": {**sums, **facts}}
-    return record, b"" if config["size"] == "original" else pixels
-
-
-def pack_some(rows, config):
-    """Answer several rows."""
-    return [pack_row(*row, config) for row in rows]
-
-
-def begin_work():
-    """Set up a worker process; it ends with its parent, even with one that was killed."""
-    warnings.simplefilter("ignore")                 # remarks on odd headers; what matters becomes a reason
-    logging.disable()
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: wait([parent]) and os._exit(1), daemon=True).start()
-
-
-def answers_in_order(rows, workers, config):
-    """Yield pack_row(*row, config) for each row of an iterator, in order, from `workers` processes.
-
-    No more than AHEAD tasks a process are in memory. A file that crashes its decoder takes the pool down; the
-    rows in flight are then read one at a time, which finds it.
-    """
-    def pool(size):
-        return ProcessPoolExecutor(size, multiprocessing.get_context("spawn"), begin_work)
-
-    executor, pending, futures = pool(workers), deque(), deque()
-    try:
-        while True:
-            try:
-                # New processes inherit the mask: Ctrl-C is for the parent.
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                while len(pending) < AHEAD * workers and (some := list(islice(rows, TASK))):
-                    pending.append(some)
-                    futures.append(executor.submit(pack_some, some, config))
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-                if not pending:
-                    return
-                answers = futures[0].result()
-                pending.popleft(), futures.popleft()
-                yield from answers
-            except BrokenProcessPool:
-                executor = pool(1)
-                for row in chain.from_iterable(pending):
-                    try:
-                        yield executor.submit(pack_row, *row, config).result()
-                    except BrokenProcessPool:
-                        yield {"reason": "truncated or unreadable: the decoder crashed"}, b""
-                        executor = pool(1)
-                executor, pending, futures = pool(workers), deque(), deque()
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)
-
-
-# ---- files: the index, the unfinished pack, the finished one ----
-
-def read_rows(path, *columns):
-    """Yield (number, {column: cell}) for each row of a CSV file that has these columns."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            names = reader.fieldnames or []
-            if not set(columns) <= set(names) or len(set(names)) < len(names):
-                fail(f"{path} row 1: expected a column {', '.join(columns)}, no name twice; "
-                     f"not {','.join(names)[:300]}")
-            for number, row in enumerate(reader, start=2):
-                if None in row or None in row.values():
-                    fail(f"{path} row {number}: expected as many cells as the header has, {len(names)}")
-                yield number, row
-    except UnicodeDecodeError as error:
-        fail(f"{path}: not UTF-8 (byte {error.object[error.start]:#x}: {error.reason}); save it as UTF-8")
-    except (csv.Error, OSError) as error:
-        fail(f"{path}: {getattr(error, 'strerror', None) or error}")
-
-
-def index_rows(index, splits=()):
-    """Yield the index rows of these splits (of all, if empty) as {column: cell}, each with the number of the
-    earlier row that has the same path, or None."""
-    first = {}
-    for number, row in read_rows(index, "path"):
-        if not splits or row.get("split") in splits:
-            earlier = first.setdefault(row["path"], number)
-            yield row, earlier if earlier < number else None
-
-
-def read_boxes(path):
-    """The file of --crop-box as {path: (xmin, ymin, xmax, ymax)}."""
-    boxes = {}
-    for number, row in read_rows(path, "path", *BOX):
-        text = ",".join(row[name] for name in BOX)
-        box = tuple(map(int, text.split(","))) if re.fullmatch(r"([0-9]{1,9},){3}[0-9]{1,9}", text) else None
-        if not box or box[0] >= box[2] or box[1] >= box[3]:
-            fail(f"{path} row {number}: {text[:99]!r} is no box of whole pixels, xmin < xmax and ymin < ymax")
-        if row["path"] in boxes:
-            fail(f"{path} row {number}: a second box for {row['path']!r}; remove one")
-        boxes[row["path"]] = box
-    return boxes
-
-
-def image_shape(config):
-    """Shape of one packed image; at original size nothing is packed."""
-    return (0,) if config["size"] == "original" else (config["size"],) * 2 + (3,) * (config["channels"] == 3)
-
-
-def npy_header(n, config):
-    """The head of images.npy; NumPy pads it to the same length for every n."""
-    file = io.BytesIO()
-    head = {"descr": "|u1", "fortran_order": False, "shape": (n, *image_shape(config))}
-    np.lib.format.write_array_header_1_0(file, head)
-    return file.getvalue()
+    facts |= {"pixels": len(pixels), "sum": int((histogram @ level).sum()),
+              "square": int((histogram @ level ** 2).sum())}
+    return {"person": facts.pop("person"), "facts": facts}, b"" if size == "original" else pixels
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Write a text file under a temporary name and rename it once it is whole and on disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+def replacing(path, folder, **how):
+    """Write a file under a temporary name in `folder`; move it to `path` once it is whole and on disk."""
+    temporary = folder / f"{path.name}.{os.getpid()}.tmp"      # a worker may outlive its parent for a moment
+    with open(temporary, **how) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def sha256(path):
-    """Hash of a file's bytes, None without a file."""
-    return path and hashlib.sha256(path.read_bytes()).hexdigest()
+def pack_shard(part, rows, crashed, config, say):
+    """Write a part: a line of JSON with a record a row, then the pixels. Rows `crashed` are not opened."""
+    records, pixels = [], []
+    for number, row in enumerate(rows):
+        say(number)
+        record, image = pack_row(*row, config) if number not in crashed else (
+            {"reason": "unreadable: the decoder crashed"}, b"")
+        records.append(record)
+        pixels.append(image)
+    with replacing(part, part.parent, mode="wb") as file:
+        file.write(json.dumps(records).encode() + b"\n")
+        file.writelines(pixels)
 
 
-def remove(out, names):
-    """Delete what there is of these files."""
-    for name in names:
-        (out / name).unlink(missing_ok=True)
+def work(pipe, config):
+    """A worker process: packs shards until the pipe is closed, announcing each row before it is opened."""
+    warnings.simplefilter("ignore")                 # remarks on odd headers; what matters becomes a reason
+    logging.disable()
+    try:
+        while True:
+            pack_shard(*pipe.recv(), config, pipe.send)
+            pipe.send(None)
+    except (EOFError, ConnectionError):             # no more work, or the parent was killed
+        pass
+    except OSError as problem:                      # such as a full disk
+        pipe.send(problem)
 
 
-def check_same(found, config, out):
-    """Refuse a folder that holds a pack of other settings."""
-    for key, value in config.items():
-        if found.get(key) != value:
-            fail(f"{out}: its {key} is {found.get(key)!r}, not {value!r}; use another --out or --overwrite")
+def pack_shards(shards, workers, config):
+    """Pack an iterator's shards, yielding at each row; a file that crashes its decoder costs a worker."""
+    context, team = multiprocessing.get_context("spawn"), {}        # team: {pipe: [worker, shard, row]}
+
+    def employ(shard):
+        pipe, other_end = context.Pipe()
+        worker = context.Process(target=work, args=(other_end, config))
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)             # inherited: these are for the parent
+        worker.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        other_end.close()
+        pipe.send(shard)
+        team[pipe] = [worker, shard, None]
+
+    try:
+        for shard in islice(shards, workers):
+            employ(shard)
+        while team:
+            for pipe in wait(list(team)):
+                worker, shard, row = team[pipe]
+                try:
+                    answer = pipe.recv()
+                except (EOFError, ConnectionError):
+                    worker.join()
+                    if row is None or worker.exitcode == -signal.SIGKILL:
+                        fail(f"a worker ended with {worker.exitcode} (-9: killed, is memory short?); the "
+                             "same command goes on, with fewer --workers if need be")
+                    del team[pipe]
+                    employ((*shard[:2], {*shard[2], row}))
+                    continue
+                if isinstance(answer, OSError):
+                    raise answer
+                team[pipe][2] = answer
+                if answer is not None:
+                    yield
+                elif shard := next(shards, None):                   # the last part is written
+                    team[pipe][1] = shard
+                    pipe.send(shard)
+                else:
+                    del team[pipe]
+                    pipe.close()
+    finally:
+        for worker, *_ in team.values():
+            worker.kill()
+
+
+# ---- files: the index, the parts, the pack ----
+
+def index_rows(index, splits=()):
+    """Yield the index rows of these splits (of all, if empty) as {column: cell}, each with the number of the
+    earlier row that has the same path, or None."""
+    first = {}
+    try:
+        with open(index, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            names = reader.fieldnames or []
+            if "path" not in names or "" in names or len(set(names)) < len(names):
+                fail(f"{index} row 1: expected a column path, no name blank or twice; not {names[:30]}")
+            for number, row in enumerate(reader, start=2):
+                if None in row or None in row.values():
+                    fail(f"{index} row {number}: expected as many cells as the header has, {len(names)}")
+                if not splits or row.get("split") in splits:
+                    earlier = first.setdefault(row["path"], number)
+                    yield row, earlier if earlier < number else None
+    except UnicodeDecodeError as error:
+        fail(f"{index}: not UTF-8 (byte {error.object[error.start]:#x}: {error.reason}); save it as UTF-8")
+    except (csv.Error, OSError) as error:
+        fail(f"{index}: {getattr(error, 'strerror', None) or error}")
+
+
+def check_index(args, splits):
+    """Refuse an index without rows of these splits; warn of shared patients. Returns: the number of rows."""
+    counts, homes, shared = Counter(), {}, set()
+    for row, _ in index_rows(args.index):
+        split, patient = row.get("split", ""), row.get("patient")
+        counts[split] += 1
+        if patient and homes.setdefault(patient, split) != split:
+            shared.add(patient)
+        if args.require_files and not (args.raw / row["path"]).is_file():
+            fail(f"{args.index}: {row['path']!r} is missing in {args.raw}; unpack it or drop --require-files")
+    total = sum(counts[split] for split in splits or counts)
+    if not total or not counts.keys() >= set(splits):
+        fail(f"{args.index}: no rows{' of split ' + ', '.join(splits) if splits else ''} "
+             f"(rows by split: {dict(counts) or 'none'})")
+    if shared:
+        print(f"warning: {args.index}: {len(shared):,} patients are in more than one split", flush=True)
+    return total
+
+
+def read_json(path):
+    """The object in a JSON file, {} if it is absent."""
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        fail(f"{path}: not a JSON object; remove it or choose another folder")
+    return found
+
+
+def stand_in(raw):
+    """The mark of drawn data: demo.py's demo.json, in `raw` or above, where it names the dataset as drawn."""
+    raw = raw.resolve()
+    for folder in (raw, *raw.parents):
+        drawn = read_json(folder / "demo.json").get("images", {})
+        if drawn and (raw == folder or raw.relative_to(folder).parts[0] in drawn):
+            return "drawn by data_prep/demo.py"
+    return None
 
 
 def is_finished(out, config):
     """Whether `out` holds a finished pack of these settings; one of other settings or makers is refused."""
-    there = {path.name for path in out.iterdir()}
-    if "pack.json" in there:
-        try:
-            check_same(json.loads((out / "pack.json").read_text()), config, out)
-        except (ValueError, AttributeError):
-            fail(f"{out / 'pack.json'}: not written here; use another --out or --overwrite")
-    elif "journal.part" not in there and there & {"manifest.csv", "images.npy"}:
-        fail(f"{out}: holds a manifest.csv or images.npy of another maker; use another --out or --overwrite")
-    return there.issuperset(OUTPUTS if config["size"] != "original" else set(OUTPUTS) - {"images.npy"})
+    found, there = read_json(out / "pack.json"), {path.name for path in out.iterdir()}
+    for key, value in config.items():
+        if found and found.get(key) != value:
+            fail(f"{out}: its {key} is {found.get(key)!r}, not {value!r}; remove it or use another --out")
+    if not found and {"manifest.csv", "images.npy"} & there and not any(out.glob("parts-*")):
+        fail(f"{out}: holds a manifest.csv or images.npy of another maker; use another --out")
+    return bool(found) and "manifest.csv" in there and ("images.npy" in there or config["size"] == "original")
 
 
-def resume(out, config):
-    """Open images.npy.part and journal.part, both cut back to the last row that both hold.
-
-    The journal's first line holds the settings, each further one a row's record, written when its pixels are
-    on disk. Returns: the two files, positioned at their ends, and the number of rows they hold.
-    """
-    images_path, journal_path = (out / name for name in UNFINISHED)
-    images, journal = (open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-                       for path in (images_path, journal_path))
-    done, images_end, journal_end = -1, len(npy_header(0, config)), 0
-    for line in journal:
-        try:
-            record = json.loads(line if line.endswith(b"\n") else b"")
-        except ValueError:                                          # cut in the middle by the kill
-            break
-        if done < 0:
-            check_same(record, config, out)
-        elif "hash" in record:
-            images_end += math.prod(image_shape(config))
-        done, journal_end = done + 1, journal_end + len(line)
-    if done < 0 or os.path.getsize(images_path) < images_end:       # nothing of use: start
-        done, images_end = 0, images.write(npy_header(0, config))
-        journal.seek(0)
-        journal_end = journal.write(json.dumps(config).encode() + b"\n")
-    for file, end in (images, images_end), (journal, journal_end):
-        file.seek(end)
-        file.truncate()
-    return images, journal, done
-
-
-def pack_rows(out, config, index, boxes, total, workers):
-    """Pack the rows that are not packed yet. Returns: images.npy.part and journal.part, open and complete."""
-    images, journal, begun = resume(out, config)
-    started = committed = time.monotonic()
-    rows = ((row["path"], earlier, boxes.get(row["path"]))
-            for row, earlier in index_rows(index, config["splits"]))
-    answers = answers_in_order(islice(rows, begun, None), workers, config)
-    lines = []
-    for done, (record, pixels) in enumerate(answers, start=begun + 1):
-        images.write(pixels)
-        lines.append(json.dumps(record).encode() + b"\n")
-        now = time.monotonic()
-        if now - committed > COMMIT_SECONDS or done == total:
-            images.flush()
-            os.fsync(images.fileno())
-            journal.writelines(lines)               # after the pixels: the journal never runs ahead of them
-            journal.flush()
-            os.fsync(journal.fileno())
-            lines, committed, rate = [], now, (done - begun) / (now - started)
-            print(f"pack {out.name}  {done:,}/{total:,} rows  {rate:,.1f} img/s  "
-                  f"eta {timedelta(seconds=round((total - done) / rate))}", flush=True)
-    return images, journal
-
-
-def finish(out, config, index, images, journal):
-    """Write the tables and pack.json from index and journal, and last give images.npy its name."""
-    tally = Counter(dict.fromkeys(("N", "rejected", "upscaled", "monochrome1", "sixteen_bit",
-                                   "sixteen_bit_below_4096", "duplicates"), 0))
-    reasons, first = Counter(), {}
-    journal.seek(0)
-    next(journal)                                   # the settings
-    with (replacing(out / "manifest.csv") as manifest, replacing(out / "rejected.csv") as rejected,
-          replacing(out / "duplicates.csv") as duplicates):
-        manifest, rejected, duplicates = (csv.writer(file, lineterminator="\n")
-                                          for file in (manifest, rejected, duplicates))
+def join(parts, out, config, index):
+    """Join the parts into images.npy and the tables. Returns: what pack.json is to say."""
+    folder, tally, reasons = parts[0].parent, Counter(N=0), Counter()
+    rows = index_rows(index, config["splits"])
+    with contextlib.ExitStack() as files:           # renamed in reverse order
+        manifest, rejected = (files.enter_context(replacing(out / name, folder, **TEXT))
+                              for name in ("manifest.csv", "rejected.csv"))
+        manifest, rejected = (csv.writer(file, lineterminator="\n") for file in (manifest, rejected))
         rejected.writerow(["path", "reason"])
-        duplicates.writerow(["path", "duplicate_of"])
-        for position, ((row, _), line) in enumerate(zip(index_rows(index, config["splits"]), journal)):
-            record = json.loads(line)
-            if position == 0:
-                manifest.writerow(row)
-            if "reason" in record:
-                rejected.writerow([row["path"], record["reason"]])
-                reasons[record["reason"].partition(":")[0]] += 1
-                continue
-            manifest.writerow(row.values())
-            same = first.setdefault(record["hash"], row["path"])
-            if same != row["path"]:
-                duplicates.writerow([row["path"], same])
-            tally.update(record["tally"], N=1, duplicates=same != row["path"])
-    if not tally["N"]:
-        remove(out, (*UNFINISHED, "manifest.csv", "duplicates.csv"))
-        fail(f"{index}: none of its rows could be packed, the reasons are in {out / 'rejected.csv'} "
-             f"({', '.join(reasons)}); is --raw {config['raw']} the right folder?")
-
-    n, total, square = (tally.pop(key) for key in ("pixels", "sum", "square"))
-    tally["rejected"] = reasons.total()
-    summary = {"dataset": Path(os.path.abspath(out)).name, **config, **tally,
-               "reasons": dict(sorted(reasons.items())), "mean": total / n / 255,
-               "std": (n * square - total ** 2) ** 0.5 / n / 255,
-               "versions": {name: version(name) for name in ("numpy", "pillow", "pydicom")}}
-    images.seek(0)
-    images.write(npy_header(tally["N"], config))
-    images.flush()
-    os.fsync(images.fileno())
-    with replacing(out / "pack.json") as file:
-        file.write(json.dumps(summary, indent=1) + "\n")
-    if config["size"] != "original":
-        os.replace(out / "images.npy.part", out / "images.npy")
-    return summary
+        for part in parts:
+            with open(part, "rb") as file:
+                records = json.loads(file.readline())
+            for record, (row, _) in zip(records, rows):
+                if "reason" in record:
+                    rejected.writerow([row["path"], record["reason"]])
+                    reasons[record["reason"].partition(":")[0]] += 1
+                    continue
+                if not tally["N"]:
+                    manifest.writerow(row)
+                row |= {name: cell for name, cell in record["person"].items() if row.get(name) == ""}
+                manifest.writerow(row.values())
+                tally.update(record["facts"], N=1)
+        if config["size"] != "original":
+            images = files.enter_context(replacing(out / "images.npy", folder, mode="wb"))
+            shape = (tally["N"], *(config["size"],) * 2, *(3,) * (config["channels"] == 3))
+            head = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(images, head)
+            for part in parts:
+                with open(part, "rb") as file:
+                    file.readline()
+                    shutil.copyfileobj(file, images)
+    n, total, square = (tally.pop(key, 0) for key in ("pixels", "sum", "square"))
+    return {**config, **tally, "rejected": reasons.total(), "reasons": dict(sorted(reasons.items())),
+            "mean": total / max(n, 1) / 255, "std": (n * square - total ** 2) ** 0.5 / max(n, 1) / 255}
 
 
-def report(summary):
+def report(facts):
     """Print what was packed, and what to know before training on it."""
-    reasons = ", ".join(f"{n:,} {reason}" for reason, n in summary["reasons"].items()) or "none"
-    print("packed {N:,} images, mean {mean:.4f}, std {std:.4f}, {upscaled:,} upscaled, "
-          "{duplicates:,} duplicates; rejected: ".format(**summary) + reasons)
-    if summary["monochrome1"]:
-        face = "left as photographic negatives" if summary["dicom"] == "paper" else "inverted"
-        print(f"{summary['monochrome1']:,} MONOCHROME1 files, {face}")
-    if 2 * summary["sixteen_bit_below_4096"] > summary["sixteen_bit"] and not summary["stretch"]:
-        print("warning: {sixteen_bit_below_4096:,} of {sixteen_bit:,} 16-bit files stay below 4096; 12-bit "
-              "values that were never stretched leave 16 grey levels (see --stretch)".format(**summary))
+    print("packed {N:,} images, rejected {rejected:,} {reasons}; {sixteen_bit:,} of 16 bits, {monochrome1:,} "
+          "MONOCHROME1 (DICOM as {dicom}); stand-in: {stand_in}".format(**facts))
+    if 2 * facts["sixteen_bit_below_4096"] > facts["sixteen_bit"]:
+        print("warning: most 16-bit files stay below 4096: 12-bit values, which leave 16 grey levels")
 
 
 def pack(args):
-    """Check index and folder, then pack, finish and report, unless that was done before."""
-    index, out, counts = args.index, args.out, Counter()
-    if index.parent.resolve() == out.resolve() and index.name in OUTPUTS:
-        fail(f"{index}: packing into {out} would overwrite this index; take another --out")
-    for row, _ in index_rows(index):
-        counts[row.get("split", "")] += 1
+    """Check index and folder, then pack, join and report, unless that was done before."""
+    index, out = args.index, args.out
     splits = [split for split in args.splits.split(",") if split]
-    total = sum(counts[split] for split in splits or counts)
-    if not total or not counts.keys() >= set(splits):
-        fail(f"{index}: no rows{' of split ' + ', '.join(splits) if splits else ''} "
-             f"(rows by split: {dict(counts) or 'none'})")
-    if args.require_files:
-        gone = [row["path"] for row, _ in index_rows(index, splits) if not (args.raw / row["path"]).is_file()]
-        if gone:
-            fail(f"{index}: {len(gone):,} of {total:,} images are missing in {args.raw}, first {gone[0]!r}")
-    boxes = {}
-    if args.crop_box:
-        boxes = read_boxes(args.crop_box)
-        bare = [row["path"] for row, _ in index_rows(index, splits) if row["path"] not in boxes]
-        if bare:
-            fail(f"{args.crop_box}: no box for {len(bare):,} of {total:,} images, first {bare[0]!r}")
-
+    total, mark = check_index(args, splits), stand_in(args.raw)
     out.mkdir(parents=True, exist_ok=True)
     lock = os.open(out, os.O_RDONLY)                # held until this process ends, however it ends
     try:
@@ -609,17 +467,40 @@ def pack(args):
         fail(f"{out}: another run is packing into this folder")
     except OSError as error:                        # NFS, for one, locks no folders
         print(f"warning: {out} cannot be locked ({error.strerror}): start no second run into it", flush=True)
-    if args.overwrite:
-        remove(out, OUTPUTS + UNFINISHED)
-    config = {"index_sha256": sha256(index), "crop_box_sha256": sha256(args.crop_box), "splits": splits,
+    config = {"index_sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "splits": splits,
               "raw": os.path.abspath(args.raw), "size": args.size, "channels": args.channels,
-              "variant": args.variant, "dicom": args.dicom or FACES[args.variant], "resample": args.resample,
-              "keep_aspect": args.keep_aspect, "stretch": args.stretch}
+              "variant": args.variant, "dicom": args.dicom or DICOM[args.variant]}
+    size = max(1, min(SHARD, total // 64))          # of a part: few rows keep all workers busy, too
+    folder = out / f"parts-{hashlib.sha256(repr((size, config)).encode()).hexdigest()[:12]}"
     if is_finished(out, config):
-        print(f"{out} is packed already: nothing to do")
+        print(f"{out} is packed already: nothing to do (to pack it again, remove its images.npy)")
     else:
-        report(finish(out, config, index, *pack_rows(out, config, index, boxes, total, args.workers)))
-    remove(out, UNFINISHED)
+        folder.mkdir(exist_ok=True)
+        parts = [folder / f"{number:06}" for number in range(-(-total // size))]
+        paths = ((row["path"], earlier) for row, earlier in index_rows(index, splits))
+        shards = ((part, list(islice(paths, size)), ()) for part in parts)
+        left = total - size * sum(part.exists() for part in parts)
+        shards = (shard for shard in shards if not shard[0].exists())
+        begun = said = time.monotonic()
+        for done, _ in enumerate(pack_shards(shards, args.workers, config), start=1):
+            now = time.monotonic()
+            if now - said > 5:
+                said, rate = now, done / (now - begun)
+                print(f"pack {out.name}  {total - left + done:,}/{total:,} rows  {rate:,.1f} img/s  "
+                      f"eta {(left - done) / rate:,.0f} s", flush=True)
+        facts = {"dataset": Path(os.path.abspath(out)).name, **join(parts, out, config, index)}
+        facts["stand_in"] = mark
+        if not facts["N"]:
+            shutil.rmtree(folder)
+            for name in ("manifest.csv", "images.npy", "pack.json"):
+                (out / name).unlink(missing_ok=True)
+            fail(f"{index}: none of its rows could be packed, the reasons are in {out / 'rejected.csv'} "
+                 f"({', '.join(facts['reasons'])}); is --raw {args.raw} the right folder?")
+        with replacing(out / "pack.json", folder, **TEXT) as file:
+            file.write(json.dumps(facts, indent=1) + "\n")
+        report(facts)
+    for parts in out.glob("parts-*"):
+        shutil.rmtree(parts)
 
 
 def size_or_original(text):
@@ -632,34 +513,25 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail                             # one sentence, like every other mistake
     option = parser.add_argument
-    option("--index", type=Path, required=True, metavar="FILE", help="index.csv of a dataset")
+    option("--index", type=Path, required=True, metavar="FILE", help="index.csv, any with a column path")
     option("--raw", type=Path, required=True, metavar="DIR", help="folder the index's paths are relative to")
     option("--out", type=Path, required=True, metavar="DIR", help="folder to write to, made if need be")
     option("--size", type=size_or_original, default=224, metavar="S",
            help="side in pixels, or 'original': pack nothing, only validate the files (default 224)")
     option("--channels", type=int, default=1, choices=(1, 3), help="1: grey; 3: colour (default 1)")
-    option("--variant", default="corrected", choices=FACES,
+    option("--variant", default="corrected", choices=DICOM,
            help="corrected: 16 bits rounded, DICOM as displayed; paper: 16 bits cut, DICOM raw / maximum")
-    option("--dicom", choices=FACES.values(), help="the DICOM conversion alone (default: as --variant says)")
-    option("--resample", default="bicubic", choices=("bicubic", "bilinear", "hamming", "box"),
-           help="Pillow's filter for resizing (default bicubic)")
-    option("--crop-box", type=Path, metavar="FILE",
-           help="crop each image to its box before it is resized: CSV of path, xmin, ymin, xmax, ymax")
-    option("--keep-aspect", action="store_true", help="pad to a square with black instead of stretching")
-    option("--stretch", action="store_true", help="map each image's own 0.5-99.5 percentile range to 0..255")
+    option("--dicom", choices=DICOM.values(), help="the DICOM conversion alone (default: as --variant says)")
     option("--splits", default="", metavar="A,B", help="pack the rows of these splits only (default: all)")
     option("--require-files", action="store_true", help="stop if an image is missing, not reject it")
-    option("--overwrite", action="store_true", help="delete the pack in --out, if any, and start over")
     option("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
            help="processes (default: as many as cores)")
     args = parser.parse_args()
     if args.workers < 1 or args.size != "original" and args.size < 1:
         fail("--workers and --size have to be at least 1")
-    if args.crop_box and args.size == "original":
-        fail("--crop-box crops what is packed, and --size original packs nothing; leave out one of them")
     if not args.raw.is_dir():
         fail(f"--raw {args.raw}: no such folder")
-    for stop in (signal.SIGTERM, signal.SIGINT):    # what is packed stays, as with any other end
+    for stop in STOPS:                              # what is packed stays, as with any other end
         signal.signal(stop, lambda number, _: sys.exit(128 + number))
     try:
         pack(args)

@@ -73,7 +73,7 @@ def dicom(path, pixels, *args, **elements):
 
 def lut(values, first, bits):
     item = Dataset()
-    item.LUTDescriptor = [len(values), first, bits]
+    item.add_new("LUTDescriptor", "US", [len(values), first, bits])
     item.add_new("LUTData", "OW", np.asarray(values, np.uint16).tobytes())
     return pydicom.Sequence([item])
 
@@ -167,7 +167,28 @@ def test_16_bit_png_is_scaled_where_pillow_would_clip(tmp_path):
     assert grey(path, variant="paper").tolist() == [[0, 0, 1], [116, 252, 255]]
     assert grey(save(tmp_path / "x.tif", values)).tolist() == [[0, 0, 1], [117, 253, 255]]
     _, facts = pack.read_image(path)
-    assert facts == {"sixteen_bit": True, "sixteen_bit_below_4096": False}
+    assert facts == {"sixteen_bit": True, "sixteen_bit_below_4096": False, "monochrome1": False, "person": {}}
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_a_tiff_that_stores_white_as_zero_is_inverted_and_12_bits_span_the_range(tmp_path, bits):
+    top = 2 ** bits - 1
+    values = np.array([[0, 100, 300], [1000, 3000, top]], np.uint16)
+    packed = values
+    if bits == 12:                              # two values in three bytes; each row begins at a byte
+        rows = ["".join(f"{value:012b}" for value in row) + "0000" for row in values]
+        packed = np.array([[int(row[i:i + 8], 2) for i in range(0, 40, 8)] for row in rows], np.uint8)
+    for white_is_zero in (False, True)[:bits - 14]:
+        entries = [(256, 3), (257, 2), (258, bits), (259, 1), (262, int(not white_is_zero)), (273, 8),
+                   (277, 1), (278, 2), (279, packed.nbytes)]
+        head = b"II*\0" + (8 + packed.nbytes).to_bytes(4, "little")
+        directory = b"".join(tag.to_bytes(2, "little") + b"\4\0" + (1).to_bytes(4, "little")
+                             + value.to_bytes(4, "little") for tag, value in entries)
+        (tmp_path / "x.tif").write_bytes(head + packed.tobytes() + len(entries).to_bytes(2, "little")
+                                         + directory + b"\0" * 4)
+        expected = [[round((top - int(x) if white_is_zero else int(x)) / top * 255) for x in row]
+                    for row in values]
+        assert grey(tmp_path / "x.tif").tolist() == expected
 
 
 def luma(rgb):
@@ -225,16 +246,6 @@ def test_a_colour_pack_keeps_colour_and_repeats_grey(tmp_path):
     assert (grey(deep, channels=3) == grey(deep)[..., None]).all()
 
 
-def test_stretch_maps_each_images_own_percentiles(tmp_path):
-    values = noise(50, 40, 3000, np.uint16) + np.uint16(500)
-    low, high = np.percentile(values, [0.5, 99.5])
-    expected = [[round(255 * min(max((float(v) - low) / (high - low), 0), 1)) for v in row] for row in values]
-    assert grey(save(tmp_path / "x.png", values), stretch=True).tolist() == expected
-    flat = np.full((50, 40), 90, np.uint8)
-    flat[0, 0] = 100      # both percentiles are 90
-    assert grey(save(tmp_path / "y.png", flat), stretch=True).max() == 255
-
-
 @QUICK
 @given(pixels=st.lists(st.tuples(st.integers(0, 255), st.integers(1, 60)), min_size=1, max_size=30),
        slope=st.sampled_from([1, -2, 0.37]))
@@ -245,23 +256,18 @@ def test_percentiles_of_counted_levels_are_numpys(pixels, slope):
     black, white = np.percentile(values, (0.5, 99.5))
     if black == white:
         black, white = values.min(), max(values.max(), values.min() + 1)
-    assert pack.percentile_window(levels, counts) == (black, white)
+    assert pack.percentile_window(levels, counts) == pytest.approx((black, white), abs=1e-9)
 
 
-@pytest.mark.parametrize("resample", ["bicubic", "bilinear", "hamming", "box"])
-def test_a_wide_image_is_squeezed_not_turned(resample):
+def test_a_wide_image_is_squeezed_not_turned(tmp_path):
     pixels = np.zeros((30, 90), np.uint8)
     pixels[:, 60:] = 240      # bright on the right
-    small = np.asarray(pack.fit(Image.fromarray(pixels), 9, resample)).astype(int)
-    assert small.shape == (9, 9) and (small[:, 7:] > 230).all() and (small[:, :5] < 10).all()
-    if resample == "box":      # the mean over each 10 x 10/3 cell
-        exact = pixels.repeat(3, 0).reshape(9, 10, 9, 10).mean((1, 3))
-        assert np.abs(small - exact).max() <= 1
-
-
-def test_keep_aspect_pads_with_black():
-    padded = np.asarray(pack.fit(Image.fromarray(np.full((4, 8), 200, np.uint8)), 8, keep_aspect=True))
-    assert padded.tolist() == [[0] * 8] * 2 + [[200] * 8] * 4 + [[0] * 8] * 2
+    save(tmp_path / "x.png", pixels)
+    record, data = pack.pack_row("x.png", None, {**CONFIG, "raw": str(tmp_path), "size": 9})
+    small = np.frombuffer(data, np.uint8).reshape(9, 9).astype(int)
+    assert (small[:, 7:] > 230).all() and (small[:, :5] < 10).all()
+    sums = {"sum": small.sum(), "square": (small ** 2).sum(), "pixels": 81}
+    assert record["facts"] == {**record["facts"], **sums}
 
 
 # ---- DICOM ----
@@ -283,7 +289,7 @@ def test_the_first_window_is_applied_and_monochrome1_inverted_once(tmp_path, pho
     path = dicom(tmp_path / "x", pixels, photometric, 12, WindowCenter=[1800, 50], WindowWidth=[2000, 10])
     expected = np.array(windowed(pixels, 1800, 2000))
     assert (grey(path) == (255 - expected if photometric == "MONOCHROME1" else expected)).all()
-    assert pack.read_image(path)[1] == {"monochrome1": photometric == "MONOCHROME1"}
+    assert pack.read_image(path)[1]["monochrome1"] == (photometric == "MONOCHROME1")
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
@@ -329,6 +335,79 @@ def test_padding_is_black_and_outside_the_percentiles(tmp_path, photometric):
     path = dicom(tmp_path / "x.dcm", pixels, photometric, PixelPaddingValue=-2000)
     bare = grey(dicom(tmp_path / "y.dcm", inside, photometric))
     assert (grey(path) == np.pad(bare, 10, constant_values=0)).all()
+
+
+def element(path, name, vr, value, pixels, *args, **elements):
+    """A DICOM file with one element of a VR of one's choice, as other software writes it."""
+    ds = dataset(pixels, *args, **elements)
+    ds.add_new(name, vr, value)
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_a_padding_value_written_unsigned_for_signed_pixels_is_the_negative_number(tmp_path):
+    inside = noise(40, 30, 500, np.int16) + np.int16(300)
+    pixels = np.pad(inside, 10, constant_values=-2000)
+    bare = grey(dicom(tmp_path / "y.dcm", inside))
+    path = element(tmp_path / "x.dcm", "PixelPaddingValue", "US", 65536 - 2000, pixels)
+    assert (grey(path) == np.pad(bare, 10, constant_values=0)).all()
+
+
+@pytest.mark.parametrize("syntax", [None, RLELossless])
+@pytest.mark.parametrize("kind", [np.uint16, np.int16])
+def test_values_stored_above_bit_0_are_shifted_down_whatever_lies_below_them(tmp_path, kind, syntax):
+    pixels = noise(20, 30, 4096, np.uint16).astype(np.int32) - (2048 if kind == np.int16 else 0)
+    words = (pixels * 16 + noise(20, 30, 16, np.int32)).astype(kind)
+    window = {"WindowCenter": 40, "WindowWidth": 3000}
+    ds = dataset(words, "MONOCHROME1", 12, HighBit=15, **window)
+    if syntax:
+        ds.compress(syntax)
+    ds.save_as(tmp_path / "x.dcm", enforce_file_format=True)
+    assert (grey(tmp_path / "x.dcm") == 255 - np.array(windowed(pixels, 40, 3000))).all()
+    low, high = np.percentile(pixels, [0.5, 99.5])
+    ds = dataset(words, "MONOCHROME2", 12, HighBit=15)
+    ds.save_as(tmp_path / "y.dcm", enforce_file_format=True)
+    assert (grey(tmp_path / "y.dcm") == np.rint(np.clip((pixels - low) / (high - low), 0, 1) * 255)).all()
+    paper = np.maximum(pixels, 0) / pixels.max() * 255
+    assert (grey(tmp_path / "y.dcm", dicom="paper") == paper.astype(int)).all()
+
+
+def test_overlay_bits_above_the_stored_ones_are_no_pixels(tmp_path):
+    pixels = noise(20, 30, 4096, np.uint16)
+    words = pixels | noise(20, 30, 16, np.uint16) << 12
+    path = dicom(tmp_path / "x.dcm", words, "MONOCHROME2", 12, WindowCenter=1800, WindowWidth=2000)
+    assert (grey(path) == windowed(pixels, 1800, 2000)).all()
+
+
+@pytest.mark.parametrize("width", [0, -5, 0.5])
+def test_a_window_that_cannot_be_is_as_good_as_none(tmp_path, width):
+    pixels = noise(60, 50, 900, np.uint16)
+    plain = grey(dicom(tmp_path / "plain.dcm", pixels))
+    assert (grey(dicom(tmp_path / "x.dcm", pixels, WindowCenter=40, WindowWidth=width)) == plain).all()
+
+
+def test_a_narrow_window_of_another_function_is_one(tmp_path):
+    pixels = noise(60, 50, 900, np.uint16)
+    path = dicom(tmp_path / "x.dcm", pixels, RescaleSlope=1e-3, RescaleIntercept=0, WindowCenter=0.4,
+                 WindowWidth=0.5, VOILUTFunction="LINEAR_EXACT")
+    exact = np.clip((pixels / 1000 - 0.4) / 0.5 + 0.5, 0, 1) * 255          # PS3.3 C.11.2.1.3.2
+    assert np.abs(grey(path) - exact).max() <= 0.5 + 1e-6
+
+
+def test_a_lut_that_begins_at_a_negative_number_written_unsigned(tmp_path):
+    entries = np.linspace(0, 4095, 3000).round().astype(int)
+    pixels = noise(20, 30, 2600, np.int16) - np.int16(800)
+    ds = dataset(pixels, VOILUTSequence=lut(entries, 65536 - 1000, 12))
+    ds.save_as(tmp_path / "x.dcm", enforce_file_format=True)
+    expected = [[round(entries[min(max(int(x) + 1000, 0), 2999)] / 4095 * 255) for x in row]
+                for row in pixels]
+    assert grey(tmp_path / "x.dcm").tolist() == expected
+
+
+@pytest.mark.parametrize("age, years", [("058Y", "58"), ("107Y", "107"), ("000Y", ""), ("011M", "")])
+def test_sex_and_age_come_from_the_header(tmp_path, age, years):
+    path = dicom(tmp_path / "x.dcm", noise(9, 9), PatientAge=age, PatientSex="F" if years else "")
+    assert pack.read_image(path)[1]["person"] == {"sex": "F" if years else "", "age": years}
 
 
 def test_the_paper_face_is_raw_over_maximum_cut(tmp_path):
@@ -419,15 +498,16 @@ def frames(path):
 
 
 BAD = {     # name: (how to make it, what the reason starts with)
-    "empty.png": (lambda path: path.touch(), "zero bytes"),
-    "empty.dcm": (lambda path: path.touch(), "zero bytes"),
-    "text.png": (lambda path: path.write_text("<html>404</html>"), "wrong type"),
+    "empty.png": (lambda path: path.touch(), "unreadable: cannot identify image file"),
+    "empty.dcm": (lambda path: path.touch(), "wrong type: DICOM None"),
+    "text.png": (lambda path: path.write_text("<html>404</html>"), "unreadable: cannot identify image file"),
     "text.dcm": (lambda path: path.write_text("not a dicom file at all, just words " * 9), "wrong type"),
     "folder.png": (lambda path: path.mkdir(), "wrong type: not a regular file"),
     "pipe.png": (os.mkfifo, "wrong type: not a regular file"),
-    "drawing.eps": (lambda path: save(path, noise(9, 9)), "wrong type"),
+    "drawing.eps": (lambda path: save(path, noise(9, 9)), "unreadable: cannot identify"),
     "float.tif": (lambda path: save(path, noise(9, 9).astype(np.float32)), "wrong type: floating-point"),
-    "deep.tif": (lambda path: save(path, noise(9, 9, 2 ** 30, np.int32)), "wrong type: more than 16 bits"),
+    "deep.tif": (lambda path: save(path, noise(9, 9, 2 ** 30, np.int32)), "wrong type: floating-point, sign"),
+    "signed.tif": (lambda path: save(path, noise(9, 9, 99, np.int32) - 50), "wrong type: floating-point"),
     "flat.png": (lambda path: save(path, np.full((90, 80), 7, np.uint8)), "all-constant"),
     "flat.dcm": (lambda path: dicom(path, np.full((9, 8), 7, np.uint8)), "all-constant"),
     "dark.png": (lambda path: save(path, noise(40, 40, 100, np.uint16)), "all-constant"),     # 0 in 8 bits
@@ -435,12 +515,12 @@ BAD = {     # name: (how to make it, what the reason starts with)
     "film.gif": (frames, "multi-frame: 3 frames"),
     "film.tif": (frames, "multi-frame: 3 frames"),
     "film.dcm": (lambda path: dicom(path, noise(8, 8), NumberOfFrames=2), "multi-frame: 2 frames"),
-    "bomb.png": (bomb, "too large"),
+    "bomb.png": (bomb, "unreadable: Image size (300000000 pixels) exceeds limit"),
     "bomb.dcm": (lambda path: dicom(path, noise(8, 8), Rows=60000, Columns=60000), "too large"),
     "huge.dcm": (lambda path: os.truncate(dicom(path, noise(8, 8)), 2 << 30), "too large"),  # mostly a hole
-    "short.dcm": (lambda path: dicom(path, noise(8, 8), Rows=9), "truncated or unreadable"),
-    "film.mpeg.dcm": (lambda path: relabelled(path, MPEG2MPML), "unsupported transfer syntax: MPEG2"),
-    "window.dcm": (lambda path: dicom(path, noise(8, 8), WindowCenter=1, WindowWidth=0), "truncated or"),
+    "short.dcm": (lambda path: dicom(path, noise(8, 8), Rows=9), "unreadable: The number of bytes"),
+    "film.mpeg.dcm": (lambda path: relabelled(path, MPEG2MPML), "unreadable: Unable to decode the pixel data"),
+    "wide.dcm": (lambda path: dicom(path, noise(8, 8), HighBit=20), "unreadable: "),
 }
 
 
@@ -451,14 +531,13 @@ def relabelled(path, syntax):
     ds.save_as(path, enforce_file_format=True)
 
 
-CONFIG = {"channels": 1, "variant": "corrected", "dicom": "display", "stretch": False, "size": 8,
-          "resample": "bicubic", "keep_aspect": False}
+CONFIG = {"channels": 1, "variant": "corrected", "dicom": "display", "size": 8}
 
 
 def reason(root, path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pack.pack_row(path, None, None, {**CONFIG, "raw": str(root)})[0].get("reason")
+        return pack.pack_row(path, None, {**CONFIG, "raw": str(root)})[0].get("reason")
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -474,14 +553,6 @@ def test_colour_and_deep_dicom_files_are_of_the_wrong_type():
         assert reason(path.parent, path.name).startswith("wrong type"), name
 
 
-def test_one_odd_pixel_is_enough_not_to_be_constant():
-    for shape in ((900, 700), (900, 700, 3), (1, 2)):
-        pixels = np.full(shape, 7, np.uint8)
-        assert pack.is_constant(Image.fromarray(pixels))
-        pixels[tuple(size - 1 for size in shape)] = 8
-        assert not pack.is_constant(Image.fromarray(pixels))
-
-
 @pytest.mark.parametrize("kind", ["png", "jpg", "16", "tif", "bmp", "dcm"])
 def test_a_file_cut_anywhere_is_rejected(tmp_path, kind):
     if kind == "dcm":
@@ -493,7 +564,7 @@ def test_a_file_cut_anywhere_is_rejected(tmp_path, kind):
     assert reason(tmp_path, path.name) is None
     for share in (0.002, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98):
         path.write_bytes(whole[:int(len(whole) * share)])
-        assert reason(tmp_path, path.name).startswith(("truncated or unreadable", "wrong type")), share
+        assert reason(tmp_path, path.name).startswith(("unreadable", "wrong type")), share
 
 
 @QUICK
@@ -526,7 +597,7 @@ def test_a_missing_decoder_is_named(tmp_path):
     write_index(tmp_path / "index.csv", ["x.dcm", "y.png"])
     assert run_pack(tmp_path, PYTHONPATH=str(tmp_path / "hide")).returncode == 0
     (row,) = table(tmp_path / "out/rejected.csv")
-    assert row["reason"].startswith("unsupported transfer syntax: JPEG-LS Lossless")
+    assert "missing dependencies" in row["reason"]
     assert "pylibjpeg-libjpeg" in row["reason"]
 
 
@@ -540,13 +611,13 @@ def test_nothing_outside_the_raw_root_is_read(tmp_path):
     (root / "links").symlink_to(outside)
     (root / "loop").symlink_to("loop")
     (root / "alias.png").symlink_to("in/x.png")
-    for path in ("../private/x.png", "in/../../private/x.png", str(secret), str(good), "in/../in/x.png",
-                 "link.png", "links/x.png"):
+    for path in ("../private/x.png", "in/../../private/x.png", str(secret), str(good), "in/../in/x.png"):
         assert reason(root, path) == "outside the raw root", path
-    for path in ("loop", "nothing.png", "in/x.png/deeper", "in\0/x.png", "x" * 300, "nan", "raw/in/x.png"):
-        assert reason(root, path).startswith(("missing", "truncated or unreadable")), path
-    for path in ("", "  "):
-        assert reason(root, path) == "no path"
+    for path in ("link.png", "links/x.png"):
+        assert reason(root, path).startswith("outside the raw root: a link"), path
+    for path in ("loop", "none.png", "in/x.png/deeper", "in\0/x.png", "x" * 300, "nan", "raw/in/x.png", "  "):
+        assert reason(root, path).startswith(("missing", "unreadable")), path
+    assert reason(root, "") == "wrong type: not a regular file"
     assert reason(root, "alias.png") is None and reason(root, "in//x.png") is None
 
 
@@ -597,15 +668,16 @@ def test_the_pack_is_what_the_contract_says(tmp_path):
     result = run_pack(tmp_path)
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
-    assert set(contents(out)) == {"duplicates.csv", "images.npy", "manifest.csv", "pack.json", "rejected.csv"}
+    assert set(contents(out)) == {"images.npy", "manifest.csv", "pack.json", "rejected.csv"}
     images = np.load(out / "images.npy", mmap_mode="r")
     rejected = {row["path"]: row["reason"] for row in table(out / "rejected.csv")}
     first = {row["path"]: i + 2 for i, row in reversed(list(enumerate(rows)))}
     assert rejected.pop("a/001.png") == f"duplicate path: first in row {first['a/001.png']}"
-    assert rejected.pop("cut.png").startswith("truncated or unreadable: ")
-    assert rejected == {"absent.png": "missing", "empty.png": "zero bytes", "flat.png": "all-constant",
+    assert rejected.pop("cut.png").startswith("unreadable: ")
+    assert rejected.pop("empty.png").startswith("unreadable: cannot identify image file")
+    assert rejected == {"absent.png": "missing", "flat.png": "all-constant",
                         "../index.csv": "outside the raw root"}
-    kept = [row for row in rows[:-2] if row["path"] not in {*rejected, "cut.png"}]
+    kept = [row for row in rows[:-2] if row["path"] not in {*rejected, "cut.png", "empty.png"}]
     assert table(out / "manifest.csv") == kept      # same columns, cells and order
     assert images.shape == (len(kept), 16, 16) and images.dtype == np.uint8
     for row, image in zip(kept, images):
@@ -613,17 +685,64 @@ def test_the_pack_is_what_the_contract_says(tmp_path):
         assert (np.asarray(whole.resize((16, 16), Image.Resampling.BICUBIC)) == image).all(), row["path"]
     np.save(tmp_path / "again.npy", images)
     assert (tmp_path / "again.npy").read_bytes() == (out / "images.npy").read_bytes()
-    assert table(out / "duplicates.csv") == [{"path": "copy.png", "duplicate_of": "a/000.png"}]
     summary = json.loads((out / "pack.json").read_text())
     assert summary["mean"] == pytest.approx(images.mean() / 255, abs=1e-12)
     assert summary["std"] == pytest.approx(images.std() / 255, abs=1e-12)
     digest = hashlib.sha256((tmp_path / "index.csv").read_bytes()).hexdigest()
     expected = {"dataset": "out", "size": 16, "channels": 1, "N": len(kept), "rejected": 6, "splits": [],
                 "index_sha256": digest, "raw": str(tmp_path / "raw"), "variant": "corrected",
-                "dicom": "display", "resample": "bicubic", "monochrome1": 1, "sixteen_bit": 2,
-                "sixteen_bit_below_4096": 1, "duplicates": 1, "upscaled": 1}
+                "dicom": "display", "monochrome1": 1, "sixteen_bit": 2,
+                "sixteen_bit_below_4096": 1, "upscaled": 1, "stand_in": None}
     assert {key: summary[key] for key in expected} == expected
-    assert "1 MONOCHROME1 files, inverted" in result.stdout and "\r" not in result.stdout
+    assert "rejected 6 {" in result.stdout and "1 MONOCHROME1 (DICOM as display)" in result.stdout
+    assert "stand-in: None" in result.stdout and "\r" not in result.stdout
+
+
+def test_an_index_of_paths_alone_will_do_and_bad_files_do_not_stop_it(tmp_path):
+    save(tmp_path / "raw/a.png", noise(20, 20))
+    (tmp_path / "raw/._a.png").write_bytes(b"\0\5\x16\7 resource fork")
+    (tmp_path / "raw/DICOMDIR").write_text("no image")
+    write_index(tmp_path / "index.csv", ["._a.png", "DICOMDIR", "a.png"])
+    result = run_pack(tmp_path)
+    assert result.returncode == 0 and "packed 1 images, rejected 2 {'unreadable': 2}" in result.stdout
+    assert (tmp_path / "out/manifest.csv").read_text() == "path\na.png\n"
+    assert [row["path"] for row in table(tmp_path / "out/rejected.csv")] == ["._a.png", "DICOMDIR"]
+
+
+def test_blank_sex_and_age_are_filled_from_the_headers_and_nothing_else(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for name in ("a.dicom", "b.dicom"):
+        dicom(tmp_path / "raw" / name, noise(20, 20), PatientSex="M", PatientAge="041Y")
+    save(tmp_path / "raw/c.png", noise(20, 20))
+    rows = [{"path": "a.dicom", "sex": "", "age": "", "race": ""},
+            {"path": "b.dicom", "sex": "F", "age": "7", "race": ""},
+            {"path": "c.png", "sex": "", "age": "", "race": ""}]
+    write_index(tmp_path / "index.csv", rows)
+    assert run_pack(tmp_path).returncode == 0
+    assert table(tmp_path / "out/manifest.csv") == [{**rows[0], "sex": "M", "age": "41"}, *rows[1:]]
+
+
+@pytest.mark.parametrize("place", ["raw/demo.json", "demo.json"])
+def test_a_stand_in_is_marked_and_real_data_beside_it_is_not(tmp_path, place):
+    save(tmp_path / "raw/nih/a.png", noise(20, 20))
+    write_index(tmp_path / "index.csv", ["a.png"])
+    (tmp_path / place).write_text(json.dumps({"stand_in": True, "images": {"nih": 1, "raw": 1}}))
+    result = run_pack(tmp_path, "--raw", tmp_path / "raw/nih", out="drawn")
+    mark = json.loads((tmp_path / "drawn/pack.json").read_text())["stand_in"]
+    assert mark == "drawn by data_prep/demo.py" and f"stand-in: {mark}" in result.stdout
+    (tmp_path / place).write_text(json.dumps({"stand_in": True, "images": {"oct": 1}}))
+    assert run_pack(tmp_path, "--raw", tmp_path / "raw/nih", out="kept").returncode == 0
+    assert json.loads((tmp_path / "kept/pack.json").read_text())["stand_in"] is None
+    (tmp_path / place).write_text("{")
+    assert_user_error(run_pack(tmp_path, "--raw", tmp_path / "raw/nih", out="odd"), "demo.json")
+
+
+def test_patients_in_two_splits_are_warned_of(tmp_path):
+    save(tmp_path / "raw/a.png", noise(20, 20))
+    write_index(tmp_path / "index.csv", [{"path": "a.png", "patient": "1", "split": "train"},
+                                         {"path": "b.png", "patient": "1", "split": "test"},
+                                         {"path": "c.png", "patient": "2", "split": "test"}])
+    assert "1 patients are in more than one split" in run_pack(tmp_path).stdout
 
 
 def test_the_number_of_workers_changes_no_byte_and_running_again_does_nothing(tmp_path):
@@ -644,25 +763,28 @@ def test_the_number_of_workers_changes_no_byte_and_running_again_does_nothing(tm
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
 
 
-def test_other_settings_are_refused_by_name_and_overwrite_packs_anew(tmp_path):
+def test_other_settings_are_refused_by_name_and_a_pack_without_images_is_made_again(tmp_path):
     mixed(tmp_path)
     assert run_pack(tmp_path).returncode == 0
     before = contents(tmp_path / "out")
-    assert_user_error(run_pack(tmp_path, "--resample", "box"), "resample", "'bicubic'", "--overwrite")
+    assert_user_error(run_pack(tmp_path, "--channels", 3), "channels", "1, not 3", "--out")
     assert_user_error(run_pack(tmp_path, "--variant", "paper"), "variant", "'corrected'")
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "out/images.npy").unlink()
+    assert run_pack(tmp_path).returncode == 0
     assert contents(tmp_path / "out") == before
     with open(tmp_path / "index.csv", "a") as file:
         file.write("more.png,9,train,1\n")
     assert_user_error(run_pack(tmp_path), "index_sha256")
-    assert run_pack(tmp_path, "--channels", 3, "--overwrite").returncode == 0
-    assert np.load(tmp_path / "out/images.npy", mmap_mode="r").shape[1:] == (16, 16, 3)
+    assert run_pack(tmp_path, "--channels", 3, out="colour").returncode == 0
+    assert np.load(tmp_path / "colour/images.npy", mmap_mode="r").shape[1:] == (16, 16, 3)
 
 
 def test_original_size_validates_without_packing(tmp_path):
     mixed(tmp_path)
     assert run_pack(tmp_path, "--size", "original", "--splits", "train").returncode == 0
     out = tmp_path / "out"
-    assert sorted(contents(out)) == ["duplicates.csv", "manifest.csv", "pack.json", "rejected.csv"]
+    assert sorted(contents(out)) == ["manifest.csv", "pack.json", "rejected.csv"]
     kept = table(out / "manifest.csv")
     assert {row["split"] for row in kept + []} == {"train"}
     pixels = np.concatenate([grey(tmp_path / "raw" / row["path"]).ravel() for row in kept])
@@ -676,9 +798,7 @@ def test_original_size_validates_without_packing(tmp_path):
 def test_twelve_bit_values_in_sixteen_bits_are_warned_of(tmp_path):
     paths = [save(tmp_path / f"raw/{i}.png", noise(9, 9, 4096, np.uint16)).name for i in range(3)]
     write_index(tmp_path / "index.csv", paths)
-    assert "3 of 3 16-bit files stay below 4096" in run_pack(tmp_path).stdout
-    stretched = run_pack(tmp_path, "--stretch", out="stretched")
-    assert "4096" not in stretched.stdout and np.load(tmp_path / "stretched/images.npy").max() == 255
+    assert "warning: most 16-bit files stay below 4096" in run_pack(tmp_path).stdout
 
 
 def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path):
@@ -696,14 +816,15 @@ def test_mistakes_are_one_sentence(tmp_path):
 
     save(tmp_path / "raw/x.png", noise(9, 9))
     assert_user_error(attempt(b""), "index.csv row 1", "path")
-    assert_user_error(attempt(b"file,split\nx.png,val\n"), "file,split")
-    assert_user_error(attempt(b"path,Mass,Mass\nx.png,1,1\n"), "path,Mass,Mass")
+    assert_user_error(attempt(b"file,split\nx.png,val\n"), "'file', 'split'")
+    assert_user_error(attempt(b"path,Mass,Mass\nx.png,1,1\n"), "row 1", "'Mass', 'Mass'")
+    assert_user_error(attempt(b",path\n0,x.png\n"), "row 1", "no name blank")
     assert_user_error(attempt(b"path,split\n"), "no rows")
     assert_user_error(attempt(b"path,split\nx.png,val\n", "--splits", "train"), "train", "val")
     assert_user_error(attempt(b"path,split\nx.png,val\nx.png\n"), "row 3")
     assert_user_error(attempt(b"path,split\nx.png,val,1\n"), "row 2")
     assert_user_error(attempt("path\né.png\n".encode("latin-1")), "UTF-8")
-    assert_user_error(attempt(b"path\ny.png\nx.png\nz.png\n", "--require-files"), "2 of 3", "y.png")
+    assert_user_error(attempt(b"path\ny.png\nx.png\nz.png\n", "--require-files"), "'y.png' is missing")
     assert_user_error(attempt(b"path\ny.png\n", run=run_pack), "none of its rows", "missing", "rejected.csv")
     assert table(tmp_path / "out/rejected.csv") == [{"path": "y.png", "reason": "missing"}]
     assert sorted(contents(tmp_path / "out")) == ["rejected.csv"]
@@ -717,81 +838,11 @@ def test_mistakes_are_one_sentence(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     write_index(other / "manifest.csv", ["x.png"])
-    assert_user_error(attempt(b"path\nx.png\n", "--out", other, run=run_pack), "manifest.csv", "--overwrite")
-    assert_user_error(run_pack(tmp_path, "--out", other, "--index", other / "manifest.csv", "--overwrite"),
-                      "overwrite this index")
+    assert_user_error(attempt(b"path\nx.png\n", "--out", other, run=run_pack), "manifest.csv", "--out")
+    assert_user_error(run_pack(tmp_path, "--out", other, "--index", other / "manifest.csv"), "manifest.csv")
     (other / "pack.json").write_text("[1]")
-    assert_user_error(run_pack(tmp_path, "--out", other), "pack.json", "--overwrite")
+    assert_user_error(run_pack(tmp_path, "--out", other), "pack.json", "not a JSON object")
     assert list(contents(other)) == ["manifest.csv", "pack.json"]
-
-
-# ---- boxes ----
-
-def boxes(folder, text):
-    (folder / "boxes.csv").write_text("path,xmin,ymin,xmax,ymax\n" + text)
-    return "--crop-box", folder / "boxes.csv"
-
-
-def test_a_box_is_cut_out_before_resizing_and_one_that_does_not_fit_is_rejected(tmp_path):
-    pixels = {name: noise(40, 60) for name in ("a.png", "b.png", "c.png", "d.png")}
-    pixels["d.png"][5:25, 10:30] = 9
-    for name, image in pixels.items():
-        save(tmp_path / "raw" / name, image)
-    write_index(tmp_path / "index.csv", list(pixels))
-    crop = boxes(tmp_path, "d.png,10,5,30,25\nb.png,44,24,60,40\na.png,8,2,40,34\nc.png,0,0,40,41\n"
-                           "x.png,0,0,1,1\n")
-    assert run_pack(tmp_path, *crop).returncode == 0
-    images = np.load(tmp_path / "out/images.npy")
-    large = Image.fromarray(np.ascontiguousarray(pixels["a.png"][2:34, 8:40]))
-    assert (images[0] == np.asarray(large.resize((16, 16), Image.Resampling.BICUBIC))).all()
-    assert (images[1] == pixels["b.png"][24:40, 44:60]).all() and len(images) == 2
-    assert table(tmp_path / "out/rejected.csv") == [
-        {"path": "c.png", "reason": "box outside the image: (0, 0, 40, 41) in 60 x 40 pixels"},
-        {"path": "d.png", "reason": "all-constant"}]
-
-
-def test_the_boxes_belong_to_the_settings_of_a_pack(tmp_path):
-    many(tmp_path, 20)
-    rows = [f"{i:04}.png,{i},0,{i + 50},100\n" for i in range(20)]
-    crop = boxes(tmp_path, "".join(rows))
-    assert fork_pack(tmp_path, "out", *crop, kill_at=20) == -signal.SIGKILL
-    digest = hashlib.sha256((tmp_path / "boxes.csv").read_bytes()).hexdigest()
-    settings = json.loads((tmp_path / "out/journal.part").read_text().splitlines()[0])
-    assert settings["crop_box_sha256"] == digest
-    assert_user_error(run_pack(tmp_path), "crop_box_sha256", "None", "--overwrite")
-    assert fork_pack(tmp_path, "out", *crop) == fork_pack(tmp_path, "whole", *crop) == 0
-    assert finished_bytes(tmp_path, "out") == finished_bytes(tmp_path, "whole")
-    assert json.loads((tmp_path / "out/pack.json").read_text())["crop_box_sha256"] == digest
-    rows[3] = "0003.png,0,0,50,100\n"
-    assert_user_error(run_pack(tmp_path, *boxes(tmp_path, "".join(rows))), "crop_box_sha256", digest)
-    assert run_pack(tmp_path, out="plain").returncode == 0
-    assert json.loads((tmp_path / "plain/pack.json").read_text())["crop_box_sha256"] is None
-
-
-@pytest.mark.parametrize("text, said", [
-    ("", "no box for 1 of 1 images, first 'x.png'"),
-    ("y.png,0,0,5,5\n", "no box for 1 of 1 images, first 'x.png'"),
-    ("x.png,0,0,5,5\nx.png,0,0,5,5\n", "row 3: a second box for 'x.png'"),
-    ("x.png,0,0,5\n", "row 2"), ("x.png,5,0,5,5\n", "'5,0,5,5' is no box"), ("x.png,0,6,5,5\n", "row 2"),
-    ("x.png,-1,0,5,5\n", "row 2"), ("x.png,0,0,5.0,5\n", "row 2"), ("x.png,,0,5,5\n", "row 2"),
-    ('x.png,"0,0",0,5,5\n', "row 2"), (f"x.png,0,0,5,{'9' * 5000}\n", "row 2"),
-    ("x.png,0,0,5,\u0665\n", "row 2"), ("\udcff,0,0,5,5\n", "UTF-8")])
-def test_a_file_that_holds_no_boxes_of_the_index_is_refused(tmp_path, text, said):
-    save(tmp_path / "raw/x.png", noise(9, 9))
-    write_index(tmp_path / "index.csv", ["x.png"])
-    (tmp_path / "boxes.csv").write_bytes(f"path,xmin,ymin,xmax,ymax\n{text}".encode(errors="surrogateescape"))
-    result = run_main(tmp_path, "--crop-box", tmp_path / "boxes.csv")
-    assert_user_error(result, "boxes.csv", said)
-    assert not (tmp_path / "out").exists()
-
-
-def test_boxes_that_cannot_be_used_are_refused(tmp_path):
-    save(tmp_path / "raw/x.png", noise(9, 9))
-    index = write_index(tmp_path / "index.csv", ["x.png"])
-    assert_user_error(run_main(tmp_path, "--crop-box", index), "index.csv row 1", "xmin")
-    assert_user_error(run_main(tmp_path, "--crop-box", tmp_path / "no.csv"), "no.csv", "No such file")
-    crop = boxes(tmp_path, "x.png,0,0,5,5\n")
-    assert_user_error(run_main(tmp_path, *crop, "--size", "original"), "--crop-box")
 
 
 # ---- trust ----
@@ -802,9 +853,16 @@ def finished_bytes(folder, out):
     return {**contents(folder / out), "pack.json": text}
 
 
+def in_this_process(shards, workers, config):
+    """pack_shards without workers."""
+    for part, rows, crashed in shards:
+        pack.pack_shard(part, rows, crashed, config, lambda row: None)
+        yield from rows
+
+
 def fork_pack(folder, out, *options, kill_at=0):
-    """The command in a fork of this process, without workers, committing after every row, killed before its
-    kill_at-th fsync, rename or removal. Returns: its exit code."""
+    """The command in a fork of this process, without workers, parts of one row, killed before its kill_at-th
+    fsync, rename or removal. Returns: its exit code."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -820,9 +878,8 @@ def fork_pack(folder, out, *options, kill_at=0):
                 return call(*args, **kw)
             return counted
 
-        os.fsync, os.replace, os.unlink = map(deadly, (os.fsync, os.replace, os.unlink))
-        pack.COMMIT_SECONDS = 0
-        pack.answers_in_order = lambda rows, workers, config: (pack.pack_row(*row, config) for row in rows)
+        os.fsync, os.replace, os.unlink, os.rmdir = map(deadly, (os.fsync, os.replace, os.unlink, os.rmdir))
+        pack.SHARD, pack.pack_shards = 1, in_this_process
         sys.argv = ["pack.py", "--index", str(folder / "index.csv"), "--raw", str(folder / "raw"), "--out",
                     str(folder / out), "--size", "16", *map(str, options)]
         warnings.simplefilter("ignore")
@@ -847,17 +904,14 @@ def test_killed_before_any_step_on_disk_it_ends_in_the_same_bytes(tmp_path, opti
         if kills % 3 == 0:      # sometimes a second and a third kill follow
             fork_pack(tmp_path, out, *options, kill_at=2)
             fork_pack(tmp_path, out, *options, kill_at=4)
-        for part in (tmp_path / out).glob("*.part"):    # what a crash of the machine may leave
-            with open(part, "ab") as file:
-                file.write(b"\0" * 5000)
         assert fork_pack(tmp_path, out, *options) == 0, kills
         assert finished_bytes(tmp_path, out) == expected, kills
-    assert kills >= 18      # two fsyncs a row, then three tables, images.npy and pack.json synced and renamed
+    assert kills >= 19      # a part a row, two tables, images.npy, pack.json: synced, renamed; parts removed
 
 
 def start(folder, out, *options, **popen):
-    """The command in the background, in a process group of its own, committing after every row."""
-    code = "import pack; pack.COMMIT_SECONDS = 0; pack.main()"
+    """The command in the background, in a process group of its own, with parts of one row."""
+    code = "import pack; pack.SHARD = 1; pack.main()"
     command = [sys.executable, "-c", code, "--index", folder / "index.csv", "--raw", folder / "raw",
                "--out", folder / out, "--workers", 2, "--size", 16, *options]
     return subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -865,10 +919,13 @@ def start(folder, out, *options, **popen):
                             env={**os.environ, "PYTHONPATH": str(ROOT / "data_prep"), "OMP_NUM_THREADS": "1"})
 
 
-def wait_for_rows(folder, out, n, process):
-    """Wait until n rows are in the journal, or the process has ended."""
-    journal = folder / out / "journal.part"
-    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > n):
+def parts(folder, out):
+    return len([path for path in (folder / out).glob("parts-*/*") if path.suffix != ".tmp"])
+
+
+def wait_for_parts(folder, out, n, process):
+    """Wait until there are n parts, or the process has ended."""
+    while process.poll() is None and parts(folder, out) < n:
         time.sleep(0.002)
 
 
@@ -882,7 +939,7 @@ def many(folder, n=150):
 def test_workers_end_with_a_killed_parent(tmp_path):
     many(tmp_path)
     process = start(tmp_path, "out")
-    wait_for_rows(tmp_path, "out", 3, process)
+    wait_for_parts(tmp_path, "out", 3, process)
     process.kill()
     process.wait()
     for _ in range(500):
@@ -904,14 +961,13 @@ def test_kills_and_stops_at_random_moments_change_no_byte(tmp_path):
     chance = random.Random(seed)
     for sign in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         process = start(tmp_path, "cut")
-        done = (tmp_path / "cut/journal.part").read_bytes().count(b"\n") if (tmp_path / "cut").exists() else 0
-        wait_for_rows(tmp_path, "cut", done + chance.randrange(25), process)
+        wait_for_parts(tmp_path, "cut", parts(tmp_path, "cut") + chance.randrange(25), process)
         time.sleep(chance.random() / 100)
         (os.kill if sign == signal.SIGKILL else os.killpg)(process.pid, sign)   # the others reach the workers
         error = process.communicate(timeout=60)[1]
         assert process.returncode == (-sign if sign == signal.SIGKILL else 128 + sign), error
         assert "Traceback" not in error, error
-    assert (tmp_path / "cut/journal.part").read_bytes().count(b"\n") > 1
+    assert parts(tmp_path, "cut") > 1
     assert start(tmp_path, "cut").wait() == 0
     assert finished_bytes(tmp_path, "cut") == expected
 
@@ -921,7 +977,7 @@ def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(tmp_
     (tmp_path / "out").mkdir()
     lock = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_SH)                    # refused only by who asks for it alone
-    assert_user_error(run_pack(tmp_path, "--overwrite"), "another run", "out")
+    assert_user_error(run_pack(tmp_path), "another run", "out")
     os.close(lock)
     assert fork_pack(tmp_path, "out", kill_at=5) == -signal.SIGKILL      # it held the lock
     assert run_pack(tmp_path).returncode == 0
@@ -930,12 +986,12 @@ def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(tmp_
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
     many(tmp_path)
     assert start(tmp_path, "whole").wait() == 0
-    limit = (20_000, 20_000)                            # bytes a file: 77 images
+    limit = (20_000, 20_000)                            # bytes a file: the parts fit, images.npy does not
     process = start(tmp_path, "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert "File too large" in error and "the same command goes on" in error
-    assert (tmp_path / "out/journal.part").read_bytes().count(b"\n") > 40
+    assert parts(tmp_path, "out") == 150 and not (tmp_path / "out/manifest.csv").exists()
     assert start(tmp_path, "out").wait() == 0
     assert finished_bytes(tmp_path, "out") == finished_bytes(tmp_path, "whole")
 
@@ -951,10 +1007,31 @@ sys.addaudithook(lambda event, args: event == "open" and str(args[0]).endswith(c
     result = run_pack(tmp_path, PYTHONPATH=str(tmp_path / "hook"))
     assert result.returncode == 0, result.stderr
     rejected = {row["path"]: row["reason"] for row in table(tmp_path / "out/rejected.csv")}
-    assert rejected.pop("0031.png").startswith("wrong type")
-    assert rejected == dict.fromkeys(["0040.png", "0043.png"], "truncated or unreadable: the decoder crashed")
+    assert rejected.pop("0031.png").startswith("unreadable: cannot identify")
+    assert rejected == dict.fromkeys(["0040.png", "0043.png"], "unreadable: the decoder crashed")
     kept = [row["path"] for row in table(tmp_path / "out/manifest.csv")]
     assert kept == [f"{i:04}.png" for i in range(60) if i not in (31, 40, 43)]
+
+
+def test_a_disk_that_is_full_in_a_worker_is_one_sentence(tmp_path):
+    many(tmp_path, 20)
+    process = start(tmp_path, "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)))
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert "File too large" in error
+
+
+def test_a_worker_that_is_killed_stops_the_run_rather_than_cost_a_file(tmp_path):
+    many(tmp_path)
+    process = start(tmp_path, "out")
+    wait_for_parts(tmp_path, "out", 5, process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in workers if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and error.startswith("error: a worker ended with -9"), error
+    assert start(tmp_path, "out").wait() == 0
+    assert [row["path"] for row in table(tmp_path / "out/rejected.csv")] == ["0031.png"]
 
 
 def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):

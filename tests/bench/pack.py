@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -183,7 +184,8 @@ def time_pack(folder, names, workers):
     """Wall and CPU seconds of the command for these images, and its peak memory in bytes."""
     (folder / "index.csv").write_text("path\n" + "\n".join(names) + "\n")
     command = [sys.executable, PACK, "--index", folder / "index.csv", "--raw", folder / "raw", "--out",
-               folder / "out", "--size", str(SIZE), "--workers", str(workers), "--overwrite"]
+               folder / "out", "--size", str(SIZE), "--workers", str(workers)]
+    shutil.rmtree(folder / "out", ignore_errors=True)
     begun, before, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
