@@ -1,0 +1,151 @@
+"""MedMNIST v2 -> a pack: sets of small images that anyone may download, in the form of the others.
+
+Yang et al., Scientific Data 10:41, 2023, arXiv:2110.14795. CC BY 4.0. No registration; a file a set and size
+(28, 64, 128, 224 pixels) at https://zenodo.org/records/10519652, for instance
+    wget https://zenodo.org/records/10519652/files/chestmnist_64.npz
+
+    python data_prep/medmnist.py --raw chestmnist_64.npz --out data/nih
+    python data_prep/medmnist.py --raw chestmnist_64.npz --out data/nih_pretrain --pretrain train,val
+    python data_prep/medmnist.py --raw octmnist_64.npz --out data/oct --pretrain train,val,test
+
+Reads {train,val,test}_images, uint8 [N, S, S], and {train,val,test}_labels, [N, 14] of 0 and 1 or [N, 1], the
+number of a class. Writes index.csv, index.json, images.npy, manifest.csv, rejected.csv and pack.json, as a
+reader and pack.py do. The splits are MedMNIST's own; ChestMNIST's are not the lists of NIH. No file has
+patients, sex or age: every image counts as a patient, so intervals are by image.
+Source of names, order of labels and sizes: INFO in medmnist/info.py of the package medmnist 3.0.2."""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+NIH = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+       "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
+ORGANS = ["bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver",
+          "lung-left", "lung-right", "pancreas", "spleen"]
+# Label columns in the order of the file, class numbers that stand for them (None: a column each), images.
+SETS = {"chestmnist": (NIH, None, (78_468, 11_219, 22_433)),
+        "octmnist": (["CNV", "DME", "DRUSEN", "NORMAL"], range(4), (97_477, 10_832, 1_000)),
+        "pneumoniamnist": (["Pneumonia"], [1], (4_708, 524, 624)),                      # 0: normal
+        "organamnist": (ORGANS, range(11), (34_561, 6_491, 17_778)),
+        "organcmnist": (ORGANS, range(11), (12_975, 2_392, 8_216)),
+        "organsmnist": (ORGANS, range(11), (13_932, 2_452, 8_827))}
+COLUMNS = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
+
+
+# --- begin copy: error ---
+def fail(message):
+    """A mistake the user can mend: one sentence on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+# --- end copy: error ---
+
+
+def read(path, name):
+    """An array of an .npz file, which is unpacked whole."""
+    try:
+        return np.load(path)[name]
+    except (OSError, EOFError, KeyError, IndexError, ValueError, zipfile.BadZipFile, zlib.error) as problem:
+        fail(f"{path}: no array {name} can be read from it ({problem}); download the file again")
+
+
+def read_rows(path, name, split):
+    """The index rows of a split, labels as 0 and 1."""
+    labels, classes, _ = SETS[name]
+    marks = read(path, f"{split}_labels")
+    wide = len(labels) if classes is None else 1
+    highest = 1 if classes is None else max(classes)
+    if marks.ndim != 2 or marks.shape[1] != wide or not np.isin(marks, range(highest + 1)).all():
+        fail(f"{path}: {split}_labels have shape {marks.shape}; expected [N, {wide}], each of 0 to {highest}")
+    if classes is not None:
+        marks = marks == np.array(classes)                              # [N, 1] to [N, labels]
+    rows = pd.DataFrame(marks.astype(int), columns=labels)
+    rows["path"] = rows["patient"] = [f"{name}/{split}/{number:06}" for number in range(len(rows))]
+    return rows.assign(split=split).reindex(columns=[*COLUMNS, *labels], fill_value="")
+
+
+def write_images(target, path, table, splits):
+    """Write images.npy in the order of `table`. Returns: its side, how many pixels have each grey level."""
+    counts, array = np.zeros(256, np.int64), None
+    for split in splits:
+        images = read(path, f"{split}_images")
+        positions = np.flatnonzero(table["from"] == split)
+        numbers = table.number.to_numpy()[positions]
+        side = images.shape[1] if array is None else array.shape[1]
+        if images.dtype != np.uint8 or images.shape != (len(numbers), side, side):
+            fail(f"{path}: {split}_images {images.dtype} {images.shape}; not uint8 [{len(numbers)}, S, S]")
+        if array is None:
+            array = np.lib.format.open_memmap(target, "w+", np.uint8, (len(table), side, side))
+        for some in np.array_split(np.arange(len(numbers)), len(numbers) // 1000 + 1):     # little at a time
+            array[positions[some]] = part = images[numbers[some]]
+            counts += np.bincount(part.ravel(), minlength=256)
+    array.flush()
+    return side, counts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    option = parser.add_argument
+    option("--raw", type=Path, required=True, help="the file: SET.npz or SET_64.npz, SET being one of\n"
+           + ", ".join(SETS))
+    option("--out", type=Path, required=True, help="folder of the pack")
+    option("--pretrain", default="", metavar="A,B", help="these splits alone, shuffled, as split pretrain")
+    parser.error = fail                 # one sentence, like every other mistake
+    args = parser.parse_args()
+    name = args.raw.stem.split("_")[0]
+    if name not in SETS:
+        fail(f"--raw {args.raw}: its name begins with none of {', '.join(SETS)}; keep the published one")
+    splits = args.pretrain.split(",") if args.pretrain else ["train", "val", "test"]
+    if not set(splits) <= {"train", "val", "test"}:
+        fail(f"--pretrain {args.pretrain}: give one or more of train, val and test, joined by commas")
+
+    tables = [read_rows(args.raw, name, split) for split in splits]
+    for split, rows in zip(splits, tables):
+        published = SETS[name][2]["train val test".split().index(split)]
+        if len(rows) != published:
+            print(f"warning: {args.raw} has {len(rows):,} images of {split}, {published:,} were published")
+        rows["from"], rows["number"] = split, range(len(rows))
+    table = pd.concat(tables, ignore_index=True)
+    if args.pretrain:
+        order = np.random.default_rng(42).permutation(len(table))
+        table = table.iloc[order].assign(split="pretrain")
+    rows = table.drop(columns=["from", "number"])
+    text = rows.to_csv(index=False, lineterminator="\n")
+    facts = {"dataset": name, "available": sum(SETS[name][2]),
+             "splits": rows.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")}
+    part = args.out / "images.npy.part"
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        side, counts = write_images(part, args.raw, table, splits)
+        level, n = np.arange(256), counts.sum()
+        mean = float(counts @ level / n)
+        std = float(counts @ (level - mean) ** 2 / n) ** 0.5
+        pack = {"dataset": args.out.resolve().name, "index_sha256": hashlib.sha256(text.encode()).hexdigest(),
+                "splits": [], "raw": os.path.abspath(args.raw), "size": side, "channels": 1,
+                "variant": "corrected", "dicom": "display", "N": len(rows), "monochrome1": 0,
+                "sixteen_bit": 0, "sixteen_bit_below_4096": 0, "upscaled": 0, "rejected": 0, "reasons": {},
+                "mean": mean / 255, "std": std / 255, "stand_in": None}
+        (args.out / "pack.json").unlink(missing_ok=True)                # it is written last
+        os.replace(part, args.out / "images.npy")
+        for file, content in {"index.csv": text, "index.json": json.dumps(facts, indent=1) + "\n",
+                              "manifest.csv": text, "rejected.csv": "path,reason\n",
+                              "pack.json": json.dumps(pack, indent=1) + "\n"}.items():
+            (args.out / f"{file}.part").write_text(content)
+            os.replace(args.out / f"{file}.part", args.out / file)
+    except OSError as problem:
+        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
+    finally:
+        if part.exists():
+            part.unlink()
+    print(f"{args.out}: {len(rows):,} images of {side} x {side} pixels, {facts['splits']}")
+
+
+if __name__ == "__main__":
+    main()
