@@ -164,8 +164,8 @@ class GMML(nn.Module):
     def __init__(self, backbone, in_chans, recon_blocks=None):
         super().__init__()
         # the study's 6, 8, 10, 12 of 12; in other depths the same shares
-        numbers = recon_blocks or [round(share * len(backbone.blocks)) for share in (1 / 2, 2 / 3, 5 / 6, 1)]
-        self.recon_blocks = [number - 1 for number in numbers]
+        numbers = recon_blocks or {round(share * len(backbone.blocks)) for share in (1 / 2, 2 / 3, 5 / 6, 1)}
+        self.recon_blocks = sorted(number - 1 for number in numbers)
         for block in backbone.blocks[max(numbers):]:
             block.requires_grad_(False)                     # nothing that is decoded passes them
         self.backbone = backbone
@@ -255,7 +255,7 @@ def masked_l1(recon, clean, masks):
 
     Args: recon, clean float [B, C, S, S]; masks bool [B, S, S].
     """
-    return ((recon.float() - clean).abs() * masks[:, None]).sum()
+    return ((recon - clean).abs() * masks[:, None]).sum()
 # --- end copy: group masking ---
 
 
