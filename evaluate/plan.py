@@ -2,7 +2,9 @@
 
     python evaluate/plan.py                        every row of experiments.yaml
     python evaluate/plan.py --exp '3.4,4.*'        these rows; all: the study's and the controls
-    bash run_all.sh --plan                         the same
+    python evaluate/plan.py --exp '3.4,4.*' --list one line a row: exp, strategy, its data, parent, seeds ("-": none)
+
+--list puts a row after its parent, the row whose pre-trained weights it starts from, and adds parents.
 
 Reads experiments.yaml, the DEFAULTS written in the training scripts (as text, nothing is run), and looks
 which files exist. FLOPs are counted by PyTorch on the real architecture (two per multiply-add) for one
@@ -17,21 +19,18 @@ import difflib
 import fnmatch
 import signal
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 GPUS = {"V100": (125e12, 0.25), "A100": (312e12, 0.35), "H100": (989e12, 0.30)}     # peak, assumed share
-N_IMAGES = {                        # images of a packed dataset, where the study does not say how many to use
-    "nih": (75_312, 11_212), "imagenet": (1_281_167, 0)}
-TEST_IMAGES = 25_596 + 3_000 + 1_860 + 38_240 + 202
+N_TRAIN, N_VAL, N_TEST = 75_312, 11_212, 25_596 + 3_000 + 1_860 + 38_240 + 202
 TESTS = ("nih", "vindr_cxr", "padchest", "chexpert")
-# Passes an image: student (forward and backward), teacher (forward); DINO's local crops are counted apart.
-PASSES = {"gmml": (2, 0), "sit": (2, 2), "moco_v3": (2, 2), "dino": (2, 2), "simmim": (1, 0),
-          "supervised": (1, 0)}
-# Parameters of the heads that learn beside the backbone, at the published widths.
-HEADS = {"gmml": 0.7e6, "sit": 20.2e6, "moco_v3": 21.5e6, "dino": 22.4e6, "simmim": 3.1e6, "supervised": 0}
+# Views an image that the student, the teacher sees (DINO's local crops apart), parameters of the heads.
+METHODS = {"gmml": (2, 0, 0.7e6), "sit": (2, 2, 20.2e6), "moco_v3": (2, 2, 21.5e6), "dino": (2, 2, 22.4e6),
+           "simmim": (1, 0, 3.1e6), "supervised": (1, 0, 0)}
 
 
 # --- begin copy: error ---
@@ -42,17 +41,11 @@ def fail(message):
 # --- end copy: error ---
 
 
-def defaults_of(script):
-    """The literal DEFAULTS = dict(...) at the top level of a training script, read without running it."""
-    for node in ast.parse((ROOT / script).read_text()).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "DEFAULTS":
-            return {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords}
-    raise LookupError(f"{script} has no DEFAULTS = dict(...)")
-
-
 def resolve(table, exp, section, script):
-    """Configuration of one half of a row: script defaults < YAML defaults < row."""
-    config = defaults_of(script)
+    """Configuration of one half of a row: the script's literal DEFAULTS < YAML defaults < row."""
+    nodes = ast.parse((ROOT / script).read_text()).body
+    call = next(node.value for node in nodes if isinstance(node, ast.Assign) and node.targets[0].id == "DEFAULTS")
+    config = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     for row in (table["defaults"], table[exp]):
         config |= {key: value for key, value in row.items() if key not in ("pretrain", "finetune")}
         config |= row.get(section) or {}
@@ -60,75 +53,113 @@ def resolve(table, exp, section, script):
     return config
 
 
-forward_cache = {}
-
-
-def forward(config, size=None):
-    """FLOPs of one image's forward pass, and parameters, of a row's backbone: counted on the meta device."""
+@lru_cache
+def forward(arch, in_chans, size, model_args):
+    """FLOPs of one image's forward pass, and parameters, of a backbone: counted on the meta device."""
     import timm
     import torch
     from torch.utils.flop_counter import FlopCounterMode
-    size = size or config["img_size"]
-    key = (config["arch"], config["in_chans"], size, str(config["model_args"]))
-    if key not in forward_cache:
-        args = dict(config["model_args"])
-        if timm.models.get_pretrained_cfg(config["arch"]).fixed_input_size:
-            args["img_size"] = size
-        with torch.device("meta"):
-            model = timm.create_model(config["arch"], num_classes=0, in_chans=config["in_chans"], **args)
-            model.eval()
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model(torch.empty(1, config["in_chans"], size, size))
-        forward_cache[key] = counter.get_total_flops(), sum(p.numel() for p in model.parameters())
-    return forward_cache[key]
+    args = dict(model_args)
+    if timm.models.get_pretrained_cfg(arch).fixed_input_size:
+        args["img_size"] = size
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model = timm.create_model(arch, num_classes=0, in_chans=in_chans, **args).eval()
+        model(torch.empty(1, in_chans, size, size))
+    return counter.get_total_flops(), sum(p.numel() for p in model.parameters())
+
+
+def network(config, size=None):
+    """forward() of a configuration, at its own or another image size."""
+    args = tuple(config["model_args"].items())
+    return forward(config["arch"], config["in_chans"], size or config["img_size"], args)
 
 
 def pretraining(table, exp):
-    """steps, images seen, FLOPs, parameters of a row's pre-training."""
+    """Steps, images and FLOPs of a row's pre-training, and bytes of what it leaves."""
     strategy = table[exp]["pretrain"]["strategy"]
     config = resolve(table, exp, "pretrain", f"pretrain/{strategy}.py")
-    n = config["samples"] or N_IMAGES.get(config["dataset"], (1_000,))[0]
-    steps = n // config["batch"] * config["epochs"]
-    flops, parameters = forward(config)
-    student, teacher = PASSES[strategy]
+    images = config["samples"] or {"nih": N_TRAIN, "imagenet": 1_281_167}.get(config["dataset"], 1_000)
+    steps = images // config["batch"] * config["epochs"]
+    flops, parameters = network(config)
+    student, teacher, head = METHODS[strategy]
     an_image = (3 * student + teacher) * flops
     if strategy == "dino":
         patch = config["model_args"].get("patch_size", 16)
         local = config.get("local_size") or max(1, round(config["img_size"] * 96 / 224 / patch)) * patch
-        an_image += 3 * config["n_local_crops"] * forward(config, local)[0]
-    return steps, steps * config["batch"], steps * config["batch"] * an_image, parameters
+        an_image += 3 * config["n_local_crops"] * network(config, local)[0]
+    # exported weights; last.pt: what learns with Adam's two moments, and its moving average
+    size = 4 * (parameters + (3 + (teacher > 0)) * (parameters + head))
+    return steps, steps * config["batch"], steps * config["batch"] * an_image, size
 
 
 def finetuning(table, exp):
-    """Steps, images, FLOPs and parameters of all seeds' fine-tuning, with validation and prediction."""
+    """Steps, images, FLOPs and bytes of all seeds' fine-tuning, with validation and prediction."""
     config = resolve(table, exp, "finetune", "finetune/classify.py")
-    n_train, n_val = N_IMAGES["nih"]
-    flops, parameters = forward(config)
-    recipe_batch, n_seeds = config.get("batch") or 64, len(config["seeds"])
-    steps = n_train // recipe_batch * config["epochs"] * n_seeds
-    passes = config["epochs"] * (3 * n_train + n_val) + n_val + TEST_IMAGES
-    return steps, config["epochs"] * n_train * n_seeds, passes * flops * n_seeds, parameters
+    flops, parameters = network(config)
+    runs, epochs = len(config["seeds"]), config["epochs"]
+    steps = N_TRAIN // (config.get("batch") or 64) * epochs * runs
+    passes = epochs * (3 * N_TRAIN + N_VAL) + N_VAL + N_TEST
+    return steps, epochs * N_TRAIN * runs, passes * flops * runs, runs * 4 * 4 * parameters
 
 
 def inputs(table, exp, data):
     """What a row reads: {name: "" if it is there, else what has to be done}."""
     row = {**table["defaults"], **table[exp]}
-    if not table[exp].get("pretrain"):
+    pretrain = table[exp].get("pretrain")
+    if not pretrain:
         row |= row.get("finetune") or {}                # whose start is another row's pre-training
-    packs = dict.fromkeys([*([row["pretrain"]["dataset"]] if table[exp].get("pretrain") else []), *TESTS])
-    found = {f"{data}/{name}": "" if Path(data, name, "manifest.csv").is_file() else "missing"
-             for name in packs}
+    found = {}
+    for name in dict.fromkeys([*([pretrain["dataset"]] if pretrain else []), *TESTS]):
+        found[f"{data}/{name}"] = "" if Path(data, name, "manifest.csv").is_file() else "missing"
     kind, _, name = row["init"].partition(":")
+    name = name or row.get("arch")
     if kind == "exp":
         there = Path(f"runs/{name}/pretrain/backbone.pt").is_file()
         found[f"weights of {name}"] = "" if there else "made by its row"
     elif kind in ("timm", "torchvision"):
-        name = name or row["arch"]
-        there = any(Path("weights").glob(f"{name}*"))
+        there = any(Path("weights", f"{name}{end}").is_file() for end in (".pth", ".safetensors"))
         found[f"weights/{name}"] = "" if there else f"else a download by {kind}"
     elif kind != "random":
         found[row["init"]] = "" if Path(row["init"]).is_file() else "missing"
     return found
+
+
+def chosen_rows(table, patterns):
+    """Rows that the comma-separated patterns name, in their order."""
+    known = [exp for exp, row in table.items() if exp not in ("defaults", "miniature")]
+    for exp in known:
+        if not isinstance(exp, str):
+            fail(f"experiments.yaml: the key {exp} is read as a number; write it in quotes")
+    if patterns == "all":
+        patterns = "[0-9]*,c.*"
+    rows = []
+    for part in (patterns or "*").split(","):
+        found = fnmatch.filter(known, part)
+        if not found:
+            near = ", ".join(difflib.get_close_matches(part, known, n=3))
+            fail(f"experiments.yaml has no experiment '{part}'" + (f"; nearest: {near}" if near else ""))
+        rows += found
+    return list(dict.fromkeys(rows))
+
+
+def list_rows(table, rows):
+    """A line a row, parents first: exp, strategy, data, parent and seeds, tab-separated."""
+    listed = {}
+
+    def add(exp):
+        row = table[exp]
+        init = {**row, **(row.get("finetune") or {})}.get("init", row.get("init", ""))
+        parent = init.removeprefix("exp:") if init.startswith("exp:") else "-"
+        if parent in table and parent not in listed:
+            add(parent)
+        pretrain = row.get("pretrain") or {}
+        seeds = {**(table["defaults"].get("finetune") or {}), **(row.get("finetune") or {})}.get("seeds", [0])
+        facts = exp, pretrain.get("strategy", "-"), pretrain.get("dataset", "-"), parent
+        listed.setdefault(exp, "\t".join([*facts, ",".join(map(str, seeds))]))
+
+    for exp in rows:
+        add(exp)
+    print("\n".join(listed.values()))
 
 
 def main():
@@ -136,48 +167,34 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--exp", help="rows or patterns, comma-separated (default: every row of the file)")
     parser.add_argument("--data", default="data", metavar="DIR", help="folder of the packed datasets")
+    parser.add_argument("--list", action="store_true", help="the rows and what each starts from, no cost")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
     table = yaml.safe_load((ROOT / "experiments.yaml").read_text())
-    known = [exp for exp in table if exp != "defaults"]
-    if args.exp == "all":
-        rows = [exp for exp in known if exp[0].isdigit() or exp.startswith("c.")]
-    else:
-        rows = [exp for part in (args.exp or "*").split(",") for exp in fnmatch.filter(known, part) or [part]]
-    for exp in rows:
-        if exp not in known:
-            near = ", ".join(difflib.get_close_matches(exp, table, n=3))
-            fail(f"experiments.yaml has no experiment '{exp}'" + (f"; nearest: {near}" if near else ""))
-
+    rows = chosen_rows(table, args.exp)
+    if args.list:
+        return list_rows(table, rows)
     print("GPU-hours assume", ", ".join(f"{share:.0%} of {name}'s {peak / 1e12:.0f} TFLOPS"
                                         for name, (peak, share) in GPUS.items()))
-    print(f"{'row':24} {'stage':9} {'steps':>10} {'images':>12} {'PFLOP':>10} "
-          + " ".join(f"{name + ' h':>8}" for name in GPUS) + f" {'disk GB':>8}")
-    totals, missing = [0.0] * len(GPUS), {}
+    heads = " ".join(f"{name + ' h':>8}" for name in GPUS)
+    print(f"{'row':24} {'stage':9} {'steps':>10} {'images':>12} {'PFLOP':>10} {heads} {'disk GB':>8}")
+    totals, missing = dict.fromkeys(GPUS, 0.0), {}
     for exp in rows:
-        stages = [("pretrain", pretraining)] if table[exp].get("pretrain") else []
-        for stage, cost in [*stages, ("finetune", finetuning)]:
-            steps, images, flops, parameters = cost(table, exp)
-            hours = [flops / peak / share / 3600 for peak, share in GPUS.values()]
-            totals = [total + hour for total, hour in zip(totals, hours)]
-            seeds = {**table["defaults"]["finetune"], **(table[exp].get("finetune") or {})}["seeds"]
-            strategy = (table[exp].get("pretrain") or {}).get("strategy")
-            n_runs, learnt, teacher = len(seeds), parameters, 0
-            if stage == "pretrain":
-                n_runs, learnt, teacher = 1, parameters + HEADS[strategy], PASSES[strategy][1] > 0
-            # what is exported; last.pt: what learns with Adam's two moments, and its moving average
-            disk = n_runs * 4 * (parameters + (3 + teacher) * learnt) / 1e9
-            print(f"{exp:24} {stage:9} {steps:10,} {images:12,} {flops / 1e15:10,.0f} "
-                  + " ".join(f"{hour:8,.1f}" for hour in hours) + f" {disk:8.2f}")
+        stages = {"pretrain": pretraining} if table[exp].get("pretrain") else {}
+        for stage, cost in {**stages, "finetune": finetuning}.items():
+            steps, images, flops, size = cost(table, exp)
+            hours = {name: flops / peak / share / 3600 for name, (peak, share) in GPUS.items()}
+            totals = {name: totals[name] + hours[name] for name in GPUS}
+            cells = " ".join(f"{hour:8,.1f}" for hour in hours.values())
+            print(f"{exp:24} {stage:9} {steps:10,} {images:12,} {flops / 1e15:10,.0f} {cells} {size / 1e9:8.2f}")
         reads = inputs(table, exp, args.data)
         print("    reads " + ", ".join(f"{name} ({state})" if state else name for name, state in reads.items()))
-        for name, state in reads.items():
-            if state == "missing":
-                missing.setdefault(name, []).append(exp)
-    print(f"{'all':24} {'':9} {'':10} {'':12} {'':10} " + " ".join(f"{total:8,.0f}" for total in totals))
+        for name in [name for name, state in reads.items() if state == "missing"]:
+            missing.setdefault(name, []).append(exp)
+    print(f"{'all':24} {'':44} " + " ".join(f"{total:8,.0f}" for total in totals.values()))
     for name, users in sorted(missing.items()):
-        print(f"missing: {name}  (for {', '.join(users[:6])}{' ...' if len(users) > 6 else ''})")
+        print(f"missing: {name}  (for {', '.join(users[:6])}{' ...' * (len(users) > 6)})")
 
 
 if __name__ == "__main__":
