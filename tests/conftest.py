@@ -1,10 +1,17 @@
 """Shared test tools: load a script as a module, run it as a person would, find the optional real data."""
 
+import contextlib
 import importlib.util
 import json
+import multiprocessing
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +46,91 @@ def run_script(name, *args, nproc=1, timeout=300, cwd=ROOT, **env):
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     return subprocess.run(launcher + [str(ROOT / name), *map(str, args)], cwd=cwd, timeout=timeout,
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+# A script in a process forked from one that has imported torch: as a subprocess, without its 4 seconds
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo", "torchvision", "timm", "safetensors.torch", "sklearn.metrics",
+                              "sklearn.linear_model", "pandas", "pytest"])
+
+
+def forked(command, nproc, folder, cwd, env):
+    """Body of the forked process. With nproc > 1 it does as torchrun: starts them, ends all when one fails."""
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.update(env)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if nproc > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        os.environ.update(WORLD_SIZE=str(nproc), MASTER_ADDR="localhost", MASTER_PORT=str(port),
+                          TORCHELASTIC_RUN_ID="none")
+        workers = set()
+        for rank in range(nproc):
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            worker = os.fork()
+            if not worker:
+                break
+            workers.add(worker)
+        else:
+            while workers:
+                ended, status = os.wait()
+                workers.remove(ended)
+                if status:
+                    for worker in workers:
+                        os.kill(worker, signal.SIGKILL)
+                    sys.exit(os.waitstatus_to_exitcode(status))
+            return
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+class Run:
+    """A running script: its process, leader of a group of its own, and what it has said."""
+
+    def __init__(self, name, args, nproc=1, cwd=ROOT, **env):
+        self.folder = tempfile.TemporaryDirectory()
+        os.environ.setdefault("OMP_NUM_THREADS", "1")                       # before torch is imported
+        command = [str(ROOT / name), *map(str, args)]
+        self.process = FORKS.Process(target=forked, args=(command, nproc, self.folder.name, cwd, env))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def said(self, name="stdout"):
+        file = Path(self.folder.name, name)
+        return file.read_text() if file.exists() else ""
+
+    def workers(self):
+        """Ids of the processes of a run with several."""
+        return [int(word) for word in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    def kill(self, number=signal.SIGKILL):
+        """A signal for all its processes, where it still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def wait_for(self, happened, seconds=60):
+        """Wait until happened() is true."""
+        end = time.monotonic() + seconds
+        while not happened():
+            assert self.process.exitcode is None and time.monotonic() < end, self.said() + self.said("stderr")
+            time.sleep(0.003)
+
+    def result(self, timeout=120):
+        """Wait for its end: a CompletedProcess as of run_script."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(self.process.name, timeout, self.said(), self.said("stderr"))
+        return subprocess.CompletedProcess(self.process.name, self.process.exitcode, self.said(), self.said("stderr"))
+
+
+def fork_script(name, *args, timeout=120, **kwargs):
+    """As run_script, forked."""
+    return Run(name, args, **kwargs).result(timeout)
 
 
 def write_pack(folder, images, **columns):
