@@ -125,7 +125,7 @@ def main():
           f"\n| what | images | resamples | wall s | CPU s |\n|---|--:|--:|--:|--:|")
     commands = {
         "metrics.py": ["metrics.py", *files, "--out", results / "metrics.csv", "--bootstrap", RESAMPLES],
-        "compare.py": ["compare.py", "--predictions", runs, "--out", results, "--bootstrap", RESAMPLES],
+        "compare.py": ["compare.py", "--metrics", results / "metrics.csv", "--out", results],
         "report.py": ["report.py", "--metrics", results / "metrics.csv", "--out", results,
                       "--predictions", runs, "--verdicts", results / "verdicts.csv"]}
     for name, command in commands.items():
