@@ -204,7 +204,7 @@ class Numbers:
 
     def __init__(self, source):
         self.source, self.values, self.draws, self.printed = source, defaultdict(dict), defaultdict(dict), {}
-        self.sizes = {}                              # {dataset: (images, patients)}
+        self.sizes, self.drawn = {}, set()           # {dataset: (images, patients)}, (exp, dataset) of stand-ins
 
     def add_four_label_means(self):
         """The mean over the study's labels but edema, which two test sets lack: auc_mean4."""
@@ -221,12 +221,15 @@ class Numbers:
         place = (exp, dataset, key) if (exp, dataset, key) in self.values else (exp.removesuffix("a"), dataset, key)
         return self.values.get(place, {}), self.draws.get(place, {})
 
+    def source_of(self, exp, dataset):
+        return "stand-ins" if (exp, dataset) in self.drawn else self.source
+
     def arm(self, exp, dataset, key):
         """The Arm of its runs, else of what is printed, else None."""
         values, draws = self.runs(exp, dataset, key)
         if values:
             rows = np.array([draws[seed] for seed in values]) if draws else None
-            arm = make_arm(list(values.values()), rows, self.source)
+            arm = make_arm(list(values.values()), rows, self.source_of(exp, dataset))
             return arm._replace(added=0.0) if exp == "always_negative" else arm      # no run would change it
         return self.printed_arm(exp, dataset, key)
 
@@ -247,6 +250,9 @@ def read_runs(path, patterns):
         drawn = np.load(file)
     except (OSError, ValueError):
         raise InputError(f"{file} is not there or unreadable; evaluate/metrics.py writes it with {path}") from None
+    if "stand_in" in frame:
+        marked = frame[frame["stand_in"] != ""]
+        numbers.drawn = set(zip(marked["exp"], marked["dataset"]))
     for dataset, sizes in frame[frame["metric"].isin(["images", "patients"])].groupby("dataset"):
         numbers.sizes[dataset] = tuple(sizes.groupby("metric")["value"].first())
     kept = frame["variant"].eq("corrected") & frame["value"].ne("")
@@ -400,7 +406,8 @@ def compare(numbers, terms, offset=0.0):
             values = [sum(s * f[0][seed] for s, f in zip(signs, found)) for seed in seeds]
             drawn = all(draws for _, draws in found)
             draws = [sum(s * f[1][seed] for s, f in zip(signs, found)) for seed in seeds] if drawn else None
-            arms.append((1, make_arm(values, draws if draws is None else np.array(draws), numbers.source)))
+            source = numbers.source_of(exp, parts[0][1])
+            arms.append((1, make_arm(values, draws if draws is None else np.array(draws), source)))
             continue
         for sign, dataset, key in parts:
             arm = numbers.arm(exp, dataset, key)
@@ -652,7 +659,7 @@ def main():
             shown = last[["id", "statement", "testset", "verdict", "effect", "ci_low", "ci_high", "p_holm"]]
             print(shown.to_string(index=False, float_format="%.4f", na_rep="", max_colwidth=60))
             counts = ", ".join(f"{count} {name}" for name, count in last["verdict"].value_counts().items())
-            print(f"{len(last)} claims on {numbers.source}: {counts}")
+            print(f"{len(last)} claims on {numbers.source}{', some of them stand-ins' * bool(numbers.drawn)}: {counts}")
         for name, table in tables.items() if args.out else ():
             text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
             write(args.out / f"{name}.csv", lambda file: file.write(text))

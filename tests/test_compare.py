@@ -363,6 +363,18 @@ def test_other_peoples_claims_and_the_constant_answer(tmp_path, monkeypatch):
     assert found.effect[2] == pytest.approx(accuracy - negative, abs=1e-5)
 
 
+def test_verdicts_on_stand_ins_say_so(tmp_path, monkeypatch, capsys):
+    path = score(tmp_path, monkeypatch, {"3.4": 2.0, "2.2": 0.2})
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    frame.loc[frame.exp == "3.4", "stand_in"] = "drawn by data_prep/demo.py"
+    frame.to_csv(path, index=False)
+    run_here(compare, monkeypatch, "--metrics", path, "--out", tmp_path)
+    table = pd.read_csv(tmp_path / "verdicts.csv").query("testset == 'nih_test'").set_index("id")
+    assert table.source["A1"] == "our runs and stand-ins" and table.source["G1"] == "stand-ins"
+    assert set(pd.read_csv(tmp_path / "arms.csv").query("exp == '3.4'").source) == {"stand-ins"}
+    assert "67 claims on our runs, some of them stand-ins" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("change, said", [
     (dict(draws=None), "draws.npz is not there"), (dict(flags=["--exp", "9.*"]), "no experiment like 9.*"),
     (dict(flags=["--arms", "a", "z"]), "both 'a' and 'z'; there are a"),
