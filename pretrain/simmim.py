@@ -7,7 +7,7 @@ a single linear layer on the encoder's output predicts their pixels, under a mea
     python pretrain/simmim.py --manifest my/manifest.csv --out my/run   your own images, one process
     python pretrain/simmim.py --schedule step --lr 1e-4 --epochs 800    the longer of the published recipes
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
-Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png, run.json.
+Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.
 The same command goes on where a run was killed; SIGTERM saves and exits with code 75.
 
 The publication's encoders are, with their model_args,
@@ -122,10 +122,12 @@ def read_row(file, exp, section, miniature):
         if exp not in table:
             near = difflib.get_close_matches(exp, map(str, table)) or ["none"]
             fail(f'{file} has no row "{exp}" (keys stand in quotes); nearest: {", ".join(near)}')
-        for part in ("defaults", exp, "miniature")[:3 if miniature else 2]:
-            row |= table[part] | (table[part].get(section) or {})
+        strategy = (table[exp].get("pretrain") or {}).get("strategy")
+        for part in ("defaults", exp) + ("miniature", f"miniature.{strategy}") * miniature:
+            part = table.get(part) or {}
+            row |= part | (part.get(section) or {})
         if section == "pretrain" and row.get("strategy") != DEFAULTS["strategy"]:
-            fail(f"row {exp} is pre-trained by {row.get('strategy', 'nothing')}, not {DEFAULTS['strategy']}")
+            fail(f"row {exp} is pre-trained by {strategy or 'nothing'}, this script does {DEFAULTS['strategy']}")
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in row.items()
             if key not in ("about", "pretrain", "finetune")]
 
