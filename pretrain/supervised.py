@@ -208,8 +208,8 @@ def validation_rows(manifest, rows, config):
     rows = rows if paper else read_manifest(manifest, "all")
     splits = rows.get("split", [""] * len(rows["row"]))
     places = [place for place, split in enumerate(splits) if paper or split == "val"][:config["val_samples"]]
-    columns = {name: [rows[name][place] for place in places] for name in rows if name not in ("row", "n_rows")}
-    return {**columns, "row": rows["row"][places], "n_rows": rows["n_rows"]}
+    chosen = {name: [rows[name][place] for place in places] for name in rows if name != "n_rows"}
+    return {**chosen, "row": rows["row"][places], "n_rows": rows["n_rows"]}
 
 
 def scores(logits, targets):
@@ -237,7 +237,7 @@ def train(config, args, rank, world_size, device):
     model = make_model(config, len(labels), config["drop_path"])
     drop_paths, note = take_drop_path(model), load_backbone(model, config)
     model.to(device, memory_format=torch.channels_last)
-    if world_size > 1 and device.type == "cuda":    # CPU processes norm by the images of their own share alone
+    if world_size > 1 and device.type == "cuda":    # a CPU process norms by its own share of the batch alone
         model = timm.layers.convert_sync_batchnorm(model)
     optimizer = torch.optim.AdamW(decay_groups(model), lr=config["lr"], weight_decay=config["wd"], fused=True)
     amp, scaler = mixed_precision(device)
@@ -533,7 +533,7 @@ def random_resized_crop(images, u, scale, size, cubic=True):
 
 # --- begin copy: rotation ---
 def rotate(x, u, degrees):
-    """Turn images x float [B, C, S, S] by U(-degrees, degrees), u uniform [B]: nearest pixel, black outside."""
+    """Turn x float [B, C, S, S] by U(-degrees, degrees), u uniform [B]: nearest pixel, black outside."""
     angle = torch.deg2rad((2 * u - 1) * degrees).to(x.device, non_blocking=True)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     turn = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
