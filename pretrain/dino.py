@@ -125,10 +125,12 @@ def read_row(file, exp, section, miniature):
         if exp not in table:
             near = difflib.get_close_matches(exp, map(str, table)) or ["none"]
             fail(f'{file} has no row "{exp}" (keys stand in quotes); nearest: {", ".join(near)}')
-        for part in ("defaults", exp, "miniature")[:3 if miniature else 2]:
-            row |= table[part] | (table[part].get(section) or {})
+        strategy = (table[exp].get("pretrain") or {}).get("strategy")
+        for part in ("defaults", exp) + ("miniature", f"miniature.{strategy}") * miniature:
+            part = table.get(part) or {}
+            row |= part | (part.get(section) or {})
         if section == "pretrain" and row.get("strategy") != DEFAULTS["strategy"]:
-            fail(f"row {exp} is pre-trained by {row.get('strategy', 'nothing')}, not {DEFAULTS['strategy']}")
+            fail(f"row {exp} is pre-trained by {strategy or 'nothing'}, this script does {DEFAULTS['strategy']}")
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in row.items()
             if key not in ("about", "pretrain", "finetune")]
 
@@ -305,15 +307,13 @@ def make_crops(images, uniforms, local_size, config):
 @torch.no_grad()
 def cls_attention(vit, x):
     """Attention of the CLS token to the patches in the last block: x [B, C, S, S] -> [B, heads, h, w]."""
-    *blocks, last = vit.blocks
-    tokens = embed(vit, x)
-    for block in blocks:
-        tokens = block(tokens)
-    attention = last.attn
-    qkv = attention.qkv(last.norm1(tokens)).unflatten(2, (3, attention.num_heads, -1))      # [B, N, 3, H, d]
-    q, k = attention.q_norm(qkv[:, :, 0]), attention.k_norm(qkv[:, :, 1])
-    weights = (torch.einsum("bhd,bnhd->bhn", q[:, 0], k) * attention.scale).softmax(-1)
-    return weights[..., 1:].unflatten(2, vit.patch_embed.grid_size)
+    attention, seen = vit.blocks[-1].attn, []
+    hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    fused, attention.fused_attn = attention.fused_attn, False               # the fused kernel shows no weights
+    vit(x)
+    attention.fused_attn = fused
+    hook.remove()
+    return seen[0][:, :, 0, 1:].unflatten(2, vit.patch_embed.grid_size)     # row of CLS, columns of patches
 
 
 def attention_picture(vit, images, config, path):
@@ -370,6 +370,7 @@ def train(config, args, rank, world_size, device):
     micro = args.micro_batch or n_own
     own = torch.arange(rank * n_own, (rank + 1) * n_own)                    # places in the batch
     local_size = local_crop_size(config, backbone.patch_embed.patch_size[0])
+    n_crops, n_drop_paths = 2 + config["n_local_crops"], len(student.drop_paths)
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
     for step in range(begun, last_step):
@@ -384,11 +385,9 @@ def train(config, args, rank, world_size, device):
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + own])
         generator = step_generator(config["seed"], step)
-        shape = 2 + config["n_local_crops"], batch
-        uniforms = torch.rand(*shape, N_VIEW, generator=generator)[:, own]
-        depth = torch.rand(*shape, len(student.drop_paths), generator=generator)[:, own]
-        depth = depth.to(device, non_blocking=True)
-        crops = make_crops(chosen, uniforms, local_size, config)
+        draws = torch.rand(n_crops, batch, N_VIEW + n_drop_paths, generator=generator)[:, own]
+        depth = draws[..., N_VIEW:].to(device, non_blocking=True)
+        crops = make_crops(chosen, draws[..., :N_VIEW], local_size, config)
         torch.manual_seed(generator.initial_seed())                         # of dropout in model_args
 
         sums = torch.zeros(2 + 2 * len(centre), device=device)
