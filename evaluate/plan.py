@@ -126,7 +126,7 @@ def inputs(table, exp, data):
 
 def chosen_rows(table, patterns):
     """Rows that the comma-separated patterns name, in their order."""
-    known = [exp for exp, row in table.items() if exp not in ("defaults", "miniature")]
+    known = [exp for exp in table if exp != "defaults" and not str(exp).startswith("miniature")]
     for exp in known:
         if not isinstance(exp, str):
             fail(f"experiments.yaml: the key {exp} is read as a number; write it in quotes")
@@ -142,23 +142,29 @@ def chosen_rows(table, patterns):
     return list(dict.fromkeys(rows))
 
 
-def list_rows(table, rows):
-    """A line a row, parents first: exp, strategy, data, parent and seeds, tab-separated."""
+def list_rows(table, rows, miniature):
+    """A line a row, parents first: exp, strategy, data, parent and seeds ("-": none; a parent that was not asked
+    for is not fine-tuned), tab-separated. In the miniature c.0 stands in for timm's and torchvision's weights.
+    """
     listed = {}
 
-    def add(exp):
+    def add(exp, asked):
         row = table[exp]
         init = {**row, **(row.get("finetune") or {})}.get("init", row.get("init", ""))
+        if miniature and init.partition(":")[0] in ("timm", "torchvision"):
+            init = "exp:c.0"
         parent = init.removeprefix("exp:") if init.startswith("exp:") else "-"
         if parent in table and parent not in listed:
-            add(parent)
+            add(parent, parent in rows)
         pretrain = row.get("pretrain") or {}
-        seeds = {**(table["defaults"].get("finetune") or {}), **(row.get("finetune") or {})}.get("seeds", [0])
-        facts = exp, pretrain.get("strategy", "-"), pretrain.get("dataset", "-"), parent
-        listed.setdefault(exp, "\t".join([*facts, ",".join(map(str, seeds))]))
+        parts = [table["defaults"], row, table["miniature"] if miniature else {}]
+        seeds = [part["finetune"]["seeds"] for part in parts if "seeds" in (part.get("finetune") or {})][-1]
+        seeds = ",".join(map(str, seeds)) if asked else "-"
+        facts = exp, pretrain.get("strategy", "-"), pretrain.get("dataset", "-"), parent, seeds
+        listed.setdefault(exp, "\t".join(facts))
 
     for exp in rows:
-        add(exp)
+        add(exp, True)
     print("\n".join(listed.values()))
 
 
@@ -168,13 +174,14 @@ def main():
     parser.add_argument("--exp", help="rows or patterns, comma-separated (default: every row of the file)")
     parser.add_argument("--data", default="data", metavar="DIR", help="folder of the packed datasets")
     parser.add_argument("--list", action="store_true", help="the rows and what each starts from, no cost")
+    parser.add_argument("--miniature", action="store_true", help="with --list: the seeds of the miniature")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
     table = yaml.safe_load((ROOT / "experiments.yaml").read_text())
     rows = chosen_rows(table, args.exp)
     if args.list:
-        return list_rows(table, rows)
+        return list_rows(table, rows, args.miniature)
     print("GPU-hours assume", ", ".join(f"{share:.0%} of {name}'s {peak / 1e12:.0f} TFLOPS"
                                         for name, (peak, share) in GPUS.items()))
     heads = " ".join(f"{name + ' h':>8}" for name in GPUS)

@@ -115,10 +115,12 @@ def read_row(file, exp, section, miniature):
         if exp not in table:
             near = difflib.get_close_matches(exp, map(str, table)) or ["none"]
             fail(f'{file} has no row "{exp}" (keys stand in quotes); nearest: {", ".join(near)}')
-        for part in ("defaults", exp, "miniature")[:3 if miniature else 2]:
-            row |= table[part] | (table[part].get(section) or {})
+        strategy = (table[exp].get("pretrain") or {}).get("strategy")
+        for part in ("defaults", exp) + ("miniature", f"miniature.{strategy}") * miniature:
+            part = table.get(part) or {}
+            row |= part | (part.get(section) or {})
         if section == "pretrain" and row.get("strategy") != DEFAULTS["strategy"]:
-            fail(f"row {exp} is pre-trained by {row.get('strategy', 'nothing')}, not {DEFAULTS['strategy']}")
+            fail(f"row {exp} is pre-trained by {strategy or 'nothing'}, this script does {DEFAULTS['strategy']}")
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in row.items()
             if key not in ("about", "pretrain", "finetune")]
 
@@ -296,6 +298,15 @@ def make_views(images, crop, colour, masks, replaced, noise, config):
 
 def train(config, args, rank, world_size, device):
     """Pre-train. What is random in a step depends on (seed, step) alone: a resumed run is the same run."""
+    rows = read_manifest(args.manifest, args.split, config["samples"])
+    images = open_images(args.manifest, rows, config["in_chans"], device)
+    n_images, batch = len(rows["row"]), config["batch"]
+    steps_an_epoch = n_images // max(1, batch)
+    if batch % world_size or not batch or not steps_an_epoch:
+        fail(f"--batch {batch} has to be a multiple of {world_size} processes, at most the {n_images} images")
+    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    last_step = min(n_steps, args.steps or n_steps)
+
     torch.manual_seed(config["seed"])
     backbone = make_model(config, 0, config["drop_path"])
     drop_paths, note = take_drop_path(backbone), load_backbone(backbone, config)
@@ -305,15 +316,6 @@ def train(config, args, rank, world_size, device):
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
-
-    rows = read_manifest(args.manifest, args.split, config["samples"])
-    images = open_images(args.manifest, rows, config["in_chans"], device)
-    n_images, batch = len(rows["row"]), config["batch"]
-    steps_an_epoch = n_images // max(1, batch)
-    if batch % world_size or not batch or not steps_an_epoch:
-        fail(f"--batch {batch} has to be a multiple of {world_size} processes, at most the {n_images} images")
-    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
-    last_step = min(n_steps, args.steps or n_steps)
     begun = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
         print(json.dumps(config))
