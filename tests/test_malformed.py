@@ -55,7 +55,7 @@ COMMANDS = {                        # base: the command that reads its input, in
     "plan": ["evaluate/plan.py", "--exp", "3.4"],
     "run_all": ["run_all.sh", "--dry-run"],
 }
-LEFT = {"run.json", "rejected.csv"}             # what a refused command may leave in out/
+LEFT = {"run.json", ".lock", "rejected.csv"}             # what a refused command may leave in out/
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,9 @@ def change(path, case):
         torch.save(state, path)
     if "content" in case:                       # a checkpoint that holds something else
         torch.save({"list": [1], "tensor": torch.zeros(3), "hostile": Hostile(), "array": np.zeros(3),
-                    "function": os.system, "empty": {}}[case["content"]], path)
+                    "function": os.system, "empty": {}, "scalar": {"best": np.float64(1.0)}, "path": {"out": path},
+                    "others": {"net": {"encoder.0.weight": torch.zeros(3, 3), "encoder.0.bias": torch.zeros(3),
+                                       "decoder.weight": torch.zeros(3, 3)}}}[case["content"]], path)
     if case.get("pickle"):                      # no zip archive but a bare pickle that runs a command
         path.write_bytes(pickle.dumps({"model": Hostile()}))
 
@@ -217,7 +219,9 @@ def test_the_inputs_are_good_before_they_are_changed(base, inputs, tmp_path):
 @pytest.mark.parametrize("base, case", [
     pytest.param(base, case, id=" ".join([base, *(str(case[key])[:40] for key in case if key != "says")]))
     for base, cases in CASES.items() for case in cases])
-def test_a_malformed_input_is_one_sentence_and_exit_code_2(base, case, inputs, tmp_path):
+def test_a_malformed_input_is_one_sentence_and_exit_code_2(base, case, inputs, tmp_path, monkeypatch):
+    for name, value in case.get("env", {}).items():
+        monkeypatch.setenv(name, value)
     shutil.copytree(inputs / base, tmp_path / "in")
     if "file" in case:
         change(tmp_path / "in" / case["file"], case)
@@ -226,7 +230,7 @@ def test_a_malformed_input_is_one_sentence_and_exit_code_2(base, case, inputs, t
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, lines)
     says = case["says"] if isinstance(case["says"], list) else [case["says"]]
     assert not [words for words in says if str(words) not in lines[0]], lines[0]
-    assert len(lines[0]) < 600, lines[0]
+    assert len(lines[0]) < 600 and lines[0].rstrip()[-1] != ":" and "set to `False`" not in lines[0], lines[0]
     after = listing(tmp_path)
     assert all(after.get(path) == content for path, content in before.items() if path.name != "run.json")
     assert {path.name for path in after.keys() - before.keys()} <= LEFT and not (tmp_path / "owned").exists()
