@@ -350,8 +350,8 @@ def test_first_order_resamples_are_those_of_the_naive_bootstrap(tmp_path):
 
 
 def test_referring_at_random_is_the_mean_over_all_choices():
-    y, p, patient = sample(7, 1, decimals=2, seed=2)
-    p = p.clip(0.01, 0.99)
+    y, p = np.array([[1, 0, 1, 0, 0, 1, 0]]).T, np.array([[0.9, 0.6, 0.3, 0.2, 0.8, 0.7, 0.1]]).T
+    patient = np.arange(7).astype(str)
     test = m.Predictions(["A"], y.astype(np.int8), p, patient, np.arange(7).astype(str),
                          m.people_of(pd.DataFrame(index=range(7))))
     rows, _, _ = m.score_file(test, "here", 9)
@@ -674,7 +674,7 @@ def test_the_runs_of_an_arm_also_make_an_ensemble_whatever_the_order_of_rows(mon
     mean = frames[0].copy()
     for label in FIVE:
         mean[f"prob_{label}"] = (frames[0][f"prob_{label}"] + frames[1][f"prob_{label}"]) / 2
-    shuffled = frames[1].sample(frac=1, random_state=0)[["path", "patient", *sorted(frames[1].columns[2:])]]
+    shuffled = frames[1].sample(frac=1, random_state=0)[["path", "patient", *reversed(frames[1].columns[2:])]]
     shuffled.to_csv(paths[1], index=False)
     table = command(monkeypatch, tmp_path, *paths)
     mean.to_csv(tmp_path / "mean.csv", index=False)
