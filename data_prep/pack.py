@@ -25,7 +25,6 @@ import csv
 import fcntl
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -91,13 +90,6 @@ def prepare_lut(ds, name, values):
     return "LUTDescriptor" in item and "LUTData" in item
 
 
-def has_window(ds):
-    """Whether there is a first window, of a width that its function allows: 1 and more, else above 0."""
-    center, width = (ds.get(name) for name in ("WindowCenter", "WindowWidth"))
-    least = 1 if ds.get("VOILUTFunction", "LINEAR") == "LINEAR" else 1e-9
-    return None not in (center, width) and np.ravel(width)[0] >= least
-
-
 def dicom_display(values, code, ds):
     """What a viewer shows: modality LUT or rescale, then VOI LUT or first window or else the 0.5-99.5
     percentiles; MONOCHROME1 inverted once, padding black.
@@ -121,13 +113,15 @@ def dicom_display(values, code, ds):
         black, white = 0, 2 ** descriptor[2] - 1
         descriptor[2] = 16              # given 8, pydicom keeps positions in 8 bits, too, and they wrap
         values = apply_voi_lut(values, ds)
-    elif has_window(ds):
-        sides = np.array([-np.inf, np.inf])
-        black, white = apply_voi_lut(sides, ds, prefer_lut=False)
-        values = apply_voi_lut(values, ds, prefer_lut=False)
     else:
-        counts = np.where(padded, 0, np.bincount(code.ravel(), minlength=len(values)))
-        black, white = percentile_window(values, counts) if counts.any() else (0, 1)
+        sides, black = np.array([-np.inf, np.inf]), -np.inf
+        with contextlib.suppress(TypeError, ValueError):                # no window, or one that cannot be
+            black, white = apply_voi_lut(sides, ds, prefer_lut=False)
+        if np.isfinite(black):
+            values = apply_voi_lut(values, ds, prefer_lut=False)
+        else:
+            counts = np.where(padded, 0, np.bincount(code.ravel(), minlength=len(values)))
+            black, white = percentile_window(values, counts) if counts.any() else (0, 1)
     table = np.rint(np.clip((values - float(black)) / (float(white) - float(black)), 0, 1) * 255)
     if ds.PhotometricInterpretation == "MONOCHROME1":
         table = 255 - table
@@ -212,11 +206,10 @@ def read_image(file, channels=1, variant="corrected", dicom="display"):
 
 def locate(root, path):
     """The file behind an index path. Raises: Rejected where there is no regular file inside `root`."""
-    if path.startswith("/") or ".." in path.split("/"):
-        raise Rejected("outside the raw root")
     file = Path(os.path.realpath(os.path.join(root, path)))
-    if not file.is_relative_to(os.path.realpath(root)):
-        raise Rejected("outside the raw root: a link; only --raw itself may be one")
+    inside = file.is_relative_to(os.path.realpath(root))
+    if path.startswith("/") or ".." in path.split("/") or not inside:
+        raise Rejected("outside the raw root: only --raw itself may be a link")
     if not file.is_file():
         raise Rejected("wrong type: not a regular file" if os.path.exists(file) else "missing")
     return file
@@ -278,7 +271,6 @@ def pack_shard(part, rows, crashed, config, say):
 def work(pipe, config):
     """A worker process: packs shards until the pipe is closed, announcing each row before it is opened."""
     warnings.simplefilter("ignore")                 # remarks on odd headers; what matters becomes a reason
-    logging.disable()
     try:
         while True:
             pack_shard(*pipe.recv(), config, pipe.send)
@@ -371,8 +363,7 @@ def check_index(args, splits):
             fail(f"{args.index}: {row['path']!r} is missing in {args.raw}; unpack it or drop --require-files")
     total = sum(counts[split] for split in splits or counts)
     if not total or not counts.keys() >= set(splits):
-        fail(f"{args.index}: no rows{' of split ' + ', '.join(splits) if splits else ''} "
-             f"(rows by split: {dict(counts) or 'none'})")
+        fail(f"{args.index}: no rows of split {args.splits or 'any'}; it has {dict(counts)}")
     if shared:
         print(f"warning: {args.index}: {len(shared):,} patients are in more than one split", flush=True)
     return total
@@ -415,9 +406,9 @@ def join(parts, out, config, index):
     folder, tally, reasons = parts[0].parent, Counter(N=0), Counter()
     rows = index_rows(index, config["splits"])
     with contextlib.ExitStack() as files:           # renamed in reverse order
-        manifest, rejected = (files.enter_context(replacing(out / name, folder, **TEXT))
-                              for name in ("manifest.csv", "rejected.csv"))
-        manifest, rejected = (csv.writer(file, lineterminator="\n") for file in (manifest, rejected))
+        tables = (files.enter_context(replacing(out / name, folder, **TEXT))
+                  for name in ("manifest.csv", "rejected.csv"))
+        manifest, rejected = (csv.writer(file, lineterminator="\n") for file in tables)
         rejected.writerow(["path", "reason"])
         for part in parts:
             with open(part, "rb") as file:
@@ -435,29 +426,21 @@ def join(parts, out, config, index):
         if config["size"] != "original":
             images = files.enter_context(replacing(out / "images.npy", folder, mode="wb"))
             shape = (tally["N"], *(config["size"],) * 2, *(3,) * (config["channels"] == 3))
-            head = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(images, head)
+            np.lib.format.write_array_header_1_0(
+                images, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for part in parts:
                 with open(part, "rb") as file:
                     file.readline()
                     shutil.copyfileobj(file, images)
-    n, total, square = (tally.pop(key, 0) for key in ("pixels", "sum", "square"))
-    return {**config, **tally, "rejected": reasons.total(), "reasons": dict(sorted(reasons.items())),
-            "mean": total / max(n, 1) / 255, "std": (n * square - total ** 2) ** 0.5 / max(n, 1) / 255}
-
-
-def report(facts):
-    """Print what was packed, and what to know before training on it."""
-    print("packed {N:,} images, rejected {rejected:,} {reasons}; {sixteen_bit:,} of 16 bits, {monochrome1:,} "
-          "MONOCHROME1 (DICOM as {dicom}); stand-in: {stand_in}".format(**facts))
-    if 2 * facts["sixteen_bit_below_4096"] > facts["sixteen_bit"]:
-        print("warning: most 16-bit files stay below 4096: 12-bit values, which leave 16 grey levels")
+    n, total, square = (tally.pop(key, 1) for key in ("pixels", "sum", "square"))
+    return {**config, **tally, "rejected": reasons.total(), "reasons": dict(reasons),
+            "mean": total / n / 255, "std": (n * square - total ** 2) ** 0.5 / n / 255}
 
 
 def pack(args):
     """Check index and folder, then pack, join and report, unless that was done before."""
     index, out = args.index, args.out
-    splits = [split for split in args.splits.split(",") if split]
+    splits = args.splits.split(",") if args.splits else []
     total, mark = check_index(args, splits), stand_in(args.raw)
     out.mkdir(parents=True, exist_ok=True)
     lock = os.open(out, os.O_RDONLY)                # held until this process ends, however it ends
@@ -488,24 +471,21 @@ def pack(args):
                 said, rate = now, done / (now - begun)
                 print(f"pack {out.name}  {total - left + done:,}/{total:,} rows  {rate:,.1f} img/s  "
                       f"eta {(left - done) / rate:,.0f} s", flush=True)
-        facts = {"dataset": Path(os.path.abspath(out)).name, **join(parts, out, config, index)}
-        facts["stand_in"] = mark
+        facts = {"dataset": out.resolve().name, **join(parts, out, config, index), "stand_in": mark}
         if not facts["N"]:
             shutil.rmtree(folder)
             for name in ("manifest.csv", "images.npy", "pack.json"):
                 (out / name).unlink(missing_ok=True)
             fail(f"{index}: none of its rows could be packed, the reasons are in {out / 'rejected.csv'} "
-                 f"({', '.join(facts['reasons'])}); is --raw {args.raw} the right folder?")
+                 f"{facts['reasons']}; is --raw {args.raw} the right folder?")
         with replacing(out / "pack.json", folder, **TEXT) as file:
-            file.write(json.dumps(facts, indent=1) + "\n")
-        report(facts)
+            json.dump(facts, file, indent=1)
+        print("packed {N:,} images, rejected {rejected:,} {reasons}; {sixteen_bit:,} of 16 bits, "
+              "{monochrome1:,} MONOCHROME1 (DICOM as {dicom}); stand-in: {stand_in}".format(**facts))
+        if 2 * facts["sixteen_bit_below_4096"] > facts["sixteen_bit"]:
+            print("warning: most 16-bit files stay below 4096: 12-bit values, which leave 16 grey levels")
     for parts in out.glob("parts-*"):
         shutil.rmtree(parts)
-
-
-def size_or_original(text):
-    """The value of --size."""
-    return text if text == "original" else int(text)
 
 
 def main():
@@ -516,7 +496,7 @@ def main():
     option("--index", type=Path, required=True, metavar="FILE", help="index.csv, any with a column path")
     option("--raw", type=Path, required=True, metavar="DIR", help="folder the index's paths are relative to")
     option("--out", type=Path, required=True, metavar="DIR", help="folder to write to, made if need be")
-    option("--size", type=size_or_original, default=224, metavar="S",
+    option("--size", type=lambda text: text if text == "original" else int(text), default=224, metavar="S",
            help="side in pixels, or 'original': pack nothing, only validate the files (default 224)")
     option("--channels", type=int, default=1, choices=(1, 3), help="1: grey; 3: colour (default 1)")
     option("--variant", default="corrected", choices=DICOM,

@@ -612,9 +612,9 @@ def test_nothing_outside_the_raw_root_is_read(tmp_path):
     (root / "loop").symlink_to("loop")
     (root / "alias.png").symlink_to("in/x.png")
     for path in ("../private/x.png", "in/../../private/x.png", str(secret), str(good), "in/../in/x.png"):
-        assert reason(root, path) == "outside the raw root", path
+        assert reason(root, path).startswith("outside the raw root"), path
     for path in ("link.png", "links/x.png"):
-        assert reason(root, path).startswith("outside the raw root: a link"), path
+        assert reason(root, path).startswith("outside the raw root"), path
     for path in ("loop", "none.png", "in/x.png/deeper", "in\0/x.png", "x" * 300, "nan", "raw/in/x.png", "  "):
         assert reason(root, path).startswith(("missing", "unreadable")), path
     assert reason(root, "") == "wrong type: not a regular file"
@@ -676,7 +676,7 @@ def test_the_pack_is_what_the_contract_says(tmp_path):
     assert rejected.pop("cut.png").startswith("unreadable: ")
     assert rejected.pop("empty.png").startswith("unreadable: cannot identify image file")
     assert rejected == {"absent.png": "missing", "flat.png": "all-constant",
-                        "../index.csv": "outside the raw root"}
+                        "../index.csv": "outside the raw root: only --raw itself may be a link"}
     kept = [row for row in rows[:-2] if row["path"] not in {*rejected, "cut.png", "empty.png"}]
     assert table(out / "manifest.csv") == kept      # same columns, cells and order
     assert images.shape == (len(kept), 16, 16) and images.dtype == np.uint8
