@@ -30,9 +30,9 @@ FACTS = ["path", "patient", "study", "split", "view", "sex", "age", "race"]     
 MAY_SHARE = ("oct", "covidx_ct")        # their makers' splits do not promise to keep patients apart
 KNOWN = ("test_images", "test_patients_in_train", "patients_in_two_lists", "fallback_split")      # index.json
 
-# All of 2,500 chest radiographs of 64 pixels keep this when recompressed (JPEG, quality 50), halved, doubled or
-# shifted by 20 grey levels. Of different ones, a patient's own included, none of 3.1 million pairs has 0.988, and
-# of 28 pixels none of 5.0 million has 0.995: fewer than 4 in 10 million (95 %). CT slices that are neighbours do
+# All of 2,500 chest radiographs of 64 pixels keep this when recompressed (JPEG, quality 50), halved, doubled
+# or shifted by 20 grey levels. Of different ones, a patient's own included, none of 3.1 million pairs has 0.988,
+# and of 28 pixels none of 5.0 million has 0.995: fewer than 4 in 10 million (95 %). Neighbouring CT slices do
 # have it (0.03 % of all pairs of a set). An image that was cropped is not found.
 NEAR = 0.995
 
@@ -67,13 +67,18 @@ def read_table(path, *columns):
     return rows
 
 
-def read_index(path):
-    """(dataset, rows, facts) of an index; facts are those of index.json."""
-    rows, described = read_table(path, "path", "split"), path.with_name("index.json")
+def read_json(path):
+    """The object in a JSON file, {} without one."""
     try:
-        facts = dict(json.loads(described.read_text())) if described.exists() else {}
+        return dict(json.loads(path.read_text())) if path.exists() else {}
     except (OSError, ValueError, TypeError) as problem:
-        fail(f"{described} cannot be read ({problem}); make the index anew")
+        fail(f"{path} cannot be read ({problem}); make it anew")
+
+
+def read_index(path):
+    """(dataset, rows, facts) of an index; facts are those of index.json, and the mark in pack.json."""
+    rows, facts = read_table(path, "path", "split"), read_json(path.with_name("index.json"))
+    facts["stand_in"] = read_json(path.with_name("pack.json")).get("stand_in")
     rows = rows.reindex(columns=FACTS + [name for name in rows if name not in FACTS], fill_value="")
     return facts.get("dataset", path.parent.name), rows, facts
 
@@ -179,11 +184,9 @@ def misses(indexes, counts):
     """
     said = []
     for (dataset, split), forms in counts.groupby(["dataset", "split"], sort=False):
-        sampled = dataset == "covidx_ct" and part(indexes, dataset, ["pretrain"]) is not None
-        if sampled or dataset not in {name for name, *_ in indexes}:
-            continue                                                # a sample has not the counts of the lists
         rows = part(indexes, dataset, [split])
-        rows = pd.DataFrame(columns=FACTS) if rows is None else rows
+        if rows is None:
+            continue                                                # not given, or all of it is in a sample
         lateral = rows["view"] == "Lateral"
         wrong = []
         for form, expected in forms.groupby("form"):
@@ -207,16 +210,18 @@ def leaks(indexes):
         found += [(dataset, f"patients in {one} and {two}", len(groups[one] & groups[two]),
                    dataset not in MAY_SHARE) for one, two in combinations(groups, 2)]
         found += [(dataset, key.replace("_", " "), int(facts[key]), False) for key in KNOWN if facts.get(key)]
+        if facts["stand_in"]:
+            found.append((dataset, f"stand-ins, {facts['stand_in']}", len(rows), False))
     return found
 
 
 # ---- packs ----
 
 def open_pack(folder):
-    """Its pack.json and images.npy, mapped."""
+    """images.npy, mapped."""
     import numpy as np
     try:
-        return json.loads((folder / "pack.json").read_text()), np.load(folder / "images.npy", mmap_mode="r")
+        return np.load(folder / "images.npy", mmap_mode="r")
     except (OSError, ValueError) as problem:
         fail(f"{folder}: no pack with images ({problem}); give folders that pack.py wrote")
 
@@ -233,14 +238,16 @@ def figure1(packs, out):
               "vindr_cxr": "VinDr-CXR"}
     images = {}
     for folder in packs:
-        pack, array = open_pack(folder)
-        images.setdefault(str(pack.get("dataset")).removesuffix("_pretrain"), array[0])
+        mark = " (stand-in)" if read_json(folder / "pack.json").get("stand_in") else ""
+        dataset = folder.resolve().name.removesuffix("_pretrain")
+        images.setdefault(dataset, (open_pack(folder)[0], mark))
     figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
     for axis, (dataset, title) in zip(axes.flat, panels.items()):
+        image, mark = images.get(dataset, (None, ""))
         axis.set(xticks=[], yticks=[], frame_on=False)
-        axis.set_title(title, fontsize=11)
-        if dataset in images:
-            axis.imshow(images[dataset], cmap="gray", vmin=0, vmax=255)
+        axis.set_title(title + mark, fontsize=11)
+        if image is not None:
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
     figure.savefig(out / "figure1.png", dpi=150)
     figure.savefig(out / "figure1.svg", metadata={"Date": None})
 
@@ -250,7 +257,7 @@ def fingerprints(text):
     import numpy as np
     from PIL import Image
     folder, _, split = text.partition(":")
-    images, rows = open_pack(Path(folder))[1], read_table(Path(folder, "manifest.csv"), "path", "split")
+    images, rows = open_pack(Path(folder)), read_table(Path(folder, "manifest.csv"), "path", "split")
     chosen = rows.index[rows.split.eq(split) | (not split)]
     if not len(chosen):
         fail(f"--overlap {text}: no rows of split '{split}' in {folder}/manifest.csv")

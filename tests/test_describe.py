@@ -242,12 +242,13 @@ def test_frontal_index_is_told_from_one_with_laterals(tmp_path):
 
 
 def test_sampled_covidx_is_not_held_against_the_lists(tmp_path):
-    sampled = describe.read_index(index(tmp_path / "covidx_ct", "covidx_ct",
-                                        [{"split": "pretrain"}, {"split": "val"}],
-                                        patients_in_two_lists=3))
+    path = index(tmp_path / "covidx_ct", "covidx_ct", [{"split": "pretrain"}], patients_in_two_lists=3)
+    path.with_name("pack.json").write_text('{"stand_in": "drawn by data_prep/demo.py"}')
+    sampled = describe.read_index(path)
     assert describe.misses([sampled], COUNTS) == []
     told = "covidx_ct", "patients in two lists", 3, False
     assert told in describe.leaks([sampled])
+    assert ("covidx_ct", "stand-ins, drawn by data_prep/demo.py", 1, False) in describe.leaks([sampled])
 
 
 def test_the_csv_holds_every_cell_and_comes_out_the_same_again(tmp_path, capsys):
@@ -262,10 +263,10 @@ def test_the_csv_holds_every_cell_and_comes_out_the_same_again(tmp_path, capsys)
     assert first == (tmp_path / "out/distributions.csv").read_bytes()
 
 
-def pack(folder, dataset, image):
+def pack(folder, image, mark=None):
     folder.mkdir(parents=True)
     np.save(folder / "images.npy", image[None])
-    (folder / "pack.json").write_text(json.dumps({"dataset": dataset}))
+    (folder / "pack.json").write_text(json.dumps({"stand_in": mark}))
     return folder
 
 
@@ -274,7 +275,8 @@ def test_figure1_shows_the_first_image_of_each_pack_in_its_place(tmp_path):
     black, red = np.zeros((16, 16), np.uint8), np.zeros((16, 16, 3), np.uint8)
     red[..., 0] = 255
     path = index(tmp_path / "oct", "oct", [{}])
-    packs = pack(tmp_path / "a", "imagenet", red), pack(tmp_path / "b", "nih_pretrain", black)
+    mark = "drawn by data_prep/demo.py"
+    packs = pack(tmp_path / "imagenet", red), pack(tmp_path / "nih_pretrain", black, mark)
     assert call("data_prep/describe.py", "--index", path, "--out", tmp_path / "out", "--packs", *packs) == 0
     picture = np.asarray(Image.open(tmp_path / "out" / "figure1.png").convert("RGB"))
     height, width, _ = picture.shape
@@ -282,6 +284,7 @@ def test_figure1_shows_the_first_image_of_each_pack_in_its_place(tmp_path):
     assert tuple(picture[height * 3 // 4, width // 8]) == (0, 0, 0)             # NIH: first of the second row
     assert tuple(picture[height // 4, width * 3 // 8]) != (0, 0, 0)             # MIMIC-CXR: not given
     svg = (tmp_path / "out" / "figure1.svg").read_bytes()
+    assert b"NIH ChestX-ray (stand-in)" in svg and b"ImageNet (stand-in)" not in svg
     assert call("data_prep/describe.py", "--index", path, "--out", tmp_path / "out", "--packs", *packs) == 0
     assert (tmp_path / "out" / "figure1.svg").read_bytes() == svg
 
