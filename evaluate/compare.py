@@ -1,13 +1,13 @@
-"""Compare arms: differences with intervals over runs and patients, and a verdict on each finding of the study.
+"""Compare arms: differences with intervals over runs and patients, a verdict on each finding of the study.
 
 An effect has the interval effect +- t * error, error^2 = what the choice of runs adds + what the choice of
-patients adds, and the p-value of the same t. Of published or printed numbers only the spread over runs (seeds)
-is known: "seeds only". Study: "From pre-training to downstream performance: does domain-specific pre-training
-make sense?" (Krones 2026, arXiv:2605.08819).
+patients adds, and the p-value of the same t. Of published or printed numbers only the spread over runs
+(seeds) is known: "seeds only". Study: "From pre-training to downstream performance: does domain-specific
+pre-training make sense?" (Krones 2026, arXiv:2605.08819).
 
     python evaluate/compare.py --metrics metrics.csv --arms a b                two models of yours
-    python evaluate/compare.py --metrics results/metrics.csv --out results     all arms and the study's claims
-    python evaluate/compare.py --reported --out results/published              the claims on the printed numbers
+    python evaluate/compare.py --metrics results/metrics.csv --out results     all arms, the study's claims
+    python evaluate/compare.py --reported --out results/published              claims on the printed numbers
 
 Reads   metrics.csv and draws.npz beside it (evaluate/metrics.py); or of --reported, a folder, the author's
         published runs (raw_runs_*.csv) and, where an arm is not among them, the printed tables; claims.csv.
@@ -24,8 +24,9 @@ Claims (claims.csv): test, metric, testsets, left and right operands, arms separ
     greater, every  left > right               not_every  clearly less somewhere
     no_gain         left - right below margin  most       in more than half of the arms
     highest, lowest left against each right    no_winner  no arm beats all others on every test set
-An operand: 3.4, 3.4:Effusion (a label), 3.4@nih_test, 2.2-2.1, 3.3:Atelectasis+0.20, sd(ood), always_negative,
-3.4:random (images referred at random). A metric a-b takes a and b of the same arm, auc:A-B two labels.
+An operand: 3.4, 3.4:Effusion (a label), 3.4@nih_test, 2.2-2.1, 3.3:Atelectasis+0.20, sd(ood),
+always_negative, 3.4:random (images referred at random). A metric a-b takes a and b of the same arm, auc:A-B
+two labels.
 """
 
 import argparse
@@ -48,8 +49,10 @@ STUDY5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion")
 SAW_TEST = {"3.1", "3.2", "3.1b", "3.2b"}
 SAW_REMARK = "3.1 and 3.2 saw 22,772 of the 25,596 NIH test images in pre-training, without labels"
 CLAIM = "id family place ours statement test metric testsets left right margin".split()
-VERDICT = ("id family place ours statement test metric testset left right margin verdict effect ci_low ci_high "
-           "p p_holm decided_by rank source remark").split()
+VERDICT = (
+    "id family place ours statement test metric testset left right margin verdict effect ci_low ci_high "
+    "p p_holm decided_by rank source remark"
+).split()
 TESTS = ("greater", "every", "not_every", "no_gain", "highest", "lowest", "no_winner", "most")
 ARM = r"[A-Za-z0-9_.]+(?:-\d+k)?"                     # 3.4, 0.1.7b, 4.2.1-100k
 OPERAND = re.compile(rf"(?P<arm>{ARM})(?::(?P<part>\w+))?(?:@(?P<testset>\w+))?(?:-(?P<minus>{ARM}))?"
@@ -130,7 +133,9 @@ def estimate(terms, offset=0.0):
     if not error > 1e-12:
         return Estimate(effect, np.nan, np.nan, np.nan, np.sqrt(added.sum()), np.sqrt(patients), freedom)
     margin, p = stdtrit(freedom, 0.975) * error, 2 * stdtr(freedom, -abs(effect) / error)
-    return Estimate(effect, effect - margin, effect + margin, p, np.sqrt(added.sum()), np.sqrt(patients), freedom)
+    return Estimate(
+        effect, effect - margin, effect + margin, p, np.sqrt(added.sum()), np.sqrt(patients), freedom
+    )
 
 
 def holm(p):
@@ -168,7 +173,9 @@ def read_csv(path, columns=(), dtype=str):
         frame = pd.read_csv(path, dtype=dtype, keep_default_na=False, low_memory=False, encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path") from None
-    except (OSError, UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as problem:
+    except (OSError, ValueError, csv.Error) as problem:           # pandas' errors are ValueErrors
+        if isinstance(problem, InputError):
+            raise
         raise InputError(f"{path} is no CSV table with a header row ({problem}); make it again") from None
     for place, name in enumerate(header, 1):
         if not name.strip():
@@ -204,7 +211,7 @@ class Numbers:
 
     def __init__(self, source):
         self.source, self.values, self.draws, self.printed = source, defaultdict(dict), defaultdict(dict), {}
-        self.sizes, self.drawn = {}, set()           # {dataset: (images, patients)}, (exp, dataset) of stand-ins
+        self.sizes, self.drawn = {}, set()  # {dataset: (images, patients)}, (exp, dataset) of stand-ins
 
     def add_four_label_means(self):
         """The mean over the study's labels but edema, which two test sets lack: auc_mean4."""
@@ -217,8 +224,12 @@ class Numbers:
                     numbers[exp, dataset, "4|auc_mean||"] = means
 
     def runs(self, exp, dataset, key):
-        """{seed: value} and {seed: draws} of an arm, whose recipe "a" has the plain name; empty if unknown."""
-        place = (exp, dataset, key) if (exp, dataset, key) in self.values else (exp.removesuffix("a"), dataset, key)
+        """{seed: value} and {seed: draws} of an arm, empty if unknown; recipe "a" has the plain name."""
+        place = (
+            (exp, dataset, key)
+            if (exp, dataset, key) in self.values
+            else (exp.removesuffix("a"), dataset, key)
+        )
         return self.values.get(place, {}), self.draws.get(place, {})
 
     def source_of(self, exp, dataset):
@@ -242,14 +253,16 @@ class Numbers:
 
 
 def read_runs(path, patterns):
-    """Numbers of metrics.csv and of draws.npz beside it, of experiments whose name is like one of `patterns`."""
+    """Numbers of metrics.csv and of draws.npz beside it, of experiments that are like one of `patterns`."""
     columns = "exp seed dataset labels metric variant label threshold value".split()
     frame = read_csv(path, columns)
     numbers, file = Numbers("our runs"), path.with_name("draws.npz")
     try:
         drawn = np.load(file)
     except (OSError, ValueError):
-        raise InputError(f"{file} is not there or unreadable; evaluate/metrics.py writes it with {path}") from None
+        raise InputError(
+            f"{file} is not there or unreadable; evaluate/metrics.py writes it with {path}"
+        ) from None
     if "stand_in" in frame:
         marked = frame[frame["stand_in"] != ""]
         numbers.drawn = set(zip(marked["exp"], marked["dataset"]))
@@ -268,7 +281,9 @@ def read_runs(path, patterns):
         try:
             values = dict(zip(keys, rows["value"].astype(float)))
         except ValueError as problem:
-            raise InputError(f"{path}: a value of exp {exp}, seed {seed}, {dataset} is no number ({problem})") from None
+            raise InputError(
+                f"{path}: a value of exp {exp}, seed {seed}, {dataset} is no number ({problem})"
+            ) from None
         for key in draws:
             numbers.values[exp, dataset, key][seed] = values[key]
             if draws[key].size:
@@ -288,7 +303,9 @@ def read_runs(path, patterns):
 def read_reported(folder):
     """Numbers of the author's published runs and of the printed tables."""
     numbers = Numbers("published runs")
-    for row in read_csv(folder / "raw_runs_auc.csv", "exp seed testset classes label auc".split()).itertuples():
+    for row in read_csv(
+        folder / "raw_runs_auc.csv", "exp seed testset classes label auc".split()
+    ).itertuples():
         mean = row.label == "mean"
         key = f"{row.classes}|auc_mean||" if mean else f"|auc|{row.label}|"
         if float(row.auc) > 0:                                          # 0.0 stands for "no positives"
@@ -394,7 +411,7 @@ def terms_of(claim, left, right, testset):
 
 
 def compare(numbers, terms, offset=0.0):
-    """(Estimate or None, remarks, sources) of the sum of sign * arm. An arm that is there twice is paired by run."""
+    """(Estimate or None, remarks, sources) of the sum of sign * arm; an arm there twice is paired by run."""
     by_exp, arms = defaultdict(list), []
     for sign, exp, dataset, key in terms:
         by_exp[exp].append((sign, dataset, key))
@@ -429,7 +446,9 @@ def compare(numbers, terms, offset=0.0):
 
 def compare_spreads(numbers, claim, testset):
     """Is the spread over runs larger on one test set? Mean over Table 2's arms of log(sd left / sd right)."""
-    sides = [re.fullmatch(r"sd\((\w+)\)", claim[side])[1].replace("ood", testset) for side in ("left", "right")]
+    sides = [
+        re.fullmatch(r"sd\((\w+)\)", claim[side])[1].replace("ood", testset) for side in ("left", "right")
+    ]
     ratios, sources, labels = [], set(), "4" if testset in ("vindr_test", "padchest") else "5"
     for exp in dict.fromkeys(read_csv(REPORTED / "table2.csv")["exp"]):
         for key in (f"{labels}|auc_mean||", "5|auc_mean||"):             # the same labels on both, if known
@@ -508,7 +527,7 @@ def clearness(comparison):
 
 
 def deciding(claim, comparisons):
-    """The comparison on which the verdict hangs, such as the least clear one of `every`; None without data."""
+    """The comparison that a verdict hangs on, such as the least clear one of `every`; None without data."""
     known = [comparison for comparison in comparisons if comparison.estimate]
     if not known or claim["test"] in ("no_winner", "most") and len(known) > 1:
         return None
@@ -518,7 +537,7 @@ def deciding(claim, comparisons):
 
 
 def rank_of(claim, comparisons):
-    """"2 of 6": rank of the left arm's point estimate among all arms of a `highest` or `lowest` on a test set."""
+    """Rank of the left arm's point estimate among all arms of a `highest` or `lowest`, as "2 of 6"."""
     known = [comparison.estimate.effect for comparison in comparisons if comparison.estimate]
     sign = {"highest": 1, "lowest": -1}.get(claim["test"])
     better = sum(sign * effect < 0 for effect in known) if sign else 0
@@ -590,10 +609,22 @@ def all_pairs(places):
                    for left, right in itertools.combinations(arms, 2)]
         adjusted = holm([result.p for *_, result in results])
         for (left, right, result), q in zip(results, adjusted):
-            rows.append({"dataset": dataset, **split(key), "left": left, "right": right, "effect": result.effect,
-                         "ci_low": result.low, "ci_high": result.high, "p": result.p, "p_holm": q,
-                         "se_runs": result.se_runs, "se_patients": result.se_patients,
-                         "freedom": result.freedom})
+            rows.append(
+                {
+                    "dataset": dataset,
+                    **split(key),
+                    "left": left,
+                    "right": right,
+                    "effect": result.effect,
+                    "ci_low": result.low,
+                    "ci_high": result.high,
+                    "p": result.p,
+                    "p_holm": q,
+                    "se_runs": result.se_runs,
+                    "se_patients": result.se_patients,
+                    "freedom": result.freedom,
+                }
+            )
     columns = "dataset labels metric label threshold left right effect ci_low ci_high p p_holm".split()
     return pd.DataFrame(rows, columns=columns + ["se_runs", "se_patients", "freedom"])
 
@@ -623,8 +654,19 @@ def two_arms(numbers, left, right):
             continue
         result, remarks, _ = compare(numbers, [(1, left, dataset, key), (-1, right, dataset, key)])
         arms = [numbers.arm(name, dataset, key).mean for name in (left, right)]
-        rows.append({"dataset": dataset, **split(key), left: arms[0], right: arms[1], "difference": result.effect,
-                     "ci_low": result.low, "ci_high": result.high, "p": result.p, "remark": "; ".join(remarks)})
+        rows.append(
+            {
+                "dataset": dataset,
+                **split(key),
+                left: arms[0],
+                right: arms[1],
+                "difference": result.effect,
+                "ci_low": result.low,
+                "ci_high": result.high,
+                "p": result.p,
+                "remark": "; ".join(remarks),
+            }
+        )
     if not rows:
         known = ", ".join(sorted({place[0] for place in numbers.values} - {"always_negative"})[:20])
         raise InputError(f"no metric is known of both '{left}' and '{right}'; there are {known}")
@@ -639,13 +681,17 @@ def main():
     given.add_argument("--reported", type=Path, nargs="?", const=REPORTED,
                        help="judge on the published and printed numbers (default folder: reported/ beside)")
     parser.add_argument("--exp", default="*", help="with --metrics: these experiments, as '3.4,4.*'")
-    parser.add_argument("--arms", nargs=2, metavar=("LEFT", "RIGHT"), help="compare these two, without claims")
+    parser.add_argument(
+        "--arms", nargs=2, metavar=("LEFT", "RIGHT"), help="compare these two, without claims"
+    )
     parser.add_argument("--claims", type=Path, default=REPORTED / "claims.csv", help="the findings to judge")
     parser.add_argument("--out", type=Path, help="folder for the CSVs (default: the terminal alone)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     try:
-        numbers = read_runs(args.metrics, args.exp.split(",")) if args.metrics else read_reported(args.reported)
+        numbers = (
+            read_runs(args.metrics, args.exp.split(",")) if args.metrics else read_reported(args.reported)
+        )
         tables = {}
         if args.arms:
             tables["two_arms"] = two_arms(numbers, *args.arms)
@@ -658,8 +704,9 @@ def main():
             last = tables["verdicts"].drop_duplicates("id", keep="last")             # over all test sets
             shown = last[["id", "statement", "testset", "verdict", "effect", "ci_low", "ci_high", "p_holm"]]
             print(shown.to_string(index=False, float_format="%.4f", na_rep="", max_colwidth=60))
+            marked = ", some of them stand-ins" if numbers.drawn else ""
             counts = ", ".join(f"{count} {name}" for name, count in last["verdict"].value_counts().items())
-            print(f"{len(last)} claims on {numbers.source}{', some of them stand-ins' * bool(numbers.drawn)}: {counts}")
+            print(f"{len(last)} claims on {numbers.source}{marked}: {counts}")
         for name, table in tables.items() if args.out else ():
             text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
             write(args.out / f"{name}.csv", lambda file: file.write(text))

@@ -5,18 +5,18 @@ domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819) where 
 definition, "corrected". To import: auc, auc_interval, delong, oracle_auc, mean_accuracy, subset_accuracy,
 fnr, calibration_error, ece. Comparing arms (intervals over runs, verdicts) is compare.py's.
 
-    python evaluate/metrics.py a.csv b.csv                          two models of yours, a table on the terminal
+    python evaluate/metrics.py a.csv b.csv                     two models of yours, a table on the terminal
     python evaluate/metrics.py runs/*/predictions/seed*/*.csv --out results/metrics.csv
 
 Reads   predictions: path, patient, true_<label> (1, 0, blank if unknown), prob_<label> (0 to 1), a row an
         image; sex, age, race if there, or from --manifest. A blank patient has no other image. "Pleural
-        Effusion" and other spellings become NIH's. Experiment, seed and test set: from runs/<exp>/predictions/
-        seed<k>/<test set>.csv, else the file's name, 0 and "test". nih_val.csv beside a file chooses
-        thresholds and a temperature; <test set>.json beside it may hold the mark "stand_in".
+        Effusion" and other spellings become NIH's. Experiment, seed and test set: from
+        runs/<exp>/predictions/seed<k>/<test set>.csv, else the file's name, 0 and "test". nih_val.csv beside
+        a file chooses thresholds and a temperature; <test set>.json beside it may hold the mark "stand_in".
 Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, threshold, value, ci_low, ci_high,
         stand_in. labels: what a mean is over: 14 (NIH's), 5 (at least four of the study's), all (if others).
         label: of one label; both blank: of whole images. threshold: of p > threshold, the share referred, or
-        a bin's lower edge. value: blank if undefined. <exp>-ensemble: the mean probability of an arm's runs.
+        a bin's lower edge. value: blank if undefined. <exp>-ensemble, no seed: mean probability of its runs.
         draws.npz beside it: for "exp/seed/dataset" float32 [rows, resamples], the values of a metric when
         patients are drawn with replacement, the same ones for every run; "exp/seed/dataset/rows": which.
 Cells that are unknown are left out of every metric; a label that no image knows is not scored.
@@ -62,8 +62,8 @@ def fail(message):
 
 
 # --------------------------------------------------------------------------------------------------- ranking
-# Throughout: y [n, K] is 1, 0, anything else is unknown; p float [n, K] in [0, 1]; a row is an image, a column
-# a label; NaN is undefined. The influence of an image is what a little more of its weight adds to a metric.
+# Throughout: y [n, K] is 1, 0, anything else is unknown; p float [n, K] in [0, 1]; a row is an image, a
+# column a label; NaN is undefined. Influence of an image: what a little more of its weight adds to a metric.
 
 def is_known(y):
     return (y == 1) | (y == 0)
@@ -164,7 +164,7 @@ def delong(y, p_left, p_right, patient=None):
 
 
 def average_precision(y, p):
-    """AUPRC (average precision) of one label and each image's influence on it, float [n]; NaN without positives.
+    """AUPRC (average precision) of one label and each image's influence on it, [n]; NaN without positives.
 
     The mean over positives of the precision at their score; a further image above a score changes it there.
     """
@@ -414,7 +414,7 @@ def temper(p, temperature):
 
 
 def fit_temperature(y, p):
-    """The temperature in 0.05-20 of least cross-entropy over all known cells (Guo et al., arXiv:1706.04599)."""
+    """The temperature in 0.05-20 of least cross-entropy on all known cells (Guo et al., arXiv:1706.04599)."""
     from scipy.optimize import minimize_scalar          # takes half a second and is not always needed
     y, p = y[is_known(y)], p[is_known(y)]
 
@@ -427,7 +427,7 @@ def fit_temperature(y, p):
 # ------------------------------------------------------------------------------------------- operating points
 
 def sensitivity_at(y, p, specificity):
-    """Highest sensitivity of p > t with at least that specificity per label, float [K]; NaN without a class."""
+    """Highest sensitivity of p > t with at least that specificity, per label [K]; NaN without a class."""
     values = np.full(y.shape[1], np.nan)
     for k in np.flatnonzero((y == 1).any(0) & (y == 0).any(0)):
         low = np.sort(p[y[:, k] == 0, k])
@@ -472,7 +472,9 @@ def read_csv(path, columns=(), dtype=str):
         frame = pd.read_csv(path, dtype=dtype, keep_default_na=False, low_memory=False, encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path") from None
-    except (OSError, UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as problem:
+    except (OSError, ValueError, csv.Error) as problem:           # pandas' errors are ValueErrors
+        if isinstance(problem, InputError):
+            raise
         raise InputError(f"{path} is no CSV table with a header row ({problem}); make it again") from None
     for place, name in enumerate(header, 1):
         if not name.strip():
@@ -571,8 +573,8 @@ def read_manifests(manifests):
     frame = pd.concat([read_csv(path, ["path"]) for path in manifests]).fillna("")
     people = people_of(frame).assign(path=frame["path"]).drop_duplicates().set_index("path")
     for path in people.index[people.index.duplicated()][:1]:
-        raise InputError(f"the manifests know two people for image '{path}'; give the one that the predictions "
-                         "were made from")
+        raise InputError(f"the manifests know two people for image '{path}'; give the one that the "
+                         "predictions were made from")
     if (people == "").all(axis=None):
         raise InputError(f"{manifests[0]} knows no sex, age or race of any image; leave --manifest out")
     return people
@@ -741,10 +743,10 @@ class Score:
                 if k == 0:
                     at_random = influence
                 untouched = (n - k) * (n - k - 1) / (n * (n - 1))           # share of the pairs, at random
-                self.put("random_referral_auc", 1 - untouched * (1 - plain), untouched * at_random, **where)
+                value = 1 - untouched * (1 - plain)
+                self.put("random_referral_auc", value, untouched * at_random, **where)
                 rejected = [ranked_auc(*column) for column in zip(y[left].T, level[:-2][left].T)]
                 self.put("rejection_auc", mean_over_labels(np.array(rejected)), **where)
-                self.put("referred", k / n, **where)
             for q, k in zip(FRACTIONS, paper):
                 where = {"labels": labels, "threshold": q, "variant": "paper"}
                 self.put("oracle_auc", mean_over_labels(values[k], "paper"), **where)
@@ -774,9 +776,9 @@ class Score:
         defined in every group that has any. A gap has no interval: resampling adds noise to every group,
         hence to the largest difference.
         """
-        youden = chosen[0]["youden"] if chosen else {}
         at = {f"@{t:g}": t for t in THRESHOLDS}
-        at["_youden"] = np.array([youden.get(label, np.nan) for label in self.labels])
+        if chosen:
+            at["_youden"] = np.array([chosen[0]["youden"].get(label, np.nan) for label in self.labels])
         for attribute in self.people:
             found = defaultdict(dict)                           # metric: {group: (values [K], influence)}
             for group in sorted(set(self.people[attribute]) - {""}):
@@ -788,7 +790,7 @@ class Score:
                 influences = [auc_influence(truth, level) for truth, level in ranks]
                 found["auc"][group] = areas, np.stack(influences, 1)
                 found["ece"][group] = ece_and_influence(y, self.p)
-                for suffix, t in list(at.items())[:len(at) - (not chosen)]:
+                for suffix, t in at.items():
                     for name, part in misses(y, self.p, t).items():
                         found[name + suffix][group] = part
             for metric, groups in found.items():
@@ -800,19 +802,12 @@ class Score:
         threshold = float(threshold) if threshold else ""
         values = np.array([value for value, _ in groups.values()])                  # [groups, K]
         shared = ~np.isnan(values[~np.isnan(values).all(1)]).any(0)    # a group of one image has no AUC
-        for group, (value, influence) in groups.items():
-            self.put_labels(f"{name}[{attribute}={group}]", value, influence, over=shared, threshold=threshold)
+        for group, part in groups.items():
+            self.put_labels(f"{name}[{attribute}={group}]", *part, over=shared, threshold=threshold)
         if len(groups) > 1:
-            self.put_labels(f"{name}_gap[{attribute}]", gap(values), over=shared, threshold=threshold)
-            for labels, columns in self.sets.items():
-                count = shared[columns].sum()
-                self.put(f"{name}_labels[{attribute}]", count, labels=labels, threshold=threshold)
-
-
-def gap(values):
-    """Largest minus smallest defined value along the first axis; NaN with fewer than two."""
-    span = np.fmax.reduce(values) - np.fmin.reduce(values)                  # which pass over NaN
-    return np.where(np.count_nonzero(~np.isnan(values), axis=0) > 1, span, np.nan)
+            span = np.fmax.reduce(values) - np.fmin.reduce(values)              # which pass over NaN
+            span[np.count_nonzero(~np.isnan(values), axis=0) < 2] = np.nan
+            self.put_labels(f"{name}_gap[{attribute}]", span, over=shared, threshold=threshold)
 
 
 def digest(test):
@@ -870,7 +865,7 @@ def score_set(exp, dataset, paths, validation, manifests, resamples):
         vals.append(val)
     if len(tests) > 1:
         val = average(vals) if None not in vals and len(set(map(digest, vals))) == 1 else None
-        results.append((f"{exp}-ensemble", "all", *score_file(average(tests), dataset, resamples, val)))
+        results.append((f"{exp}-ensemble", "", *score_file(average(tests), dataset, resamples, val)))
     return results, " ".join(sorted({read_mark(path) for path in paths.values()})).strip(), digest(tests[0])
 
 
@@ -890,17 +885,16 @@ def unlike(path, other):
 
 
 def summary(table):
-    """The means of every arm and test set as text, means over the runs; an interval is of one run."""
+    """Means over the runs of every arm and test set, as text; the intervals are those of single runs."""
     shown = table["metric"].isin(["auc_mean", "auprc", "brier", "ece", "fnr"]) & table["labels"].ne("")
     shown &= table["variant"].eq("corrected") & table["threshold"].isin(["", "0.5"])
-    by = ["exp", "dataset", "labels"]
-    means = table[shown].pivot_table("value", by, "metric", sort=False)
-    aucs = table[shown & table["metric"].eq("auc_mean")].groupby(by, sort=False)
+    means = table[shown].pivot_table("value", ["exp", "dataset", "labels"], "metric", sort=False)
+    aucs = table[shown & table["metric"].eq("auc_mean")].groupby(means.index.names, sort=False)
     means.insert(0, "runs", aucs.size())
     for end in ("ci_high", "ci_low"):
         means.insert(2, end, aucs[end].first().where(means["runs"] == 1))
-    return means.rename(columns={"fnr": "fnr at 0.5"}).reset_index().to_string(
-        index=False, float_format="%.4f", na_rep="")
+    means = means.rename(columns={"fnr": "fnr at 0.5"}).reset_index()
+    return means.to_string(index=False, float_format="%.4f", na_rep="")
 
 
 def run(args):
@@ -908,7 +902,9 @@ def run(args):
     if args.bootstrap < 0 or args.workers < 1:
         raise InputError("--bootstrap must be 0 or more, --workers 1 or more")
     if args.validation and len({path.parent for path in args.predictions}) > 1:
-        raise InputError(f"--validation {args.validation} belongs to one run; put nih_val.csv beside each file")
+        raise InputError(
+            f"--validation {args.validation} belongs to one run; put nih_val.csv beside the files"
+        )
     sets = defaultdict(dict)
     for path in args.predictions:
         exp, seed, dataset = identify(path, args)
@@ -919,7 +915,8 @@ def run(args):
             for key, paths in sets.items()]
     rows, resamples, first = [], {}, {}
     with ProcessPoolExecutor(args.workers, initializer=threadpool_limits, initargs=(1,)) as pool:
-        scored = (pool.map if args.workers > 1 else map)(score_set, *zip(*jobs))
+        apply = pool.map if args.workers > 1 else map
+        scored = apply(score_set, *zip(*jobs))
         for (_, dataset, paths, *_), (results, mark, checksum) in zip(jobs, scored):
             path = next(iter(paths.values()))
             other, expected = first.setdefault(dataset, (path, checksum))

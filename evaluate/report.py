@@ -1,4 +1,4 @@
-"""Put the study on one page: what was asked, what was run and the answers first, then tables, figures, claims.
+"""Put the study on one page: what was asked, what was run and the answers first, then tables and figures.
 
 A cell holds the mean over labels and runs (sd over runs), its 95 % interval and, where the paper has one, the
 printed number. Layout of "From pre-training to downstream performance: does domain-specific pre-training make
@@ -8,9 +8,10 @@ sense?" (Krones 2026, arXiv:2605.08819).
     python evaluate/report.py --metrics results/metrics.csv --out results --runs runs --predictions runs \\
         --verdicts results/verdicts.csv results/published/verdicts.csv
 
-Reads   metrics.csv; reported/ and report.template.html beside this script; if given: compare.py's verdicts.csv
-        with arms.csv, comparisons.csv and detectable.csv beside it, runs/<exp>/**/log.jsonl (learning curves)
-        and pretrain/*.png, <exp>/predictions/seed<k>/<test set>.csv (ROC, precision-recall, decision curve).
+Reads   metrics.csv; reported/ and report.template.html beside this script; if given: verdicts.csv
+        of compare.py with arms.csv, comparisons.csv, detectable.csv beside it, runs/<exp>/**/log.jsonl
+        (learning curves) and pretrain/*.png, <exp>/predictions/seed<k>/<test set>.csv (ROC, precision-recall
+        and decision curves).
 Writes  OUT/report.html and OUT/printed.html (the paper's tables), OUT/tables/*.csv and *.tex,
         OUT/figures/*.svg and *.png; the table of test sets on the terminal.
 Arms whose data are drawn carry the mark that metrics.csv has in its column stand_in at every number. Pictures
@@ -49,7 +50,11 @@ def options():
     add("--predictions", type=Path, help="folder with <exp>/predictions/, for the curves of one arm")
     add("--baseline", default="2.2", help="arm that the first figure subtracts (2.2)")
     add("--arm", default="3.4", help="arm of the ROC, precision-recall and decision curves (3.4)")
-    add("--with-pictures", action="store_true", help="embed pictures of MIMIC and VinDr; do not pass the page on")
+    add(
+        "--with-pictures",
+        action="store_true",
+        help="embed pictures of MIMIC and VinDr; do not pass the page on",
+    )
     add("--experiments", type=Path, help="experiments.yaml, for what each arm is (default: this project's)")
     add("--figure1", type=Path, help="Figure 1 of describe.py (default: figure1.* below OUT)")
     add("--title", default="Does domain-specific pre-training make sense?")
@@ -74,8 +79,13 @@ HERE = Path(__file__).resolve().parent
 REPORTED = HERE / "reported"
 COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high stand_in".split()
 KEY = ["exp", "dataset", "labels", "metric", "variant", "label", "threshold"]
-TEST_SETS = {"nih_test": "NIH", "vindr_test": "VinDr", "padchest": "PadChest", "chexpert_test": "CheXpert test",
-             "chexpert_valid": "CheXpert vali"}
+TEST_SETS = {
+    "nih_test": "NIH",
+    "vindr_test": "VinDr",
+    "padchest": "PadChest",
+    "chexpert_test": "CheXpert test",
+    "chexpert_valid": "CheXpert vali",
+}
 LABELS5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion")
 THRESHOLDS = ("0.1", "0.2", "0.3", "0.4", "0.5")
 REFERRALS = ("0", "0.05", "0.1", "0.15", "0.2", "0.25")
@@ -85,7 +95,7 @@ FURTHER = {"auprc": "AUPRC", "brier": "Brier score", "ece": "ECE", "adaptive_ece
            "sensitivity_at_specificity_0.9": "Sensitivity at specificity 0.9",
            "sensitivity_at_specificity_0.95": "at 0.95", "risk_coverage_area": "Area under risk–coverage"}
 LOW_IS_GOOD = re.compile("fnr|fpr|ece|brier|calibration|risk|gap")
-HEADLINES = ("A1", "A2", "B6", "C2", "E2", "D4", "F4", "I1", "N7")     # claims of the first screen, six at most
+HEADLINES = ("A1", "A2", "B6", "C2", "E2", "D4", "F4", "I1", "N7")  # claims of the first screen, six at most
 SAW_TEST = ("3.1", "3.2", "3.1b", "3.2b")
 FOOTNOTES = {"†": "pre-trained on 100,000 NIH images of which 22,772 are test images, without their labels"}
 CREDENTIALED = re.compile("mimic|vindr", re.IGNORECASE)
@@ -121,7 +131,9 @@ def read_csv(path, columns=(), dtype=str):
         frame = pd.read_csv(path, dtype=dtype, keep_default_na=False, low_memory=False, encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path") from None
-    except (OSError, UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as problem:
+    except (OSError, ValueError, csv.Error) as problem:           # pandas' errors are ValueErrors
+        if isinstance(problem, InputError):
+            raise
         raise InputError(f"{path} is no CSV table with a header row ({problem}); make it again") from None
     for place, name in enumerate(header, 1):
         if not name.strip():
@@ -161,27 +173,31 @@ def numbers(path, frame, columns):
     for name in columns:
         values = pd.to_numeric(frame[name], errors="coerce")
         for row in np.flatnonzero(values.isna() & ~frame[name].isin(["", "nan"]))[:1]:
-            raise InputError(f"{path} line {row + 2}: {name} is '{frame[name][row]}'; expected a number or nothing")
+            raise InputError(
+                f"{path} line {row + 2}: {name} is '{frame[name][row]}'; expected a number or nothing"
+            )
         frame[name] = values
     return frame
 
 
-# ------------------------------------------------------------------------------------------- the number in a cell
+# --------------------------------------------------------------------------------------- the number in a cell
 
 class Results:
     """metrics.csv by cell: mean over runs, sd, number of runs and interval, the last from arms.csv if given.
 
-    Variant "best" is the run with the best mean AUC (paper) on the evaluated images, as Tables 7 and 8 show it.
+    Variant "best" is the run with the best mean AUC (paper) on the evaluated images, as in Tables 7 and 8.
     """
 
     def __init__(self, path, arms=None):
         frame = numbers(path, read_csv(path, COLUMNS[:11]), ["value", "ci_low", "ci_high"])
-        numbers(path, frame[["threshold"]].copy(), ["threshold"])           # stays text, but has to be a number
+        numbers(path, frame[["threshold"]].copy(), ["threshold"])  # stays text, but has to be a number
         frame["stand_in"] = frame.get("stand_in", pd.Series("", frame.index)).fillna("")
         for row in np.flatnonzero(frame.duplicated([*KEY, "seed"]))[:1]:
             line = frame.loc[row]
-            raise InputError(f"{path} line {row + 2}: {line['metric']} of exp {line['exp']}, seed {line['seed']} on "
-                             f"{line['dataset']} stands there a second time; remove one of the two rows")
+            raise InputError(
+                f"{path} line {row + 2}: {line['metric']} of exp {line['exp']}, seed {line['seed']} on "
+                f"{line['dataset']} stands there a second time; remove one of the two rows"
+            )
         self.frame = frame
         groups = frame.groupby(KEY, sort=False)
         cells = groups.agg(value=("value", "mean"), sd=("value", "std"), runs=("value", "count"),
@@ -201,7 +217,9 @@ class Results:
         means = self.frame.query("metric == 'auc_mean' and variant == 'paper' and labels != '14'")
         best = means.loc[means.groupby(["exp", "dataset"])["value"].idxmax(), ["exp", "dataset", "seed"]]
         rows = self.frame.merge(best, on=["exp", "dataset", "seed"])
-        rows = rows.sort_values("variant", ascending=False).drop_duplicates([n for n in KEY if n != "variant"])
+        rows = rows.sort_values("variant", ascending=False).drop_duplicates(
+            [n for n in KEY if n != "variant"]
+        )
         rows = rows.assign(variant="best", sd=np.nan, runs=1)              # "paper" where it differs
         return rows.set_index(KEY)[["value", "sd", "runs", "ci_low", "ci_high", "seed"]].to_dict("index")
 
@@ -218,7 +236,9 @@ class Results:
 
     def cell(self, place, printed):
         """What one table cell shows, a dict; place: a dict with some of KEY; printed: {key: text}."""
-        key = tuple({"labels": "", "variant": "corrected", "label": "", "threshold": "", **place}[n] for n in KEY)
+        key = tuple(
+            {"labels": "", "variant": "corrected", "label": "", "threshold": "", **place}[n] for n in KEY
+        )
         found = self.cells.get(key)
         mark = "°" if (key[0], key[1]) in self.marks else ""
         mark += "†" if key[1] == "nih_test" and key[0].removesuffix("-ensemble") in SAW_TEST else ""
@@ -263,14 +283,29 @@ def printed_numbers():
         put(row.exp, "chexpert_valid", "5", PRINTED_METRICS[row.metric], row.value, variant="best",
             threshold=row.threshold)
     for row in read_csv(REPORTED / "table8.csv").itertuples():
-        put(row.exp, "chexpert_valid", "5", "oracle_auc", row.oracle_auc, variant="best", threshold=row.referred)
+        put(
+            row.exp,
+            "chexpert_valid",
+            "5",
+            "oracle_auc",
+            row.oracle_auc,
+            variant="best",
+            threshold=row.referred,
+        )
     return found
 
 
 def arm_names(experiments, exps):
     """{exp: what it is in a few words}, of the study's grid, else of experiments.yaml."""
-    words = {"Random": "random", "ImageNet1k": "ImageNet", "Supervised": "supervised", "Self-supervised": "GMML",
-             "None": "", "MIMIC-IV-CXR": "MIMIC", "NIH ChestX-ray": "NIH"}
+    words = {
+        "Random": "random",
+        "ImageNet1k": "ImageNet",
+        "Supervised": "supervised",
+        "Self-supervised": "GMML",
+        "None": "",
+        "MIMIC-IV-CXR": "MIMIC",
+        "NIH ChestX-ray": "NIH",
+    }
     names = {}
     for row in read_csv(REPORTED / "table1.csv").itertuples():
         parts = [words.get(part, part) for part in (row.strategy, row.pretraining_dataset)]
@@ -294,14 +329,16 @@ def arm_names(experiments, exps):
 def make_table(results, printed, number, title, note, heads, rows, columns):
     """One table of the page; None without a measured cell.
 
-    Args: heads: of the left columns; rows: [(left texts, place)]; columns: [(head, place)]; place: a dict with
-        some of KEY. Only rows and columns with a number are kept.
+    Args: heads: of the left columns; rows: [(left texts, place)]; columns: [(head, place)]; place: a dict
+        with some of KEY. Only rows and columns with a number are kept.
     """
     body = []
     for lead, place in rows:
         cells = [results.cell({**place, **column}, printed) for _, column in columns]
         if any(cell["text"] for cell in cells):
-            body.append({"lead": lead, "cells": cells, "of": place.get("metric", columns[0][1].get("metric", ""))})
+            body.append(
+                {"lead": lead, "cells": cells, "of": place.get("metric", columns[0][1].get("metric", ""))}
+            )
     filled = [any(row["cells"][n]["text"] for row in body) for n in range(len(columns))]
     columns = [column for column, some in zip(columns, filled) if some]
     for row in body:
@@ -324,52 +361,126 @@ def table_specs(results):
     single = [exp for exp in results.exps if not exp.endswith("-ensemble")]
     labels = {name: results.labels_of(name) for name in results.datasets}
     mean = {"metric": "auc_mean"}
-    sets = [("NIH, 14 labels", {**mean, "dataset": "nih_test", "labels": "14"})] if "nih_test" in labels else []
-    sets += [(TEST_SETS.get(name, name), {**mean, "dataset": name, "labels": labels[name]}) for name in labels]
+    sets = (
+        [("NIH, 14 labels", {**mean, "dataset": "nih_test", "labels": "14"})] if "nih_test" in labels else []
+    )
+    sets += [
+        (TEST_SETS.get(name, name), {**mean, "dataset": name, "labels": labels[name]}) for name in labels
+    ]
     four = " VinDr and PadChest have no edema: four labels." * bool({"vindr_test", "padchest"} & set(labels))
-    yield ("sites", "2", "AUC on each test set", "Mean over labels and runs. NIH is in distribution, the others "
-           "are not." + four, ["Arm"], arms, sets)
+    yield (
+        "sites",
+        "2",
+        "AUC on each test set",
+        "Mean over labels and runs. NIH is in distribution, the others " "are not." + four,
+        ["Arm"],
+        arms,
+        sets,
+    )
     name = "chexpert_valid" if "chexpert_valid" in labels else results.datasets[0]
     here, at = {"dataset": name, "labels": labels[name]}, f", {TEST_SETS.get(name, name)}"
     yield ("diseases", "3", "AUC of each disease" + at, "Mean over runs.", ["Arm"], arms,
            [(label, {"dataset": name, "metric": "auc", "label": label}) for label in results.diseases(name)])
     thresholds = [(t, {**here, "threshold": t}) for t in THRESHOLDS]
-    decisions = {"mean_accuracy": "Mean accuracy", "subset_accuracy": "Subset accuracy", "fnr": "FNR", "fpr": "FPR"}
-    yield ("thresholds", "7", "By decision threshold" + at, "Means over labels and runs. Always answering negative "
-           "has mean accuracy {} and subset accuracy {} here.".format(*(
-               results.cell({**here, "exp": results.exps[0], "metric": f"always_negative_{kind}accuracy"}, {})["text"]
-               or "unknown" for kind in ("", "subset_"))), ["Arm", "Metric"],
-           [([exp, head], {"exp": exp, "metric": metric}) for metric, head in decisions.items()
-            for exp in single], thresholds)
+    decisions = {
+        "mean_accuracy": "Mean accuracy",
+        "subset_accuracy": "Subset accuracy",
+        "fnr": "FNR",
+        "fpr": "FPR",
+    }
+    yield (
+        "thresholds",
+        "7",
+        "By decision threshold" + at,
+        "Means over labels and runs. Always answering negative "
+        "has mean accuracy {} and subset accuracy {} here.".format(
+            *(
+                results.cell(
+                    {**here, "exp": results.exps[0], "metric": f"always_negative_{kind}accuracy"}, {}
+                )["text"]
+                or "unknown"
+                for kind in ("", "subset_")
+            )
+        ),
+        ["Arm", "Metric"],
+        [
+            ([exp, head], {"exp": exp, "metric": metric})
+            for metric, head in decisions.items()
+            for exp in single
+        ],
+        thresholds,
+    )
     best = "the run with the best AUC on these very images, as the paper shows it, by the paper's definitions"
-    yield ("thresholds", "7p", "By decision threshold, as printed" + at, f"Of each arm {best}.", ["Arm", "Metric"],
-           [([exp, head], {"exp": exp, "metric": metric, "variant": "best"})
-            for head, metric in PRINTED_METRICS.items() for exp in single], thresholds)
+    yield (
+        "thresholds",
+        "7p",
+        "By decision threshold, as printed" + at,
+        f"Of each arm {best}.",
+        ["Arm", "Metric"],
+        [
+            ([exp, head], {"exp": exp, "metric": metric, "variant": "best"})
+            for head, metric in PRINTED_METRICS.items()
+            for exp in single
+        ],
+        thresholds,
+    )
     referrals = [(q, {**here, "threshold": q}) for q in REFERRALS]
     oracle = {"oracle_auc": "uncertain", "random_referral_auc": "at random", "rejection_auc": "left out"}
-    yield ("thresholds", "8", "AUC by share of images referred" + at, "Oracle AUC: the most uncertain images are "
-           "answered by an expert; as many at random; or they are left out.", ["Arm", "Referred"],
-           [([exp, head], {"exp": exp, "metric": metric}) for metric, head in oracle.items()
-            for exp in single], referrals)
-    yield ("thresholds", "8p", "Oracle AUC, as printed" + at, f"Of each arm {best}. The paper's shares add up: its "
-           "0.05 … 0.25 are about 0.05, 0.15, 0.30, 0.50 and 0.75.", ["Arm"],
-           [([exp], {"exp": exp, "metric": "oracle_auc", "variant": "best"}) for exp in single], referrals)
-    yield ("calibration", "A", "Calibration and further metrics" + at, "Means over labels and runs.", ["Arm"], arms,
-           [(head, {**here, "metric": metric}) for metric, head in FURTHER.items()])
+    yield (
+        "thresholds",
+        "8",
+        "AUC by share of images referred" + at,
+        "Oracle AUC: the most uncertain images are "
+        "answered by an expert; as many at random; or they are left out.",
+        ["Arm", "Referred"],
+        [([exp, head], {"exp": exp, "metric": metric}) for metric, head in oracle.items() for exp in single],
+        referrals,
+    )
+    yield (
+        "thresholds",
+        "8p",
+        "Oracle AUC, as printed" + at,
+        f"Of each arm {best}. The paper's shares add up: its "
+        "0.05 … 0.25 are about 0.05, 0.15, 0.30, 0.50 and 0.75.",
+        ["Arm"],
+        [([exp], {"exp": exp, "metric": "oracle_auc", "variant": "best"}) for exp in single],
+        referrals,
+    )
+    yield (
+        "calibration",
+        "A",
+        "Calibration and further metrics" + at,
+        "Means over labels and runs.",
+        ["Arm"],
+        arms,
+        [(head, {**here, "metric": metric}) for metric, head in FURTHER.items()],
+    )
     yield from group_specs(results, labels, single)
     keys = {"4": r"0\.1\.\d[ab]?", "5": r"(3\.[12]|0\.2\.\d)b?", "6": r"4\.\d\.\d-\d+k"}
     titles = {"4": "Backbones and strategies of the literature", "5": "Training options",
               "6": "Number of pre-training images"}
     for number, key in keys.items():
         rows = [row for row in arms if re.fullmatch(key, row[0][0])]
-        yield ("size", number, titles[number], "NIH test, mean AUC over 14 labels and runs. b: fine-tuned by recipe "
-               "b.", ["Arm"], rows, sets[:1])
+        yield (
+            "size",
+            number,
+            titles[number],
+            "NIH test, mean AUC over 14 labels and runs. b: fine-tuned by recipe " "b.",
+            ["Arm"],
+            rows,
+            sets[:1],
+        )
 
 
 def group_specs(results, labels, arms):
     """Tables of the metrics by sex, age band and race, a test set and a metric each."""
     metrics = {"auc": "AUC", "fnr": "FNR (underdiagnosis)", "fpr": "FPR", "ece": "ECE"}
-    found = results.frame["metric"].str.extract(r"^([a-z]+(?:_youden)?)\[(\w+)=(.+)\]$").dropna().drop_duplicates()
+    found = (
+        results.frame["metric"]
+        .str.extract(r"^([a-z]+(?:_youden)?)\[(\w+)=(.+)\]$")
+        .dropna()
+        .drop_duplicates()
+    )
     groups = sorted({(attribute, group) for _, attribute, group in found.itertuples(index=False)})
     youden = "_youden" if "fnr_youden" in set(found[0]) else ""
     for name in results.datasets:
@@ -382,10 +493,22 @@ def group_specs(results, labels, arms):
                         for attribute in dict.fromkeys(attribute for attribute, _ in groups)]
             place = {"dataset": name, "labels": labels[name],
                      "threshold": threshold if metric in ("fnr", "fpr") else ""}
-            rule = " At Youden's thresholds of validation." if suffix else " At 0.5." if place["threshold"] else ""
-            yield ("groups", "B", f"{head} by group, {TEST_SETS.get(name, name)}", "Means over the labels that all "
-                   "groups have, and over runs. Gap: worst to best group; it grows with the noise of small "
-                   "groups." + rule, ["Arm"], [([exp], {**place, "exp": exp}) for exp in arms], columns)
+            rule = (
+                " At Youden's thresholds of validation."
+                if suffix
+                else " At 0.5." if place["threshold"] else ""
+            )
+            yield (
+                "groups",
+                "B",
+                f"{head} by group, {TEST_SETS.get(name, name)}",
+                "Means over the labels that all "
+                "groups have, and over runs. Gap: worst to best group; it grows with the noise of small "
+                "groups." + rule,
+                ["Arm"],
+                [([exp], {**place, "exp": exp}) for exp in arms],
+                columns,
+            )
 
 
 def as_frame(table):
@@ -394,7 +517,7 @@ def as_frame(table):
     return pd.DataFrame(rows, columns=[*table["heads"], *table["columns"]])
 
 
-# --------------------------------------------------------------------------------------------- the first screen
+# ------------------------------------------------------------------------------------------- the first screen
 
 def set_name(name):
     return TEST_SETS.get(name, name)
@@ -418,7 +541,10 @@ def headlines(verdicts):
     for key in ids[:5]:
         whole = claims[claims["id"] == key].iloc[-1]
         rows = claims[(claims["id"] == key) & (claims["testset"] != "all")].to_dict("records")
-        counts = {word: sum(row["verdict"] == word for row in rows) for word in ("holds", "contradicted", "undecided")}
+        counts = {
+            word: sum(row["verdict"] == word for row in rows)
+            for word in ("holds", "contradicted", "undecided")
+        }
         said = ", ".join(f"{word} on {count}" for word, count in counts.items() if count)
         sets = f" of {len(rows)} test sets" if len(rows) > 1 else f" {set_name(rows[0]['testset'])}"
         said = said + sets if len(rows) > 1 else said.removesuffix(" 1") + sets
@@ -429,7 +555,7 @@ def headlines(verdicts):
 
 
 def differences(pairs, baseline, labels):
-    """{exp: {dataset: (effect, low, high)}} of every arm less the baseline, in mean AUC; labels: {dataset: set}."""
+    """{exp: {dataset: (effect, low, high)}}, mean AUC less the baseline's; labels: {dataset: label set}."""
     found = {}
     for row in pairs[pairs["metric"] == "auc_mean"].itertuples():
         if baseline in (row.left, row.right) and labels.get(row.dataset) == row.labels:
@@ -519,8 +645,11 @@ def line_figure(results, panels, names, path):
 
 def pooled_bins(results, dataset):
     """Reliability bins of all labels and runs together, a row an arm and bin: images, sum of p, positives."""
-    rows = results.frame[(results.frame["dataset"] == dataset) & ~results.frame["exp"].str.endswith("-ensemble")
-                         & results.frame["metric"].str.startswith("reliability_")]
+    rows = results.frame[
+        (results.frame["dataset"] == dataset)
+        & ~results.frame["exp"].str.endswith("-ensemble")
+        & results.frame["metric"].str.startswith("reliability_")
+    ]
     bins = rows.assign(threshold=rows["threshold"].astype(float)).pivot(
         index=["exp", "seed", "threshold", "label"], columns="metric", values="value").fillna(0)
     images = bins.get("reliability_images", pd.Series(dtype=float))
@@ -559,8 +688,8 @@ def net_benefit(y, flagged, threshold):
 
 
 def decision_figure(folder, exp, dataset, path):
-    """ROC, precision-recall and decision curves (net benefit, mean over labels) of one arm on one test set, by
-    the mean probability of its runs; None without its predictions.
+    """ROC, precision-recall and decision curves (net benefit, mean over labels) of one arm on one test set,
+    by the mean probability of its runs; None without its predictions.
     """
     files = sorted(folder.glob(f"{exp}/predictions/seed*/{dataset}.csv"))
     if not files:
@@ -614,8 +743,11 @@ def read_logs(runs):
 
 def learning_figure(logs, path):
     """Pre-training loss, fine-tuning loss and validation AUC: mean over runs, band from lowest to highest."""
-    panels = (("pretrain", "loss", "step", "pre-training loss / its first value"),
-              ("finetune", "loss", "epoch", "fine-tuning loss"), ("finetune", "val_auc", "epoch", "validation AUC"))
+    panels = (
+        ("pretrain", "loss", "step", "pre-training loss / its first value"),
+        ("finetune", "loss", "epoch", "fine-tuning loss"),
+        ("finetune", "val_auc", "epoch", "validation AUC"),
+    )
     figure, axes = plt.subplots(1, 3, figsize=(11.5, 4.2), layout="constrained")
     exps, handles = sorted({exp for exp, _ in logs}, key=natural), {}
     for axis, (part, column, x, title) in zip(axes, panels):
@@ -653,11 +785,17 @@ def size_figure(results, printed, path):
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     measured = False
     for place, (exp, name) in enumerate(strategies.items()):
-        places = [{"exp": f"{exp}-{size}", "dataset": "nih_test", "labels": "14", "metric": "auc_mean"} for size in sizes]
+        places = [
+            {"exp": f"{exp}-{size}", "dataset": "nih_test", "labels": "14", "metric": "auc_mean"}
+            for size in sizes
+        ]
         cells = [results.cell(where, printed) for where in places]
         measured |= any(cell["text"] for cell in cells)
         axis.plot(sizes, [cell["value"] for cell in cells], label=name, **look(place))
-        theirs = [float(printed[where["exp"], "nih_test", "14", "auc_mean", "corrected", "", ""][:6]) for where in places]
+        theirs = [
+            float(printed[where["exp"], "nih_test", "14", "auc_mean", "corrected", "", ""][:6])
+            for where in places
+        ]
         axis.plot(sizes, theirs, **{**look(place), "linestyle": ":", "markerfacecolor": "none"})
     axis.set(xlabel="pre-training images", ylabel="AUC, NIH test, 14 labels")
     axis.legend(fontsize=8)
@@ -692,11 +830,17 @@ def compose(args):
     results, printed = Results(args.metrics, arms), printed_numbers()
     names = arm_names(args.experiments or HERE.parent / "experiments.yaml", results.exps)
     figures = args.out / "figures"
-    tables = [(spec[0], table) for spec in table_specs(results) if (table := make_table(results, printed, *spec[1:]))]
+    tables = [
+        (spec[0], table)
+        for spec in table_specs(results)
+        if (table := make_table(results, printed, *spec[1:]))
+    ]
     sources = [read_csv(path, ["id", "testset", "verdict", "effect", "ci_low", "ci_high", "source"])
                for path in args.verdicts]
     ours = sources[0] if sources else None
-    main_sets = [name for name in results.datasets if name in TEST_SETS and name != "nih_val"] or results.datasets
+    main_sets = [
+        name for name in results.datasets if name in TEST_SETS and name != "nih_val"
+    ] or results.datasets
     page = {"title": args.title, "note": args.note, "names": names, "tables": tables, "printed_page": False,
             "set_names": {name: set_name(name) for name in main_sets}, "footnotes": dict(FOOTNOTES),
             "marks": sorted(set(results.marks.values()))}
@@ -707,13 +851,23 @@ def compose(args):
     seeds = results.frame[results.frame["exp"].isin(plain)].drop_duplicates(["exp", "seed"])
     page |= {"exps": plain, "models": len(seeds), "not_run": [exp for exp in grid if exp not in plain],
              "sentences": headlines(ours) if ours is not None else []}
-    pairs = beside(args.verdicts[:1], "comparisons.csv", "dataset labels metric left right effect ci_low ci_high".split())
+    pairs = beside(
+        args.verdicts[:1], "comparisons.csv", "dataset labels metric left right effect ci_low ci_high".split()
+    )
     baseline = args.baseline if args.baseline in plain else plain[0]
     labels = {name: results.labels_of(name) for name in main_sets}
     found = differences(pairs, baseline, labels) if pairs is not None else {}
     page["baseline"] = baseline
-    page["first"] = [difference_figure(found, names, baseline, main_sets, figures / f"differences_{kind}", kind == "narrow")
-                     for kind in ("wide", "narrow")] if found else []
+    page["first"] = (
+        [
+            difference_figure(
+                found, names, baseline, main_sets, figures / f"differences_{kind}", kind == "narrow"
+            )
+            for kind in ("wide", "narrow")
+        ]
+        if found
+        else []
+    )
     page["claims"] = claim_rows(ours) if ours is not None else []
     page["elsewhere"] = {row["id"]: row["cells"]["all"] for frame in sources[1:] for row in claim_rows(frame)}
     dataset = "chexpert_valid" if "chexpert_valid" in main_sets else main_sets[0]
@@ -723,7 +877,9 @@ def compose(args):
     for title, metric, x_label, ticks in (("(b) Subset accuracy", "subset_accuracy", "threshold", THRESHOLDS),
                                           ("(c) FNR", "fnr", "threshold", THRESHOLDS),
                                           ("(d) Oracle AUC", "oracle_auc", "share referred", REFERRALS)):
-        panels.append((title, x_label, [(tick, {**here, "metric": metric, "threshold": tick}) for tick in ticks]))
+        panels.append(
+            (title, x_label, [(tick, {**here, "metric": metric, "threshold": tick}) for tick in ticks])
+        )
     arm = args.arm if args.arm in plain else plain[-1]
     curves = args.predictions and decision_figure(args.predictions, arm, dataset, figures / "curves")
     logs = read_logs(args.runs) if args.runs else {}

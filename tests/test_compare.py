@@ -1,4 +1,4 @@
-"""evaluate/compare.py against SciPy, simulation, loops and constructed arms; the claims and errata of the paper."""
+"""evaluate/compare.py against SciPy, simulation, loops and constructed arms; the claims of the paper."""
 
 import itertools
 import sys
@@ -30,8 +30,13 @@ def test_two_arms_without_resamples_are_compared_by_welchs_test():
 
 def test_printed_cells_are_compared_by_welchs_test_of_mean_sd_and_n():
     numbers = compare.Numbers("published runs")
-    numbers.printed = {("a", "s", "5|auc_mean||"): (0.81, 0.002, 5), ("b", "s", "5|auc_mean||"): (0.80, 0.009, 3)}
-    found, remarks, sources = compare.compare(numbers, [(1, "a", "s", "5|auc_mean||"), (-1, "b", "s", "5|auc_mean||")])
+    numbers.printed = {
+        ("a", "s", "5|auc_mean||"): (0.81, 0.002, 5),
+        ("b", "s", "5|auc_mean||"): (0.80, 0.009, 3),
+    }
+    found, remarks, sources = compare.compare(
+        numbers, [(1, "a", "s", "5|auc_mean||"), (-1, "b", "s", "5|auc_mean||")]
+    )
     expected = stats.ttest_ind_from_stats(0.81, 0.002, 5, 0.80, 0.009, 3, equal_var=False)
     assert found.p == pytest.approx(expected.pvalue) and remarks == ["seeds only"] and sources == {"printed"}
 
@@ -56,7 +61,9 @@ def test_the_parts_of_the_error_are_those_of_runs_and_patients():
     counts = rng.multinomial(patients, [1 / patients] * patients, size=800) / patients
     found = compare.estimate([(1, compare.make_arm(scores.mean(1), scores @ counts.T))])
     assert found.se_patients == pytest.approx(common.std() / np.sqrt(patients), rel=0.1)
-    assert found.se_runs == pytest.approx(0.05 / np.sqrt(runs), rel=0.4)      # s^2 less 4 / 300 from run x patient
+    assert found.se_runs == pytest.approx(
+        0.05 / np.sqrt(runs), rel=0.4
+    )  # s^2 less 4 / 300 from run x patient
     assert found.high - found.effect == pytest.approx(
         stats.t.ppf(0.975, found.freedom) * np.hypot(found.se_runs, found.se_patients))
     assert found.p == pytest.approx(
@@ -64,7 +71,7 @@ def test_the_parts_of_the_error_are_those_of_runs_and_patients():
 
 
 def coverage(runs, spread, arms, simulations=1200):
-    """Share of simulated 95 % intervals that hold 0. spread: sd of a run's effect; patients' parts are fixed."""
+    """Share of simulated 95 % intervals that hold 0; spread: sd of a run's effect."""
     rng, hits, patients = np.random.default_rng(runs), 0, 60
     for _ in range(simulations):
         counts = rng.multinomial(patients, [1 / patients] * patients, size=200) / patients
@@ -96,7 +103,9 @@ def test_an_arm_of_one_run_is_judged_by_patients_and_says_so():
     assert np.isnan(compare.estimate([(1, compare.make_arm([0.8]))]).p)          # nothing is known
     numbers = compare.Numbers("our runs")
     numbers.values["a", "s", "k"], numbers.draws["a", "s", "k"] = {"0": 0.8}, {"0": draws[0]}
-    assert compare.compare(numbers, [(1, "a", "s", "k")])[1] == ["an arm has one run, whose spread is unknown"]
+    assert compare.compare(numbers, [(1, "a", "s", "k")])[1] == [
+        "an arm has one run, whose spread is unknown"
+    ]
 
 
 def test_holm_is_the_step_down_loop_and_absent_comparisons_count():
@@ -122,7 +131,7 @@ SETS = ("nih_test", "vindr_test")
 
 
 def world(**arms):
-    """Numbers with five runs an arm: {arm: mean on each set}; sd 0.001, so 0.02 apart is clear, 0.0005 is not."""
+    """Numbers with five runs an arm: {arm: mean on each set}; sd 0.001: 0.02 apart is clear, 0.0005 not."""
     numbers = compare.Numbers("our runs")
     for exp, means in arms.items():
         for testset, mean in zip(SETS, means):
@@ -132,7 +141,9 @@ def world(**arms):
     return numbers
 
 
-def verdict(numbers, test, left, right, margin="", metric="auc_mean5", sets=" ".join(SETS), family="F", more=()):
+def verdict(
+    numbers, test, left, right, margin="", metric="auc_mean5", sets=" ".join(SETS), family="F", more=()
+):
     claim = dict(id="1", family=family, place="", ours="0", statement="", test=test, metric=metric,
                  testsets=sets, left=left, right=right, margin=margin)
     table = compare.verdicts([claim, *more], numbers)
@@ -171,7 +182,7 @@ def test_no_gain_asks_every_upper_limit_to_lie_below_the_margin():
     half = stats.t.ppf(0.975, 8) * np.sqrt(2 * np.var([-0.0012, 0.0012, 0, 0.0006, -0.0006], ddof=1) / 5)
     assert overall(numbers, "no_gain", "a", "b", margin=half * 1.001) == "holds"
     assert overall(numbers, "no_gain", "a", "b", margin=half * 0.999) == "undecided"
-    assert overall(numbers, "no_gain", "a|d", "b", margin=0.5) == "contradicted"        # clearly greater on NIH
+    assert overall(numbers, "no_gain", "a|d", "b", margin=0.5) == "contradicted"  # clearly greater on NIH
     table = verdict(numbers, "no_gain", "a|c", "b", margin="0.5")
     assert table.verdict["all"] == "contradicted" and table.decided_by["all"] == "c - b, nih_test"
 
@@ -211,7 +222,7 @@ def test_most_is_more_than_half_of_the_arms():
 
 
 def test_a_verdict_does_not_depend_on_which_other_arms_exist():
-    """Holm counts the comparisons of the family that cannot be made: p = 0.03 alone is not clear beside two."""
+    """Holm counts the family's comparisons that cannot be made: p = 0.03 alone is not clear beside two."""
     numbers = world(a=(0.8217, None), b=(0.82, None))
     claim = dict(numbers=numbers, test="greater", left="a", right="b", sets="nih_test")
     alone = verdict(**claim)
@@ -278,10 +289,10 @@ def test_claims_on_the_published_numbers(judged):
     one = judged[(judged.id == "A1")].set_index("testset")
     assert one.verdict.to_dict() == {**dict.fromkeys(one.index, "holds")}
     assert one.effect["nih_test"] == pytest.approx(0.8198 - 0.8052, abs=2e-4)
-    measured = judged[judged.effect.notna() & (judged.family != "H")]           # H is about spreads themselves
+    measured = judged[judged.effect.notna() & (judged.family != "H")]  # H is about spreads themselves
     assert measured.remark.str.contains("seeds only").all()
     assert last["rank"]["N1s"] == "4 of 6" and last["rank"]["N6"] == "1 of 12"
-    undecided = last.loc["N9"]                                          # one printed run: an effect, no spread
+    undecided = last.loc["N9"]  # one printed run: an effect, no spread
     assert undecided.effect == pytest.approx(0.7545 - 0.72378, abs=1e-4) and np.isnan(undecided.ci_low)
 
 
@@ -321,7 +332,9 @@ def test_two_arms_are_compared_without_claims(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     run_here(compare, monkeypatch, "--metrics", path, "--arms", "good", "bad")
     line = next(line for line in capsys.readouterr().out.splitlines() if "auc_mean" in line)
-    values = pd.read_csv(path).query("metric == 'auc_mean' and variant == 'corrected'").groupby("exp").value.mean()
+    values = (
+        pd.read_csv(path).query("metric == 'auc_mean' and variant == 'corrected'").groupby("exp").value.mean()
+    )
     assert f"{values['good']:.4f}" in line and f"{values['bad']:.4f}" in line
     assert f"{values['good'] - values['bad']:.4f}" in line
     with np.load(tmp_path / "draws.npz") as file:
@@ -329,7 +342,9 @@ def test_two_arms_are_compared_without_claims(tmp_path, monkeypatch, capsys):
         pooled = [np.mean([file[f"{exp}/{seed}/nih_test"][place] for seed in range(3)], 0, dtype=float)
                   for exp in ("good", "bad")]
     run_here(compare, monkeypatch, "--metrics", path, "--out", tmp_path / "out")
-    pairs = pd.read_csv(tmp_path / "out/comparisons.csv").query("label.isna() and left == 'good' and right == 'bad'")
+    pairs = pd.read_csv(tmp_path / "out/comparisons.csv").query(
+        "label.isna() and left == 'good' and right == 'bad'"
+    )
     assert pairs.se_patients.iloc[0] == pytest.approx(np.std(pooled[0] - pooled[1]), rel=1e-4)
     assert (pairs.ci_low.iloc[0] > 0) and pairs.p.iloc[0] < 0.05
 
@@ -339,10 +354,22 @@ def test_every_metric_with_resamples_has_an_interval_over_runs_and_patients(tmp_
     run_here(compare, monkeypatch, "--metrics", path, "--out", tmp_path / "out", "--exp", "3.*")
     arms = pd.read_csv(tmp_path / "out/arms.csv")
     assert set(arms.exp) == {"3.4", "3.4-ensemble"}
-    means = arms[(arms.exp == "3.4") & arms.label.isna()].fillna({"threshold": -1}).set_index(["metric", "threshold"])
-    for metric, threshold in (("auprc", -1), ("ece", -1), ("fnr", 0.3), ("subset_accuracy", 0.5), ("oracle_auc", 0.1)):
+    means = (
+        arms[(arms.exp == "3.4") & arms.label.isna()]
+        .fillna({"threshold": -1})
+        .set_index(["metric", "threshold"])
+    )
+    for metric, threshold in (
+        ("auprc", -1),
+        ("ece", -1),
+        ("fnr", 0.3),
+        ("subset_accuracy", 0.5),
+        ("oracle_auc", 0.1),
+    ):
         row = means.loc[(metric, threshold)]
-        assert float(row.ci_low) < float(row.value) < float(row.ci_high) and float(row.se_patients) > 0, metric
+        assert (
+            float(row.ci_low) < float(row.value) < float(row.ci_high) and float(row.se_patients) > 0
+        ), metric
     verdicts = pd.read_csv(tmp_path / "out/verdicts.csv")
     assert len(set(verdicts.id)) == 67 and (verdicts.query("id == 'A1'").verdict == "not run").all()
 
@@ -385,7 +412,12 @@ def test_verdicts_on_stand_ins_say_so(tmp_path, monkeypatch, capsys):
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, change, said):
     path = score(tmp_path, monkeypatch, {"a": 1.0}, seeds=(0,))
     claims = tmp_path / "claims.csv"
-    claims.write_text(",".join(compare.CLAIM) + "\n" + change.get("claim", "1,A,,0,s,greater,auc_mean5,nih_test,a,b,") + "\n")
+    claims.write_text(
+        ",".join(compare.CLAIM)
+        + "\n"
+        + change.get("claim", "1,A,,0,s,greater,auc_mean5,nih_test,a,b,")
+        + "\n"
+    )
     if "draws" in change:
         (tmp_path / "draws.npz").unlink()
     capsys.readouterr()
@@ -393,5 +425,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, change, said):
         run_here(compare, monkeypatch, "--metrics", path, "--claims", claims, "--out", tmp_path / "out",
                  *change.get("flags", []))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error, error
+    assert (
+        stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error
+    ), error
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Every number of evaluate/reported/errata.csv, recomputed from the published runs, printed tables or metadata."""
+"""Every number of reported/errata.csv, recomputed from the published runs, printed tables or metadata."""
 
 import re
 
@@ -20,7 +20,9 @@ def table(number):
 
 def runs(exp, testset="nih_test", classes="14", label="mean"):
     """{seed: AUC} of the published runs."""
-    rows = RUNS[(RUNS.exp == exp) & (RUNS.testset == testset) & (RUNS.classes == classes) & (RUNS.label == label)]
+    rows = RUNS[
+        (RUNS.exp == exp) & (RUNS.testset == testset) & (RUNS.classes == classes) & (RUNS.label == label)
+    ]
     return rows.set_index("seed").auc
 
 
@@ -30,7 +32,9 @@ def mean_sd(values):
 
 def whole(testset, size):
     """Whether every published subset accuracy (4 decimals) is a whole number of `size` images."""
-    rows = pd.read_csv(REPORTED / "raw_runs_threshold.csv").query("testset == @testset and metric == 'subset_acc'")
+    rows = pd.read_csv(REPORTED / "raw_runs_threshold.csv").query(
+        "testset == @testset and metric == 'subset_acc'"
+    )
     return bool((np.abs(np.round(rows.value * size) / size - rows.value) < 5.1e-5).all())
 
 
@@ -61,8 +65,10 @@ def test_an_arm_without_one_of_its_runs():
         assert [row.auc_mean, row.auc_sd] == mean_sd(runs("3.1", row.testset, row.classes))
 
 
-@pytest.mark.parametrize("key, number, exp, place", [("E2", 2, "1.2", 0), ("E3", 2, "1.1", 1), ("E4", 5, "3.1", None),
-                                                     ("E5", 5, "3.2", 1)])
+@pytest.mark.parametrize(
+    "key, number, exp, place",
+    [("E2", 2, "1.2", 0), ("E3", 2, "1.1", 1), ("E4", 5, "3.1", None), ("E5", 5, "3.2", 1)],
+)
 def test_means_and_spreads(key, number, exp, place):
     printed = table(number).query("exp == @exp").iloc[0]
     printed = [printed.auc_mean, printed.auc_sd] if number == 2 else [printed.auc_36, printed.sd_36]
@@ -76,7 +82,10 @@ def test_counts_of_images_and_runs():
     assert whole("chexpert_valid", int(ERRATA.found["E6"])) and not whole("chexpert_valid", 234)
     assert whole("padchest", 1860) and not whole("padchest", 1861) and ERRATA.found["C4"] == "1,860"
     counts = RUNS.groupby("exp").seed.nunique()
-    assert ERRATA.found["E7"] == "3 runs each" and {exp for exp in counts.index[counts == 3]} == {"1.1", "1.2"}
+    assert ERRATA.found["E7"] == "3 runs each" and {exp for exp in counts.index[counts == 3]} == {
+        "1.1",
+        "1.2",
+    }
     assert set(counts[2:]) == {5}
     assert f"{RUNS.testset.nunique()} test sets" in ERRATA.found["E11"]
 
@@ -95,11 +104,18 @@ def test_the_sentences_about_3_4_and_chest_x_rays():
         ranks[key] = sum(value > here["3.4"] for value in here.values()) + 1
         best = max(values, key=values.get)
         if best not in ("3.1", "3.2", "3.3", "3.4"):
-            elsewhere[key] = best, values[best], max(values.get(exp, -9) for exp in ("3.1", "3.2", "3.3", "3.4"))
+            elsewhere[key] = (
+                best,
+                values[best],
+                max(values.get(exp, -9) for exp in ("3.1", "3.2", "3.3", "3.4")),
+            )
     assert {key: rank for key, rank in ranks.items() if rank > 3} == {("Subset accuracy", "0.1"): 4}
     assert ERRATA.found["E9"] == "rank 4 of 6" and len(shown) == 6
     assert columns["Subset accuracy", "0.1"]["3.4"] == 0.3168
-    assert elsewhere == {("FNR", "0.5"): ("3.6", -0.8897, -0.8958), ("Oracle AUC", "0.25"): ("3.6", 0.9993, 0.9986)}
+    assert elsewhere == {
+        ("FNR", "0.5"): ("3.6", -0.8897, -0.8958),
+        ("Oracle AUC", "0.25"): ("3.6", 0.9993, 0.9986),
+    }
     assert ERRATA.found["E10"] == "3.6: FNR 0.8897 at 0.5, Oracle AUC 0.9993 at 0.25"
     assert len(columns) - len(elsewhere) == 19
 
@@ -132,7 +148,10 @@ def test_calibration_error_and_always_negative():
     assert row.value == ERRATA.printed["C5"]
     negative = pd.read_csv(REPORTED / "table7_random_guess.csv").accuracy
     assert ERRATA.printed["C6"] == f"mean {negative.mean():.4f}"
-    best = {metric: max(table(7).query("metric == @metric").value) for metric in ("Mean accuracy", "Subset accuracy")}
+    best = {
+        metric: max(table(7).query("metric == @metric").value)
+        for metric in ("Mean accuracy", "Subset accuracy")
+    }
     drawn = (negative ** 2 + (1 - negative) ** 2).mean()
     assert re.findall(r"0\.\d{4}", ERRATA.how["C6"]) == [f"{drawn:.4f}", *best.values(), "0.3663"]
 
@@ -152,7 +171,11 @@ def test_last_digits_of_table_3_may_be_rounding():
 
 
 def test_test_images_in_pre_training_and_the_footnote():
-    assert 100_000 - 75_312 - 11_212 == 13_476 and "13,476" in ERRATA.found["C8"] and "86,524" in ERRATA.how["C8"]
+    assert (
+        100_000 - 75_312 - 11_212 == 13_476
+        and "13,476" in ERRATA.found["C8"]
+        and "86,524" in ERRATA.how["C8"]
+    )
     text = pd.read_csv(REPORTED / "text_numbers.csv").set_index("id")
     on_test = float(table(4).set_index("exp").auc_a["0.1.7"])
     assert ERRATA.found["C11"] == f"{100 * (text.value['exp0.1.7_val20'] - on_test):.1f} points"
@@ -162,12 +185,18 @@ def test_shares_of_women_and_atelectasis_from_the_metadata(shared):
     entries = pd.read_csv(shared / "fixtures/nih/Data_Entry_2017_v2020.csv.gz").set_index("Image Index")
     shares = {"images": [], "patients": []}
     for part in ("train", "test"):
-        names = pd.read_csv(shared / f"fixtures/nih/Xray14_{part}_official.txt.gz", header=None, sep=r"\s+")[0]
+        names = pd.read_csv(shared / f"fixtures/nih/Xray14_{part}_official.txt.gz", header=None, sep=r"\s+")[
+            0
+        ]
         rows = entries.loc[names]
         shares["images"].append((rows["Patient Gender"] == "F").mean())
         shares["patients"].append((rows.groupby("Patient ID")["Patient Gender"].first() == "F").mean())
-    assert [f"{100 * share:.1f}" for share in shares["images"]] == re.findall(r"\d+\.\d", ERRATA.printed["E13"])[:2]
-    assert [f"{100 * share:.1f}" for share in shares["patients"]] == re.findall(r"\d+\.\d", ERRATA.found["E13"])[:2]
+    assert [f"{100 * share:.1f}" for share in shares["images"]] == re.findall(
+        r"\d+\.\d", ERRATA.printed["E13"]
+    )[:2]
+    assert [f"{100 * share:.1f}" for share in shares["patients"]] == re.findall(
+        r"\d+\.\d", ERRATA.found["E13"]
+    )[:2]
     valid = pd.read_csv(shared / "fixtures/chexpert/valid.csv")
     assert len(valid) == int(ERRATA.found["E12"])
     padchest = pd.read_csv(next((shared / "fixtures/padchest").glob("*.csv.gz")), low_memory=False)
@@ -178,7 +207,10 @@ def test_shares_of_women_and_atelectasis_from_the_metadata(shared):
     mentions = padchest.Labels.str.count("atelectasis").fillna(0)
     assert ERRATA.found["E14"] == f"{100 * (mentions > 0).mean():.1f} % of scans"
     assert ERRATA.printed["E14"] == f"{100 * mentions.sum() / len(padchest):.1f} % of scans"
-    assert f"{(mentions > 0).sum()} of" in ERRATA.how["E14"] and f"; {mentions.sum():.0f} are" in ERRATA.how["E14"]
+    assert (
+        f"{(mentions > 0).sum()} of" in ERRATA.how["E14"]
+        and f"; {mentions.sum():.0f} are" in ERRATA.how["E14"]
+    )
 
 
 def test_quotations_are_the_papers(shared):

@@ -31,7 +31,7 @@ def published(tmp_path_factory):
         metric, label, labels = ("auc_mean", "", r.classes) if r.label == "mean" else ("auc", r.label, "")
         rows += [(r.exp, r.seed, r.testset, labels, metric, face, label, "", r.auc)
                  for face in ("paper", "corrected")]
-    rows = list({row[:8]: row for row in rows}.values())       # a label stands there with 5 and with 14 classes
+    rows = list({row[:8]: row for row in rows}.values())  # a label stands there with 5 and with 14 classes
     names = {"mean_acc": "mean_accuracy", "subset_acc": "subset_accuracy", "underdiagnosis_mean": "fnr",
              "calibration_error": "calibration_error"}
     for r in pd.read_csv(REPORTED / "raw_runs_threshold.csv", dtype={"exp": str}).itertuples(index=False):
@@ -58,7 +58,11 @@ def small(tmp_path, *rows):
 
 def cells(table):
     """{(left texts, column head): cell}."""
-    return {(*row["lead"], head): cell for row in table["rows"] for head, cell in zip(table["columns"], row["cells"])}
+    return {
+        (*row["lead"], head): cell
+        for row in table["rows"]
+        for head, cell in zip(table["columns"], row["cells"])
+    }
 
 
 # ---------------------------------------------------------------------------------------- the printed numbers
@@ -102,7 +106,9 @@ def test_a_cell_is_mean_and_sample_sd_over_runs_with_the_interval_of_compare(tmp
                         columns="exp dataset labels metric label threshold ci_low ci_high".split())
     assert cells(tables_of(path, arms)["2"])["3.4", "PadChest"]["interval"] == "[0.7000, 0.9000]"
     one = small(tmp_path, ("3.4", 0, "padchest", 5, "auc_mean", "corrected", "", "", 0.8))
-    assert cells(tables_of(one)["2"])["3.4", "PadChest"]["interval"] == "[0.7900, 0.8200]"     # of the single run
+    assert (
+        cells(tables_of(one)["2"])["3.4", "PadChest"]["interval"] == "[0.7900, 0.8200]"
+    )  # of the single run
 
 
 def test_bold_is_the_best_with_ties_and_the_lowest_of_errors(tmp_path):
@@ -141,7 +147,7 @@ def test_net_benefit_by_hand():
     assert report.net_benefit(y, p >= 0, 0.4) == pytest.approx(2 / 5 - 3 / 5 * 2 / 3)
 
 
-# ------------------------------------------------------------------------------------------------ a whole page
+# ----------------------------------------------------------------------------------------------- a whole page
 
 class Page(HTMLParser):
     """Collects what a reader meets: tags with their attributes, text, and the stack of open tags."""
@@ -181,7 +187,9 @@ def folder(tmp_path_factory):
                 files.append(root / f"runs/{exp}/predictions/seed{seed}/{dataset}.csv")
                 files[-1].parent.mkdir(parents=True, exist_ok=True)
                 frame.to_csv(files[-1], index=False)
-    log = [{"step": step, "epoch": step, "loss": 1 / step, "val_auc": 0.5 + step / 100} for step in range(1, 5)]
+    log = [
+        {"step": step, "epoch": step, "loss": 1 / step, "val_auc": 0.5 + step / 100} for step in range(1, 5)
+    ]
     for exp, part in (("3.4", "pretrain"), ("3.4", "finetune/seed0"), ("2.2", "finetune/seed0")):
         (root / f"runs/{exp}/{part}").mkdir(parents=True)
         lines = "".join(json.dumps(line) + "\n" for line in log)
@@ -197,9 +205,22 @@ def folder(tmp_path_factory):
 
 def make(folder, out, monkeypatch, *flags):
     """Run report.py; returns report.html, parsed."""
-    run_here(report, monkeypatch, "--metrics", folder / "metrics.csv", "--out", out, "--runs", folder / "runs",
-             "--predictions", folder / "runs", "--verdicts", folder / "verdicts.csv",
-             folder / "published/verdicts.csv", *flags)
+    run_here(
+        report,
+        monkeypatch,
+        "--metrics",
+        folder / "metrics.csv",
+        "--out",
+        out,
+        "--runs",
+        folder / "runs",
+        "--predictions",
+        folder / "runs",
+        "--verdicts",
+        folder / "verdicts.csv",
+        folder / "published/verdicts.csv",
+        *flags,
+    )
     return Page((out / "report.html").read_text())
 
 
@@ -225,13 +246,17 @@ def test_the_first_screen_answers(folder, made):
     effect = f"NIH {float(verdict.effect):+.3f} [{float(verdict.ci_low):.3f}, {float(verdict.ci_high):.3f}]"
     assert sentence in first and effect in first
     sources = [dict(attributes) for tag, attributes in page.tags if tag == "img"]
-    assert [image.get("class") for image in sources[:2]] == ["wide", "narrow"] and all(i["alt"] for i in sources)
+    assert [image.get("class") for image in sources[:2]] == ["wide", "narrow"] and all(
+        i["alt"] for i in sources
+    )
 
 
 def test_the_first_figure_is_the_difference_to_the_baseline(folder):
     pairs = pd.read_csv(folder / "comparisons.csv", dtype=str, keep_default_na=False)
     found = report.differences(pairs, "2.2", {"nih_test": "5", "chexpert_valid": "5"})
-    runs = pd.read_csv(folder / "metrics.csv").query("metric == 'auc_mean' and variant == 'corrected' and dataset == 'nih_test'")
+    runs = pd.read_csv(folder / "metrics.csv").query(
+        "metric == 'auc_mean' and variant == 'corrected' and dataset == 'nih_test'"
+    )
     means = runs.groupby("exp").value.mean()
     effect, low, high = found["3.4"]["nih_test"]
     assert list(found) == ["3.4"] and effect == pytest.approx(means["3.4"] - means["2.2"], abs=1e-5)
@@ -246,17 +271,32 @@ def test_the_page_is_whole_and_a_screen_reader_finds_its_headers(made):
     tags = [tag for tag, _ in page.tags]
     assert tags.count("table") == tags.count("caption") > 8
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
-    links = {attributes["href"][1:] for tag, attributes in page.tags if tag == "a" and attributes["href"][0] == "#"}
+    links = {
+        attributes["href"][1:] for tag, attributes in page.tags if tag == "a" and attributes["href"][0] == "#"
+    }
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert links <= set(ids) and len(set(ids)) == len(ids)
-    order = "sites claims diseases thresholds calibration groups size learning errata detectable sources".split()
+    order = (
+        "sites claims diseases thresholds calibration groups size learning errata detectable sources".split()
+    )
     assert ids == order
-    outside = [value for _, attributes in page.tags for name, value in attributes.items()
-               if name in ("src", "href") and not value.startswith(("data:", "#")) and value != "printed.html"]
+    outside = [
+        value
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href") and not value.startswith(("data:", "#")) and value != "printed.html"
+    ]
     assert not outside                                                          # one file, to be passed on
     text = " ".join(" ".join(page.text).split())
     assert "Not run: 1.1, 1.2, 2.1, 2.3, 2.4, 3.1, 3.2" in text
-    for words in ("FNR (underdiagnosis) by group", "sex F", "sex: gap", "3.4-ensemble", "at random", "rank 4 of 6"):
+    for words in (
+        "FNR (underdiagnosis) by group",
+        "sex F",
+        "sex: gap",
+        "3.4-ensemble",
+        "at random",
+        "rank 4 of 6",
+    ):
         assert words in text or words == "rank 4 of 6", words
     assert "{{" not in text and "{%" not in text and "nan" not in re.findall(r"\bnan\b", text)
 
@@ -294,7 +334,9 @@ def test_stand_ins_are_marked_at_every_number_and_have_no_printed_one(folder, tm
     assert table["NIH"].str.contains("°").all() and not table["CheXpert vali"].str.contains("°").any()
 
 
-def test_pictures_of_credentialed_data_only_if_asked_for_and_titles_are_text(folder, made, tmp_path, monkeypatch):
+def test_pictures_of_credentialed_data_only_if_asked_for_and_titles_are_text(
+    folder, made, tmp_path, monkeypatch
+):
     flags = "--with-pictures", "--title", "<script>alert(1)</script>", "--note", "a < b & c"
     asked = make(folder, tmp_path, monkeypatch, *flags)
     assert "script" not in [tag for tag, _ in asked.tags]
@@ -311,7 +353,10 @@ def test_tables_are_written_for_spreadsheets_and_latex(made):
     table = pd.read_csv(tmp_path / "tables/table2.csv", dtype=str)
     assert table.columns[:3].tolist() == ["Arm", "NIH", "CheXpert vali"]
     text = (tmp_path / "tables/table8p.tex").read_text()
-    assert all(part in text for part in (r"\begin{tabular}", r"\toprule", r"\bottomrule", "3.4", r"\label{tab:table8p}"))
+    assert all(
+        part in text
+        for part in (r"\begin{tabular}", r"\toprule", r"\bottomrule", "3.4", r"\label{tab:table8p}")
+    )
     figures = {path.name for path in (tmp_path / "figures").glob("*.svg")}
     assert figures == {"differences_wide.svg", "differences_narrow.svg", "figure2.svg", "reliability.svg",
                        "curves.svg", "learning.svg"}
@@ -320,18 +365,30 @@ def test_tables_are_written_for_spreadsheets_and_latex(made):
 
 def test_reliability_bins_are_pooled_over_labels_and_runs(folder):
     bins = report.pooled_bins(report.Results(folder / "metrics.csv"), "nih_test").loc["3.4"]
-    frames = [pd.read_csv(folder / f"runs/3.4/predictions/seed{seed}/nih_test.csv") for seed in (0, 11, 21, 42)]
-    p = np.concatenate([frame[[f"prob_{label}" for label in report.LABELS5]].to_numpy().ravel() for frame in frames])
-    y = np.concatenate([frame[[f"true_{label}" for label in report.LABELS5]].to_numpy().ravel() for frame in frames])
+    frames = [
+        pd.read_csv(folder / f"runs/3.4/predictions/seed{seed}/nih_test.csv") for seed in (0, 11, 21, 42)
+    ]
+    p = np.concatenate(
+        [frame[[f"prob_{label}" for label in report.LABELS5]].to_numpy().ravel() for frame in frames]
+    )
+    y = np.concatenate(
+        [frame[[f"true_{label}" for label in report.LABELS5]].to_numpy().ravel() for frame in frames]
+    )
     inside = (p > 7 / 15) & (p <= 8 / 15)
     row = bins.iloc[np.argmin(np.abs(bins.index - 7 / 15))]
-    assert row.images == inside.sum() and row.p == pytest.approx(p[inside].sum()) and row.y == pytest.approx(y[inside].sum())
+    assert (
+        row.images == inside.sum()
+        and row.p == pytest.approx(p[inside].sum())
+        and row.y == pytest.approx(y[inside].sum())
+    )
 
 
 def test_somebody_elses_labels_and_test_set_make_a_page_too(tmp_path, monkeypatch):
     rng, y = np.random.default_rng(0), np.arange(60) % 2
     for name in ("a", "b"):
-        frame = pd.DataFrame({"path": range(60), "patient": "", "true_Lesion": y, "prob_Lesion": rng.random(60)})
+        frame = pd.DataFrame(
+            {"path": range(60), "patient": "", "true_Lesion": y, "prob_Lesion": rng.random(60)}
+        )
         frame.to_csv(tmp_path / f"{name}.csv", index=False)
     run_here(metrics, monkeypatch, tmp_path / "a.csv", tmp_path / "b.csv", "--out", tmp_path / "metrics.csv",
              "--bootstrap", 50, "--workers", 1)
