@@ -67,8 +67,8 @@ def mistake(monkeypatch, capsys, *argv):
 
 
 def config_of(recipe="deit", **changes):
-    return {**classify.DEFAULTS, **classify.RECIPES[recipe], "recipe": recipe, "model_args": VIT, "img_size": 32,
-            "mean": [0.485], "std": [0.229], "exp": None, "label_names": LABELS, **changes}
+    small = dict(model_args=VIT, img_size=32, mean=[0.485], std=[0.229], exp=None, label_names=LABELS)
+    return {**classify.DEFAULTS, **classify.RECIPES[recipe], "recipe": recipe, **small, **changes}
 
 
 def load(file):
@@ -110,7 +110,8 @@ def test_a_schedule_stepped_by_the_loss_stays_where_it_begins(recipe, lowest, hi
     assert all(lowest <= rate <= highest for rate in ours)
 
 
-@pytest.mark.parametrize("variant, recipe", [("corrected", "a"), ("paper", "a"), ("paper", "b"), ("paper", "deit")])
+@pytest.mark.parametrize("variant, recipe", [
+    ("corrected", "a"), ("paper", "a"), ("paper", "b"), ("paper", "deit")])
 def test_every_step_has_the_rate_of_its_recipe(variant, recipe, pack, tmp_path, monkeypatch):
     flags = ["--recipe", recipe, "--variant", variant, "--epochs", 3, "--batch", 12, "--log-steps", 1]
     run(monkeypatch, "--train", pack, "--out", tmp_path, *SMALL[:-2], "--seeds", 0, *flags)
@@ -121,7 +122,7 @@ def test_every_step_has_the_rate_of_its_recipe(variant, recipe, pack, tmp_path, 
     assert [line["lr"] for line in log] == pytest.approx(expected, rel=1e-9)
 
 
-def test_plateau_halves_after_the_sixth_epoch_that_is_no_better_through_a_resume_too(pack, tmp_path, monkeypatch):
+def test_plateau_halves_after_six_epochs_that_are_no_better_and_through_a_resume(pack, tmp_path, monkeypatch):
     flags = ["--train", pack, "--out", tmp_path, *SMALL, "--seeds", 0, "--recipe", "resnet", "--lr", "1e-7",
              "--epochs", 14, "--batch", 24, "--patience", 100]
     for steps in (4, 9, 14):                                            # one step an epoch
@@ -133,19 +134,23 @@ def test_plateau_halves_after_the_sixth_epoch_that_is_no_better_through_a_resume
 def spared(arch, name):
     """What timm's no_weight_decay() of each architecture says, and biases and norms."""
     tokens = name in ("pos_embed", "cls_token")
-    vector = name.endswith("bias") or "norm" in name or "bn" in name or "downsample.1" in name or "gamma" in name
-    return vector or arch != "resnet18" and (tokens or name.endswith("relative_position_bias_table"))
+    norm = "norm" in name or "bn" in name or "downsample.1" in name
+    tables = name.endswith("relative_position_bias_table")
+    return norm or name.endswith("bias") or arch != "resnet18" and (tokens or tables)
 
 
 @pytest.mark.parametrize("arch", ["vit_small_patch16_224", "resnet18", "swin_tiny_patch4_window7_224"])
-@pytest.mark.parametrize("recipe, kind", [("a", torch.optim.AdamW), ("b", torch.optim.SGD), ("deit", torch.optim.AdamW),
-                                          ("resnet", torch.optim.Adam)])
+@pytest.mark.parametrize("recipe, kind", [
+    ("a", torch.optim.AdamW), ("b", torch.optim.SGD), ("deit", torch.optim.AdamW),
+    ("resnet", torch.optim.Adam)])
 def test_optimisers_and_what_weight_decay_spares(arch, recipe, kind):
-    small = {"vit": dict(depth=1), "swi": dict(depths=[1, 1], embed_dim=24, num_heads=[1, 1])}.get(arch[:3], {})
-    model, config = timm.create_model(arch, num_classes=3, **small), config_of(recipe)
+    small = dict(vit=dict(depth=1), swin=dict(depths=[1, 1], embed_dim=24, num_heads=[1, 1]), resnet18={})
+    model = timm.create_model(arch, num_classes=3, **small[arch.split("_")[0]])
+    config = config_of(recipe)
     optimizer = classify.make_optimizer(model, config)
     assert type(optimizer) is kind and config["wd"] == (0.05 if kind is torch.optim.AdamW else 0)
-    decay = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    decay = {parameter: group["weight_decay"]
+             for group in optimizer.param_groups for parameter in group["params"]}
     assert {name: decay[parameter] for name, parameter in model.named_parameters()} == {
         name: 0 if spared(arch, name) else config["wd"] for name, _ in model.named_parameters()}
     first = config["lr"] if recipe in ("b", "resnet") else config["warmup_lr"]
@@ -165,7 +170,7 @@ def test_the_new_head_is_small_and_depends_on_the_seed_alone():
 @pytest.mark.parametrize("zeroed", [True, False])
 def test_last_norms_of_a_resnet_start_at_zero_or_not_as_the_row_says(zeroed):
     model, _ = classify.start(config_of("resnet", arch="resnet18", model_args={"zero_init_last": zeroed}))
-    assert all((block.bn2.weight == 1 - zeroed).all() for layer in (model.layer1, model.layer4) for block in layer)
+    assert all((block.bn2.weight == 1 - zeroed).all() for block in (*model.layer1, *model.layer4))
 
 
 def resolved(monkeypatch, tmp_path, rows, *argv):
@@ -185,7 +190,8 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     torch.save({"arch": "vit_small", "state_dict": {}}, tmp_path / "moco.pth")          # as MoCo-v3 stores it
     rows = {"defaults": {"in_chans": 1, "arch": "resnet50", "init": "random", "finetune": {"recipe": "deit"}},
             "x": {"pretrain": {"img_size": 96}, "finetune": {"recipe": "b", "lr": 0.5}},
-            "y": {"init": "exp:x", "img_size": 224, "in_chans": 1, "finetune": {"seeds": [3, 4], "drop_path": 0.2}},
+            "y": {"init": "exp:x", "img_size": 224, "in_chans": 1,
+                  "finetune": {"seeds": [3, 4], "drop_path": 0.2}},
             "z": {}, "paper": {"variant": "paper", "finetune": {"recipe": "resnet"}},
             "miniature": {"arch": "resnet18", "finetune": {"lr": 0.25}}}
     row = partial(resolved, monkeypatch, tmp_path, rows, "--exp")
@@ -204,19 +210,21 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     config, _ = row("x", "--miniature", "true")
     assert (config["arch"], config["lr"], config["optimizer"]) == ("resnet18", 0.25, "sgd")
     assert row("paper")[1] == [0, 1, 2] and row("z", "--seeds", "5,6")[1] == [5, 6]
-    assert row("z", "--seeds", "7")[1] == [7] and row("z", "--label_names", "C,A")[0]["label_names"] == ["C", "A"]
+    assert row("z", "--seeds", "7")[1] == [7]
+    assert row("z", "--label_names", "C,A")[0]["label_names"] == ["C", "A"]
 
 
 def test_a_network_of_simmim_is_read_out_by_the_mean_of_its_patch_tokens(pack, tmp_path, monkeypatch):
     """As row 0.1.2 asks for by model_args: mean, then its norm; drop path 0.1 over the recipe's 0."""
     shape = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, init_values=0.1,
                  use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
-    encoder = timm.create_model("beit_base_patch16_224", num_classes=0, in_chans=1, global_pool="token", **shape)
-    torch.save({"model": {f"encoder.{name}": x for name, x in encoder.state_dict().items()}}, tmp_path / "simmim.pth")
+    beit = "beit_base_patch16_224"
+    encoder = timm.create_model(beit, num_classes=0, in_chans=1, global_pool="token", **shape).state_dict()
+    torch.save({"model": {f"encoder.{name}": x for name, x in encoder.items()}}, tmp_path / "simmim.pth")
     seen, take = [], classify.take_drop_path
     monkeypatch.setattr(classify, "take_drop_path", lambda model: seen.append(model) or take(model))
     run(monkeypatch, "--train", pack, "--out", tmp_path, "--init", tmp_path / "simmim.pth", "--device", "cpu",
-        "--arch", "beit_base_patch16_224", "--model_args", json.dumps({**shape, "global_pool": "avg"}), "--seeds", 0,
+        "--arch", beit, "--model_args", json.dumps({**shape, "global_pool": "avg"}), "--seeds", 0,
         "--recipe", "a", "--drop_path", 0.1, "--lr", "1e-3", "--epochs", 2, "--batch", 12)
     model = seen[0].eval()
     drops = [module.drop_prob for module in model.modules() if isinstance(module, classify.DropPath)]
@@ -225,9 +233,8 @@ def test_a_network_of_simmim_is_read_out_by_the_mean_of_its_patch_tokens(pack, t
     model.blocks[-1].register_forward_hook(lambda *args: features.append(args[-1]))
     found = model(x)
     assert torch.allclose(found, model.head(model.fc_norm(features[0][:, 1:].mean(1))), atol=1e-6)
-    for name, value in model.named_parameters():                        # all is learnt but what nothing passes
-        if name in encoder.state_dict():
-            assert not torch.equal(value, encoder.state_dict()[name]), name
+    for name, value in model.named_parameters():                        # all is learnt
+        assert name not in encoder or not torch.equal(value, encoder[name]), name
     assert load(tmp_path / "seed0/classifier.pt")["labels"] == LABELS
 
 
@@ -273,7 +280,8 @@ def test_validation_scores_are_those_of_sklearn():
     assert [found[f"val_auc_{label}"] for label in LABELS[:2]] == aucs and f"val_auc_{LABELS[2]}" not in found
     assert found["val_auc"] == pytest.approx(np.mean(aucs))
     p = 1 / (1 + np.exp(-logits.astype(float)))
-    assert found["val_loss"] == pytest.approx(log_loss(values[known > 0], p[known > 0], labels=[0, 1]), rel=1e-5)
+    wanted = log_loss(values[known > 0], p[known > 0], labels=[0, 1])
+    assert found["val_loss"] == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", [0, 11])
@@ -284,7 +292,8 @@ def test_a_share_of_the_labels_is_taken_by_patient_and_by_rarest_finding(seed):
     positive = rng.random((1000, 4)) < [0.3, 0.1, 0.02, 0.004]
     findings = {p: positive[patient == p].any(0) for p in set(patient)}
     frequency = sum(findings.values())
-    group = {p: min(np.flatnonzero(has), key=lambda k: frequency[k], default=-1) for p, has in findings.items()}
+    group = {p: min(np.flatnonzero(has), key=lambda k: frequency[k], default=-1)
+             for p, has in findings.items()}
 
     def subset(share, order, patient=patient):
         rows, values = {"path": path[order], "patient": patient[order]}, torch.tensor(positive[order]).float()
@@ -300,7 +309,7 @@ def test_a_share_of_the_labels_is_taken_by_patient_and_by_rarest_finding(seed):
             members = [p for p in group if group[p] == k]
             assert len(kept & set(members)) == math.ceil(round(share * len(members), 6))
         order = rng.permutation(1000)
-        assert {*path[order][subset(share, order)]} == {*path[chosen]}                  # whatever the rows' order
+        assert {*path[order][subset(share, order)]} == {*path[chosen]}                  # in any order
         before = kept
     assert len(subset(0.5, as_read, patient * 0)) == pytest.approx(500, abs=3)          # nameless
     other = classify.patient_subset({"path": path, "patient": patient}, torch.tensor(positive), 0.1, seed + 1)
@@ -310,8 +319,9 @@ def test_a_share_of_the_labels_is_taken_by_patient_and_by_rarest_finding(seed):
 def test_few_and_ignored_labels_train_in_the_order_asked_for(pack, tmp_path, monkeypatch, capsys):
     marked = pd.read_csv(pack, dtype=str)["A"].where(np.arange(72) % 3 > 0, "-1")
     manifest = changed_pack(pack, tmp_path / "pack", A=marked)
-    run(monkeypatch, "--train", manifest, "--out", tmp_path / "run", *SMALL, "--seeds", 0, "--epochs", 2, "--labels", 0.5,
-        "--uncertain", "ignore", "--pos_weight", "balanced", "--label_names", "[B, A]", "--batch", 6)
+    run(monkeypatch, "--train", manifest, "--out", tmp_path / "run", *SMALL, "--seeds", 0, "--epochs", 2,
+        "--labels", 0.5, "--uncertain", "ignore", "--pos_weight", "balanced", "--label_names", "[B, A]",
+        "--batch", 6)
     out = capsys.readouterr().out
     assert "2 labels" in out and "24 to validate" in out and " 24 images" not in out
     assert load(tmp_path / "run/seed0/classifier.pt")["labels"] == ["B", "A"]
@@ -322,7 +332,8 @@ def test_few_and_ignored_labels_train_in_the_order_asked_for(pack, tmp_path, mon
 def test_validation_view_is_pillows_resize_and_centre_crop(pack):
     images = np.load(pack.parent / "images.npy")[:4]
     for crop_pct, edge in ((0.875, 2), (1.0, 0)):
-        view = classify.validation_view(torch.tensor(images)[:, None], config_of(img_size=28, crop_pct=crop_pct))
+        config = config_of(img_size=28, crop_pct=crop_pct)
+        view = classify.validation_view(torch.tensor(images)[:, None], config)
         for image, found in zip(images, view):
             whole = np.asarray(Image.fromarray(image).resize((28 + 2 * edge,) * 2, Image.BILINEAR))
             found = ((found[0] * 0.229 + 0.485) * 255).numpy()
@@ -350,7 +361,7 @@ def test_training_view_is_torchvisions_crop_flip_and_rotation():
 # Training written out
 
 class Skip(nn.Module):
-    """Stochastic depth of the loops below: image i passes where its number is at least p, then divided by 1 - p."""
+    """Stochastic depth of the loops below: an image passes, over 1 - p, where its number is at least p."""
 
     def __init__(self, p):
         super().__init__()
@@ -359,14 +370,14 @@ class Skip(nn.Module):
     def forward(self, branch):
         if not self.training:
             return branch
-        kept = [branch[i] / (1 - self.p) if self.u[i] >= self.p else 0 * branch[i] for i in range(len(branch))]
-        return torch.stack(kept)
+        return torch.stack([x / (1 - self.p) if u >= self.p else 0 * x for x, u in zip(branch, self.u)])
 
 
 def plain_model(seed, drop_path, **args):
     """timm's network and head as a seed starts them, with its stochastic depth replaced by Skip."""
     torch.manual_seed(seed)
-    model = timm.create_model("vit_small_patch16_224", in_chans=1, num_classes=3, drop_path_rate=drop_path, **args)
+    args = dict(in_chans=1, num_classes=3, drop_path_rate=drop_path, **args)
+    model = timm.create_model("vit_small_patch16_224", **args)
     nn.init.normal_(model.head.weight, std=0.01)
     nn.init.zeros_(model.head.bias)
     skips = []
@@ -378,9 +389,10 @@ def plain_model(seed, drop_path, **args):
 
 
 def plain_groups(model, wd):
-    spared = [p for name, p in model.named_parameters() if p.ndim == 1 or name in ("pos_embed", "cls_token")]
-    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and name not in ("pos_embed", "cls_token")]
-    return [dict(params=spared, weight_decay=0), dict(params=decayed, weight_decay=wd)]
+    groups = {0: [], wd: []}
+    for name, p in model.named_parameters():
+        groups[0 if p.ndim == 1 or name in ("pos_embed", "cls_token") else wd].append(p)
+    return [dict(params=part, weight_decay=decay) for decay, part in groups.items()]
 
 
 def without_key_biases(state):
@@ -400,13 +412,13 @@ def draws(seed, step, batch, n):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adam"])
 def test_eight_steps_in_double_precision_are_those_of_a_plain_loop(optimizer, pack, tmp_path, monkeypatch):
     start, augment, views = classify.start, classify.augment, []
-    args = {**VIT, "depth": 2}                      # whose last block is left out with 1/2, exact in any precision
+    args = {**VIT, "depth": 2}                      # whose last block is left out with 1/2: exact in fp32
     monkeypatch.setattr(classify, "start", lambda config: (start(config)[0].double(), ""))
     monkeypatch.setattr(classify, "augment", lambda *args: views.append(augment(*args).double()) or views[-1])
-    monkeypatch.setattr(classify, "outputs_of", lambda *_: torch.randn(24, 3))          # not in double precision
+    monkeypatch.setattr(classify, "outputs_of", lambda *_: torch.randn(24, 3))      # not in double precision
     run(monkeypatch, "--train", pack, "--out", tmp_path, *SMALL, "--seeds", 0, "--epochs", 4, "--batch", 12,
-        "--model_args", json.dumps(args), "--optimizer", optimizer, "--lr", 1e-3, "--warmup_lr", 1e-4, "--wd", 0.3,
-        "--drop_path", 0.5)
+        "--model_args", json.dumps(args), "--optimizer", optimizer, "--lr", 1e-3, "--warmup_lr", 1e-4,
+        "--wd", 0.3, "--drop_path", 0.5)
     model, skips = plain_model(0, 0.5, **args)
     model.double()
     kind = dict(adamw=torch.optim.AdamW, sgd=partial(torch.optim.SGD, momentum=0.9, nesterov=True),
@@ -430,13 +442,13 @@ def test_eight_steps_in_double_precision_are_those_of_a_plain_loop(optimizer, pa
 
 
 def test_a_run_is_the_definition_written_out(pack, tmp_path, monkeypatch):
-    """Two epochs of four steps with seed 11: labels, unknown cells, weights of positives, micro-batches, log."""
+    """Two epochs of four steps, seed 11: labels, unknown cells, weights of positives, micro-batches, log."""
     table = pd.read_csv(pack, dtype=str)
     table.loc[table.index % 5 == 0, "A"] = "-1"
     manifest = changed_pack(pack, tmp_path / "pack", A=table["A"])
-    run(monkeypatch, "--train", manifest, "--out", tmp_path, *SMALL, "--seeds", 11, "--epochs", 2, "--batch", 6,
-        "--micro-batch", 4, "--log-steps", 3, "--drop_path", 0.3, "--lr", 2e-3, "--wd", 0.3, "--select", "loss",
-        "--uncertain", "ignore", "--pos_weight", "[3, 1, 0.5]")
+    run(monkeypatch, "--train", manifest, "--out", tmp_path, *SMALL, "--seeds", 11, "--epochs", 2,
+        "--batch", 6, "--micro-batch", 4, "--log-steps", 3, "--drop_path", 0.3, "--lr", 2e-3, "--wd", 0.3,
+        "--select", "loss", "--uncertain", "ignore", "--pos_weight", "[3, 1, 0.5]")
     last, saved = load(tmp_path / "seed11/last.pt"), load(tmp_path / "seed11/classifier.pt")
     log = log_of(tmp_path / "seed11")
 
@@ -471,8 +483,9 @@ def test_a_run_is_the_definition_written_out(pack, tmp_path, monkeypatch):
             truth, seen, p = values[24:48].numpy(), known[24:48].numpy(), scores.sigmoid().double().numpy()
             aucs = {f"val_auc_{label}": roc_auc_score(truth[seen[:, k], k], p[seen[:, k], k])
                     for k, label in enumerate(LABELS)}
-            kept[-1] |= {"val_loss": log_loss(truth[seen], p[seen]), "val_auc": np.mean([*aucs.values()]), **aucs}
-        if step in (2, 3, 5, 7):                                        # every third, every epoch and the last
+            kept[-1] |= {"val_loss": log_loss(truth[seen], p[seen]), **aucs}
+            kept[-1]["val_auc"] = np.mean([*aucs.values()])
+        if step in (2, 3, 5, 7):                                        # every third and every epoch
             kept[-1]["loss"] = np.mean(losses)
             losses = []
     lines = [line for line in kept if "loss" in line]
@@ -499,11 +512,12 @@ def test_the_best_epoch_is_stored(pack, tmp_path, monkeypatch):
         run(monkeypatch, "--train", pack, *SMALL, *EASY, "--epochs", 8, "--batch", 12, "--seeds", 0, "--out",
             tmp_path / select, "--select", select)
         scores = [sign * line[key] for line in log_of(tmp_path / select / "seed0") if key in line]
-        assert load(tmp_path / select / "seed0/classifier.pt")["epoch"] == 1 + np.argmax(scores) and len(scores) == 8
+        saved = load(tmp_path / select / "seed0/classifier.pt")
+        assert saved["epoch"] == 1 + np.argmax(scores) and len(scores) == 8
 
 
 def test_a_run_ends_when_patience_is_exceeded_and_so_does_a_resumed_one(tmp_path, monkeypatch):
-    noise = make_pack(tmp_path / "noise", 72, shuffled=True)            # nothing to learn: validation gets worse
+    noise = make_pack(tmp_path / "noise", 72, shuffled=True)            # validation gets worse
     flags = ["--train", noise, *SMALL, *EASY, "--epochs", 20, "--batch", 12, "--seeds", 0, "--patience", 2]
     run(monkeypatch, *flags, "--out", tmp_path / "whole")
     log = log_of(tmp_path / "whole/seed0")
@@ -514,15 +528,40 @@ def test_a_run_ends_when_patience_is_exceeded_and_so_does_a_resumed_one(tmp_path
     for steps in (1, end - 3, end - 2, 40, 40):                         # the last finds that nothing is left
         run(monkeypatch, *flags, "--out", tmp_path / "parts", "--steps", steps)
         assert (tmp_path / "parts/seed0/classifier.pt").exists()
+    assert_same_run(tmp_path / "whole/seed0", tmp_path / "parts/seed0", ("loss", "meter"))     # more lines
+
+
+def assert_same_run(one, other, but=()):
+    """The same checkpoints and log lines with scores, apart from times and what is said."""
     for file in ("last.pt", "classifier.pt"):
-        whole, parts = (load(tmp_path / name / "seed0" / file) for name in ("whole", "parts"))
-        assert_close(parts.pop("model"), whole.pop("model"), 0)
-        assert parts.pop("optimizer", {}).get("param_groups") == whole.pop("optimizer", {}).get("param_groups")
-        assert {k: x for k, x in parts.items() if k != "meter"} == {k: x for k, x in whole.items() if k != "meter"}
-    times = ("time", "img_per_s")
-    sparse = [line for line in log_of(tmp_path / "parts/seed0") if "val_loss" in line]
-    assert [{k: x for k, x in line.items() if k not in (*times, "loss")} for line in sparse] == [
-        {k: x for k, x in line.items() if k not in (*times, "loss")} for line in log if "val_loss" in line]
+        a, b = load(one / file), load(other / file)
+        for name in ("model", "optimizer", "meter"):
+            flat = classify.flatten({name: a.pop(name, {})}), classify.flatten({name: b.pop(name, {})})
+            if name not in but:
+                assert_close(flat[0], flat[1], 0)
+        assert a == b
+    apart = {"time", "img_per_s", *but}
+    logs = [[{key: x for key, x in line.items() if key not in apart} for line in log_of(folder)
+             if "val_loss" in line] for folder in (one, other)]
+    assert logs[0] == logs[1]
+
+
+def test_steps_that_end_within_an_epoch_leave_a_line_and_a_classifier(pack, tmp_path, monkeypatch):
+    run(monkeypatch, "--train", pack, *SMALL, "--batch", 6, "--seeds", 0, "--steps", 3, "--out", tmp_path)
+    assert [line["step"] for line in log_of(tmp_path / "seed0")] == [3]
+    assert load(tmp_path / "seed0/classifier.pt")["step"] == 3
+
+
+def test_a_run_stopped_between_two_lines_of_the_log_goes_on_with_their_mean(pack, tmp_path, monkeypatch):
+    flags = ["--train", pack, *SMALL, "--epochs", 2, "--batch", 6, "--seeds", 0, "--lr", "1e-2", "--out"]
+    run(monkeypatch, *flags, tmp_path / "whole")
+    asked = iter([False, False, True])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(classify, "catch_sigterm", lambda: lambda: next(asked))
+        run(monkeypatch, *flags, tmp_path / "parts")
+    assert stopped.value.code == 75 and load(tmp_path / "parts/seed0/last.pt")["step"] == 3
+    run(monkeypatch, *flags, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole/seed0", tmp_path / "parts/seed0")
 
 
 def test_weights_of_timm_that_change_between_two_seeds_stop_the_run(pack, tmp_path, monkeypatch, capsys):
@@ -565,8 +604,8 @@ def test_probe_is_a_logistic_regression_on_features_of_whole_images(pack, tmp_pa
     for k, label in enumerate(saved["labels"]):
         tried = []
         for strength in (0.01, 0.1):
-            regression = LogisticRegression(C=strength, max_iter=1000).fit(features[train], table[label][train])
-            score = regression.decision_function(features)
+            regression = LogisticRegression(C=strength, max_iter=1000)
+            score = regression.fit(features[train], table[label][train]).decision_function(features)
             tried.append((roc_auc_score(table[label][val], score[val]), -strength, score))
         best = max(tried, key=lambda one: one[:2])
         np.testing.assert_allclose(logits[:, k], best[2], atol=2e-3)
@@ -590,7 +629,8 @@ def test_shuffled_labels_cannot_be_predicted(tmp_path, monkeypatch):
     for shuffled in (False, True):
         manifest = make_pack(tmp_path / f"pack{shuffled}", 500, (0.4, 0.6, 0), shuffled)
         out = tmp_path / f"run{shuffled}"
-        run(monkeypatch, "--train", manifest, "--out", out, *SMALL, *EASY, "--seeds", 0, "--epochs", 5, "--batch", 20)
+        run(monkeypatch, "--train", manifest, "--out", out, *SMALL, *EASY, "--seeds", 0, "--epochs", 5,
+            "--batch", 20)
         aucs[shuffled] = log_of(out / "seed0")[-1]["val_auc"]
     # the last epoch, chosen by nothing; sd of an AUC of 150 against 150 without signal, mean of three labels
     sd = np.sqrt((150 + 150 + 1) / (12 * 150 * 150) / 3)
@@ -612,7 +652,8 @@ def test_images_of_training_are_validated_on_only_by_intent(pack, tmp_path, monk
     run(monkeypatch, *flags, tmp_path / "c", "--val", shifted)
     error = capsys.readouterr().err
     assert "1 patients are in training and in validation" in error and "paths" not in error
-    run(monkeypatch, "--train", pack, *SMALL, "--epochs", 2, "--seeds", 0, "--batch", 12, "--out", tmp_path / "d")
+    flags = ["--train", pack, *SMALL, "--epochs", 2, "--seeds", 0, "--batch", 12]
+    run(monkeypatch, *flags, "--out", tmp_path / "d")
     assert capsys.readouterr().err == ""
 
 
@@ -659,5 +700,6 @@ def test_a_full_gpu_is_told_with_the_passes_that_would_fit(pack, tmp_path, monke
     def full(*_):
         raise torch.cuda.OutOfMemoryError
     monkeypatch.setattr(classify, "label_loss", full)
-    said = mistake(monkeypatch, capsys, "--train", pack, *SMALL, "--out", tmp_path, "--batch", 24, "--micro-batch", 12)
+    flags = ["--train", pack, *SMALL, "--out", tmp_path, "--batch", 24, "--micro-batch", 12]
+    said = mistake(monkeypatch, capsys, *flags)
     assert "12 images a pass; try --micro-batch 6" in said
