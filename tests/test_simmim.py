@@ -160,6 +160,8 @@ def test_published_weights_load_to_identical_features(kind, changes, tmp_path):
     x = uniform(8, 2, 1, 64, 64)
     with torch.no_grad():
         assert torch.allclose(fresh.forward_features(x), encoder.forward_features(x), atol=1e-6)
+    for name, value in encoder.state_dict().items():                    # a bias of keys changes no feature
+        assert torch.equal(fresh.state_dict()[name], value), name
     assert note.startswith(f"{len(encoder.state_dict())} tensors of") and "ATTENTION" not in note
 
 
