@@ -25,6 +25,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,7 +43,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     init_key=None,                  # which weights of the file, as in student; none: the averaged ones
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="mimic_cxr",            # folder below --data with the packed images
-    samples=None,                   # the first so many images of the split; none: all
+    samples=0,                      # the first so many images of the split; 0: all
     epochs=300,                     # passes over the images
     warmup_epochs=10,               # of the learning rate, linear from 0
     batch=256,                      # images an optimiser step, over all processes together
@@ -101,15 +102,19 @@ def or_fail(doing):
     try:
         yield
     except Exception as problem:
-        reason = getattr(problem, "strerror", None) or str(problem).rpartition("WeightsUnpickler error: ")[2]
-        fail(f"cannot {doing}: {' '.join(reason.split())[:300]}")
+        blocked = re.search(r"GLOBAL [\w.]+", str(problem))                 # torch.load says it at length
+        reason = blocked or getattr(problem, "strerror", None) or problem
+        text = f"{blocked[0]} is no plain tensor" if blocked else " ".join(str(reason).split())
+        fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 
 
 def typed(default):
     """The type of a flag for argparse: that of its default, numbers from 0 on; lists and dicts are YAML."""
     def read(text):
-        with or_fail(f"read {text!r} as YAML"):
+        try:
             value = text if isinstance(default, (str, float)) else yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = None
         value = float(value) if isinstance(default, float) else value       # to YAML 1e-3 is text
         if type(value) in (int, float) and value < 0 or type(value) is not type(default) and default is not None:
             raise ValueError
@@ -127,7 +132,7 @@ def read_row(file, exp, section, miniature):
             fail(f'{file} has no row "{exp}" (keys stand in quotes); nearest: {", ".join(near)}')
         strategy = (table[exp].get("pretrain") or {}).get("strategy")
         for part in ("defaults", exp) + ("miniature", f"miniature.{strategy}") * miniature:
-            part = table.get(part) or {}
+            part = table.get(part, {}) if "." in part else table[part]
             row |= part | (part.get(section) or {})
         if section == "pretrain" and row.get("strategy") != DEFAULTS["strategy"]:
             fail(f"row {exp} is pre-trained by {strategy or 'nothing'}, this script does {DEFAULTS['strategy']}")
@@ -468,6 +473,8 @@ def init_processes(device):
             torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
+    # a kernel of one channel has strides of its own, at which DDP wonders
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
         # after a restart by torchrun --max-restarts the store still holds the addresses of before
@@ -500,7 +507,7 @@ def leave():
         sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
         dist.destroy_process_group()
     elif dist.is_initialized():
-        if kind is not SystemExit:
+        if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):           # a peer died: torchrun says
             sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(code)
@@ -516,7 +523,7 @@ def mixed_precision(device):
 
 
 # --- begin copy: images ---
-def read_manifest(manifest, split, samples=None):
+def read_manifest(manifest, split, samples=0):
     """The first `samples` rows of some splits (names with commas, or all) of a manifest.csv: {column: texts}.
 
     "row" holds their numbers from 0, which are those of images.npy, "n_rows" how many the file has.
@@ -533,7 +540,7 @@ def read_manifest(manifest, split, samples=None):
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
             raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted(set(splits)))}")
-    kept = kept[:samples]
+    kept = kept[:samples or None]
     columns = {name: [rows[number][place] for number in kept] for place, name in enumerate(header)}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
 
@@ -546,7 +553,8 @@ def open_images(manifest, rows, in_chans, device):
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():
-        root = Path(json.loads(pack.read_text())["raw"]) if pack.is_file() else file.parent
+        with or_fail(f"read {pack}"):
+            root = Path(json.loads(pack.read_text())["raw"]) if pack.is_file() else file.parent
         pool, mode = ThreadPoolExecutor(8), "L" if in_chans == 1 else "RGB"
 
         def read(place):
@@ -560,7 +568,7 @@ def open_images(manifest, rows, in_chans, device):
 
     with or_fail(f"read {file}; pack the dataset again"):
         packed = torch.from_numpy(np.load(file, mmap_mode="c"))             # c: torch wants it writable
-        if packed.dtype != torch.uint8 or len(packed) != rows["n_rows"] or packed.shape[3:] not in ((), (3,)):
+        if packed.dtype != torch.uint8 or len(packed) != rows["n_rows"] or len(packed.shape) < 3:
             raise ValueError(f"{packed.dtype} {tuple(packed.shape)} are not {rows['n_rows']} images")
     packed, numbers = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2), rows["row"]
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
@@ -677,10 +685,8 @@ def fit_to_channels(config):
     n, size = config["in_chans"], config["model_args"].get("img_size", config["img_size"])
     config = {**config, "img_size": size}
     for key, imagenet in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
-        values = np.ravel(config[key] or imagenet[:n]).tolist()
-        if len(values) not in (1, n):
-            fail(f"{key} has {len(values)} values for {n} channels")
-        config[key] = (values * n)[:n]
+        with or_fail(f"use {key} {config[key]}, one number or {n}"):
+            config[key] = np.broadcast_to(config[key] or imagenet[:n], n).astype(float).tolist()
     return config
 
 
@@ -724,7 +730,7 @@ def make_model(facts, num_classes, drop_path=0.0):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
     arch, kwargs = facts["arch"], dict(facts["model_args"])
     with or_fail(f"make {arch} with {kwargs}"):
-        if timm.get_pretrained_cfg(arch).fixed_input_size:
+        if getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False):
             kwargs.setdefault("img_size", facts["img_size"])
         return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
                                  drop_path_rate=drop_path, **kwargs)
@@ -821,6 +827,8 @@ def timm_names(state, wanted):
 
 def fit_channels(kernel, in_chans, how):
     """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
+    if kernel.shape[1] == in_chans:
+        return kernel
     if in_chans == 1:
         return kernel.sum(1, keepdim=True) / (1 if how == "sum" else kernel.shape[1])
     return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
@@ -843,31 +851,23 @@ def load_backbone(model, config):
     init, arch = config["init"], config["arch"]
     if init == "random":
         return "random initialisation"
-    content = read_weights(init, arch)
-    flat = flatten(content)
-    named = {name: value for name, value in flat.items() if name.startswith(config["init_key"] or "")}
-    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
-    state, prefix = timm_names(named, wanted)
-    notes = [f"{len(wanted)} tensors of {init} ({prefix}*)"]
-    for name, target in wanted.items():
-        if name not in state:
-            fail(f"{init} fills {len(wanted.keys() & state.keys())} of {len(wanted)} tensors of {arch}, not {name}; "
-                 f"it has {', '.join(list(flat)[:3]) or 'no tensors'}")
-        value = state[name]
-        if name == "patch_embed.proj.weight" and value.shape[1] != target.shape[1]:
-            value = fit_channels(value, target.shape[1], config["channel_adapt"])
-        if name == "pos_embed" and value.shape != target.shape:
-            value = timm.layers.resample_abs_pos_embed(value, model.patch_embed.grid_size, antialias=False,
-                                                       num_prefix_tokens=model.num_prefix_tokens)
-        if value.shape != target.shape:
-            fail(f"{init} does not fit {arch}: {name} is {tuple(value.shape)}, not {tuple(target.shape)}")
-        if value.shape != state[name].shape:
-            notes.append(f"{name} {tuple(state[name].shape)} made {tuple(value.shape)}")
-        wanted[name] = value
-    model.load_state_dict(wanted, strict=False)
-    loaded = b"".join(value.numpy().tobytes() for value in wanted.values())
-    config["start"] = hashlib.sha256(loaded).hexdigest()
-    others = [name for name in state if name not in wanted]
+    content, grid = read_weights(init, arch), model.patch_embed.grid_size
+    named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"] or "")}
+    head = {name: x for name, x in model.state_dict().items() if name.startswith("head.")}
+    state, prefix = timm_names(named, [name for name in model.state_dict() if name not in head])
+    loaded = {name: x.detach().float() for name, x in state.items() if name in model.state_dict() and name not in head}
+    with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
+        for name, x in loaded.items():
+            if name == "patch_embed.proj.weight":
+                loaded[name] = fit_channels(x, config["in_chans"], config["channel_adapt"])
+            if name == "pos_embed":
+                loaded[name] = timm.layers.resample_abs_pos_embed(
+                    x, grid, num_prefix_tokens=model.num_prefix_tokens, antialias=False)
+        model.load_state_dict(head | loaded)                                # strictly: all or an error
+    config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
+    notes, others = [f"{len(loaded)} tensors of {init} ({prefix}*)"], [name for name in state if name not in loaded]
+    notes += [f"{name} {tuple(state[name].shape)} made {tuple(x.shape)}" for name, x in loaded.items()
+              if x.shape != state[name].shape]
     notes += [f"left out {', '.join(others[:3])}{' ...' * (len(others) > 3)}"] if others else []
     return "; ".join(notes + differences(content, prefix, config, model.blocks[0].attn.num_heads))
 # --- end copy: load transformer ---

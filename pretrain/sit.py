@@ -9,7 +9,6 @@ finds, among all images of the batch, the one whose other, clean view its teache
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.
 The same command goes on where a run was killed; SIGTERM saves and exits with code 75.
-With --micro_batch batch norm sees a pass of so many images; the keys are always those of the whole batch.
 """
 
 import argparse
@@ -77,7 +76,7 @@ FLAGS = dict(                       # of the command line alone
     device="",                      # cpu | cuda; default cuda where there is one
     steps=0,                        # stop after so many steps of the schedule; 0: all
     resume="auto",                  # auto | never; go on from last.pt or start anew
-    micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
+    micro_batch=0,                  # images a pass and process, made again for its gradients; 0: all at once
     log_steps=50,                   # a line of the log every so many steps
     save_minutes=10.0,              # last.pt every so many minutes
     picture_epochs=10,              # a picture every so many epochs
@@ -98,15 +97,19 @@ def or_fail(doing):
     try:
         yield
     except Exception as problem:
-        reason = getattr(problem, "strerror", None) or str(problem).rpartition("WeightsUnpickler error: ")[2]
-        fail(f"cannot {doing}: {' '.join(reason.split())[:300]}")
+        blocked = re.search(r"GLOBAL [\w.]+", str(problem))                 # torch.load says it at length
+        reason = blocked or getattr(problem, "strerror", None) or problem
+        text = f"{blocked[0]} is no plain tensor" if blocked else " ".join(str(reason).split())
+        fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 
 
 def typed(default):
     """The type of a flag for argparse: that of its default, numbers from 0 on; lists and dicts are YAML."""
     def read(text):
-        with or_fail(f"read {text!r} as YAML"):
+        try:
             value = text if isinstance(default, (str, float)) else yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = None
         value = float(value) if isinstance(default, float) else value       # to YAML 1e-3 is text
         if type(value) in (int, float) and value < 0 or type(value) is not type(default) and default is not None:
             raise ValueError
@@ -124,7 +127,7 @@ def read_row(file, exp, section, miniature):
             fail(f'{file} has no row "{exp}" (keys stand in quotes); nearest: {", ".join(near)}')
         strategy = (table[exp].get("pretrain") or {}).get("strategy")
         for part in ("defaults", exp) + ("miniature", f"miniature.{strategy}") * miniature:
-            part = table.get(part) or {}
+            part = table.get(part, {}) if "." in part else table[part]
             row |= part | (part.get(section) or {})
         if section == "pretrain" and row.get("strategy") != DEFAULTS["strategy"]:
             fail(f"row {exp} is pre-trained by {strategy or 'nothing'}, this script does {DEFAULTS['strategy']}")
@@ -165,6 +168,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import distributed as dist, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class ContrastiveHead(nn.Sequential):
@@ -191,16 +195,38 @@ class SiT(nn.Module):
         self.cls_head = ContrastiveHead(backbone.embed_dim, hidden_dim, out_dim)
         self.rec_head = ReconstructionHead(backbone.embed_dim, in_chans, backbone.patch_embed.patch_size[0])
 
-    def embed(self, x):
-        """x [B, C, S, S] -> embedding [B, out_dim], and the tokens [B, 1 + N, D] after the final norm."""
-        tokens = self.backbone.forward_features(x)
+    def embed(self, x, *how):
+        """x [B, C, S, S] -> embedding [B, out_dim], and the tokens [B, 1 + N, D] after the final norm.
+
+        how: see in_passes.
+        """
+        tokens = in_passes(self.backbone, x, *how)
         return self.cls_head(tokens[:, 0]), tokens
 
-    def forward(self, x):
+    def forward(self, x, *how):
         """x [B, C, S, S] -> embedding [B, out_dim] and reconstruction [B, C, S, S]."""
-        embedding, tokens = self.embed(x)
+        embedding, tokens = self.embed(x, *how)
         patches = tokens[:, self.backbone.num_prefix_tokens:]
         return embedding, self.rec_head(patches, self.backbone.patch_embed.grid_size)
+
+
+# --- begin copy: passes ---
+def in_passes(backbone, x, micro=None, drop_paths=(), u=None):
+    """Tokens [B, 1 + N, D] of images x [B, C, S, S], with `micro` < B so many at a time.
+
+    Each such pass is made again for its gradients, so memory holds but one, and yet batch norm after the backbone
+    and the loss see all images. drop_paths and u [B, len(drop_paths)]: see set_drop_path.
+    """
+    def one_pass(x, u):
+        set_drop_path(drop_paths, u)
+        return backbone.forward_features(x)
+
+    micro, u = micro or len(x), x[:, 0, :0, 0] if u is None else u
+    if micro >= len(x):
+        return one_pass(x, u)
+    passes = zip(x.split(micro), u.split(micro))
+    return torch.cat([checkpoint(one_pass, *part, use_reentrant=False) for part in passes])
+# --- end copy: passes ---
 
 
 # --- begin copy: reconstruction head ---
@@ -233,15 +259,6 @@ def contrast(student, keys, own, temperature):
 
 
 # --- begin copy: contrastive loss ---
-def gather_keys(keys):
-    """Keys [V, b, D] of V views to those of all processes [V, B, D], in the order of the batch; no gradient."""
-    if not dist.is_initialized():
-        return keys
-    shares = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
-    dist.all_gather(shares, keys.contiguous())
-    return torch.cat(shares, 1)
-
-
 def info_nce(queries, keys, own, temperature):
     """Mean over queries of -log softmax(q . k / temperature) at the query's own key, times 2 temperature.
 
@@ -331,7 +348,7 @@ def draw_step(config, step, places, n_drop_paths):
 
 
 def make_views(images, uniforms, masks, replaced, config):
-    """Two views of b images, clean and corrupted, float [2, b, C, S, S], from b + 1 images.
+    """Two views of b images, clean and corrupted, float [2b, C, S, S], from b + 1 images.
 
     The first view is always blurred; the second rarely, but sometimes solarised. Where masks [2, b, S, S] are
     True pixels become 0, the mean grey, or in views that are replaced, [2, b], those of the next image of the
@@ -342,8 +359,7 @@ def make_views(images, uniforms, masks, replaced, config):
         for u, blur, solarise in zip(uniforms, (1.0, 0.1), (0.0, 0.2))])
     clean, donors = views[:, :-1], views[:, 1:]
     fill = donors * replaced[..., None, None, None]
-    corrupted = corrupt(clean.flatten(0, 1), fill.flatten(0, 1), masks.flatten(0, 1))
-    return clean, corrupted.view_as(clean)
+    return clean.flatten(0, 1), corrupt(clean.flatten(0, 1), fill.flatten(0, 1), masks.flatten(0, 1))
 
 
 def train(config, args, rank, world_size, device):
@@ -355,7 +371,7 @@ def train(config, args, rank, world_size, device):
         student = SiT(backbone, config["in_chans"], config["hidden_dim"], config["out_dim"]).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)                  # its batch norm: as the student's
     teacher.backbone.eval()                                                 # no stochastic depth
-    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)       # rate and decay: below
+    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # rate and decay: each step
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(4, device=device)               # sums of contrast, recon and feature_std; steps
     state = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler, meter=meter)
@@ -379,8 +395,7 @@ def train(config, args, rank, world_size, device):
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     n_own = batch // world_size
-    micro = args.micro_batch or n_own
-    parts = [slice(begin, begin + micro) for begin in range(0, n_own, micro)]
+    micro = 2 * (args.micro_batch or n_own)                                 # two views an image
     own = torch.arange(rank * n_own, (rank + 1) * n_own + 1) % batch        # places; the last is only a donor
     own_keys = own[:-1].to(device)
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
@@ -398,49 +413,42 @@ def train(config, args, rank, world_size, device):
         uniforms, *draws = draw_step(config, step, own, len(drop_paths))
         depth, masks, replaced = (part[:, :-1].to(device, non_blocking=True) for part in draws)
         clean, corrupted = make_views(chosen, uniforms, masks, replaced, config)
-        n_masked = sum_over_processes(masks.sum()) * clean.shape[2]
+        masks, depth = masks.flatten(0, 1), depth.flatten(0, 1)
+        n_masked = sum_over_processes(masks.sum()) * clean.shape[1]
 
         with torch.no_grad(), amp:
-            outputs = [teacher.embed(clean[:, part].flatten(0, 1)) for part in parts]
-        keys = gather_keys(torch.cat([embedding.unflatten(0, (2, -1)) for embedding, _ in outputs], 1))
-        losses = torch.zeros(2, device=device)
+            embedding, tokens = teacher.embed(clean, micro)
+        keys = [gather_rows(view) for view in embedding.chunk(2)]           # each [batch, out_dim]
+        with amp:
+            embedding, recon = net(corrupted, micro, drop_paths, depth)
+        contrast_loss = contrast(embedding, keys, own_keys, config["temperature"]) / world_size
+        recon_loss = masked_l1(recon, clean, masks) / n_masked
+        loss = contrast_loss + config["recon_weight"] * recon_loss
         optimizer.zero_grad()
-        for part in parts:
-            x, target, masked = (views[:, part].flatten(0, 1) for views in (corrupted, clean, masks))
-            set_drop_path(drop_paths, depth[:, part].flatten(0, 1))
-            more = world_size > 1 and part is not parts[-1]
-            with net.no_sync() if more else contextlib.nullcontext(), amp:
-                embedding, recon = net(x)
-                contrast_loss = contrast(embedding, keys, own_keys[part], config["temperature"])
-                contrast_loss = contrast_loss * len(own_keys[part]) / batch         # its share of the mean
-                recon_loss = masked_l1(recon, target, masked) / n_masked
-            loss = contrast_loss + config["recon_weight"] * recon_loss
-            scaler.scale(loss * world_size).backward()                      # DDP averages over processes
-            losses += torch.stack([contrast_loss, recon_loss]).detach()
+        scaler.scale(loss * world_size).backward()                          # DDP averages over processes
         scaler.unscale_(optimizer)
         clip_each(student.parameters(), config["clip"])
         scaler.step(optimizer)
         scaler.update()
         update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
-        spread = feature_std(torch.cat([tokens[:, 0] for _, tokens in outputs]))
-        meter += torch.stack([*sum_over_processes(losses), spread, torch.ones_like(spread)])
+        losses = sum_over_processes(torch.stack([contrast_loss, recon_loss]).detach())
+        meter += torch.stack([*losses, feature_std(tokens[:, 0]), torch.ones_like(loss)])
 
         done, stopping = step + 1, stop_asked()
         if done % args.log_steps == 0 or done == last_step:
             rate = (done - begun) * batch / (time.monotonic() - started)
-            contrast_loss, recon_loss, spread = (meter[:3] / meter[3]).tolist()
+            contrast_mean, recon_mean, spread = (meter[:3] / meter[3]).tolist()
             log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
-                     loss=contrast_loss + config["recon_weight"] * recon_loss, contrast=contrast_loss,
-                     recon=recon_loss, feature_std=spread, lr=lr, wd=wd, img_per_s=round(rate, 1))
+                     loss=contrast_mean + config["recon_weight"] * recon_mean, contrast=contrast_mean,
+                     recon=recon_mean, feature_std=spread, lr=lr, wd=wd, img_per_s=round(rate, 1))
             meter.zero_()
         if rank == 0 and (done == last_step or done % (args.picture_epochs * steps_an_epoch) == 0):
-            target, x, masked = (views[0, :8] for views in (clean, corrupted, masks))
             student.eval()
             with torch.no_grad():
-                recon = student(x)[1]
+                _, recon = student(corrupted[:8])
             student.train()
-            restored = corrupt(target, recon, masked)
-            picture(f"{args.out}/recon_{epoch + 1:04}.png", config, target, x, recon, restored)
+            restored = corrupt(clean[:8], recon, masks[:8])
+            picture(f"{args.out}/recon_{epoch + 1:04}.png", config, clean[:8], corrupted[:8], recon, restored)
         if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
             exported = teacher if config["export"] == "teacher" else student
             weights = exported.backbone.state_dict() if done == last_step else None
@@ -468,35 +476,36 @@ def main():
 # ------------------------------------------------------------------------------------- shared by all scripts
 
 # --- begin copy: sync batch norm ---
-class SumOverProcesses(torch.autograd.Function):
-    """sum_over_processes with its gradient, which is the sum of theirs."""
+class GatherRows(torch.autograd.Function):
+    """Rows [b, D] to those of all processes [B, D], in the order of the batch."""
 
     @staticmethod
     def forward(ctx, x):
-        return sum_over_processes(x.clone())
+        x = x.contiguous()
+        shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(shares, x)
+        return torch.cat(shares)
 
     @staticmethod
     def backward(ctx, gradient):
-        return sum_over_processes(gradient.clone())
+        return own_rows(sum_over_processes(gradient.clone()))               # all processes have used the rows
+
+
+def gather_rows(x):
+    """GatherRows where there are several processes; process r holds the r-th share of the batch."""
+    return GatherRows.apply(x) if dist.is_initialized() else x
+
+
+def own_rows(x):
+    """What gather_rows has made longer, cut to the own share."""
+    return x.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else x
 
 
 class SyncBatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d with the statistics of all processes (equal shares of the batch), on CPUs as on GPUs."""
+    """BatchNorm1d over the batch of all processes, on CPUs as on GPUs: each normalises all rows, keeps its own."""
 
     def forward(self, x):
-        """x [B, D] -> [B, D] of the same dtype; statistics in fp32."""
-        if not (self.training and dist.is_initialized()):
-            return super().forward(x)
-        n = len(x) * dist.get_world_size()
-        mean = SumOverProcesses.apply(x.float().sum(0)) / n
-        centred = x.float() - mean
-        var = SumOverProcesses.apply(centred.square().sum(0)) / n
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        y = centred * (var + self.eps).rsqrt()
-        return (y * self.weight + self.bias if self.affine else y).to(x.dtype)
+        return own_rows(super().forward(gather_rows(x))) if self.training else super().forward(x)
 # --- end copy: sync batch norm ---
 
 
@@ -528,6 +537,8 @@ def init_processes(device):
             torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
+    # a kernel of one channel has strides of its own, at which DDP wonders
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
         # after a restart by torchrun --max-restarts the store still holds the addresses of before
@@ -560,7 +571,7 @@ def leave():
         sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
         dist.destroy_process_group()
     elif dist.is_initialized():
-        if kind is not SystemExit:
+        if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):           # a peer died: torchrun says
             sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(code)
@@ -576,7 +587,7 @@ def mixed_precision(device):
 
 
 # --- begin copy: images ---
-def read_manifest(manifest, split, samples=None):
+def read_manifest(manifest, split, samples=0):
     """The first `samples` rows of some splits (names with commas, or all) of a manifest.csv: {column: texts}.
 
     "row" holds their numbers from 0, which are those of images.npy, "n_rows" how many the file has.
@@ -593,7 +604,7 @@ def read_manifest(manifest, split, samples=None):
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
             raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted(set(splits)))}")
-    kept = kept[:samples]
+    kept = kept[:samples or None]
     columns = {name: [rows[number][place] for number in kept] for place, name in enumerate(header)}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
 
@@ -606,7 +617,8 @@ def open_images(manifest, rows, in_chans, device):
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():
-        root = Path(json.loads(pack.read_text())["raw"]) if pack.is_file() else file.parent
+        with or_fail(f"read {pack}"):
+            root = Path(json.loads(pack.read_text())["raw"]) if pack.is_file() else file.parent
         pool, mode = ThreadPoolExecutor(8), "L" if in_chans == 1 else "RGB"
 
         def read(place):
@@ -620,7 +632,7 @@ def open_images(manifest, rows, in_chans, device):
 
     with or_fail(f"read {file}; pack the dataset again"):
         packed = torch.from_numpy(np.load(file, mmap_mode="c"))             # c: torch wants it writable
-        if packed.dtype != torch.uint8 or len(packed) != rows["n_rows"] or packed.shape[3:] not in ((), (3,)):
+        if packed.dtype != torch.uint8 or len(packed) != rows["n_rows"] or len(packed.shape) < 3:
             raise ValueError(f"{packed.dtype} {tuple(packed.shape)} are not {rows['n_rows']} images")
     packed, numbers = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2), rows["row"]
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
@@ -737,10 +749,8 @@ def fit_to_channels(config):
     n, size = config["in_chans"], config["model_args"].get("img_size", config["img_size"])
     config = {**config, "img_size": size}
     for key, imagenet in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
-        values = np.ravel(config[key] or imagenet[:n]).tolist()
-        if len(values) not in (1, n):
-            fail(f"{key} has {len(values)} values for {n} channels")
-        config[key] = (values * n)[:n]
+        with or_fail(f"use {key} {config[key]}, one number or {n}"):
+            config[key] = np.broadcast_to(config[key] or imagenet[:n], n).astype(float).tolist()
     return config
 
 
@@ -784,7 +794,7 @@ def make_model(facts, num_classes, drop_path=0.0):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
     arch, kwargs = facts["arch"], dict(facts["model_args"])
     with or_fail(f"make {arch} with {kwargs}"):
-        if timm.get_pretrained_cfg(arch).fixed_input_size:
+        if getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False):
             kwargs.setdefault("img_size", facts["img_size"])
         return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
                                  drop_path_rate=drop_path, **kwargs)
@@ -881,6 +891,8 @@ def timm_names(state, wanted):
 
 def fit_channels(kernel, in_chans, how):
     """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
+    if kernel.shape[1] == in_chans:
+        return kernel
     if in_chans == 1:
         return kernel.sum(1, keepdim=True) / (1 if how == "sum" else kernel.shape[1])
     return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
@@ -903,31 +915,23 @@ def load_backbone(model, config):
     init, arch = config["init"], config["arch"]
     if init == "random":
         return "random initialisation"
-    content = read_weights(init, arch)
-    flat = flatten(content)
-    named = {name: value for name, value in flat.items() if name.startswith(config["init_key"] or "")}
-    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
-    state, prefix = timm_names(named, wanted)
-    notes = [f"{len(wanted)} tensors of {init} ({prefix}*)"]
-    for name, target in wanted.items():
-        if name not in state:
-            fail(f"{init} fills {len(wanted.keys() & state.keys())} of {len(wanted)} tensors of {arch}, not {name}; "
-                 f"it has {', '.join(list(flat)[:3]) or 'no tensors'}")
-        value = state[name]
-        if name == "patch_embed.proj.weight" and value.shape[1] != target.shape[1]:
-            value = fit_channels(value, target.shape[1], config["channel_adapt"])
-        if name == "pos_embed" and value.shape != target.shape:
-            value = timm.layers.resample_abs_pos_embed(value, model.patch_embed.grid_size, antialias=False,
-                                                       num_prefix_tokens=model.num_prefix_tokens)
-        if value.shape != target.shape:
-            fail(f"{init} does not fit {arch}: {name} is {tuple(value.shape)}, not {tuple(target.shape)}")
-        if value.shape != state[name].shape:
-            notes.append(f"{name} {tuple(state[name].shape)} made {tuple(value.shape)}")
-        wanted[name] = value
-    model.load_state_dict(wanted, strict=False)
-    loaded = b"".join(value.numpy().tobytes() for value in wanted.values())
-    config["start"] = hashlib.sha256(loaded).hexdigest()
-    others = [name for name in state if name not in wanted]
+    content, grid = read_weights(init, arch), model.patch_embed.grid_size
+    named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"] or "")}
+    head = {name: x for name, x in model.state_dict().items() if name.startswith("head.")}
+    state, prefix = timm_names(named, [name for name in model.state_dict() if name not in head])
+    loaded = {name: x.detach().float() for name, x in state.items() if name in model.state_dict() and name not in head}
+    with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
+        for name, x in loaded.items():
+            if name == "patch_embed.proj.weight":
+                loaded[name] = fit_channels(x, config["in_chans"], config["channel_adapt"])
+            if name == "pos_embed":
+                loaded[name] = timm.layers.resample_abs_pos_embed(
+                    x, grid, num_prefix_tokens=model.num_prefix_tokens, antialias=False)
+        model.load_state_dict(head | loaded)                                # strictly: all or an error
+    config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
+    notes, others = [f"{len(loaded)} tensors of {init} ({prefix}*)"], [name for name in state if name not in loaded]
+    notes += [f"{name} {tuple(state[name].shape)} made {tuple(x.shape)}" for name, x in loaded.items()
+              if x.shape != state[name].shape]
     notes += [f"left out {', '.join(others[:3])}{' ...' * (len(others) > 3)}"] if others else []
     return "; ".join(notes + differences(content, prefix, config, model.blocks[0].attn.num_heads))
 # --- end copy: load transformer ---
