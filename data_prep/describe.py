@@ -31,9 +31,9 @@ MAY_SHARE = ("oct", "covidx_ct")        # their makers' splits do not promise to
 KNOWN = ("test_images", "test_patients_in_train", "patients_in_two_lists", "fallback_split")      # index.json
 
 # All of 2,500 chest radiographs of 64 pixels keep this when recompressed (JPEG, quality 50), halved, doubled
-# or shifted by 20 grey levels. Of different ones, a patient's own included, none of 3.1 million pairs has 0.988,
-# and of 28 pixels none of 5.0 million has 0.995: fewer than 4 in 10 million (95 %). Neighbouring CT slices do
-# have it (0.03 % of all pairs of a set). An image that was cropped is not found.
+# or shifted by 20 grey levels. Of different ones, a patient's own included, none of 3.1 million pairs has
+# 0.988, and of 28 pixels none of 5.0 million has 0.995: fewer than 4 in 10 million (95 %). Neighbouring CT
+# slices do have it (0.03 % of all pairs of a set). An image that was cropped is not found.
 NEAR = 0.995
 
 # Table 9: dataset as printed -> as here; role -> the splits that count as used.
@@ -257,10 +257,11 @@ def fingerprints(text):
     import numpy as np
     from PIL import Image
     folder, _, split = text.partition(":")
-    images, rows = open_pack(Path(folder)), read_table(Path(folder, "manifest.csv"), "path", "split")
-    chosen = rows.index[rows.split.eq(split) | (not split)]
-    if not len(chosen):
-        fail(f"--overlap {text}: no rows of split '{split}' in {folder}/manifest.csv")
+    images, rows = open_pack(Path(folder)), read_table(Path(folder, "manifest.csv"), "path")
+    splits = rows.reindex(columns=["split"], fill_value="")["split"]
+    chosen = rows.index[splits == split] if split else rows.index
+    if len(rows) != len(images) or not len(chosen):
+        fail(f"--overlap {text}: no images of split '{split}', or not one a row of {folder}/manifest.csv")
     hashes, thumbnails = [], np.empty((len(chosen), 16, 16), np.float32)
     for place, number in enumerate(chosen):
         hashes.append(hashlib.blake2b(repr(images.shape[1:]).encode() + images[number].tobytes()).digest())
@@ -279,8 +280,8 @@ def overlap(first, other):
     paths, hashes, thumbnails = first
     places = {digest: place for place, digest in enumerate(other[1])}
     found = []
-    for begin in range(0, len(paths), 1024):                        # 100 MB at a time with 25,000 others
-        table = thumbnails[begin:begin + 1024] @ other[2].T
+    for begin in range(0, len(paths), 256):                         # 100 MB at a time with 100,000 others
+        table = thumbnails[begin:begin + 256] @ other[2].T
         for number, correlations in enumerate(table, start=begin):
             equal = hashes[number] in places
             best = places.get(hashes[number], correlations.argmax())

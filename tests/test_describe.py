@@ -416,7 +416,13 @@ def test_equal_images_are_equal_and_a_split_is_compared_alone(tmp_path, capsys):
     assert list(found.other_path[found.other == f"{other}:test"]) == ["other/0", "other/2"]
     assert (found.correlation > 0.99999).all() and str(other) in capsys.readouterr().out
     assert call("data_prep/describe.py", "--overlap", first, f"{other}:val", "--out", tmp_path / "out") == 2
-    assert "no rows of split 'val'" in capsys.readouterr().err
+    assert "no images of split 'val'" in capsys.readouterr().err
+    rows.drop(columns="split").iloc[1:].to_csv(other / "manifest.csv", index=False)
+    assert call("data_prep/describe.py", "--overlap", first, other, "--out", tmp_path / "out") == 2
+    assert "not one a row" in capsys.readouterr().err
+    rows.drop(columns="split").to_csv(other / "manifest.csv", index=False)
+    assert call("data_prep/describe.py", "--overlap", first, other, "--out", tmp_path / "out") == 0
+    assert call("data_prep/describe.py", "--overlap", first, f"{other}:test", "--out", tmp_path / "out") == 2
 
 
 def test_one_pixel_makes_equal_near_and_flat_images_match_nothing(tmp_path):
