@@ -42,8 +42,8 @@ import numpy as np
 from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "WEBP")   # no EPS: that runs Ghostscript
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS     # 89 million, Pillow's mark of a decompression bomb; radiographs: 5-20
-Image.MAX_IMAGE_PIXELS //= 2            # at twice this it refuses, before that it only warns
+MAX_PIXELS = 89_478_485                 # Pillow's mark of a decompression bomb; radiographs have 5-20 million
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2        # at twice this Pillow refuses, before that it only warns
 MAX_BYTES = 1 << 30                     # a DICOM file is read whole before its header can be judged
 SHARD = 32                              # most rows of a part: the work of a worker that a kill can cost
 DICOM = {"corrected": "display", "paper": "paper"}      # the conversion of each variant
