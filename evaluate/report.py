@@ -358,157 +358,88 @@ def make_table(results, printed, number, title, note, heads, rows, columns):
 def table_specs(results):
     """(section, number, title, note, heads, rows, columns) of every table of the page."""
     arms = [([exp], {"exp": exp}) for exp in results.exps]
-    single = [exp for exp in results.exps if not exp.endswith("-ensemble")]
     labels = {name: results.labels_of(name) for name in results.datasets}
-    mean = {"metric": "auc_mean"}
-    sets = (
-        [("NIH, 14 labels", {**mean, "dataset": "nih_test", "labels": "14"})] if "nih_test" in labels else []
-    )
-    sets += [
-        (TEST_SETS.get(name, name), {**mean, "dataset": name, "labels": labels[name]}) for name in labels
-    ]
-    four = " VinDr and PadChest have no edema: four labels." * bool({"vindr_test", "padchest"} & set(labels))
-    yield (
-        "sites",
-        "2",
-        "AUC on each test set",
-        "Mean over labels and runs. NIH is in distribution, the others " "are not." + four,
-        ["Arm"],
-        arms,
-        sets,
-    )
+    sets = [("NIH, 14 labels", {"dataset": "nih_test", "labels": "14"})] if "nih_test" in labels else []
+    sets += [(set_name(name), {"dataset": name, "labels": labels[name]}) for name in labels]
+    sets = [(head, {"metric": "auc_mean", **place}) for head, place in sets]
+    note = "Mean over labels and runs. NIH is in distribution, the others are not."
+    if {"vindr_test", "padchest"} & set(labels):
+        note += " VinDr and PadChest have no edema: four labels."
+    yield "sites", "2", "AUC on each test set", note, ["Arm"], arms, sets
     name = "chexpert_valid" if "chexpert_valid" in labels else results.datasets[0]
-    here, at = {"dataset": name, "labels": labels[name]}, f", {TEST_SETS.get(name, name)}"
-    yield ("diseases", "3", "AUC of each disease" + at, "Mean over runs.", ["Arm"], arms,
-           [(label, {"dataset": name, "metric": "auc", "label": label}) for label in results.diseases(name)])
-    thresholds = [(t, {**here, "threshold": t}) for t in THRESHOLDS]
-    decisions = {
-        "mean_accuracy": "Mean accuracy",
-        "subset_accuracy": "Subset accuracy",
-        "fnr": "FNR",
-        "fpr": "FPR",
-    }
-    yield (
-        "thresholds",
-        "7",
-        "By decision threshold" + at,
-        "Means over labels and runs. Always answering negative "
-        "has mean accuracy {} and subset accuracy {} here.".format(
-            *(
-                results.cell(
-                    {**here, "exp": results.exps[0], "metric": f"always_negative_{kind}accuracy"}, {}
-                )["text"]
-                or "unknown"
-                for kind in ("", "subset_")
-            )
-        ),
-        ["Arm", "Metric"],
-        [
-            ([exp, head], {"exp": exp, "metric": metric})
-            for metric, head in decisions.items()
-            for exp in single
-        ],
-        thresholds,
-    )
-    best = "the run with the best AUC on these very images, as the paper shows it, by the paper's definitions"
-    yield (
-        "thresholds",
-        "7p",
-        "By decision threshold, as printed" + at,
-        f"Of each arm {best}.",
-        ["Arm", "Metric"],
-        [
-            ([exp, head], {"exp": exp, "metric": metric, "variant": "best"})
-            for head, metric in PRINTED_METRICS.items()
-            for exp in single
-        ],
-        thresholds,
-    )
-    referrals = [(q, {**here, "threshold": q}) for q in REFERRALS]
-    oracle = {"oracle_auc": "uncertain", "random_referral_auc": "at random", "rejection_auc": "left out"}
-    yield (
-        "thresholds",
-        "8",
-        "AUC by share of images referred" + at,
-        "Oracle AUC: the most uncertain images are "
-        "answered by an expert; as many at random; or they are left out.",
-        ["Arm", "Referred"],
-        [([exp, head], {"exp": exp, "metric": metric}) for metric, head in oracle.items() for exp in single],
-        referrals,
-    )
-    yield (
-        "thresholds",
-        "8p",
-        "Oracle AUC, as printed" + at,
-        f"Of each arm {best}. The paper's shares add up: its "
-        "0.05 … 0.25 are about 0.05, 0.15, 0.30, 0.50 and 0.75.",
-        ["Arm"],
-        [([exp], {"exp": exp, "metric": "oracle_auc", "variant": "best"}) for exp in single],
-        referrals,
-    )
-    yield (
-        "calibration",
-        "A",
-        "Calibration and further metrics" + at,
-        "Means over labels and runs.",
-        ["Arm"],
-        arms,
-        [(head, {**here, "metric": metric}) for metric, head in FURTHER.items()],
-    )
+    columns = [(label, {"dataset": name, "metric": "auc", "label": label})
+               for label in results.diseases(name)]
+    title = f"AUC of each disease, {set_name(name)}"
+    yield "diseases", "3", title, "Mean over runs.", ["Arm"], arms, columns
+    here = {"dataset": name, "labels": labels[name]}
+    single = [exp for exp in results.exps if not exp.endswith("-ensemble")]
+    yield from reliability_specs(results, here, single)
+    columns = [(head, {**here, "metric": metric}) for metric, head in FURTHER.items()]
+    title = f"Calibration and further metrics, {set_name(name)}"
+    yield "calibration", "A", title, "Means over labels and runs.", ["Arm"], arms, columns
     yield from group_specs(results, labels, single)
-    keys = {"4": r"0\.1\.\d[ab]?", "5": r"(3\.[12]|0\.2\.\d)b?", "6": r"4\.\d\.\d-\d+k"}
-    titles = {"4": "Backbones and strategies of the literature", "5": "Training options",
-              "6": "Number of pre-training images"}
-    for number, key in keys.items():
+    note = "NIH test, mean AUC over 14 labels and runs. b: fine-tuned by recipe b."
+    for number, key, title in (("4", r"0\.1\.\d[ab]?", "Backbones and strategies of the literature"),
+                               ("5", r"(3\.[12]|0\.2\.\d)b?", "Training options"),
+                               ("6", r"4\.\d\.\d-\d+k", "Number of pre-training images")):
         rows = [row for row in arms if re.fullmatch(key, row[0][0])]
-        yield (
-            "size",
-            number,
-            titles[number],
-            "NIH test, mean AUC over 14 labels and runs. b: fine-tuned by recipe " "b.",
-            ["Arm"],
-            rows,
-            sets[:1],
-        )
+        yield "size", number, title, note, ["Arm"], rows, sets[:1]
+
+
+def reliability_specs(results, here, arms):
+    """Tables 7 and 8: by threshold and by share referred, means over runs and (p) as the paper shows them."""
+    at = f", {set_name(here['dataset'])}"
+    thresholds = [(t, {**here, "threshold": t}) for t in THRESHOLDS]
+    referrals = [(q, {**here, "threshold": q}) for q in REFERRALS]
+
+    def rows(metrics, **more):
+        return [([exp, head], {"exp": exp, "metric": metric, **more})
+                for metric, head in metrics.items() for exp in arms]
+    negative = []
+    for kind in ("", "subset_"):
+        place = {**here, "exp": arms[0], "metric": f"always_negative_{kind}accuracy"}
+        negative.append(results.cell(place, {})["text"] or "unknown")
+    note = "Means over labels and runs. Always negative: mean accuracy {}, subset accuracy {} here."
+    decisions = {"mean_accuracy": "Mean accuracy", "subset_accuracy": "Subset accuracy"}
+    decisions |= {"fnr": "FNR", "fpr": "FPR"}
+    yield ("thresholds", "7", "By decision threshold" + at, note.format(*negative), ["Arm", "Metric"],
+           rows(decisions), thresholds)
+    best = "Of each arm the run with the best AUC on these very images, by the paper's definitions."
+    shown = {metric: head for head, metric in PRINTED_METRICS.items()}
+    yield ("thresholds", "7p", "By decision threshold, as printed" + at, best, ["Arm", "Metric"],
+           rows(shown, variant="best"), thresholds)
+    oracle = {"oracle_auc": "uncertain", "random_referral_auc": "at random", "rejection_auc": "left out"}
+    note = ("The most uncertain images are answered by an expert (Oracle AUC), or as many at random, or the "
+            "uncertain ones are left out.")
+    yield ("thresholds", "8", "AUC by share of images referred" + at, note, ["Arm", "Referred"], rows(oracle),
+           referrals)
+    best += " The paper's shares add up: its 0.05 … 0.25 are about 0.05, 0.15, 0.30, 0.50 and 0.75."
+    yield ("thresholds", "8p", "Oracle AUC, as printed" + at, best, ["Arm", "Referred"],
+           rows({"oracle_auc": "uncertain"}, variant="best"), referrals)
 
 
 def group_specs(results, labels, arms):
-    """Tables of the metrics by sex, age band and race, a test set and a metric each."""
-    metrics = {"auc": "AUC", "fnr": "FNR (underdiagnosis)", "fpr": "FPR", "ece": "ECE"}
-    found = (
-        results.frame["metric"]
-        .str.extract(r"^([a-z]+(?:_youden)?)\[(\w+)=(.+)\]$")
-        .dropna()
-        .drop_duplicates()
-    )
-    groups = sorted({(attribute, group) for _, attribute, group in found.itertuples(index=False)})
-    youden = "_youden" if "fnr_youden" in set(found[0]) else ""
-    for name in results.datasets:
-        for metric, head in metrics.items() if groups else ():
-            threshold, suffix = ("", youden) if youden or metric not in ("fnr", "fpr") else ("0.5", "")
-            suffix = suffix if metric in ("fnr", "fpr") else ""
-            columns = [(f"{attribute} {group}", {"metric": f"{metric}{suffix}[{attribute}={group}]"})
+    """Tables of the metrics by sex, age band and race, one a test set and metric."""
+    pattern = r"^([a-z]+(?:_youden)?)\[(\w+)=(.+)\]$"
+    found = results.frame["metric"].str.extract(pattern).dropna().drop_duplicates()
+    groups = sorted(set(zip(found[1], found[2])))
+    youden = "fnr_youden" in set(found[0])
+    rule = "at Youden's thresholds of validation" if youden else "at 0.5"
+    metrics = {"auc": ("AUC", ""), "ece": ("ECE", ""), "fnr": (f"FNR (underdiagnosis) {rule}", "0.5"),
+               "fpr": (f"FPR {rule}", "0.5")}
+    note = ("Means over the labels that all groups have, and over runs. Gap: worst to best group; it grows "
+            "with the noise of small groups.")
+    for dataset in results.datasets if groups else ():
+        for metric, (head, threshold) in metrics.items():
+            if threshold and youden:
+                metric, threshold = f"{metric}_youden", ""
+            place = {"dataset": dataset, "labels": labels[dataset], "threshold": threshold}
+            columns = [(f"{attribute} {group}", {"metric": f"{metric}[{attribute}={group}]"})
                        for attribute, group in groups]
-            columns += [(f"{attribute}: gap", {"metric": f"{metric}{suffix}_gap[{attribute}]"})
-                        for attribute in dict.fromkeys(attribute for attribute, _ in groups)]
-            place = {"dataset": name, "labels": labels[name],
-                     "threshold": threshold if metric in ("fnr", "fpr") else ""}
-            rule = (
-                " At Youden's thresholds of validation."
-                if suffix
-                else " At 0.5." if place["threshold"] else ""
-            )
-            yield (
-                "groups",
-                "B",
-                f"{head} by group, {TEST_SETS.get(name, name)}",
-                "Means over the labels that all "
-                "groups have, and over runs. Gap: worst to best group; it grows with the noise of small "
-                "groups." + rule,
-                ["Arm"],
-                [([exp], {**place, "exp": exp}) for exp in arms],
-                columns,
-            )
+            for attribute in dict.fromkeys(attribute for attribute, _ in groups):
+                columns.append((f"{attribute}: gap", {"metric": f"{metric}_gap[{attribute}]"}))
+            rows = [([exp], {**place, "exp": exp}) for exp in arms]
+            yield "groups", "B", f"{head} by group, {set_name(dataset)}", note, ["Arm"], rows, columns
 
 
 def as_frame(table):
@@ -822,88 +753,83 @@ def beside(paths, name, columns):
     return pd.concat(found).fillna("") if found else None
 
 
+def first_screen(args, results, names, verdicts, sets):
+    """What the first screen and the claims need. verdicts: on our runs, or None; sets: test sets in order."""
+    arms = [exp for exp in results.exps if not exp.endswith("-ensemble")]
+    grid = dict.fromkeys(read_csv(REPORTED / "table1.csv")["exp"])
+    models = results.frame[results.frame["exp"].isin(arms)].drop_duplicates(["exp", "seed"])
+    marks = sorted(set(results.marks.values()))
+    footnotes = FOOTNOTES | {"°": "stand-in: " + "; ".join(marks)}
+    page = {"exps": arms, "models": len(models), "not_run": [exp for exp in grid if exp not in arms],
+            "marks": marks, "footnotes": footnotes, "first": [], "sentences": [], "claims": []}
+    page["baseline"] = args.baseline if args.baseline in arms else arms[0]
+    if verdicts is not None:
+        page |= {"sentences": headlines(verdicts), "claims": claim_rows(verdicts)}
+    columns = "dataset labels metric left right effect ci_low ci_high".split()
+    pairs = beside(args.verdicts[:1], "comparisons.csv", columns)
+    labels = {name: results.labels_of(name) for name in sets}
+    found = {} if pairs is None else differences(pairs, page["baseline"], labels)
+    for kind in ("wide", "narrow") if found else ():
+        path = args.out / "figures" / f"differences_{kind}"
+        drawn = difference_figure(found, names, page["baseline"], sets, path, kind == "narrow")
+        page["first"].append(drawn)
+    return page
+
+
+def draw_figures(args, results, printed, names, dataset, arm):
+    """{name: data URI or None} of all other figures; dataset: the test set that they are about."""
+    folder, here = args.out / "figures", {"dataset": dataset, "labels": results.labels_of(dataset)}
+    diseases = results.diseases(dataset)[:6]
+    columns = [(label, {"dataset": dataset, "metric": "auc", "label": label}) for label in diseases]
+    panels = [("(a) AUC by disease", "", columns)]
+    for title, metric, x_label, ticks in (("(b) Subset accuracy", "subset_accuracy", "threshold", THRESHOLDS),
+                                          ("(c) FNR", "fnr", "threshold", THRESHOLDS),
+                                          ("(d) Oracle AUC", "oracle_auc", "share referred", REFERRALS)):
+        columns = [(tick, {**here, "metric": metric, "threshold": tick}) for tick in ticks]
+        panels.append((title, x_label, columns))
+    logs = read_logs(args.runs) if args.runs else {}
+    return {"diseases": line_figure(results, panels, names, folder / "figure2"),
+            "calibration": reliability_figure(results, dataset, folder / "reliability"),
+            "curves": args.predictions and decision_figure(args.predictions, arm, dataset, folder / "curves"),
+            "size": size_figure(results, printed, folder / "figure3"),
+            "learning": learning_figure(logs, folder / "learning") if logs else None}
+
+
 def compose(args):
-    """Everything that the template shows, and the tables; figures are drawn on the way."""
+    """Everything that the template shows; figures are drawn on the way."""
     arms = beside(args.verdicts[:1], "arms.csv", [*KEY[:4], "label", "threshold", "ci_low", "ci_high"])
     if arms is not None:
         arms = numbers(args.verdicts[0].with_name("arms.csv"), arms, ["ci_low", "ci_high"])
     results, printed = Results(args.metrics, arms), printed_numbers()
     names = arm_names(args.experiments or HERE.parent / "experiments.yaml", results.exps)
-    figures = args.out / "figures"
-    tables = [
-        (spec[0], table)
-        for spec in table_specs(results)
-        if (table := make_table(results, printed, *spec[1:]))
-    ]
-    sources = [read_csv(path, ["id", "testset", "verdict", "effect", "ci_low", "ci_high", "source"])
-               for path in args.verdicts]
-    ours = sources[0] if sources else None
-    main_sets = [
-        name for name in results.datasets if name in TEST_SETS and name != "nih_val"
-    ] or results.datasets
-    page = {"title": args.title, "note": args.note, "names": names, "tables": tables, "printed_page": False,
-            "set_names": {name: set_name(name) for name in main_sets}, "footnotes": dict(FOOTNOTES),
-            "marks": sorted(set(results.marks.values()))}
-    if page["marks"]:
-        page["footnotes"]["°"] = "stand-in: " + "; ".join(page["marks"])
-    plain = [exp for exp in results.exps if not exp.endswith("-ensemble")]
-    grid = list(dict.fromkeys(read_csv(REPORTED / "table1.csv")["exp"]))
-    seeds = results.frame[results.frame["exp"].isin(plain)].drop_duplicates(["exp", "seed"])
-    page |= {"exps": plain, "models": len(seeds), "not_run": [exp for exp in grid if exp not in plain],
-             "sentences": headlines(ours) if ours is not None else []}
-    pairs = beside(
-        args.verdicts[:1], "comparisons.csv", "dataset labels metric left right effect ci_low ci_high".split()
-    )
-    baseline = args.baseline if args.baseline in plain else plain[0]
-    labels = {name: results.labels_of(name) for name in main_sets}
-    found = differences(pairs, baseline, labels) if pairs is not None else {}
-    page["baseline"] = baseline
-    page["first"] = (
-        [
-            difference_figure(
-                found, names, baseline, main_sets, figures / f"differences_{kind}", kind == "narrow"
-            )
-            for kind in ("wide", "narrow")
-        ]
-        if found
-        else []
-    )
-    page["claims"] = claim_rows(ours) if ours is not None else []
-    page["elsewhere"] = {row["id"]: row["cells"]["all"] for frame in sources[1:] for row in claim_rows(frame)}
-    dataset = "chexpert_valid" if "chexpert_valid" in main_sets else main_sets[0]
-    here = {"dataset": dataset, "labels": results.labels_of(dataset)}
-    panels = [("(a) AUC by disease", "", [(label, {"dataset": dataset, "metric": "auc", "label": label})
-                                          for label in results.diseases(dataset)[:6]])]
-    for title, metric, x_label, ticks in (("(b) Subset accuracy", "subset_accuracy", "threshold", THRESHOLDS),
-                                          ("(c) FNR", "fnr", "threshold", THRESHOLDS),
-                                          ("(d) Oracle AUC", "oracle_auc", "share referred", REFERRALS)):
-        panels.append(
-            (title, x_label, [(tick, {**here, "metric": metric, "threshold": tick}) for tick in ticks])
-        )
-    arm = args.arm if args.arm in plain else plain[-1]
-    curves = args.predictions and decision_figure(args.predictions, arm, dataset, figures / "curves")
-    logs = read_logs(args.runs) if args.runs else {}
+    made = [(spec[0], make_table(results, printed, *spec[1:])) for spec in table_specs(results)]
+    columns = ["id", "testset", "verdict", "effect", "ci_low", "ci_high", "source"]
+    ours, *others = [read_csv(path, columns) for path in args.verdicts] or [None]
+    sets = [name for name in results.datasets if name in TEST_SETS] or results.datasets
+    page = first_screen(args, results, names, ours, sets)
+    dataset = "chexpert_valid" if "chexpert_valid" in sets else sets[0]
+    arm = args.arm if args.arm in page["exps"] else page["exps"][-1]
     shown, left_out = pictures(args.runs, results, names, args.with_pictures) if args.runs else ([], [])
-    drawn = [args.figure1] if args.figure1 else sorted(args.out.rglob("figure1.[ps][nv]g"))
-    if drawn and (args.with_pictures or page["marks"]):
-        kind = drawn[0].suffix[1:].replace("svg", "svg+xml")
-        shown.insert(0, ("Figure 1: an image of each data set", data_uri(kind, drawn[0].read_bytes())))
-    elif drawn:
-        left_out.append("Figure 1")
-    page["figures"] = {
-        "diseases": line_figure(results, panels, names, figures / "figure2"),
-        "calibration": reliability_figure(results, dataset, figures / "reliability"),
-        "curves": curves, "size": size_figure(results, printed, figures / "figure3"),
-        "learning": learning_figure(logs, figures / "learning") if logs else None}
-    page |= {"arm": arm, "dataset": set_name(dataset), "pictures": shown, "left_out": left_out}
+    for path in [args.figure1] if args.figure1 else sorted(args.out.rglob("figure1.[ps][nv]g"))[:1]:
+        if args.with_pictures:                       # it shows images of MIMIC and VinDr
+            kind = path.suffix[1:].replace("svg", "svg+xml")
+            shown.insert(0, ("Figure 1: an image of each data set", data_uri(kind, path.read_bytes())))
+        else:
+            left_out.append("Figure 1")
     errata = read_csv(REPORTED / "errata.csv", ["kind", "place", "printed", "found", "how"])
-    page["errata"] = {kind: rows.to_dict("records") for kind, rows in errata.groupby("kind", sort=False)}
     detectable = beside(args.verdicts, "detectable.csv", ["dataset", "labels", "detectable"])
-    page["detectable"] = detectable is not None and (list(detectable), detectable.to_numpy().tolist())
-    read = [args.metrics, *args.verdicts, *sorted(REPORTED.glob("*.csv"))]
-    page["sources"] = [(path, f"{path.stat().st_size:,}", hashlib.sha256(path.read_bytes()).hexdigest()[:16])
-                       for path in read]
-    return page
+    paths = [args.metrics, *args.verdicts, *sorted(REPORTED.glob("*.csv"))]
+    read = [(path, path.read_bytes()) for path in paths]
+    return page | {
+        "title": args.title, "note": args.note, "names": names, "printed_page": False, "arm": arm,
+        "set_names": {name: set_name(name) for name in sets}, "dataset": set_name(dataset),
+        "tables": [(section, table) for section, table in made if table],
+        "elsewhere": {row["id"]: row["cells"]["all"] for frame in others for row in claim_rows(frame)},
+        "figures": draw_figures(args, results, printed, names, dataset, arm),
+        "pictures": shown, "left_out": left_out,
+        "errata": {kind: rows.to_dict("records") for kind, rows in errata.groupby("kind", sort=False)},
+        "detectable": detectable is not None and (list(detectable), detectable.to_numpy().tolist()),
+        "sources": [(path, f"{len(data):,}", hashlib.sha256(data).hexdigest()[:16]) for path, data in read]}
 
 
 def printed_page(published):

@@ -290,7 +290,7 @@ def test_the_page_is_whole_and_a_screen_reader_finds_its_headers(made):
     text = " ".join(" ".join(page.text).split())
     assert "Not run: 1.1, 1.2, 2.1, 2.3, 2.4, 3.1, 3.2" in text
     for words in (
-        "FNR (underdiagnosis) by group",
+        "FNR (underdiagnosis) at 0.5 by group",
         "sex F",
         "sex: gap",
         "3.4-ensemble",
@@ -318,7 +318,7 @@ def test_stand_ins_are_marked_at_every_number_and_have_no_printed_one(folder, tm
         for row in (report.make_table(results, report.printed_numbers(), *spec[1:]) or {"rows": []})["rows"]:
             kept = [column for head, column in spec[-1] if head != "NIH, 14 labels"]
             for cell, column in zip(row["cells"], kept):
-                drawn = {**dict(spec[-2][0][1]), **column}["dataset"] == "nih_test"
+                drawn = {**spec[-2][0][1], **column}["dataset"] == "nih_test"
                 assert ("°" in cell["mark"]) == drawn
                 assert not (drawn and cell["printed"])
     for name in ("verdicts", "arms", "comparisons", "detectable"):
