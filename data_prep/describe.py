@@ -152,11 +152,12 @@ def compare(indexes, reported, notes):
         available = {name: facts.get("available") for name, _, facts in indexes}.get(dataset)
         if line.dataset == "CheXpert vali" and rows is not None:
             available, rows = len(rows), rows[rows["view"] != "Lateral"]
-        for quantity, n in (("used", None if rows is None else len(rows)), ("available", available)):
+        used = None if rows is None else len(rows)
+        for quantity, n in (("used", used), ("available", available)):
             printed = getattr(line, quantity)
             unit = 10 ** min(3, len(printed) - len(printed.rstrip("0")))        # printed as 86k, 1.9k, 202
-            found = ("", None, None) if n is None else (str(int(half_up(n, unit, "1")) * unit), n, None)
-            cells.append((9, line.role, f"{line.dataset} {quantity}", "", printed, *found))
+            text = "" if n is None else str(int(half_up(n, unit, "1")) * unit)
+            cells.append((9, line.role, f"{line.dataset} {quantity}", "", printed, text, n, None))
     for line in printed_cells(reported).itertuples():
         rows = part(indexes, line.dataset, [line.split])
         found = None
@@ -236,18 +237,16 @@ def figure1(packs, out):
     panels = {"imagenet": "ImageNet", "mimic_cxr": "MIMIC-CXR", "oct": "OCT", "covidx_ct": "COVIDx-CT",
               "nih": "NIH ChestX-ray", "chexpert": "CheXpert", "padchest": "PadChest",
               "vindr_cxr": "VinDr-CXR"}
-    images = {}
-    for folder in packs:
-        mark = " (stand-in)" if read_json(folder / "pack.json").get("stand_in") else ""
-        dataset = folder.resolve().name.removesuffix("_pretrain")
-        images.setdefault(dataset, (open_pack(folder)[0], mark))
+    images = {folder.resolve().name.removesuffix("_pretrain"): (folder, open_pack(folder))
+              for folder in packs}
     figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
     for axis, (dataset, title) in zip(axes.flat, panels.items()):
-        image, mark = images.get(dataset, (None, ""))
-        axis.set(xticks=[], yticks=[], frame_on=False)
-        axis.set_title(title + mark, fontsize=11)
-        if image is not None:
-            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axis.set(xticks=[], yticks=[], frame_on=False, title=title)
+        if dataset in images:
+            folder, array = images[dataset]
+            axis.imshow(array[0], cmap="gray", vmin=0, vmax=255)
+            if read_json(folder / "pack.json").get("stand_in"):
+                axis.set_title(f"{title} (stand-in)")
     figure.savefig(out / "figure1.png", dpi=150)
     figure.savefig(out / "figure1.svg", metadata={"Date": None})
 
@@ -273,9 +272,9 @@ def fingerprints(text):
 
 
 def overlap(first, other):
-    """Images of a pack that are in another: (path, that of the most like one, equal or near, correlation).
+    """Images of a pack that are in another: path, that of the most like one, equal or near, correlation.
 
-    first, other: as fingerprints returns them.
+    first, other: as fingerprints returns them. Returns: a frame.
     """
     paths, hashes, thumbnails = first
     places = {digest: place for place, digest in enumerate(other[1])}
@@ -283,26 +282,25 @@ def overlap(first, other):
     for begin in range(0, len(paths), 256):                         # 100 MB at a time with 100,000 others
         table = thumbnails[begin:begin + 256] @ other[2].T
         for number, correlations in enumerate(table, start=begin):
-            equal = hashes[number] in places
+            kind = "equal" if hashes[number] in places else "near"
             best = places.get(hashes[number], correlations.argmax())
-            if equal or correlations[best] >= NEAR:
-                kind = "equal" if equal else "near"
+            if kind == "equal" or correlations[best] >= NEAR:
                 found.append((paths[number], other[0][best], kind, round(float(correlations[best]), 5)))
-    return found
+    return pd.DataFrame(found, columns=["path", "other_path", "kind", "correlation"])
 
 
 def write_overlaps(packs, out):
-    """Write overlap.csv and overlaps.csv, and print the latter."""
+    """Write overlap.csv, and overlaps.csv, which is printed."""
     first, images, numbers = fingerprints(packs[0]), [], []
     for pack in packs[1:]:
         other = fingerprints(pack)
-        found = pd.DataFrame(overlap(first, other), columns=["path", "other_path", "kind", "correlation"])
+        found = overlap(first, other)
         images.append(found.assign(pack=packs[0], other=pack))
-        sums = [int((found.kind == kind).sum()) for kind in ("equal", "near")]
-        numbers.append((packs[0], pack, len(first[0]), len(other[0]), *sums))
-    names = ["pack", "other", "images", "other_images", "equal", "near"]
-    numbers = pd.DataFrame(numbers, columns=names)
+        equal = (found.kind == "equal").sum()
+        numbers.append({"pack": packs[0], "other": pack, "images": len(first[0]),
+                        "other_images": len(other[0]), "equal": equal, "near": len(found) - equal})
     pd.concat(images).to_csv(out / "overlap.csv", index=False)
+    numbers = pd.DataFrame(numbers)
     numbers.to_csv(out / "overlaps.csv", index=False)
     print(numbers.to_string(index=False))
 

@@ -432,11 +432,10 @@ def test_one_pixel_makes_equal_near_and_flat_images_match_nothing(tmp_path):
     flat = [np.full((64, 64), 7, np.uint8)]
     found = describe.overlap(*(describe.fingerprints(str(put(tmp_path / name, some + flat)))
                                for name, some in (("a", images), ("b", changed[:2]))))
-    kinds = [(path, kind) for path, _, kind, _ in found]
-    assert kinds == [("a/0", "equal"), ("a/1", "near"), ("a/3", "equal")]
+    assert list(zip(found.path, found.kind)) == [("a/0", "equal"), ("a/1", "near"), ("a/3", "equal")]
     again = describe.overlap(describe.fingerprints(str(tmp_path / "a")),
                              describe.fingerprints(str(put(tmp_path / "c", smooth(3, seed=5)))))
-    assert again == []
+    assert again.empty
 
 
 def test_correlations_equal_those_of_numpy_and_chunks_do_not_matter(tmp_path):
@@ -445,9 +444,10 @@ def test_correlations_equal_those_of_numpy_and_chunks_do_not_matter(tmp_path):
     a, b = (describe.fingerprints(str(put(tmp_path / name, some)))
             for name, some in (("a", images), ("b", [images[1200] // 2 + 20, images[7] // 2 + 40])))
     found = describe.overlap(a, b)
-    assert [(path, other) for path, other, *_ in found] == [("a/7", "b/1"), ("a/1200", "b/0")]
+    assert list(zip(found.path, found.other_path)) == [("a/7", "b/1"), ("a/1200", "b/0")]
     small = np.asarray(Image.fromarray(images[7]).resize((16, 16))), images[7] // 2 + 40
-    assert found[0][3] == pytest.approx(np.corrcoef(*(np.ravel(image) for image in small))[0, 1], abs=2e-5)
+    expected = np.corrcoef(*(np.ravel(image) for image in small))[0, 1]
+    assert found.correlation[0] == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize("name", ["cxr", "natural"])
@@ -456,8 +456,8 @@ def test_on_real_images_no_different_ones_are_near_and_recompressed_ones_are(tmp
     half = len(images) // 2
     first, other = put(tmp_path / "first", images[:half]), put(tmp_path / "other", images[half:])
     a, b = describe.fingerprints(str(first)), describe.fingerprints(str(other))
-    assert describe.overlap(a, b) == []                             # of 562,500 and 345,744 pairs
+    assert describe.overlap(a, b).empty                             # of 562,500 and 345,744 pairs
     some = put(tmp_path / "some", [recoded(image, 75) for image in images[:half]])
     found = describe.overlap(a, describe.fingerprints(str(some)))
-    assert [path.split("/")[1] for path, *_ in found] == [place.split("/")[1] for _, place, *_ in found]
-    assert len(found) >= half - 1 and {kind for *_, kind, _ in found} == {"near"}
+    assert list(found.path.str.split("/").str[1]) == list(found.other_path.str.split("/").str[1])
+    assert len(found) >= half - 1 and set(found.kind) == {"near"}
