@@ -11,11 +11,10 @@ Writes  --out: path, patient, true_<label> (1, 0, blank: unknown) and prob_<labe
         in the order of the classifier; prob_<label> of all where it has none. Beside it, under its name,
         .json: checkpoint, exp, seed, manifest (or folder), split, n, test_crops, and stand_in: who drew the
             images, those of this set or of the training, null if they are real;
-        .npy (--features): float32 [n, D], rows as in the table, the mean over the test views of what the last
-            layer gets (timm's forward_head with pre_logits=True);
+        .npy (--features): float32 [n, D], the last layer's input, timm's forward_head(pre_logits=True);
         .csv.rejected.csv (--images): path and reason of every file that pack.py could not read.
-Computed in fp32; torchrun with any number of processes writes the same bytes as one. Exit code 3: files below
---images are rejected, all others predicted (under torchrun 1, as of any failure).
+Computed in fp32; any number of processes writes the same bytes. Exit code 3: some files of --images were
+rejected, all others predicted (under torchrun 1, as any failure).
 """
 
 import argparse
@@ -77,10 +76,7 @@ def options():
     add("--keep", action="store_true", help="keep <out>.pack, the pack of --images")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--batch", type=int, default=64, help="images a pass [64]")
-    args = parser.parse_args()
-    if args.batch < 1:
-        fail("--batch has to be 1 or more")
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":      # help and mistakes are answered before the imports below, which take seconds
@@ -104,7 +100,7 @@ def load_network(file, features):
         fixed = getattr(timm.get_pretrained_cfg(facts["arch"]), "fixed_input_size", False)
         size = {"img_size": facts["img_size"]} if fixed else {}
         model = timm.create_model(facts["arch"], in_chans=facts["in_chans"],
-                                  num_classes=len(facts["labels"]), **{**size, **facts["model_args"]})
+                                  num_classes=len(facts["labels"]), **size | facts["model_args"])
         model.load_state_dict(facts["model"])
     return model.eval(), facts
 
@@ -126,13 +122,10 @@ def views(images, size, crops):
 
 @torch.inference_mode()
 def forward_all(model, images, n, facts, batch, crops, device):
-    """Probabilities and features of n images, means over their views, float32 [n, K + D] in every process.
-
-    Batch b is done by process b mod WORLD_SIZE: with any number of processes an image gets the same bits.
-    """
+    """Probabilities and features of n images, means over their views: float32 [n, K + D] in all processes."""
     n_labels = len(facts["labels"])
     outputs = torch.zeros(n, n_labels + model.head_hidden_size, device=device)
-    for begin in range(RANK * batch, n, WORLD_SIZE * batch):
+    for begin in range(RANK * batch, n, WORLD_SIZE * batch):                # the same batches on any number
         places = torch.arange(begin, min(begin + batch, n))
         for view in views(images(places), facts["img_size"], crops):
             maps = model.forward_features(normalise(view.to(device), facts))
@@ -191,13 +184,13 @@ def pack_folder(folder, facts, args):
     packer = Path(__file__).resolve().parent.parent / "data_prep/pack.py"
     if not packer.is_file():
         fail(f"--images needs {packer}, which reads the files; put it there or pack elsewhere for --manifest")
-    files = sorted(file for file in Path(args.images).rglob("*") if file.is_file())
-    paths = pd.DataFrame({"path": [file.relative_to(args.images).as_posix() for file in files]})
-    index, rejected = folder / "index.csv", folder / "rejected.csv"
+    root, index, rejected = Path(args.images), folder / "index.csv", folder / "rejected.csv"
+    files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    paths = pd.Series(files, name="path")
     write_atomic(index, lambda file: paths.to_csv(file, mode="wb", index=False, errors="replace"))
-    command = [sys.executable, packer, "--index", index, "--raw", args.images, "--out", folder,
+    command = [sys.executable, packer, "--index", index, "--raw", root, "--out", folder,
                "--size", facts["img_size"], "--channels", facts["in_chans"]]
-    done = subprocess.run(map(str, command), stderr=subprocess.PIPE, text=True, errors="replace")
+    done = subprocess.run(map(str, command), stderr=subprocess.PIPE, errors="replace")
     if rejected.is_file():
         write_atomic(f"{args.out}.rejected.csv", lambda file: file.write(rejected.read_bytes()))
     if done.returncode:
@@ -214,13 +207,13 @@ def predict(model, facts, manifest, split, file, args, device):
     with or_fail(f"read {pack}"):
         data = json.loads(pack.read_text()) if pack.is_file() else {}
         marks = {data.get("stand_in"), facts.get("stand_in")} - {None}
-    n, images = len(rows["path"]), open_images(manifest, rows, facts["in_chans"], device)
+    images = open_images(manifest, rows, facts["in_chans"], device)
+    n = len(rows["path"])
     outputs = forward_all(model, images, n, facts, args.batch, args.test_crops, device)
     for place in (~outputs.isfinite().all(1)).nonzero()[:1]:
         fail(f"{args.checkpoint} gives NaN or infinity for {rows['path'][place]}; it has diverged")
     if RANK > 0:
         return
-
     card = {"checkpoint": args.checkpoint, "exp": facts.get("exp"), "seed": facts.get("seed"),
             "manifest": args.images or manifest, "split": split, "n": n, "test_crops": args.test_crops,
             "stand_in": "; ".join(sorted(marks)) or None}
@@ -238,6 +231,8 @@ def predict(model, facts, manifest, split, file, args, device):
 
 def main():
     args, rejected = options(), 0
+    if args.batch < 1:
+        fail("--batch has to be 1 or more")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with or_fail(f"use {device} in {WORLD_SIZE} processes"):
         if device.type == "cuda":
@@ -247,7 +242,7 @@ def main():
     torch.backends.cudnn.conv.fp32_precision = "ieee"                       # scores are not rounded to TF32
     model, facts = load_network(args.checkpoint, args.features)
     folder = Path(f"{args.out}.pack")
-    sets = args.set or [("", args.manifest or str(folder / "manifest.csv"), "all" if args.images else "")]
+    sets = args.set or [("", args.manifest or str(folder / "manifest.csv"), args.images and "all")]
     try:
         if args.images and RANK == 0:
             rejected = pack_folder(folder, facts, args)
@@ -255,7 +250,7 @@ def main():
             dist.barrier()                              # the others wait for the pack
         model.to(device, memory_format=torch.channels_last)
         for name, manifest, split in sets:
-            file = Path(args.out, f"{name}.csv") if name else Path(args.out)
+            file = Path(f"{args.out}/{name}.csv" if name else args.out)
             predict(model, facts, manifest, split or args.split, file, args, device)
     except torch.cuda.OutOfMemoryError:
         fail(f"the GPU has no memory for {args.batch} images a pass; try --batch {args.batch // 2 or 1}")
@@ -270,7 +265,7 @@ def main():
 # --------------------------------------------------------------------------------- shared by all scripts
 
 # --- begin copy: images ---
-def read_manifest(manifest, split, samples=None):
+def read_manifest(manifest, split, samples=0):
     """The first `samples` rows of some splits (names with commas, or all) of a manifest.csv: {column: texts}.
 
     "row" holds their numbers from 0, which are those of images.npy, "n_rows" how many the file has.
@@ -287,7 +282,7 @@ def read_manifest(manifest, split, samples=None):
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
             raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted(set(splits)))}")
-    kept = kept[:samples]
+    kept = kept[:samples or None]
     columns = {name: [rows[number][place] for number in kept] for place, name in enumerate(header)}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
 
@@ -300,7 +295,8 @@ def open_images(manifest, rows, in_chans, device):
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():
-        root = Path(json.loads(pack.read_text())["raw"]) if pack.is_file() else file.parent
+        with or_fail(f"read {pack}"):
+            root = Path(json.loads(pack.read_text())["raw"]) if pack.is_file() else file.parent
         pool, mode = ThreadPoolExecutor(8), "L" if in_chans == 1 else "RGB"
 
         def read(place):
@@ -314,7 +310,7 @@ def open_images(manifest, rows, in_chans, device):
 
     with or_fail(f"read {file}; pack the dataset again"):
         packed = torch.from_numpy(np.load(file, mmap_mode="c"))             # c: torch wants it writable
-        if packed.dtype != torch.uint8 or len(packed) != rows["n_rows"] or packed.shape[3:] not in ((), (3,)):
+        if packed.dtype != torch.uint8 or len(packed) != rows["n_rows"] or len(packed.shape) < 3:
             raise ValueError(f"{packed.dtype} {tuple(packed.shape)} are not {rows['n_rows']} images")
     packed, numbers = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2), rows["row"]
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import shutil
 
 import numpy as np
@@ -441,6 +442,21 @@ def test_outputs_that_are_not_finite_are_refused(value, place, packed, tmp_path,
     said = refused(monkeypatch, capsys, "--checkpoint", tmp_path / "diverged.pt", "--manifest", packed,
                    "--out", tmp_path / "p.csv")
     assert str(tmp_path / "diverged.pt") in said and os.listdir(tmp_path) == ["diverged.pt"]
+
+
+@pytest.mark.parametrize("size", [0, 100, 900])         # the first stops the facts, the others the table
+def test_a_full_disk_leaves_the_predictions_of_before(size, model_file, packed, tmp_path, monkeypatch, capsys):
+    flags = ["--checkpoint", model_file[0], "--manifest", packed, "--out", tmp_path / "p.csv"]
+    run(monkeypatch, *flags)
+    before = (tmp_path / "p.csv").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))            # no file can grow larger
+    try:
+        said = refused(monkeypatch, capsys, *flags, "--test-crops", 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path) in said and (tmp_path / "p.csv").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["p.csv", "p.json"]
 
 
 def test_mistakes_are_named_in_one_sentence(model_file, packed, tmp_path, monkeypatch, capsys):
