@@ -395,7 +395,8 @@ def is_finished(out, config):
     found, there = read_json(out / "pack.json"), {path.name for path in out.iterdir()}
     for key, value in config.items():
         if found and found.get(key) != value:
-            fail(f"{out}: its {key} is {found.get(key)!r}, not {value!r}; remove it or use another --out")
+            fail(f"{out}: its {key} is {found.get(key)!r}, not {value!r}; remove pack.json, manifest.csv and "
+                 "images.npy from it or use another --out")
     if not found and {"manifest.csv", "images.npy"} & there and not any(out.glob("parts-*")):
         fail(f"{out}: holds a manifest.csv or images.npy of another maker; use another --out")
     return bool(found) and "manifest.csv" in there and ("images.npy" in there or config["size"] == "original")
