@@ -1,16 +1,14 @@
 """Fine-tuning: a network from any start learns the labels of radiographs by one of the study's recipes.
 
-Recipes a and b are those of Ma et al., "Benchmarking and boosting transformers for medical image
-classification" (DART 2022), deit that of Marikkar et al., "LT-ViT" (ICIP 2023), resnet that of Hosseinzadeh
-Taher et al., "A systematic benchmarking analysis of transfer learning for medical image analysis" (2021).
+Recipes a and b: Ma et al., "Benchmarking and boosting transformers for medical image classification", 2022;
+deit: Marikkar et al., "LT-ViT", 2023; resnet: Hosseinzadeh Taher et al., DART 2021.
 
     torchrun --nproc_per_node=4 finetune/classify.py --exp 3.4        all seeds of a row, one after the other
     python finetune/classify.py --init weights.pth --train my/manifest.csv --out my/run --seeds 0
     python finetune/classify.py --exp 3.4 --labels 0.01               1 % of the patients have labels
     python finetune/classify.py --exp 3.4 --probe true                a linear probe of the frozen backbone
 Reads   manifest.csv with split train and val (images as in pre-training) and the weights that `init` names.
-        Flags and the row beat what a checkpoint of ours says of architecture, channels, size and
-        normalisation, which beats the defaults below; a key of flags or row beats the recipe.
+        Flags and row beat a recipe, and what a checkpoint of ours says of its network, size, mean and sd.
 Writes  --out/seed<k>: classifier.pt (best epoch, weights for timm and labels), last.pt, log.jsonl, run.json.
 The same command goes on where a run was killed and repeats no finished seed; SIGTERM saves and exits with 75.
 """
@@ -569,7 +567,7 @@ def main():
         leave()
 
 
-# --------------------------------------------------------------------------------------- shared by all scripts
+# ------------------------------------------------------------------------------------- shared by all scripts
 
 # --- begin copy: processes ---
 def init_processes(device):
