@@ -212,18 +212,22 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     assert row("z", "--label_names", "C,A")[0]["label_names"] == ["C", "A"]
 
 
-def test_a_network_of_simmim_is_read_out_by_the_mean_of_its_patch_tokens(pack, tmp_path, monkeypatch):
-    """As row 0.1.2 asks for by model_args: mean, then its norm; drop path 0.1 over the recipe's 0."""
-    shape = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, init_values=0.1,
-                 use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_network_of_simmim_is_read_out_by_the_mean_of_its_patch_tokens(shared, pack, tmp_path, monkeypatch):
+    """As row 0.1.2 asks for by model_args: mean, then its norm; drop path 0.1 over the recipe's 0.
+
+    The bias table of all blocks may become one a block.
+    """
+    shape = {**VIT, "init_values": 0.1, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
     beit = "beit_base_patch16_224"
     encoder = timm.create_model(beit, num_classes=0, in_chans=1, global_pool="token", **shape).state_dict()
     torch.save({"model": {f"encoder.{name}": x for name, x in encoder.items()}}, tmp_path / "simmim.pth")
     seen, take = [], classify.take_drop_path
     monkeypatch.setattr(classify, "take_drop_path", lambda model: seen.append(model) or take(model))
+    args = {**shape, "global_pool": "avg", "use_rel_pos_bias": not shared, "use_shared_rel_pos_bias": shared}
     run(monkeypatch, "--train", pack, "--out", tmp_path, "--init", tmp_path / "simmim.pth", "--device", "cpu",
-        "--arch", beit, "--model_args", json.dumps({**shape, "global_pool": "avg"}), "--seeds", 0,
-        "--recipe", "a", "--drop_path", 0.1, "--lr", "1e-3", "--epochs", 2, "--batch", 12)
+        "--arch", beit, "--model_args", json.dumps(args), "--seeds", 0, "--recipe", "a", "--drop_path", 0.1,
+        "--lr", "1e-3", "--epochs", 2, "--batch", 12)
     model = seen[0].eval()
     drops = [module.drop_prob for module in model.modules() if isinstance(module, classify.DropPath)]
     assert drops == pytest.approx([0.05, 0.05, 0.1, 0.1])
