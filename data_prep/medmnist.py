@@ -11,8 +11,7 @@ Yang et al., Scientific Data 10:41, 2023, arXiv:2110.14795. CC BY 4.0. No regist
 Reads {train,val,test}_images, uint8 [N, S, S], and {train,val,test}_labels, [N, 14] of 0 and 1 or [N, 1], the
 number of a class. Writes index.csv, index.json, images.npy, manifest.csv, rejected.csv and pack.json, as a
 reader and pack.py do. The splits are MedMNIST's own; ChestMNIST's are not the lists of NIH. No file has
-patients, sex or age: every image counts as a patient, so intervals are by image.
-Source of names, order of labels and sizes: INFO in medmnist/info.py of the package medmnist 3.0.2."""
+patients, sex or age: every image counts as a patient. Source: INFO in medmnist/info.py of medmnist 3.0.2."""
 
 import argparse
 import hashlib
