@@ -24,7 +24,7 @@ from pydicom import examples
 from pydicom.encaps import encapsulate
 
 CASES = yaml.safe_load(Path(__file__).with_suffix("").with_name("malformed.yaml").read_text())
-MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
+MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 FACTS = dict(arch="vit_small_patch16_224", model_args=MODEL, in_chans=1, img_size=32, mean=[0.485],
              std=[0.229], labels=["A", "B"])
 TRAIN = ["--out", "out", "--model_args", json.dumps(MODEL), "--device", "cpu", "--steps", "1", "--batch", "8"]
