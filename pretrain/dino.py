@@ -314,7 +314,7 @@ def cls_attention(vit, x):
     """Attention of the CLS token to the patches in the last block: x [B, C, S, S] -> [B, heads, h, w]."""
     attention, seen = vit.blocks[-1].attn, []
     hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    fused, attention.fused_attn = attention.fused_attn, False               # the fused kernel shows no weights
+    fused, attention.fused_attn = attention.fused_attn, False               # the fused kernel shows none
     vit(x)
     attention.fused_attn = fused
     hook.remove()
@@ -347,7 +347,7 @@ def train(config, args, rank, world_size, device):
     student.to(device)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()           # no stochastic depth
     centre = torch.zeros(config["out_dim"], device=device)                  # mean teacher output
-    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)       # rate and decay: every step
+    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # rate and decay: set every step
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(5, device=device)                                   # sums of the logged terms, steps
     state = dict(student=student, teacher=teacher, centre=centre, optimizer=optimizer, scaler=scaler,

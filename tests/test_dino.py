@@ -263,9 +263,9 @@ def test_eight_steps_are_those_of_the_method_written_out_in_float64(pack, tmp_pa
         assert (last["student"][name] - last["teacher"][name]).abs().max() > 1e-3, name     # has learnt
 
 
-@pytest.mark.parametrize("nproc, micro", [(1, 4), (2, 2)])
+@pytest.mark.parametrize("nproc, micro", [(1, 4), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch, nproc, micro):
-    """Two epochs of the first 27 images of a split, in parts of unequal size, a line every third step."""
+    """Two epochs of some images, unequal parts, a line every third step; one process is stopped between."""
     flags = dict(samples=27, split="a,c", batch=6, epochs=2, warmup_epochs=1, lr=0.02, seed=11, drop_path=0.3,
                  in_chans=3, ema=0.9, warmup_teacher_temp=0.03, warmup_teacher_temp_epochs=2)
     splits = np.random.default_rng(0).choice(["a", "b", "c"], 60)
@@ -273,6 +273,10 @@ def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch, nproc, micro
     command = ["--manifest", pack, "--out", tmp_path, *TINY, *words(flags),
                "--log-steps", 3, "--micro-batch", micro]
     if nproc == 1:
+        answers = iter([False, False, False, True])                         # to stop is asked for in step 4
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="75"):
+            patch.setattr(dino, "catch_sigterm", lambda: lambda: next(answers))
+            run_here(dino, patch, *command)
         run_here(dino, monkeypatch, *command)
     else:
         result = run_script("pretrain/dino.py", *command, nproc=nproc)
