@@ -556,9 +556,10 @@ def main():
             print(json.dumps(config))
             if config["schedule"] == "cosine" and config["warmup_epochs"] >= config["epochs"]:
                 print(f"warning: the warm-up takes all {config['epochs']} epochs", file=sys.stderr)
-        for config["seed"] in seeds:
-            run = probe if args.probe else train
-            chosen = patient_subset(data.rows, data.values, config["labels"], config["seed"])
+        run = probe if args.probe else train
+        for seed in seeds:
+            config["seed"] = seed
+            chosen = patient_subset(data.rows, data.values, config["labels"], seed)
             run(config, chosen, data, val, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
