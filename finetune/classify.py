@@ -505,16 +505,18 @@ def resolve(args, config):
     content = {}
     if config["init"].partition(":")[0] not in ("random", "timm", "torchvision"):
         content = read_weights(config["init"], config["arch"])
-    if {"arch", "model_args", "in_chans", "img_size"} <= {*content}:        # a checkpoint of ours
+    ours = {"arch", "model_args", "in_chans", "img_size"}
+    if isinstance(content, dict) and ours <= content.keys():
         if "img_size" in said:
             content["model_args"].pop("img_size", None)
-        for key in ("arch", "model_args", "in_chans", "img_size"):
-            config[key] = config[key] if key in said else content[key]
+        for key in ours - said:
+            config[key] = content[key]
         for key in ("mean", "std"):
             if key not in said and content["in_chans"] == config["in_chans"]:
                 config[key] = content[key]
     for key, value in RECIPES[config["recipe"]].items():
-        config[key] = config[key] if key in said else value
+        if key not in said:
+            config[key] = value
     for key in ("labels", "crop_pct"):
         if not 0 < config[key] <= 1:
             fail(f"{key} is {config[key]}, not a share above 0 and up to 1")

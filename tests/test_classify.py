@@ -676,6 +676,7 @@ def test_mistakes_are_named_in_one_sentence(pack, tmp_path, monkeypatch, capsys)
     same = changed_pack(pack, tmp_path / "same", A="0", B="0", C="0")
     bare = changed_pack(pack, tmp_path / "bare", A=None, B=None, C=None)
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "misfit.pt")
+    torch.save("no weights", tmp_path / "text.pt")
     flags = ["--train", pack, "--out", tmp_path / "out", *SMALL, "--batch", 12, "--epochs", 1]
     for argv, parts in (
             (["--train", odd], [f"{odd} row 9", "'A'", "'yes'"]),
@@ -692,6 +693,7 @@ def test_mistakes_are_named_in_one_sentence(pack, tmp_path, monkeypatch, capsys)
             (["--pos_weight", "[1, 2]"], ["[1, 2]", "pos_weight"]),
             (["--pos_weight", "much"], ["much", "pos_weight"]),
             (["--recipe", "c"], ["recipe", "deit"]),
+            (["--init", tmp_path / "text.pt"], ["text.pt"]),
             (["--init", "exp:nope"], ["runs/nope/pretrain/backbone.pt"]),
             (["--init", tmp_path / "misfit.pt"], ["misfit.pt"]),
             (["--arch", "vit_giant_ant"], ["vit_giant_ant"])):
