@@ -25,6 +25,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -694,10 +695,10 @@ def random_resized_crop(images, u, scale, size, cubic=True):
         return torch.cat([random_resized_crop(image[None], row[None], scale, size, cubic)
                           for image, row in zip(images, u)])
     height, width = images.shape[2:]
-    begin, length = (box.to(images.device) for box in crop_boxes(u, torch.tensor([height, width]), scale))
+    begin, length = (box.to(images.device, non_blocking=True) for box in crop_boxes(u, torch.tensor([height, width]), scale))
     rows, columns = resample_matrix(begin, length, max(height, width), size, cubic)[:, :, None]
     x = (rows[..., :height] @ images.float() @ columns[..., :width].mT).clamp_(0, 255)
-    flip = (u[:, 22] < 0.5).to(images.device).view(-1, 1, 1, 1)
+    flip = (u[:, 22] < 0.5).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
     return torch.where(flip, x.flip(3), x)
 # --- end copy: crop ---
 
@@ -723,7 +724,7 @@ def colour_jitter(x, u, strength, p):
     x float [B, C, H, W], 0-255; u uniform [B, >= 5]; strength: of the four. Grey has no colour to change.
     """
     amount = (2 * u[:, 1:5] - 1) * torch.tensor(strength) * (u[:, :1] < p)  # U(-strength, strength), or 0
-    brightness, contrast, saturation, hue = amount.to(x.device).T.reshape(4, -1, 1, 1, 1)
+    brightness, contrast, saturation, hue = amount.to(x.device, non_blocking=True).T.reshape(4, -1, 1, 1, 1)
     x = (x * (1 + brightness)).clamp_(0, 255)
     x = torch.lerp(luminance(x).mean((2, 3), keepdim=True), x, 1 + contrast).clamp_(0, 255)
     if x.shape[1] == 1:
@@ -736,7 +737,7 @@ def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
     """Blur a share p of the images x [B, C, S, S] with width U(sigma) pixels; u uniform [B, 2]."""
     width = torch.where(u[:, 0] < p, sigma[0] + u[:, 1] * (sigma[1] - sigma[0]), 0.01)      # 0.01: none
     place = torch.arange(x.shape[3], device=x.device)
-    distance = (place - place[:, None]) / width.to(x.device)[:, None, None]
+    distance = (place - place[:, None]) / width.to(x.device, non_blocking=True)[:, None, None]
     weights = torch.exp((-0.5 * distance ** 2).clamp_min(-80))[:, None]     # denormal numbers are slow
     matrix = weights / weights.sum(-1, keepdim=True)
     return matrix @ x @ matrix.mT
@@ -758,12 +759,14 @@ def luminance(x):
     """Grey value [B, 1, H, W] of images [B, 1 or 3, H, W]."""
     if x.shape[1] == 1:
         return x
-    return (x * x.new_tensor([[[0.299]], [[0.587]], [[0.114]]])).sum(1, keepdim=True)
+    red, green, blue = x.split(1, 1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def normalise(x, config):
     """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey is repeated."""
-    mean, std = (torch.tensor(config[key], device=x.device).view(-1, 1, 1) for key in ("mean", "std"))
+    stats = torch.tensor([config["mean"], config["std"]]).to(x.device, non_blocking=True)
+    mean, std = stats[..., None, None]
     x = luminance(x) if config["in_chans"] == 1 else x
     return torch.addcmul(-mean / std, x, 1 / (255 * std))                   # in one pass
 # --- end copy: normalise ---
