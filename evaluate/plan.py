@@ -2,7 +2,7 @@
 
     python evaluate/plan.py                        every row of experiments.yaml
     python evaluate/plan.py --exp '3.4,4.*'        these rows; all: the study's and the controls
-    python evaluate/plan.py --exp '3.4,4.*' --list one line a row: exp, strategy, its data, parent, seeds ("-": none)
+    python evaluate/plan.py --exp '3.4,4.*' --list      a line a row: exp, strategy, data, parent, seeds
 
 --list puts a row after its parent, the row whose pre-trained weights it starts from, and adds parents.
 
@@ -44,7 +44,9 @@ def fail(message):
 def resolve(table, exp, section, script):
     """Configuration of one half of a row: the script's literal DEFAULTS < YAML defaults < row."""
     nodes = ast.parse((ROOT / script).read_text()).body
-    call = next(node.value for node in nodes if isinstance(node, ast.Assign) and node.targets[0].id == "DEFAULTS")
+    call = next(
+        node.value for node in nodes if isinstance(node, ast.Assign) and node.targets[0].id == "DEFAULTS"
+    )
     config = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     for row in (table["defaults"], table[exp]):
         config |= {key: value for key, value in row.items() if key not in ("pretrain", "finetune")}
@@ -143,8 +145,8 @@ def chosen_rows(table, patterns):
 
 
 def list_rows(table, rows, miniature):
-    """A line a row, parents first: exp, strategy, data, parent and seeds ("-": none; a parent that was not asked
-    for is not fine-tuned), tab-separated. In the miniature c.0 stands in for timm's and torchvision's weights.
+    """A line a row, parents first, tab-separated: exp, strategy, data, parent and seeds ("-": none; a parent
+    that was not asked for is not fine-tuned). In the miniature c.0 stands in for timm's and torchvision's.
     """
     listed = {}
 
@@ -194,9 +196,13 @@ def main():
             hours = {name: flops / peak / share / 3600 for name, (peak, share) in GPUS.items()}
             totals = {name: totals[name] + hours[name] for name in GPUS}
             cells = " ".join(f"{hour:8,.1f}" for hour in hours.values())
-            print(f"{exp:24} {stage:9} {steps:10,} {images:12,} {flops / 1e15:10,.0f} {cells} {size / 1e9:8.2f}")
+            print(
+                f"{exp:24} {stage:9} {steps:10,} {images:12,} {flops / 1e15:10,.0f} {cells} {size / 1e9:8.2f}"
+            )
         reads = inputs(table, exp, args.data)
-        print("    reads " + ", ".join(f"{name} ({state})" if state else name for name, state in reads.items()))
+        print(
+            "    reads " + ", ".join(f"{name} ({state})" if state else name for name, state in reads.items())
+        )
         for name in [name for name, state in reads.items() if state == "missing"]:
             missing.setdefault(name, []).append(exp)
     print(f"{'all':24} {'':44} " + " ".join(f"{total:8,.0f}" for total in totals.values()))

@@ -303,6 +303,11 @@ def test_a_printed_pair_is_welchs_test_on_table_2(judged):
         "exp == '3.3' and testset == 'nih_test' and classes == '5' and label == 'mean'").auc.astype(float)
     expected = stats.ttest_ind_from_stats(runs.mean(), runs.std(), 5, cells[1].auc_mean, cells[1].auc_sd, 5,
                                           equal_var=False)
+    resnet = judged[(judged.id == "F2") & (judged.testset == "vindr_test")].iloc[0]       # of three runs
+    ours, theirs = (printed.loc[(exp, "vindr_test", "5")].astype(float) for exp in ("3.2", "1.2"))
+    three = stats.ttest_ind_from_stats(ours.auc_mean, ours.auc_sd, 5, theirs.auc_mean, theirs.auc_sd, 3,
+                                       equal_var=False)
+    assert resnet.p == pytest.approx(three.pvalue, rel=0.02)                # ours are published unrounded
     found = judged[(judged.id == "C1") & (judged.testset == "nih_test")].iloc[0]
     assert found.p == pytest.approx(expected.pvalue) and found.source == "printed and published runs"
 
