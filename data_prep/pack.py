@@ -269,13 +269,13 @@ def pack_shard(part, rows, crashed, config, say):
 
 
 def work(pipe, config):
-    """A worker process: packs shards until the pipe is closed, announcing each row before it is opened."""
+    """A worker process: packs shards until there are no more, announcing each row before it is opened."""
     warnings.simplefilter("ignore")                 # remarks on odd headers; what matters becomes a reason
     try:
-        while True:
-            pack_shard(*pipe.recv(), config, pipe.send)
+        while shard := pipe.recv():
+            pack_shard(*shard, config, pipe.send)
             pipe.send(None)
-    except (EOFError, ConnectionError):             # no more work, or the parent was killed
+    except (EOFError, ConnectionError):             # the parent was killed
         pass
     except OSError as problem:                      # such as a full disk
         pipe.send(problem)
@@ -303,6 +303,9 @@ def pack_shards(shards, workers, config):
                 worker, shard, row = team[pipe]
                 try:
                     answer = pipe.recv()
+                    if answer is None:                              # the part is written
+                        row, shard = None, next(shards, None)
+                        pipe.send(shard)
                 except (EOFError, ConnectionError):
                     worker.join()
                     if row is None or worker.exitcode == -signal.SIGKILL:
@@ -313,15 +316,11 @@ def pack_shards(shards, workers, config):
                     continue
                 if isinstance(answer, OSError):
                     raise answer
-                team[pipe][2] = answer
+                team[pipe] = [worker, shard, answer]
                 if answer is not None:
                     yield
-                elif shard := next(shards, None):                   # the last part is written
-                    team[pipe][1] = shard
-                    pipe.send(shard)
-                else:
+                elif shard is None:
                     del team[pipe]
-                    pipe.close()
     finally:
         for worker, *_ in team.values():
             worker.kill()

@@ -942,7 +942,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     wait_for_parts(tmp_path, "out", 3, process)
     process.kill()
     process.wait()
-    for _ in range(500):
+    for _ in range(3000):
         try:
             os.killpg(process.pid, 0)      # is anybody left in its group?
         except ProcessLookupError:
