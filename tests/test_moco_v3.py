@@ -164,7 +164,7 @@ def written_out(images, config, temperature):
 @pytest.mark.parametrize("micro, face, temperature", [
     (0, [], 0.2), (4, ["--variant", "paper"], 1.0), (1, ["--variant", "paper", "--temperature", 0.3], 0.3)])
 def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch, double, micro, face, temperature):
-    """Order, views, queries, keys of the average from before the step, loss, AdamW, log, weights of 8 steps."""
+    """Order, views, queries, keys of the average before the step, loss, AdamW, log, weights of 8 steps."""
     images = blobs(43)
     manifest = write_pack(tmp_path, images)
     run_here(moco, monkeypatch, "--manifest", manifest, "--out", tmp_path, "--model_args", json.dumps(VIT),
