@@ -303,7 +303,7 @@ def open_images(manifest, rows, in_chans, device):
             path = root / rows["path"][place]
             with or_fail(f"read {path}"), Image.open(path) as image:
                 if image.format not in ("PNG", "JPEG") or image.mode[0] in "IF":
-                    raise ValueError(f"{image.format} {image.mode} is not 8-bit PNG or JPEG; pack the files first")
+                    raise ValueError(f"{image.format} {image.mode} is no 8-bit PNG or JPEG; pack it first")
                 pixels = np.array(image.convert(mode))
             return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
         return lambda places: list(pool.map(read, places))

@@ -85,7 +85,7 @@ def fail(message):
 # --- end copy: error ---
 
 
-# --- begin copy: options ---
+# --- begin copy: flags ---
 @contextlib.contextmanager
 def or_fail(doing):
     """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
@@ -93,9 +93,9 @@ def or_fail(doing):
         yield
     except Exception as problem:
         blocked = re.search(r"GLOBAL [\w.]+", str(problem))                 # torch.load says it at length
+        blocked = blocked and f"{blocked[0]} is no plain tensor"
         reason = blocked or getattr(problem, "strerror", None) or problem
-        text = f"{blocked[0]} is no plain tensor" if blocked else " ".join(str(reason).split())
-        fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
+        fail(f"cannot {doing}: {' '.join(str(reason).split())[:300] or type(problem).__name__}")
 
 
 def typed(default):
@@ -106,13 +106,16 @@ def typed(default):
         except yaml.YAMLError:
             value = None
         value = float(value) if isinstance(default, float) else value       # to YAML 1e-3 is text
-        if type(value) in (int, float) and value < 0 or type(value) is not type(default) and default is not None:
+        negative = isinstance(value, (int, float)) and value < 0
+        if negative or default is not None and type(value) is not type(default):
             raise ValueError
         return value
     read.__name__ = type(default).__name__
     return read
+# --- end copy: flags ---
 
 
+# --- begin copy: options ---
 def read_row(file, exp, section, miniature):
     """A row of experiments.yaml as flags: its top level over `defaults`, over these what `section` says."""
     with or_fail(f"read {file}"):
@@ -125,23 +128,25 @@ def read_row(file, exp, section, miniature):
             part = table.get(part, {}) if "." in part else table[part]
             row |= part | (part.get(section) or {})
         if section == "pretrain" and row.get("strategy") != DEFAULTS["strategy"]:
-            fail(f"row {exp} is pre-trained by {strategy or 'nothing'}, this script does {DEFAULTS['strategy']}")
+            fail(f"row {exp} is pre-trained by {strategy or 'nothing'}, not by {DEFAULTS['strategy']}")
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in row.items()
             if key not in ("about", "pretrain", "finetune")]
 
 
 def options(section):
-    """All flags (args) and the keys of a row (config): the command line over the row of --exp over DEFAULTS."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="%(prog)s [--KEY VALUE]...", allow_abbrev=False)
+    """All flags (args) and the keys of a row (config): command line over row of --exp over DEFAULTS."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     words = dict(re.findall(r"^    (\w+)=.*?# (.*)$", Path(__file__).read_text(), re.M))
     for key, default in {**FLAGS, **DEFAULTS}.items():
         listed = re.match(r"\w+( \| \w+)+(?=;|$)", words[key])              # a comment may begin with choices
         choices = [typed(default)(word) for word in listed[0].split(" | ")] if listed else None
-        words[key] += f" [{default}]"
-        parser.add_argument(f"--{key}", type=typed(default), default=default, choices=choices, help=words[key])
+        switch = dict(nargs="?", const=True) if isinstance(default, bool) else {}
+        parser.add_argument(f"--{key}", type=typed(default), default=default, choices=choices,
+                            help=f"{words[key]} [{default}]", **switch)
     parser.error = fail
-    flags = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in sys.argv[1:]]
+    underscored = lambda flag: "--" + flag[0][2:].replace("-", "_")
+    flags = [re.sub("^--[^=]+", underscored, word) for word in sys.argv[1:]]
     args, unknown = parser.parse_known_args(flags)
     if args.exp and not unknown:
         file, exp = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml", args.exp
@@ -294,8 +299,8 @@ def augment(images, crop, colour, config):
 def make_views(images, crop, colour, masks, replaced, noise, config):
     """Two views of b images, clean and corrupted, float [2b, C, S, S], from b + 1 images.
 
-    masks bool and noise float [2, b, ...]: masked pixels show noise or, in replaced views, the next image of the
-    batch, which in random order is any other of the set.
+    masks bool and noise float [2, b, ...]: masked pixels show noise or, in replaced views, the next image of
+    the batch, which in random order is any other of the set.
     """
     views = torch.stack([augment(images, *uniforms, config) for uniforms in zip(crop, colour)])
     clean, donors = views[:, :-1], views[:, 1:]
@@ -387,7 +392,7 @@ def train(config, args, rank, world_size, device):
             picture(f"{args.out}/recon_{epoch + 1:04}.png", config, clean[:8], corrupted[:8], recon, restored)
         if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
             weights = backbone.state_dict() if done == last_step else None
-            save_run(args.out, done, config, state, weights)
+            save_run(args.out, done, config, state, weights, epoch=done // steps_an_epoch)
             saved = time.monotonic()
         if stopping and done < last_step:
             sys.exit(75)                # EX_TEMPFAIL: run the same command again
@@ -454,7 +459,7 @@ def leave():
         sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
         dist.destroy_process_group()
     elif dist.is_initialized():
-        if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):           # a peer died: torchrun says
+        if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
             sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(code)
@@ -508,7 +513,7 @@ def open_images(manifest, rows, in_chans, device):
             path = root / rows["path"][place]
             with or_fail(f"read {path}"), Image.open(path) as image:
                 if image.format not in ("PNG", "JPEG") or image.mode[0] in "IF":
-                    raise ValueError(f"{image.format} {image.mode} is not 8-bit PNG or JPEG; pack the files first")
+                    raise ValueError(f"{image.format} {image.mode} is no 8-bit PNG or JPEG; pack it first")
                 pixels = np.array(image.convert(mode))
             return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
         return lambda places: list(pool.map(read, places))
@@ -552,7 +557,7 @@ def crop_boxes(u, sides, scale):
 
 
 def resample_matrix(begin, length, in_size, out_size, cubic):
-    """Pillow's antialiased resampling of pixels [begin, begin + length), both [2, B], to out: [2, B, out, in]."""
+    """Pillow's antialiased resampling of [begin, begin + length), both [2, B], as matrix [2, B, out, in]."""
     begin, length = begin[..., None, None], length[..., None, None]
     scale = length / out_size                                               # source pixels a target pixel
     reach = scale.clamp_min(1)
@@ -571,16 +576,17 @@ def resample_matrix(begin, length, in_size, out_size, cubic):
 def random_resized_crop(images, u, scale, size, cubic=True):
     """Cut, stretch to size x size and mirror each image, as torchvision does, by a matrix an axis.
 
-    images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, N_CROP] -> float [B, C, size, size], 0-255.
+    images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, N_CROP] -> float [B, C, S, S], 0-255.
     """
     if isinstance(images, list):
         return torch.cat([random_resized_crop(image[None], row[None], scale, size, cubic)
                           for image, row in zip(images, u)])
     height, width = images.shape[2:]
-    begin, length = (box.to(images.device) for box in crop_boxes(u, torch.tensor([height, width]), scale))
+    boxes = crop_boxes(u, torch.tensor([height, width]), scale)
+    begin, length = (box.to(images.device, non_blocking=True) for box in boxes)
     rows, columns = resample_matrix(begin, length, max(height, width), size, cubic)[:, :, None]
     x = (rows[..., :height] @ images.float() @ columns[..., :width].mT).clamp_(0, 255)
-    flip = (u[:, 22] < 0.5).to(images.device).view(-1, 1, 1, 1)
+    flip = (u[:, 22] < 0.5).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
     return torch.where(flip, x.flip(3), x)
 # --- end copy: crop ---
 
@@ -606,7 +612,7 @@ def colour_jitter(x, u, strength, p):
     x float [B, C, H, W], 0-255; u uniform [B, >= 5]; strength: of the four. Grey has no colour to change.
     """
     amount = (2 * u[:, 1:5] - 1) * torch.tensor(strength) * (u[:, :1] < p)  # U(-strength, strength), or 0
-    brightness, contrast, saturation, hue = amount.to(x.device).T.reshape(4, -1, 1, 1, 1)
+    brightness, contrast, saturation, hue = amount.to(x.device, non_blocking=True).T.reshape(4, -1, 1, 1, 1)
     x = (x * (1 + brightness)).clamp_(0, 255)
     x = torch.lerp(luminance(x).mean((2, 3), keepdim=True), x, 1 + contrast).clamp_(0, 255)
     if x.shape[1] == 1:
@@ -619,7 +625,7 @@ def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
     """Blur a share p of the images x [B, C, S, S] with width U(sigma) pixels; u uniform [B, 2]."""
     width = torch.where(u[:, 0] < p, sigma[0] + u[:, 1] * (sigma[1] - sigma[0]), 0.01)      # 0.01: none
     place = torch.arange(x.shape[3], device=x.device)
-    distance = (place - place[:, None]) / width.to(x.device)[:, None, None]
+    distance = (place - place[:, None]) / width.to(x.device, non_blocking=True)[:, None, None]
     weights = torch.exp((-0.5 * distance ** 2).clamp_min(-80))[:, None]     # denormal numbers are slow
     matrix = weights / weights.sum(-1, keepdim=True)
     return matrix @ x @ matrix.mT
@@ -641,12 +647,14 @@ def luminance(x):
     """Grey value [B, 1, H, W] of images [B, 1 or 3, H, W]."""
     if x.shape[1] == 1:
         return x
-    return (x * x.new_tensor([[[0.299]], [[0.587]], [[0.114]]])).sum(1, keepdim=True)
+    red, green, blue = x.split(1, 1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def normalise(x, config):
     """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey is repeated."""
-    mean, std = (torch.tensor(config[key], device=x.device).view(-1, 1, 1) for key in ("mean", "std"))
+    stats = torch.tensor([config["mean"], config["std"]]).to(x.device, non_blocking=True)
+    mean, std = stats[..., None, None]
     x = luminance(x) if config["in_chans"] == 1 else x
     return torch.addcmul(-mean / std, x, 1 / (255 * std))                   # in one pass
 # --- end copy: normalise ---
@@ -718,8 +726,10 @@ def read_weights(init, arch):
                 content = torch.load(file, map_location="cpu", weights_only=True)
         card = timm.get_pretrained_cfg(name) if source == "timm" else None
         return {"model": content, "mean": [*card.mean], "std": [*card.std]} if card else content
+# --- end copy: read weights ---
 
 
+# --- begin copy: timm names ---
 def flatten(content, path=""):
     """{dotted path: tensor} of nested dicts."""
     flat = {}
@@ -769,20 +779,21 @@ def differences(content, prefix, config, n_heads):
     ours = {"heads": n_heads, "mean": config["mean"], "std": config["std"]}
     return [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
             for key, value in ours.items() if theirs.get(key, value) != value]
-# --- end copy: read weights ---
+# --- end copy: timm names ---
 
 
 # --- begin copy: load transformer ---
 def load_backbone(model, config):
-    """Fill all of a timm vision transformer but its head from `init`, or fail; returns a line on what was done."""
+    """Fill all of a timm vision transformer but its head from `init`, or fail; returns a line about it."""
     init, arch = config["init"], config["arch"]
     if init == "random":
         return "random initialisation"
     content, grid = read_weights(init, arch), model.patch_embed.grid_size
     named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"] or "")}
     head = {name: x for name, x in model.state_dict().items() if name.startswith("head.")}
-    state, prefix = timm_names(named, [name for name in model.state_dict() if name not in head])
-    loaded = {name: x.detach().float() for name, x in state.items() if name in model.state_dict() and name not in head}
+    wanted = [name for name in model.state_dict() if name not in head]
+    state, prefix = timm_names(named, wanted)
+    loaded = {name: state[name].detach().float() for name in wanted if name in state}
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
         for name, x in loaded.items():
             if name == "patch_embed.proj.weight":
@@ -792,7 +803,8 @@ def load_backbone(model, config):
                     x, grid, num_prefix_tokens=model.num_prefix_tokens, antialias=False)
         model.load_state_dict(head | loaded)                                # strictly: all or an error
     config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
-    notes, others = [f"{len(loaded)} tensors of {init} ({prefix}*)"], [name for name in state if name not in loaded]
+    others = [name for name in state if name not in loaded]
+    notes = [f"{len(loaded)} tensors of {init} ({prefix}*)"]
     notes += [f"{name} {tuple(state[name].shape)} made {tuple(x.shape)}" for name, x in loaded.items()
               if x.shape != state[name].shape]
     notes += [f"left out {', '.join(others[:3])}{' ...' * (len(others) > 3)}"] if others else []
@@ -822,7 +834,7 @@ def clip_each(parameters, largest):
 # --- end copy: schedule ---
 
 
-# --- begin copy: run folder ---
+# --- begin copy: write ---
 def write_atomic(path, write):
     """Let write(file) fill a temporary file, flush, rename: a crash leaves the old file or the new one."""
     with or_fail(f"write {path}; the last complete one is untouched"):
@@ -831,14 +843,16 @@ def write_atomic(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
+# --- end copy: write ---
 
 
+# --- begin copy: run folder ---
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
     Refused is a last.pt of another row, start or data: the config gets the hashes of manifests and pack.json.
     """
-    inputs = [Path(file) for manifest in manifests for file in (manifest, Path(manifest).with_name("pack.json"))]
+    inputs = [*map(Path, manifests), *(Path(manifest).with_name("pack.json") for manifest in manifests)]
     config["data"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in inputs if file.is_file()]
     last, log = Path(out, "last.pt"), Path(out, "log.jsonl")
     if rank == 0:
@@ -854,7 +868,7 @@ def open_run(out, manifests, config, parts, resume, rank):
                 print(f"warning: {out} cannot be locked; start no second run in it", file=sys.stderr)
     if resume == "never" or not last.is_file():
         if rank == 0:
-            last.unlink(missing_ok=True)                                    # first: no run goes on from the rest
+            last.unlink(missing_ok=True)                                    # first: no run goes on from it
             log.unlink(missing_ok=True)
         return 0
     with or_fail(f"go on from {last} (--resume never starts anew, another --out keeps both)"):

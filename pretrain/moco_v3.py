@@ -595,7 +595,7 @@ def crop_boxes(u, sides, scale):
 
 
 def resample_matrix(begin, length, in_size, out_size, cubic):
-    """Pillow's antialiased resampling of [begin, begin + length), both [2, B], as a matrix [2, B, out, in]."""
+    """Pillow's antialiased resampling of [begin, begin + length), both [2, B], as matrix [2, B, out, in]."""
     begin, length = begin[..., None, None], length[..., None, None]
     scale = length / out_size                                               # source pixels a target pixel
     reach = scale.clamp_min(1)
