@@ -46,7 +46,7 @@ def or_fail(doing):
     try:
         yield
     except Exception as problem:
-        reason = getattr(problem, "strerror", None) or str(problem)
+        reason = getattr(problem, "strerror", None) or str(problem).rpartition("WeightsUnpickler error: ")[2]
         fail(f"cannot {doing}: {' '.join(reason.split())[:300]}")
 
 
@@ -220,10 +220,10 @@ def predict(model, facts, manifest, split, file, args, device):
     columns = {"path": rows["path"], "patient": rows.get("patient", "")}
     columns |= {f"true_{label}": cells for label, cells in known.items()}
     columns |= {f"prob_{label}": outputs[:, labels.index(label)] for label in known or labels}
-    table, features = pd.DataFrame(columns), outputs[:, len(labels):].numpy()
+    table = pd.DataFrame(columns)
     write_atomic(file.with_suffix(".json"), lambda stream: stream.write(json.dumps(card).encode()))
     if args.features:
-        write_atomic(file.with_suffix(".npy"), lambda stream: np.save(stream, features))
+        write_atomic(file.with_suffix(".npy"), lambda stream: np.save(stream, outputs[:, len(labels):]))
     write_atomic(file, lambda stream: table.to_csv(                         # last: if it is there, all is
         stream, mode="wb", index=False, float_format="%.8g", lineterminator="\n"))
     print(f"{file}: {n:,} images, {len(known)} of {len(labels)} labels with truth")
