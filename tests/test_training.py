@@ -113,17 +113,17 @@ def files(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """A function: the undisturbed run of a script, as (folder, its result, seconds); made once."""
+    """A function: the undisturbed run of a script, as (folder, its result, seconds); made once for each log_steps."""
     made = {}
     run("gmml", data, None, "--help")                   # starts the server of forks, which takes seconds
 
-    def undisturbed(name):
-        if name not in made:
+    def undisturbed(name, log_steps=1):
+        if (name, log_steps) not in made:
             out, begun = tmp_path_factory.mktemp(name) / "run", time.monotonic()
-            result = run(name, data, out)
+            result = run(name, data, out, "--log-steps", log_steps)
             assert result.returncode == 0, result.stderr
-            made[name] = out, result, time.monotonic() - begun
-        return made[name]
+            made[name, log_steps] = out, result, time.monotonic() - begun
+        return made[name, log_steps]
     return undisturbed
 
 
@@ -191,10 +191,11 @@ def assert_close(name, one, two, atol=1e-5):
 
 @every_script
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(name, data, whole, tmp_path):
-    out, _, seconds = whole(name)
+    """Saved at every step, also between two lines of the log, whose means go on."""
+    out, _, seconds = whole(name, 3)
     expected, rng, kills = content(out), np.random.default_rng(zlib.crc32(name.encode())), 0
     assert not [path for path in expected if path.endswith(".part")]
-    script, *args = command(name, data, tmp_path / "cut")
+    script, *args = command(name, data, tmp_path / "cut", "--log-steps", 3)
     while kills < KILLS:
         cut = Run(script, args)
         cut.process.join(rng.uniform(0, seconds))
@@ -206,7 +207,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(name, data, whole, t
         else:
             assert code == -signal.SIGKILL, cut.said("stderr")
             kills += 1
-    assert run(name, data, tmp_path / "cut").returncode == 0
+    assert run(name, data, tmp_path / "cut", "--log-steps", 3).returncode == 0
     assert_same(tmp_path / "cut", expected)
 
 
@@ -450,10 +451,9 @@ def test_the_log_the_terminal_and_the_pictures_of_a_run(name, whole):
 
 
 @every_script
-def test_a_sparse_log_has_means_and_the_last_line(name, data, whole, tmp_path):
-    assert run(name, data, tmp_path, "--log-steps", 3).returncode == 0
+def test_a_sparse_log_has_means_and_the_last_line(name, whole):
     every = [line for line in log_of(folder(name, whole(name)[0])) if "lr" in line]
-    sparse = [line for line in log_of(folder(name, tmp_path)) if "lr" in line]
+    sparse = [line for line in log_of(folder(name, whole(name, 3)[0])) if "lr" in line]
     assert sparse[-1]["step"] == 8
     begun = 0
     for line in sparse:
@@ -462,8 +462,7 @@ def test_a_sparse_log_has_means_and_the_last_line(name, data, whole, tmp_path):
         assert all(math.isclose(line[key], mean, rel_tol=1e-5) for key, mean in means.items()), line
         assert line["lr"] == every[line["step"] - 1]["lr"]
         begun = line["step"]
-    assert plain(torch.load(exported(name, tmp_path), weights_only=True)["model"]) == plain(
-        torch.load(exported(name, whole(name)[0]), weights_only=True)["model"])
+    assert weights(name, whole(name, 3)[0]) == weights(name, whole(name)[0])
 
 
 LOAD = """
