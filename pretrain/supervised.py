@@ -445,11 +445,12 @@ def open_images(manifest, rows, in_chans, device):
 
         def read(place):
             path = root / rows["path"][place]
-            with or_fail(f"read {path}"), Image.open(path) as image:
-                if image.format not in ("PNG", "JPEG") or image.mode[0] in "IF":
-                    raise ValueError(f"{image.format} {image.mode} is no 8-bit PNG or JPEG; pack it first")
-                pixels = np.array(image.convert(mode))
-            return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
+            with or_fail(f"read {path} as 8-bit PNG or JPEG (data_prep/pack.py packs others)"):
+                with Image.open(path) as image:
+                    if image.format not in ("PNG", "JPEG") or image.mode[0] in "IF":
+                        raise ValueError(f"it is {image.format} {image.mode}")
+                    pixels = np.array(image.convert(mode))
+            return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1).to(device)
         return lambda places: list(pool.map(read, places))
 
     with or_fail(f"read {file}; pack the dataset again"):
