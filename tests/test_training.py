@@ -279,7 +279,7 @@ def test_torchrun_restarts_from_the_checkpoint_and_its_workers_end_with_it(data,
             while len(begun := re.findall(r"steps (\d+) to", (tmp_path / "log").read_text())) == restarts:
                 assert agent.poll() is None, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(0.05)
-            assert int(begun[-1]) >= 3
+            assert int(begun[-1]) >= 2                  # a line of the log comes before its checkpoint
             seen = steps(3)
             assert seen == list(range(1, len(seen) + 1))
         left = workers()
