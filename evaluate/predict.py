@@ -276,8 +276,8 @@ def read_manifest(manifest, split, samples=0):
         for number, row in enumerate(rows, 2):
             if len(row) != len(header):
                 raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
-        if "path" not in header or "" in header or len(set(header)) < len(header):
-            raise ValueError(f"columns need names that differ, one of them path, not {', '.join(header)}")
+        if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
+            raise ValueError(f"columns need names that differ, one path, none row, not {', '.join(header)}")
         splits = [row[header.index("split")] if "split" in header else split for row in rows]
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
@@ -320,9 +320,9 @@ def open_images(manifest, rows, in_chans, device):
     return lambda places: packed[numbers[places].to(packed.device)].to(device, non_blocking=True)
 
 
-def step_generator(seed, step):
+def step_generator(*numbers):
     """A random generator made from (seed, step): any number of processes and any resume draw the same."""
-    sequence = np.random.SeedSequence([seed, step])
+    sequence = np.random.SeedSequence(numbers)
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 # --- end copy: images ---
 

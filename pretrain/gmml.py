@@ -72,9 +72,9 @@ FLAGS = dict(                       # of the command line alone
     steps=0,                        # stop after so many steps of the schedule; 0: all
     resume="auto",                  # auto | never; go on from last.pt or start anew
     micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # a line of the log every so many steps
+    log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
     save_minutes=10.0,              # last.pt every so many minutes
-    picture_epochs=10,              # a picture every so many epochs
+    picture_epochs=10,              # a picture every so many epochs; 0: at the end alone
 )
 
 # --- begin copy: error ---
@@ -107,7 +107,8 @@ def typed(default):
             value = None
         value = float(value) if isinstance(default, float) else value       # to YAML 1e-3 is text
         negative = isinstance(value, (int, float)) and value < 0
-        if negative or default is not None and type(value) is not type(default):
+        short = isinstance(value, list) and default and len(value) != len(default)
+        if negative or short or default is not None and type(value) is not type(default):
             raise ValueError
         return value
     read.__name__ = type(default).__name__
@@ -119,16 +120,15 @@ def typed(default):
 def read_row(file, exp, section, miniature):
     """A row of experiments.yaml as flags: its top level over `defaults`, over these what `section` says."""
     with or_fail(f"read {file}"):
-        table, row = yaml.safe_load(Path(file).read_text()), {}
+        table = yaml.safe_load(Path(file).read_text())
+        row = {"strategy": "nothing"} if section == "pretrain" else {}
         if exp not in table:
             near = difflib.get_close_matches(exp, map(str, table)) or ["none"]
             fail(f'{file} has no row "{exp}" (keys stand in quotes); nearest: {", ".join(near)}')
         strategy = (table[exp].get("pretrain") or {}).get("strategy")
         for part in ("defaults", exp) + ("miniature", f"miniature.{strategy}") * miniature:
-            part = table.get(part, {}) if "." in part else table[part]
+            part = table.get(part, {}) if part.startswith("miniature.") else table[part]
             row |= part | (part.get(section) or {})
-        if section == "pretrain" and row.get("strategy") != DEFAULTS["strategy"]:
-            fail(f"row {exp} is pre-trained by {strategy or 'nothing'}, not by {DEFAULTS['strategy']}")
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in row.items()
             if key not in ("about", "pretrain", "finetune")]
 
@@ -155,6 +155,8 @@ def options(section):
     for word in unknown:
         near = difflib.get_close_matches(word[2:].split("=")[0], vars(args), 1) or ["none"]
         parser.error(f"unknown {word}; nearest: {near[0]}")
+    if section == "pretrain" and args.strategy != DEFAULTS["strategy"]:
+        parser.error(f"pre-trained by {args.strategy}, this script does {DEFAULTS['strategy']}")
     return args, {"exp": args.exp or None, **{key: getattr(args, key) for key in DEFAULTS}}
 # --- end copy: options ---
 
@@ -165,7 +167,6 @@ if __name__ == "__main__":      # help and mistakes are answered before the impo
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import distributed as dist, nn
 
@@ -176,9 +177,10 @@ class GMML(nn.Module):
     def __init__(self, backbone, in_chans, recon_blocks=None):
         super().__init__()
         # the study's 6, 8, 10, 12 of 12; in other depths the same shares
-        numbers = recon_blocks or {round(share * len(backbone.blocks)) for share in (1 / 2, 2 / 3, 5 / 6, 1)}
-        if not {*numbers} <= {*range(1, 1 + len(backbone.blocks))}:
-            raise ValueError(f"recon_blocks {numbers} of {len(backbone.blocks)} blocks")
+        depth, shares = len(backbone.blocks), (1 / 2, 2 / 3, 5 / 6, 1)
+        numbers = recon_blocks or {max(1, round(share * depth)) for share in shares}
+        if not {*numbers} <= {*range(1, 1 + depth)} or isinstance(backbone.norm, nn.Identity):
+            raise ValueError(f"blocks {numbers} of {depth} and a final norm are needed")
         self.recon_blocks = sorted(number - 1 for number in numbers)
         for block in backbone.blocks[max(numbers):]:
             block.requires_grad_(False)                     # nothing that is decoded passes them
@@ -314,8 +316,11 @@ def train(config, args, rank, world_size, device):
     images = open_images(args.manifest, rows, config["in_chans"], device)
     n_images, batch = len(rows["row"]), config["batch"]
     steps_an_epoch = n_images // max(1, batch)
-    if batch % world_size or not batch or not steps_an_epoch:
-        fail(f"--batch {batch} has to be a multiple of {world_size} processes, at most the {n_images} images")
+    if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
+        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
+             "images, --epochs at least 1")
+    if not 0 < max(config["drop"], config["replace"]) < 1:
+        fail(f"--drop {config['drop']} and --replace {config['replace']} are shares below 1, not both 0")
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     last_step = min(n_steps, args.steps or n_steps)
 
@@ -323,7 +328,8 @@ def train(config, args, rank, world_size, device):
     backbone = make_model(config, 0, config["drop_path"])
     drop_paths, note = take_drop_path(backbone), load_backbone(backbone, config)
     with or_fail(f"decode the blocks of {config['arch']}, which has to be a vision transformer"):
-        model = GMML(backbone, config["in_chans"], config["recon_blocks"]).to(device)
+        model = GMML(backbone, config["in_chans"], config["recon_blocks"])
+    model.to(device)
     optimizer = torch.optim.AdamW(decay_groups(model), lr=config["lr"], weight_decay=config["wd"], fused=True)
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
@@ -355,7 +361,7 @@ def train(config, args, rank, world_size, device):
         chosen = images(order[number * batch + own])
         crop, colour, *draws = draw_step(config, step, own, len(drop_paths))
         depth, masks, replaced = (part[:, :-1].to(device, non_blocking=True) for part in draws)
-        torch.manual_seed(step_generator(config["seed"], step).initial_seed())
+        torch.manual_seed(step_generator(config["seed"], step, 1).initial_seed())       # another stream
         noise = torch.randn(2, batch, config["in_chans"], *masks.shape[2:], device=device)[:, own[:-1]]
         clean, corrupted = make_views(chosen, crop, colour, masks, replaced, noise, config)
         masks, depth = masks.flatten(0, 1), depth.flatten(0, 1)
@@ -366,8 +372,8 @@ def train(config, args, rank, world_size, device):
         for begin in range(0, len(clean), micro):
             part = slice(begin, begin + micro)
             set_drop_path(drop_paths, depth[part])
-            more = world_size > 1 and begin + micro < len(clean)
-            with net.no_sync() if more else contextlib.nullcontext(), amp:
+            net.require_backward_grad_sync = begin + micro >= len(clean)    # DDP: after the last pass alone
+            with amp:
                 part_loss = masked_l1(net(corrupted[part]), clean[part], masks[part]) / n_masked
             scaler.scale(part_loss * world_size).backward()                 # DDP averages over processes
             loss += part_loss.detach()
@@ -378,17 +384,18 @@ def train(config, args, rank, world_size, device):
         meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])
 
         done, stopping = step + 1, stop_asked()
-        if done % args.log_steps == 0 or done == last_step:
+        if args.log_steps and done % args.log_steps == 0 or done == last_step:
             rate = (done - begun) * batch / (time.monotonic() - started)
             log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
                      loss=(meter[0] / meter[1]).item(), lr=lr, wd=wd, img_per_s=round(rate, 1))
             meter.zero_()
-        if rank == 0 and (done == last_step or done % (args.picture_epochs * steps_an_epoch) == 0):
+        picture_steps = args.picture_epochs * steps_an_epoch
+        if rank == 0 and (done == last_step or picture_steps and done % picture_steps == 0):
             model.eval()
             with torch.no_grad():
                 recon = model(corrupted[:8])
             model.train()
-            restored = corrupt(clean[:8], recon, masks[:8])
+            restored = torch.where(masks[:8, None], recon, clean[:8])
             picture(f"{args.out}/recon_{epoch + 1:04}.png", config, clean[:8], corrupted[:8], recon, restored)
         if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
             weights = backbone.state_dict() if done == last_step else None
@@ -400,7 +407,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = fit_to_channels(config)
+    config = {**fit_to_channels(config), "split": args.split}               # a resumed run has to agree in it
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -408,7 +415,8 @@ def main():
         train(config, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)}")
+        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
+             "or a smaller --batch")
     finally:
         leave()
 
@@ -486,8 +494,8 @@ def read_manifest(manifest, split, samples=0):
         for number, row in enumerate(rows, 2):
             if len(row) != len(header):
                 raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
-        if "path" not in header or "" in header or len(set(header)) < len(header):
-            raise ValueError(f"columns need names that differ, one of them path, not {', '.join(header)}")
+        if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
+            raise ValueError(f"columns need names that differ, one path, none row, not {', '.join(header)}")
         splits = [row[header.index("split")] if "split" in header else split for row in rows]
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
@@ -530,9 +538,9 @@ def open_images(manifest, rows, in_chans, device):
     return lambda places: packed[numbers[places].to(packed.device)].to(device, non_blocking=True)
 
 
-def step_generator(seed, step):
+def step_generator(*numbers):
     """A random generator made from (seed, step): any number of processes and any resume draw the same."""
-    sequence = np.random.SeedSequence([seed, step])
+    sequence = np.random.SeedSequence(numbers)
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 # --- end copy: images ---
 
@@ -748,7 +756,8 @@ def timm_names(state, wanted):
     Of two networks alike: the average (DINO's teacher, an EMA), but not MoCo's momentum encoder.
     """
     for old, new in RENAMED.items():
-        state = {re.sub(old, new, name): value for name, value in state.items()}
+        if not any(re.search(old, name) for name in wanted):                # as of MobileNetV4
+            state = {re.sub(old, new, name): value for name, value in state.items()}
     for name, q in list(state.items()):
         if ".attention.query." in name:                                     # Hugging Face's three layers
             k, v = state[name.replace("query", "key")], state[name.replace("query", "value")]
@@ -802,7 +811,8 @@ def load_backbone(model, config):
             if name == "pos_embed":
                 loaded[name] = timm.layers.resample_abs_pos_embed(
                     x, grid, num_prefix_tokens=model.num_prefix_tokens, antialias=False)
-        model.load_state_dict(head | loaded)                                # strictly: all or an error
+        misplaced = {name: x for name, x in state.items() if name not in loaded and "gamma" in name}
+        model.load_state_dict(head | loaded | misplaced)                    # all of it, no layer scale lost
     config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
     others = [name for name in state if name not in loaded]
     notes = [f"{len(loaded)} tensors of {init} ({prefix}*)"]
@@ -869,8 +879,8 @@ def open_run(out, manifests, config, parts, resume, rank):
                 print(f"warning: {out} cannot be locked; start no second run in it", file=sys.stderr)
     if resume == "never" or not last.is_file():
         if rank == 0:
-            last.unlink(missing_ok=True)                                    # first: no run goes on from it
-            log.unlink(missing_ok=True)
+            for file in (last, log, Path(out, "backbone.pt")):              # first what is gone on from
+                file.unlink(missing_ok=True)
         return 0
     with or_fail(f"go on from {last} (--resume never starts anew, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)
@@ -916,8 +926,10 @@ def log_line(out, rank, left, **facts):
     """A line of log.jsonl, and for people with the `left` seconds."""
     stop_if_nan([facts["loss"]], facts["step"], out)
     if rank == 0:
-        words = "  ".join(f"{name} {value:,.4g}" for name, value in facts.items())
-        print(f"{words}  eta {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}", flush=True)
+        left = int(left)
+        for name, value in facts.items():
+            print(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}", end="  ")
+        print(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
         with or_fail(f"write {out}/log.jsonl"), open(f"{out}/log.jsonl", "a") as log:
             log.write(json.dumps({**facts, "time": time.time()}) + "\n")
 # --- end copy: log ---

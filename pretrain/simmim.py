@@ -79,9 +79,9 @@ FLAGS = dict(                       # of the command line alone
     steps=0,                        # stop after so many steps of the schedule; 0: all
     resume="auto",                  # auto | never; go on from last.pt or start anew
     micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # a line of the log every so many steps
+    log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
     save_minutes=10.0,              # last.pt every so many minutes
-    picture_epochs=10,              # a picture every so many epochs
+    picture_epochs=10,              # a picture every so many epochs; 0: at the end alone
 )
 
 # --- begin copy: error ---
@@ -114,7 +114,8 @@ def typed(default):
             value = None
         value = float(value) if isinstance(default, float) else value       # to YAML 1e-3 is text
         negative = isinstance(value, (int, float)) and value < 0
-        if negative or default is not None and type(value) is not type(default):
+        short = isinstance(value, list) and default and len(value) != len(default)
+        if negative or short or default is not None and type(value) is not type(default):
             raise ValueError
         return value
     read.__name__ = type(default).__name__
@@ -126,16 +127,15 @@ def typed(default):
 def read_row(file, exp, section, miniature):
     """A row of experiments.yaml as flags: its top level over `defaults`, over these what `section` says."""
     with or_fail(f"read {file}"):
-        table, row = yaml.safe_load(Path(file).read_text()), {}
+        table = yaml.safe_load(Path(file).read_text())
+        row = {"strategy": "nothing"} if section == "pretrain" else {}
         if exp not in table:
             near = difflib.get_close_matches(exp, map(str, table)) or ["none"]
             fail(f'{file} has no row "{exp}" (keys stand in quotes); nearest: {", ".join(near)}')
         strategy = (table[exp].get("pretrain") or {}).get("strategy")
         for part in ("defaults", exp) + ("miniature", f"miniature.{strategy}") * miniature:
-            part = table.get(part, {}) if "." in part else table[part]
+            part = table.get(part, {}) if part.startswith("miniature.") else table[part]
             row |= part | (part.get(section) or {})
-        if section == "pretrain" and row.get("strategy") != DEFAULTS["strategy"]:
-            fail(f"row {exp} is pre-trained by {strategy or 'nothing'}, not by {DEFAULTS['strategy']}")
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in row.items()
             if key not in ("about", "pretrain", "finetune")]
 
@@ -162,6 +162,8 @@ def options(section):
     for word in unknown:
         near = difflib.get_close_matches(word[2:].split("=")[0], vars(args), 1) or ["none"]
         parser.error(f"unknown {word}; nearest: {near[0]}")
+    if section == "pretrain" and args.strategy != DEFAULTS["strategy"]:
+        parser.error(f"pre-trained by {args.strategy}, this script does {DEFAULTS['strategy']}")
     return args, {"exp": args.exp or None, **{key: getattr(args, key) for key in DEFAULTS}}
 # --- end copy: options ---
 
@@ -288,8 +290,9 @@ def train(config, args, rank, world_size, device):
     images = open_images(args.manifest, rows, config["in_chans"], device)
     n_images = len(rows["row"])
     steps_an_epoch = n_images // max(1, batch)
-    if batch % world_size or not batch or not steps_an_epoch:
-        fail(f"--batch {batch} has to be a multiple of {world_size} processes, at most the {n_images} images")
+    if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
+        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
+             "images, --epochs at least 1")
     n_steps = config["epochs"] * steps_an_epoch
     last_step = min(n_steps, args.steps or n_steps)
     begun = open_run(args.out, [args.manifest], config, state, args.resume, rank)
@@ -327,8 +330,8 @@ def train(config, args, rank, world_size, device):
         for begin in range(0, n_own, micro):
             part = slice(begin, begin + micro)
             set_drop_path(drop_paths, depth[part])
-            more = world_size > 1 and begin + micro < n_own
-            with net.no_sync() if more else contextlib.nullcontext(), amp:
+            net.require_backward_grad_sync = begin + micro >= n_own    # DDP: after the last pass alone
+            with amp:
                 recon = net(clean[part], masks[part])
             # every image hides as many pixels: the mean over images is the mean over hidden pixels
             part_loss = masked_l1(recon.float(), clean[part], masks[part]) * len(recon) / batch
@@ -341,12 +344,13 @@ def train(config, args, rank, world_size, device):
         meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])
 
         done, stopping = step + 1, stop_asked()
-        if done % args.log_steps == 0 or done == last_step:
+        if args.log_steps and done % args.log_steps == 0 or done == last_step:
             rate = (done - begun) * batch / (time.monotonic() - started)
             log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
                      loss=(meter[0] / meter[1]).item(), lr=lr, wd=config["wd"], img_per_s=round(rate, 1))
             meter.zero_()
-        if rank == 0 and (done == last_step or done % (args.picture_epochs * steps_an_epoch) == 0):
+        picture_steps = args.picture_epochs * steps_an_epoch
+        if rank == 0 and (done == last_step or picture_steps and done % picture_steps == 0):
             clean, masks = clean[:8], masks[:8]
             model.eval()
             with torch.no_grad():
@@ -364,7 +368,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = fit_to_channels(config)
+    config = {**fit_to_channels(config), "split": args.split}               # a resumed run has to agree in it
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -372,7 +376,8 @@ def main():
         train(config, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)}")
+        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
+             "or a smaller --batch")
     finally:
         leave()
 
@@ -450,8 +455,8 @@ def read_manifest(manifest, split, samples=0):
         for number, row in enumerate(rows, 2):
             if len(row) != len(header):
                 raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
-        if "path" not in header or "" in header or len(set(header)) < len(header):
-            raise ValueError(f"columns need names that differ, one of them path, not {', '.join(header)}")
+        if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
+            raise ValueError(f"columns need names that differ, one path, none row, not {', '.join(header)}")
         splits = [row[header.index("split")] if "split" in header else split for row in rows]
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
@@ -494,9 +499,9 @@ def open_images(manifest, rows, in_chans, device):
     return lambda places: packed[numbers[places].to(packed.device)].to(device, non_blocking=True)
 
 
-def step_generator(seed, step):
+def step_generator(*numbers):
     """A random generator made from (seed, step): any number of processes and any resume draw the same."""
-    sequence = np.random.SeedSequence([seed, step])
+    sequence = np.random.SeedSequence(numbers)
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 # --- end copy: images ---
 
@@ -671,7 +676,8 @@ def timm_names(state, wanted):
     Of two networks alike: the average (DINO's teacher, an EMA), but not MoCo's momentum encoder.
     """
     for old, new in RENAMED.items():
-        state = {re.sub(old, new, name): value for name, value in state.items()}
+        if not any(re.search(old, name) for name in wanted):                # as of MobileNetV4
+            state = {re.sub(old, new, name): value for name, value in state.items()}
     for name, q in list(state.items()):
         if ".attention.query." in name:                                     # Hugging Face's three layers
             k, v = state[name.replace("query", "key")], state[name.replace("query", "value")]
@@ -808,8 +814,8 @@ def open_run(out, manifests, config, parts, resume, rank):
                 print(f"warning: {out} cannot be locked; start no second run in it", file=sys.stderr)
     if resume == "never" or not last.is_file():
         if rank == 0:
-            last.unlink(missing_ok=True)                                    # first: no run goes on from it
-            log.unlink(missing_ok=True)
+            for file in (last, log, Path(out, "backbone.pt")):              # first what is gone on from
+                file.unlink(missing_ok=True)
         return 0
     with or_fail(f"go on from {last} (--resume never starts anew, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)
@@ -855,8 +861,10 @@ def log_line(out, rank, left, **facts):
     """A line of log.jsonl, and for people with the `left` seconds."""
     stop_if_nan([facts["loss"]], facts["step"], out)
     if rank == 0:
-        words = "  ".join(f"{name} {value:,.4g}" for name, value in facts.items())
-        print(f"{words}  eta {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}", flush=True)
+        left = int(left)
+        for name, value in facts.items():
+            print(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}", end="  ")
+        print(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
         with or_fail(f"write {out}/log.jsonl"), open(f"{out}/log.jsonl", "a") as log:
             log.write(json.dumps({**facts, "time": time.time()}) + "\n")
 # --- end copy: log ---
