@@ -56,7 +56,7 @@ FORKS.set_forkserver_preload(["torch._dynamo", "torchvision", "timm", "safetenso
 
 
 def forked(command, nproc, folder, cwd, env):
-    """Body of the forked process. With nproc > 1 it does as torchrun: starts them, ends all when one fails."""
+    """Body of the forked process. With nproc > 1 it launches so many, ends all when one fails."""
     os.setsid()
     os.chdir(cwd)
     os.environ.update(env)
@@ -125,7 +125,8 @@ class Run:
         if self.process.exitcode is None:
             self.kill()
             raise subprocess.TimeoutExpired(self.process.name, timeout, self.said(), self.said("stderr"))
-        return subprocess.CompletedProcess(self.process.name, self.process.exitcode, self.said(), self.said("stderr"))
+        said = self.said(), self.said("stderr")
+        return subprocess.CompletedProcess(self.process.name, self.process.exitcode, *said)
 
 
 def fork_script(name, *args, timeout=120, **kwargs):

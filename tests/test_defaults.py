@@ -17,12 +17,13 @@ PEAK = dict(lr=1e-4, min_lr=1e-6)                                           # se
         PEAK, epochs=1000, warmup_epochs=10, wd=0.04, wd_end=0.04, clip=3.0, drop_path=0.1,
         drop=0.75, replace=0.3, align=1, crop_scale=[0.05, 1.0])),
     (3, "sit", dict(
-        PEAK, epochs=300, wd=0.04, wd_end=0.04, clip=3.0, drop=0.5, replace=0.3, align=1, crop_scale=[0.2, 1.0],
-        hidden_dim=4096, out_dim=256, temperature=0.2, recon_weight=5.0, ema=0.996)),
+        PEAK, epochs=300, wd=0.04, wd_end=0.04, clip=3.0, drop=0.5, replace=0.3, align=1,
+        crop_scale=[0.2, 1.0], hidden_dim=4096, out_dim=256, temperature=0.2, recon_weight=5.0, ema=0.996)),
     (4, "dino", dict(
         PEAK, epochs=300, warmup_epochs=10, wd=0.04, clip=3.0, drop_path=0.1, n_local_crops=8,
         out_dim=65536, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True, freeze_last_layer=1,
-        global_crop_scale=[0.4, 1.0], local_crop_scale=[0.05, 0.4], student_temp=0.1, warmup_teacher_temp=0.04, teacher_temp=0.04, centre_momentum=0.9, ema=0.996)),
+        global_crop_scale=[0.4, 1.0], local_crop_scale=[0.05, 0.4],
+        student_temp=0.1, warmup_teacher_temp=0.04, teacher_temp=0.04, centre_momentum=0.9, ema=0.996)),
     (5, "moco_v3", dict(
         lr=5e-4, min_lr=0.0, warmup_epochs=10, wd=0.04, model_args={"num_heads": 12}, stop_grad_conv1=True,
         hidden_dim=4096, out_dim=256, ema=0.99, crop_scale=[0.08, 1.0])),

@@ -1,4 +1,4 @@
-"""Predictions under attack: killed at random moments they end in the same bytes; of training: test_training.py.
+"""Predictions under attack: killed at random moments they end in the same bytes. Training: test_training.py.
 
 KILLS (default 2): how often the script is killed, as in KILLS=20 bash tests/run.sh tests/test_faults.py
 """
@@ -19,7 +19,8 @@ MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_head
 def test_predictions_killed_at_random_moments_are_whole_or_absent_and_end_in_the_same_bytes(tmp_path):
     manifest = write_pack(tmp_path, blobs(64), A=[0, 1] * 32, split=["val", "test"] * 32)
     model = timm.create_model("vit_small_patch16_224", in_chans=1, num_classes=1, **MODEL)
-    facts = dict(arch="vit_small_patch16_224", model_args=MODEL, in_chans=1, img_size=32, mean=[0.485], std=[0.229])
+    facts = dict(arch="vit_small_patch16_224", model_args=MODEL, in_chans=1, img_size=32, mean=[0.485],
+                 std=[0.229])
     torch.save(dict(model=model.state_dict(), labels=["A"], **facts), tmp_path / "classifier.pt")
     sets = [word for split in ("val", "test") for word in ("--set", f"{split}={manifest}:{split}")]
     command = ["--checkpoint", tmp_path / "classifier.pt", "--device", "cpu", "--batch", 1, *sets, "--out"]
@@ -32,7 +33,8 @@ def test_predictions_killed_at_random_moments_are_whole_or_absent_and_end_in_the
     assert len(expected) == 4 and expected["val.csv"].count(b"\n") == 33
 
     def written():
-        return {path.name: path.read_bytes() for path in (tmp_path / "cut").glob("*") if path.suffix != ".part"}
+        files = [path for path in (tmp_path / "cut").glob("*") if path.suffix != ".part"]
+        return {path.name: path.read_bytes() for path in files}
 
     rng, kills = np.random.default_rng(0), 0
     while kills < KILLS:

@@ -197,9 +197,10 @@ def change(path, case):
         torch.save(state, path)
     if "content" in case:                       # a checkpoint that holds something else
         torch.save({"list": [1], "tensor": torch.zeros(3), "hostile": Hostile(), "array": np.zeros(3),
-                    "function": os.system, "empty": {}, "scalar": {"best": np.float64(1.0)}, "path": {"out": path},
-                    "others": {"net": {"encoder.0.weight": torch.zeros(3, 3), "encoder.0.bias": torch.zeros(3),
-                                       "decoder.weight": torch.zeros(3, 3)}}}[case["content"]], path)
+                    "function": os.system, "empty": {}, "scalar": {"best": np.float64(1.0)},
+                    "path": {"out": path}, "others": {"net": {
+                        "encoder.0.weight": torch.zeros(3, 3), "encoder.0.bias": torch.zeros(3),
+                        "decoder.weight": torch.zeros(3, 3)}}}[case["content"]], path)
     if case.get("pickle"):                      # no zip archive but a bare pickle that runs a command
         path.write_bytes(pickle.dumps({"model": Hostile()}))
 

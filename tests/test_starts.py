@@ -1,4 +1,4 @@
-"""Starting weights of every maker: given by --init to a run whose rate is 0, its backbone.pt computes the same features.
+"""Starting weights of all makers: a run with --init and rate 0 writes a backbone.pt of the same features.
 
 A file of each layout is made from a small network by its maker's names.
 """
@@ -48,8 +48,9 @@ def start(script, manifest, cwd, init, arch=VIT, model_args=MODEL, in_chans=3, f
     """Run a script from `init` for a step of rate 0 in the folder cwd: its CompletedProcess."""
     own = {SIMMIM: ["--warmup_lr", 0, "--mask_unit", 8]}.get(script, [])
     return fork_script(script, "--manifest", manifest, "--out", cwd / "run", "--arch", arch, "--model_args",
-                       json.dumps(model_args), "--in_chans", in_chans, "--init", init, "--steps", steps, "--lr", 0,
-                       "--min_lr", 0, "--wd", 0, "--batch", 4, "--device", "cpu", *own, *flags, cwd=cwd)
+                       json.dumps(model_args), "--in_chans", in_chans, "--init", init, "--steps", steps,
+                       "--lr", 0, "--min_lr", 0, "--wd", 0, "--batch", 4, "--device", "cpu", *own, *flags,
+                       cwd=cwd)
 
 
 def backbone(cwd):
@@ -124,7 +125,8 @@ def simmim(state):
         else:
             own[name] = value
     return under("encoder.", own) | {"encoder.mask_token": torch.ones(1, 1, 48),
-                                     "decoder.0.weight": torch.ones(192, 48, 1, 1), "decoder.0.bias": torch.ones(192)}
+                                     "decoder.0.weight": torch.ones(192, 48, 1, 1),
+                                     "decoder.0.bias": torch.ones(192)}
 
 
 def simmim_config():
@@ -150,7 +152,8 @@ def microsoft_swin(state):
 def mae(state):
     decoder = {"decoder_pos_embed": torch.ones(1, 17, 48), "decoder_embed.weight": torch.ones(48, 48),
                "decoder_embed.bias": torch.ones(48), "decoder_pred.weight": torch.ones(192, 48)}
-    blocks = {f"decoder_{name}": value for name, value in worse(state).items() if name.startswith(("blocks", "norm"))}
+    blocks = {f"decoder_{name}": value for name, value in worse(state).items()
+              if name.startswith(("blocks", "norm"))}
     return state | decoder | blocks | {"mask_token": torch.ones(1, 1, 48)}
 
 
@@ -169,24 +172,27 @@ VIT_LAYOUTS = {                     # state dict of the network -> content of th
                           under("module.momentum_encoder.", worse(s)) | under("module.base_encoder.", s)
                           | {"module.base_encoder.head.0.weight": torch.ones(9, 48),
                              "module.predictor.0.weight": torch.ones(9, 9)}},
-    "MoCo encoder_q": lambda s: {"state_dict": under("module.encoder_k.", worse(s)) | under("module.encoder_q.", s)
-                                 | {"module.queue": torch.ones(128, 9)}},
+    "MoCo encoder_q": lambda s: {"state_dict": under("module.encoder_k.", worse(s))
+                                 | under("module.encoder_q.", s) | {"module.queue": torch.ones(128, 9)}},
     "SimMIM": lambda s: {"model": simmim(s), "config": simmim_config(), "epoch": 799},
-    "SiT": lambda s: {"student": under("module.backbone.", worse(s)) | {"module.rec_head.mlp.0.weight": torch.ones(2)},
+    "SiT": lambda s: {"student": under("module.backbone.", worse(s))
+                      | {"module.rec_head.mlp.0.weight": torch.ones(2)},
                       "teacher": under("module.backbone.", s), "epoch": 3, "args": ARGS},
-    "SiT, first release": lambda s: {"model": worse(s), "model_ema": s, "lr_scheduler": {"a": 1}, "args": ARGS},
+    "SiT, first release": lambda s: {"model": worse(s), "model_ema": s, "lr_scheduler": {}, "args": ARGS},
     "GMML": lambda s: {"SiT_model": under("module.backbone.", s)
                        | {"module.head_recons.mlp.0.weight": torch.ones(48, 48)}, "epoch": 3, "args": ARGS},
     "lightly": lambda s: {"state_dict": under("student_backbone.vit.", s), "hyper_parameters": {}},
-    "lightly DINO": lambda s: {"state_dict": under("student_backbone.", worse(s)) | under("teacher_backbone.", s)
+    "lightly DINO": lambda s: {"state_dict": under("student_backbone.", worse(s))
+                               | under("teacher_backbone.", s)
                                | {"student_head.layers.0.weight": torch.ones(3, 48)}},
     "torch.compile": lambda s: {"model": under("_orig_mod.", s)},
     "compiled and parallel": lambda s: under("module._orig_mod.", s),
     "model.": lambda s: under("model.", s),
     "Lightning": lambda s: {"epoch": 1, "global_step": 10, "pytorch-lightning_version": "2.5",
-                            "state_dict": under("model.", s) | {"loss.weight": torch.ones(2)}, "callbacks": {}},
-    "timm's training": lambda s: {"epoch": 1, "arch": VIT, "state_dict": worse(s), "state_dict_ema": s, "args": ARGS},
-    "model_ema": lambda s: {"model": worse(s), "model_ema": under("module.", s) | {"n_averaged": torch.tensor(3)}},
+                            "state_dict": under("model.", s) | {"loss.weight": torch.ones(2)}},
+    "timm's training": lambda s: {"epoch": 1, "arch": VIT, "state_dict": worse(s), "state_dict_ema": s},
+    "model_ema": lambda s: {"model": worse(s),
+                            "model_ema": under("module.", s) | {"n_averaged": torch.tensor(3)}},
     "net, backbone": lambda s: {"net": under("backbone.encoder.", s)},
     "Hugging Face ViT": lambda s: renamed(
         under("vit.", hugging_face(s)), ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
@@ -198,8 +204,9 @@ SCALED_LAYOUTS = {
     "DINOv2": lambda s: s | {"mask_token": torch.ones(1, 48)},
     "DINOv2 teacher": lambda s: {"teacher": under("backbone.", chunked(s)) | {
         "backbone.mask_token": torch.ones(1, 48), "dino_head.mlp.0.weight": torch.ones(3, 48)}},
-    "DINOv2 student and teacher": lambda s: {"iteration": 9, "model": under("student.backbone.", worse(chunked(s)))
-                                             | under("teacher.backbone.", chunked(s))},
+    "DINOv2 student and teacher": lambda s: {
+        "iteration": 9,
+        "model": under("student.backbone.", worse(chunked(s))) | under("teacher.backbone.", chunked(s))},
     "Hugging Face DINOv2": lambda s: renamed(hugging_face(s | {"mask_token": torch.ones(1, 48)}),
                                              (r"ls(\d)\.gamma", r"layer_scale\1.lambda1")),
 }
@@ -207,18 +214,21 @@ LAYOUTS = [*((GMML, VIT, MODEL, name, layout) for name, layout in VIT_LAYOUTS.it
            *((GMML, VIT, SCALED, name, layout) for name, layout in SCALED_LAYOUTS.items()),
            (SIMMIM, BEIT, BEIT_MODEL, "SimMIM BEiT", lambda s: {"model": under("encoder.", s) | {
                "encoder.mask_token": torch.ones(1, 1, 48), "encoder.rel_pos_bias.relative_position_index":
-               torch.zeros(17, 17, dtype=torch.int64), "decoder.0.bias": torch.ones(192)}, "config": simmim_config()}),
+               torch.zeros(17, 17, dtype=torch.int64)}, "config": simmim_config()}),
            (SIMMIM, SWIN, SWIN_MODEL, "Swin", lambda s: {"model": microsoft_swin(s) | head()}),
-           (SIMMIM, SWIN, SWIN_MODEL, "SimMIM Swin", lambda s: {"model": under("encoder.", microsoft_swin(s)) | {
-               "encoder.mask_token": torch.ones(1, 1, 12), "decoder.0.bias": torch.ones(48)}}),
+           (SIMMIM, SWIN, SWIN_MODEL, "SimMIM Swin", lambda s: {
+               "model": under("encoder.", microsoft_swin(s)) | {
+                   "encoder.mask_token": torch.ones(1, 1, 12), "decoder.0.bias": torch.ones(48)}}),
            (SIMMIM, VIT, MODEL, "SimMIM ViT", lambda s: {"model": simmim(s)}),
            (SUPERVISED, VIT, MODEL, "DINO", VIT_LAYOUTS["DINO teacher"]),
            (SUPERVISED, VIT, SCALED, "DINOv2 teacher", SCALED_LAYOUTS["DINOv2 teacher"]),
-           (SUPERVISED, "resnet18", RESNET_MODEL, "torchvision ResNet", lambda s: s | {"fc.weight": torch.ones(5, 32)}),
+           (SUPERVISED, "resnet18", RESNET_MODEL, "torchvision ResNet",
+            lambda s: s | {"fc.weight": torch.ones(5, 32)}),
            (SUPERVISED, "resnet18", RESNET_MODEL, "MoCo ResNet", lambda s: {"arch": "resnet18", "state_dict":
                under("module.encoder_q.", s) | under("module.encoder_k.", worse(s))
                | {"module.encoder_q.fc.0.weight": torch.ones(9, 32), "module.queue": torch.ones(128, 9)}}),
-           (SUPERVISED, "resnet18", RESNET_MODEL, "Lightning ResNet", lambda s: {"state_dict": under("model.", s)})]
+           (SUPERVISED, "resnet18", RESNET_MODEL, "Lightning ResNet",
+            lambda s: {"state_dict": under("model.", s)})]
 
 
 @pytest.mark.parametrize("script, arch, model_args, name, layout", LAYOUTS, ids=[row[3] for row in LAYOUTS])
@@ -262,8 +272,8 @@ def test_what_was_taken_left_out_and_differs_is_said_in_a_line(script, manifest,
     for name, content in files.items():
         torch.save(content, tmp_path / f"{name}.pth")
         for n_heads in (12, 6):
-            result = start(script, manifest, tmp_path, f"{name}.pth", model_args={**wide, "num_heads": n_heads},
-                           flags=["--resume", "never"])
+            result = start(script, manifest, tmp_path, f"{name}.pth",
+                           model_args={**wide, "num_heads": n_heads}, flags=["--resume", "never"])
             assert result.returncode == 0, result.stderr
             line = next(line for line in result.stdout.splitlines() if f"tensors of {name}.pth" in line)
             assert ("heads 12" in line and "6" in line) == (n_heads == 6), line
@@ -273,9 +283,11 @@ def test_what_was_taken_left_out_and_differs_is_said_in_a_line(script, manifest,
 
 # Channels and positions
 
-@pytest.mark.parametrize("script, arch, model_args", [(GMML, VIT, MODEL), (SUPERVISED, "resnet18", RESNET_MODEL)])
+@pytest.mark.parametrize("script, arch, model_args", [
+    (GMML, VIT, MODEL), (SUPERVISED, "resnet18", RESNET_MODEL)])
 @pytest.mark.parametrize("before, after, how, factor", [
-    (3, 1, "average", 1 / 3), (3, 1, "sum", 1), (1, 3, "duplicate", 3), (1, 3, "duplicate_mean", 1), (1, 3, "average", 3)])
+    (3, 1, "average", 1 / 3), (3, 1, "sum", 1),
+    (1, 3, "duplicate", 3), (1, 3, "duplicate_mean", 1), (1, 3, "average", 3)])
 def test_the_first_layer_answers_to_grey_input_as_stated(
         script, arch, model_args, before, after, how, factor, manifest, tmp_path):
     source = network(arch, model_args, before)
@@ -286,7 +298,8 @@ def test_the_first_layer_answers_to_grey_input_as_stated(
     target = backbone(tmp_path)
     x = torch.randn(2, 1, 32, 32)
     layers = [model.conv1 if arch == "resnet18" else model.patch_embed.proj for model in (source, target)]
-    answers = [F.conv2d(x.expand(-1, n, -1, -1), layer.weight, stride=8) for layer, n in zip(layers, (before, after))]
+    answers = [F.conv2d(x.expand(-1, n, -1, -1), layer.weight, stride=8)
+               for layer, n in zip(layers, (before, after))]
     assert torch.allclose(answers[1], factor * answers[0], atol=1e-5) and answers[0].std() > 0.1
 
 
@@ -308,11 +321,13 @@ def test_bias_tables_on_another_grid_are_bicubic_and_beits_cls_biases_stay(manif
         grid = old[:rows].T.view(1, -1, round(rows ** 0.5), round(rows ** 0.5))
         return torch.cat([F.interpolate(grid, (side, side), mode="bicubic")[0].flatten(1).T, old[rows:]])
     for arch, args, other, name, rows, side in [
-            (SWIN, SWIN_MODEL, {"img_size": 64, "window_size": 8}, "layers.0.blocks.0.attn.relative_position_bias_table",
-             49, 15), (BEIT, BEIT_MODEL, {"img_size": 48}, "rel_pos_bias.relative_position_bias_table", 49, 11)]:
+            (SWIN, SWIN_MODEL, {"img_size": 64, "window_size": 8},
+             "layers.0.blocks.0.attn.relative_position_bias_table", 49, 15),
+            (BEIT, BEIT_MODEL, {"img_size": 48}, "rel_pos_bias.relative_position_bias_table", 49, 11)]:
         source = network(arch, args)
         torch.save(source.state_dict(), tmp_path / f"{arch}.pth")
-        result = start(SIMMIM, manifest, tmp_path, f"{arch}.pth", arch, {**args, **other}, flags=["--resume", "never"])
+        result = start(SIMMIM, manifest, tmp_path, f"{arch}.pth", arch, {**args, **other},
+                       flags=["--resume", "never"])
         assert result.returncode == 0 and "bias_table" in result.stdout, result.stderr
         got, old = backbone(tmp_path).state_dict()[name], source.state_dict()[name]
         assert torch.allclose(got, table(old, rows, side), atol=1e-5), arch
@@ -358,13 +373,15 @@ def test_weights_that_are_not_there_and_cannot_be_fetched_name_the_file_to_provi
 
 @pytest.mark.parametrize("script", [GMML, SIMMIM, SUPERVISED])
 @pytest.mark.parametrize("content, says", [
-    (lambda s: {"net": network("resnet18", RESNET_MODEL).state_dict()}, ["net.conv1.weight", "net.bn1.weight", "net.bn1.bias"]),
+    (lambda s: {"net": network("resnet18", RESNET_MODEL).state_dict()},
+     ["net.conv1.weight", "net.bn1.weight", "net.bn1.bias"]),
     (lambda s: {name: value for name, value in s.items() if "blocks.3" not in name},
      ["cls_token", "pos_embed", "patch_embed.proj.weight"]),
     (lambda s: s | {"blocks.0.attn.qkv.weight": torch.zeros(144, 47)}, ["blocks.0.attn.qkv.weight", "47"]),
     (lambda s: renamed(s, ("cls_token", "class_token")), ["class_token"]),
     (lambda s: s | {"pos_embed": torch.zeros(1, 12, 48)}, ["pos_embed"])])
-def test_a_file_that_does_not_fill_the_network_is_refused_by_names_it_has(script, content, says, manifest, tmp_path):
+def test_a_file_that_does_not_fill_the_network_is_refused_by_names_it_has(
+        script, content, says, manifest, tmp_path):
     torch.save(content(network().state_dict()), tmp_path / "w.pth")
     result = start(script, manifest, tmp_path, "w.pth")
     assert_user_error(result, "w.pth", *says)

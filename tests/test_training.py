@@ -1,4 +1,4 @@
-"""What all training scripts do alike, by command line, files, exit codes and checkpoints: nothing of their inside.
+"""What all training scripts do alike, seen from command line, files, exit codes and checkpoints alone.
 
 KILLS (default 2): how often each script is killed, as in KILLS=20 bash tests/run.sh tests/test_training.py
 """
@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, Run, assert_user_error, blobs, fork_script, load_script, log_of, run_here, write_pack
+from conftest import (
+    ROOT, Run, assert_user_error, blobs, fork_script, load_script, log_of, run_here, write_pack)
 from PIL import Image
 
 KILLS = int(os.environ.get("KILLS", 2))
@@ -28,7 +29,8 @@ MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_head
 SCRIPTS = {                         # the script and flags that make it small
     "gmml": ["pretrain/gmml.py"],
     "sit": ["pretrain/sit.py", "--hidden_dim", 32, "--out_dim", 16],
-    "dino": ["pretrain/dino.py", "--hidden_dim", 32, "--out_dim", 16, "--bottleneck_dim", 16, "--n_local_crops", 2],
+    "dino": ["pretrain/dino.py", "--hidden_dim", 32, "--out_dim", 16, "--bottleneck_dim", 16,
+             "--n_local_crops", 2],
     "moco_v3": ["pretrain/moco_v3.py", "--hidden_dim", 32, "--out_dim", 16],
     "simmim": ["pretrain/simmim.py", "--mask_unit", 8],
     "supervised": ["pretrain/supervised.py", "--val_epochs", 1],
@@ -44,7 +46,7 @@ TERMS = {                           # of a line of the log, beside step, epoch, 
     "classify": set(),
 }
 PICTURES = {"gmml": "recon", "sit": "recon", "simmim": "recon", "dino": "attention"}
-NO_GRADIENT = {                     # biases before a batch norm, which takes them up: in the head, in the norm before it
+NO_GRADIENT = {                     # biases that a batch norm takes up: in the head, in the norm before it
     "sit": r"cls_head\.\d\.bias|cls_head\.\d\.running_mean|backbone\.norm\.bias",
     "moco_v3": r"backbone\.norm\.bias|running_mean",
 }
@@ -52,14 +54,15 @@ every_script = pytest.mark.parametrize("name", SCRIPTS)
 
 
 def command(name, data, out, *flags):
-    """Script and arguments of a run: 4 epochs of 2 steps, each logged and saved, unless the flags say otherwise."""
+    """Script and arguments of a run: 4 epochs of 2 steps, each logged and saved, unless flags differ."""
     script, *own = SCRIPTS[name]
     manifest = ["--train" if name == "classify" else "--manifest", f"{data}/manifest.csv"]
     seeds = [] if "--seed" in flags or name != "classify" else ["--seeds", 0]
     flags = [{"--seed": "--seeds"}.get(word, word) if name == "classify" else word for word in flags]
     pictures = ["--picture-epochs", 2] if name in PICTURES else []
-    return [script, *manifest, "--out", out, "--model_args", json.dumps(MODEL), "--device", "cpu", "--log-steps", 1,
-            "--warmup_epochs", 1, "--save-minutes", 0, "--batch", 12, "--epochs", 4, *pictures, *seeds, *own, *flags]
+    return [script, *manifest, "--out", out, "--model_args", json.dumps(MODEL), "--device", "cpu",
+            "--batch", 12, "--epochs", 4, "--warmup_epochs", 1, "--log-steps", 1, "--save-minutes", 0,
+            *pictures, *seeds, *own, *flags]
 
 
 def run(name, data, out, *flags, **kwargs):
@@ -113,7 +116,7 @@ def files(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """A function: the undisturbed run of a script, as (folder, its result, seconds); made once for each log_steps."""
+    """A function: the undisturbed run of a script, as (folder, its result, seconds); each is made once."""
     made = {}
     run("gmml", data, None, "--help")                   # starts the server of forks, which takes seconds
 
@@ -145,7 +148,8 @@ def content(place):
         value = path.read_bytes()
         if path.name == "log.jsonl":
             lines = log_of(path.parent)
-            value = [{key: cell for key, cell in line.items() if key not in ("time", "img_per_s")} for line in lines]
+            value = [{key: cell for key, cell in line.items() if key not in ("time", "img_per_s")}
+                     for line in lines]
         elif path.name == "run.json":
             value = {key: cell for key, cell in json.loads(value).items() if key != "command"}
         elif path.name == "last.pt":
@@ -169,7 +173,7 @@ def tensors(value, path=""):
 
 
 def assert_close(name, one, two, atol=1e-5):
-    """Weights of two runs, but for biases without a gradient: of the noise that is left Adam makes whole steps.
+    """Weights of two runs, but for biases without a gradient: of the noise left there Adam makes whole steps.
 
     These are key biases, under softmax, and those of NO_GRADIENT.
     """
@@ -251,7 +255,8 @@ def alive(pid):
 
 @pytest.mark.slow
 def test_torchrun_restarts_from_the_checkpoint_and_its_workers_end_with_it(data, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+              "--max-restarts=2"]
     script, *args = map(str, command("gmml", data, tmp_path / "run", "--epochs", 5000))
     with open(tmp_path / "log", "w") as log:
         agent = subprocess.Popen([*launch, ROOT / script, *args], stdout=log, stderr=log,
@@ -266,7 +271,8 @@ def test_torchrun_restarts_from_the_checkpoint_and_its_workers_end_with_it(data,
         """Wait for n more steps; their numbers so far."""
         begun = len(steps_of("gmml", tmp_path / "run")) if (tmp_path / "run/log.jsonl").exists() else 0
         end = time.monotonic() + 60
-        while not (tmp_path / "run/log.jsonl").exists() or len(steps_of("gmml", tmp_path / "run")) < begun + n:
+        log = tmp_path / "run/log.jsonl"
+        while not log.exists() or len(steps_of("gmml", tmp_path / "run")) < begun + n:
             assert agent.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.05)
         return steps_of("gmml", tmp_path / "run")
@@ -359,7 +365,7 @@ def test_a_mistake_that_one_of_the_processes_finds_ends_all_with_its_sentence(na
     bad = 30 if name == "classify" else 5
     (tmp_path / f"files/{bad}.png").write_text("no picture")
     result = run(name, tmp_path / "files", tmp_path / "run", nproc=2, timeout=60)
-    assert result.returncode in (1, 2), result              # 1: the other one, whose peer is gone, ended first
+    assert result.returncode in (1, 2), result              # 1: the other, whose peer is gone, was first
     errors = {line for line in result.stderr.splitlines() if line.startswith("error: ")}
     assert len(errors) == 1 and f"{bad}.png" in errors.pop(), result.stderr
 
@@ -374,7 +380,8 @@ def test_a_run_that_diverges_names_the_last_good_checkpoint_and_saves_nothing_ba
     assert_user_error(result, f"{place}/last.pt", "NaN")
     assert torch.load(place / "last.pt", weights_only=True)["step"] < 8
     for file in tmp_path.rglob("*.pt"):
-        assert all(value.isfinite().all() for value in tensors(torch.load(file, weights_only=True)).values()), file
+        saved = tensors(torch.load(file, weights_only=True))
+        assert all(value.isfinite().all() for value in saved.values()), file
     assert all(math.isfinite(line["loss"]) for line in log_of(place) if "loss" in line)
 
 
@@ -418,7 +425,8 @@ def test_a_full_disk_is_one_sentence_with_the_path_and_loses_nothing(
 
 
 @every_script
-def test_a_gpu_that_is_too_small_is_told_the_micro_batch_that_may_fit(name, data, tmp_path, monkeypatch, capsys):
+def test_a_gpu_that_is_too_small_is_told_the_micro_batch_that_may_fit(
+        name, data, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
     for optimizer in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adam):
@@ -441,7 +449,8 @@ def test_the_log_the_terminal_and_the_pictures_of_a_run(name, whole):
     if name in ("supervised", "classify"):
         assert [line["epoch"] for line in lines if "val_auc" in line] == [1, 2, 3, 4]
     said = [line for line in result.stdout.splitlines() if "eta" in line]
-    assert len(said) == 8 and all(re.search(r"step.*loss.*lr.*eta (\d+ d )?\d+:\d\d:\d\d", line) for line in said)
+    line_of_terminal = re.compile(r"step.*loss.*lr.*eta (\d+ d )?\d+:\d\d:\d\d")
+    assert len(said) == 8 and all(line_of_terminal.search(line) for line in said)
     assert all("img" in line for line in said) and "\r" not in result.stdout
     pictures = sorted(path.name for path in out.glob("*.png"))
     if name in PICTURES:
@@ -472,14 +481,17 @@ for file in sys.argv[1:]:
     n = len(card["labels"]) if file.endswith("classifier.pt") else 0
     model = timm.create_model(card["arch"], in_chans=card["in_chans"], num_classes=n, **card["model_args"])
     model.load_state_dict(card["model"], strict=True)
-    print(model(torch.zeros(1, card["in_chans"], 32, 32)).shape[1], len(card["mean"]), card["seed"], card["img_size"])
+    n_outputs = model(torch.zeros(1, card["in_chans"], 32, 32)).shape[1]
+    print(n_outputs, len(card["mean"]), card["seed"], card["img_size"])
 """
 
 
 def test_exported_checkpoints_load_strictly_into_timm_without_this_project(whole, tmp_path):
     paths = [exported(name, whole(name)[0]) for name in SCRIPTS]
-    result = subprocess.run([sys.executable, "-I", "-c", LOAD, *paths], cwd=tmp_path, capture_output=True, text=True)
-    assert result.stdout.splitlines() == [f"{2 if name == 'classify' else 24} 1 0 32" for name in SCRIPTS], result
+    python = [sys.executable, "-I", "-c", LOAD]
+    result = subprocess.run([*python, *paths], cwd=tmp_path, capture_output=True, text=True)
+    wanted = [f"{2 if name == 'classify' else 24} 1 0 32" for name in SCRIPTS]
+    assert result.stdout.splitlines() == wanted, result
 
 
 @every_script
@@ -530,7 +542,8 @@ def test_a_sample_is_the_first_images_of_the_split_so_that_samples_nest(name, da
     assert run(name, tmp_path / "data", tmp_path / "cut").returncode == 0
     assert run(name, data, tmp_path / "sample", "--samples", 14).returncode == 0
     assert run(name, data, tmp_path / "all").returncode == 0
-    assert weights(name, tmp_path / "sample") == weights(name, tmp_path / "cut") != weights(name, tmp_path / "all")
+    sample, cut, everything = (weights(name, tmp_path / place) for place in ("sample", "cut", "all"))
+    assert sample == cut != everything
 
 
 @every_script
@@ -547,10 +560,10 @@ def test_images_come_in_another_order_in_every_epoch_and_with_every_seed(name, f
     monkeypatch.setattr(Image, "open", watched)
     orders = {}
     for seed in (0, 11):
-        current.update(folder=tmp_path / f"{seed}" / f"seed{seed}" if name == "classify" else tmp_path / f"{seed}",
-                       steps={})
+        out = tmp_path / f"{seed}"
+        current.update(folder=out / f"seed{seed}" if name == "classify" else out, steps={})
         flags = ["--seed", seed, "--batch", 6, "--epochs", 2]
-        assert run_inside(name, files, tmp_path / f"{seed}", monkeypatch, *flags) == 0
+        assert run_inside(name, files, out, monkeypatch, *flags) == 0
         images = range(24, 48) if name == "classify" else range(24)
         batches = [current["steps"][step] & set(images) for step in range(8)]
         for epoch in (0, 1):
