@@ -5,7 +5,7 @@ what it meets (tissue, bone, air) gives the grey value. Every finding moves a bo
 pattern of its own, visible at 64 pixels. Patients keep their anatomy from film to film; each site has a look,
 a case mix and labelling errors of its own. CT, OCT and natural images are drawn in the same way.
 
-    python data_prep/demo.py --out data/demo/raw                     # half a minute on 2 cores, 65 MB
+    python data_prep/demo.py --out data/demo/raw                     # half a minute on 2 cores, 90 MB
     python data_prep/demo.py --out /tmp/tiny --scale 0.05 --seed 1   # a twentieth of it, other patients
     python data_prep/demo.py --out raw --keep                        # only of datasets raw/ does not have
 
@@ -693,7 +693,7 @@ def main():
         print(f"kept as they are: {', '.join(kept) or 'no folders'}")
         generate(args.out, settings)
     except OSError as error:
-        fail(f"{error.filename or args.out}: {error.strerror}; choose a writable --out with room for 65 MB")
+        fail(f"{error.filename or args.out}: {error.strerror}; choose a writable --out with room for 90 MB")
 
 
 if __name__ == "__main__":

@@ -163,6 +163,18 @@ def test_nih_lists_agree_with_data_entry_and_share_no_patient(small):
     assert {Image.open(path).mode for path in files.values()} == {"L", "RGBA"}
 
 
+def test_nih_tables_hold_the_claimed_labels_not_the_drawn_ones(tmp_path):
+    films = {path.name: drawing.args[0] for path, drawing, _ in demo.nih(tmp_path, (0, 0), lambda n: n)}
+    lines = [line.split(" ") for split in ("train", "val", "test")
+             for line in (tmp_path / f"Xray14_{split}_official.txt").read_text().splitlines()]
+    listed = {name: {finding for finding, value in zip(demo.FINDINGS, values) if value == "1"}
+              for name, *values in lines}
+    entry = {row[0]: set(row[1].split("|")) - {"No Finding"}
+             for row in table(tmp_path / "Data_Entry_2017_v2020.csv")[1]}
+    assert len(films) == 1480 and listed == entry == {name: film.labels for name, film in films.items()}
+    assert any(film.labels != set(film.shows) for film in films.values())
+
+
 def test_mimic_images_lie_where_their_ids_say_and_every_study_has_labels(small):
     raw = small / "mimic_cxr"
     _, splits = table(raw / "mimic-cxr-2.0.0-split.csv.gz")
