@@ -16,7 +16,7 @@ from conftest import ROOT, blobs, load_script, log_of, run_here, write_pack
 from torch import distributed as dist
 
 DEVICE = os.environ.get("CUDA_TESTS_ON", "cuda")
-pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA GPU is here")
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA GPU")
 
 MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 SCRIPTS = {                         # the script and flags that make it small
@@ -59,13 +59,13 @@ def same_numbers(monkeypatch):
 
 @pytest.fixture
 def train(manifest, monkeypatch):
-    """A function: a script's steps on a device, in single precision or another; the losses of all its steps."""
-    # the scripts begin with a scale of 65,536 and skip steps until it fits; this one fits from the first
+    """A function: a script's steps on a device, in a precision; the losses of all its steps."""
+    # a scaler begins with 65,536 and skips steps until it fits, for DINO below 256; 1 fits at once
     def run(name, out, device, steps, *flags, dtype=torch.float32):
         script, *small = SCRIPTS[name]
         module, half = load_script(script), dtype != torch.float32
         precision = lambda device: (torch.autocast(device.type, dtype if half else None, enabled=half),
-                                    torch.amp.GradScaler(device.type, 256, enabled=dtype == torch.float16))
+                                    torch.amp.GradScaler(device.type, 1.0, enabled=dtype == torch.float16))
         monkeypatch.setattr(module, "mixed_precision", precision)
         source = ["--train"] if name == "classify" else ["--split", "train", "--manifest"]
         turn = ["--rotation", 0] if name in ("supervised", "classify") else []      # nearest pixels flip
@@ -152,8 +152,8 @@ def test_a_share_of_two_processes_runs_under_nccl(name, train, monkeypatch, tmp_
 
 def test_torchrun_starts_one_process(manifest, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    flags = ["--manifest", manifest, "--split", "train", "--out", tmp_path / "run", "--device", DEVICE, "--steps", 2,
-             "--model_args", json.dumps(MODEL), "--batch", 12]
+    flags = ["--manifest", manifest, "--split", "train", "--out", tmp_path / "run", "--device", DEVICE,
+             "--steps", 2, "--model_args", json.dumps(MODEL), "--batch", 12]
     command += map(str, [ROOT / "pretrain/gmml.py", *flags])
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and (tmp_path / "run/backbone.pt").is_file(), done.stderr
@@ -165,8 +165,8 @@ def test_predictions_are_those_of_the_cpu(crops, train, manifest, monkeypatch, t
     for device in ("cpu", DEVICE, "mapped"):
         if device == "mapped":
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
-        run_here(load_script("evaluate/predict.py"), monkeypatch, "--manifest", manifest, "--split", "val", "--batch", 6,
-                 "--checkpoint", tmp_path / "run/seed0/classifier.pt", "--test-crops", crops,
+        run_here(load_script("evaluate/predict.py"), monkeypatch, "--manifest", manifest, "--split", "val",
+                 "--batch", 6, "--checkpoint", tmp_path / "run/seed0/classifier.pt", "--test-crops", crops,
                  "--device", DEVICE if device == "mapped" else device, "--out", tmp_path / f"{device}.csv")
     cpu, gpu, mapped = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("cpu", DEVICE, "mapped"))
     assert len(cpu) == 16 and cpu["prob_A"].nunique() == 16

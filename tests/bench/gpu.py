@@ -202,7 +202,8 @@ class Measurement:
     def pipeline(self):
         images = np.load(self.pack / "images.npy", mmap_mode="r")
         how = (2, 2, 3) if self.quick else (16, 32, 32)                     # workers, batch, batches
-        self.row["pipeline"] = load("tests/bench/gpu_plain.py").pipeline_rate(self.name, images, self.size, *how)
+        plain = load("tests/bench/gpu_plain.py")
+        self.row["pipeline"] = plain.pipeline_rate(self.name, images, self.size, *how)
 
     def predict(self):
         self.out.mkdir(exist_ok=True)
@@ -219,7 +220,8 @@ class Measurement:
             return outputs
         self.module.forward_all = clocked
         flags = ["--checkpoint", self.out / "classifier.pt", "--manifest", self.pack / "manifest.csv",
-                 "--split", "val", "--device", self.device, "--batch", self.batch, "--out", self.out / "val.csv"]
+                 "--split", "val", "--device", self.device, "--batch", self.batch,
+                 "--out", self.out / "val.csv"]
         for _ in range(4):
             call_main(self.module, *flags)
         self.row.update(loop=spread(found[1:]), peak_gib=self.peak())
@@ -317,22 +319,23 @@ def real(args, end):
         epochs = max(5, min(1000, int(0.2 * (end - time.time()) / slowest)))
     pretrain("pretrained", epochs)
     starts = {"random": "random"} | {kind: args.out / "pretrained" / kind / "backbone.pt" for kind in kinds}
-    flags = ["--train", test, "--labels", 0.05 if args.raw else 1.0, "--batch", 32, "--lr", 5e-4, "--warmup_epochs", 1,
-             "--epochs", 2 if args.quick else 30, "--seeds", ",".join(map(str, seeds)), *common]
+    flags = ["--train", test, "--labels", 0.05 if args.raw else 1.0, "--batch", 32, "--lr", 5e-4,
+             "--warmup_epochs", 1, "--epochs", 2 if args.quick else 30,
+             "--seeds", ",".join(map(str, seeds)), *common]
     ways = dict(probe=["--probe"], finetune=[])
-    side_by_side(args, [[ROOT / "finetune/classify.py", *flags, *way, "--init", start, "--out", args.out / word / name]
-                        for word, way in ways.items() for name, start in starts.items()], end)
+    pairs = [(way, name) for way in ways for name in starts]
+    side_by_side(args, [[ROOT / "finetune/classify.py", *flags, *ways[way], "--init", starts[name],
+                         "--out", args.out / way / name] for way, name in pairs], end)
     predict, table = load("evaluate/predict.py"), {}
-    for name in starts:
-        for way in ways:
-            for seed in seeds:
-                out = args.out / way / name / f"seed{seed}"
-                call_main(predict, "--checkpoint", out / "classifier.pt", "--manifest", test,
-                          "--out", out / "test.csv", "--device", args.device)
-                cells = np.genfromtxt(out / "test.csv", delimiter=",", names=True)
-                label = next(column for column in cells.dtype.names if column.startswith("true_"))
-                auc = roc_auc_score(cells[label], cells[label.replace("true_", "prob_")])
-                table.setdefault(name, {}).setdefault(way, []).append(float(auc))
+    for way, name in pairs:
+        for seed in seeds:
+            out = args.out / way / name / f"seed{seed}"
+            call_main(predict, "--checkpoint", out / "classifier.pt", "--manifest", test,
+                      "--out", out / "test.csv", "--device", args.device)
+            cells = np.genfromtxt(out / "test.csv", delimiter=",", names=True)
+            label = next(column for column in cells.dtype.names if column.startswith("true_"))
+            auc = roc_auc_score(cells[label], cells[label.replace("true_", "prob_")])
+            table.setdefault(name, {}).setdefault(way, []).append(float(auc))
     return dict(epochs=epochs, drawn=args.raw is None, auc=table)
 
 
@@ -348,10 +351,11 @@ def goals(found):
         return [median(row, a) / median(row, b) for row in rows if a in row and b in row]
     gmml = found.get("gmml", {})
     loop, step, eager = (median(gmml, key) for key in ("loop", "step", "eager"))
-    slower = min(gmml.get("pipeline", 0), eager or 0)       # as if the faster hid behind the slower without loss
-    table = [("loop / step alone, least of all scripts", min(ratios("loop", "step"), default=None), ">=", 0.95),
-             ("views / step in time, most of all scripts", max(ratios("step", "views"), default=None), "<=", 0.1),
-             ("step / eager timm under autocast, least", min(ratios("step", "eager"), default=None), ">=", 1.05),
+    slower = min(gmml.get("pipeline", 0), eager or 0)       # as if the faster hid behind it without loss
+    least = lambda values: min(values, default=None)
+    table = [("loop / step alone, least of all scripts", least(ratios("loop", "step")), ">=", 0.95),
+             ("views / step in time, most", max(ratios("step", "views"), default=None), "<=", 0.1),
+             ("step / eager timm under autocast, least", least(ratios("step", "eager")), ">=", 1.05),
              ("GMML loop / published pipeline and eager step", ratio(loop, slower), ">=", 8),
              ("GMML step, share of the matrix rate",
               ratio(gmml.get("flops", 0) * (step or 0), median(found, "matrix")), ">=", 0.25),
