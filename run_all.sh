@@ -117,15 +117,18 @@ prepare() {     # FOLDER: download -> index -> pack
       usage "fetch ${set}_224.npz (zenodo.org, record 10519652) into $raw"
     fi
     case "$1" in nih | pneumonia) ;; *) index=(--pretrain "${splits:-train,val,test}") ;; esac
-    step data "$here/manifest.csv" -- "$PYTHON" data_prep/medmnist.py --raw "$raw/${set}_224.npz" --out "$here" "${index[@]}"
+    step data "$here/manifest.csv" -- \
+      "$PYTHON" data_prep/medmnist.py --raw "$raw/${set}_224.npz" --out "$here" "${index[@]}"
     return
   fi
   if [ "$1" = nih_pretrain_original ]; then pack=(--size original); else pack+=(--size "$size"); fi
   if [ "$demo" ]; then
+    grep -qsE "\"scale\": $scale[.0]*(,|}|\$)" "$raw/demo.json" || rm -f "$raw/demo.json.done"     # another scale: anew
     step data "$raw/demo.json" -- "$PYTHON" data_prep/demo.py --out "$raw" --scale "$scale" "${keep[@]}"
     case "$1" in nih_pretrain* | mimic_cxr | covidx_ct | oct | imagenet) index+=(--n-pretrain all) ;; esac
   fi
-  step data "$here/index.csv" -- "$PYTHON" "data_prep/$reader.py" --raw "$raw/$reader" --out "$here/index.csv" "${index[@]}"
+  step data "$here/index.csv" ${demo:+"$raw/demo.json"} -- \
+    "$PYTHON" "data_prep/$reader.py" --raw "$raw/$reader" --out "$here/index.csv" "${index[@]}"
   step data "$here/manifest.csv" "$here/index.csv" -- \
     "$PYTHON" data_prep/pack.py --index "$here/index.csv" --raw "$raw/$reader" --out "$here" "${pack[@]}"
 }
@@ -148,18 +151,21 @@ row() {         # EXP STRATEGY DATA PARENT SEEDS: pre-train, fine-tune, predict
   if [ "$4" != - ]; then start=("$runs/$4/pretrain/backbone.pt") init=(--init "$runs/$4/pretrain/backbone.pt"); fi
   if [ "$2" != - ]; then
     prepare "$3"
-    step rows "$here/pretrain/backbone.pt" "$data/$3/manifest.csv" "${start[@]}" -- \
+    step rows "$here/pretrain/backbone.pt" experiments.yaml "$data/$3/manifest.csv" "${start[@]}" -- \
       "${train[@]}" "pretrain/$2.py" "${common[@]}" --out "$here/pretrain" "${init[@]}"
     start=("$here/pretrain/backbone.pt") init=(--init "$here/pretrain/backbone.pt")
   fi
   [ "$5" != - ] || return 0
-  step rows "$here/finetune/seed$last/classifier.pt" "$data/nih/manifest.csv" "${start[@]}" -- \
+  step rows "$here/finetune/seed$last/classifier.pt" experiments.yaml "$data/nih/manifest.csv" "${start[@]}" -- \
     "${train[@]}" finetune/classify.py "${common[@]}" --out "$here/finetune" "${init[@]}"
   for seed in ${5//,/ }; do
+    for test in ${tests//,/ }; do               # a test set more than last time: predict again
+      [ -e "$here/predictions/seed$seed/$test.csv" ] || rm -f "$here/predictions/seed$seed/${tests##*,}.csv.done"
+      predictions+=("$here/predictions/seed$seed/$test.csv")
+    done
     step rows "$here/predictions/seed$seed/${tests##*,}.csv" "$here/finetune/seed$last/classifier.pt" "${manifests[@]}" -- \
       "$PYTHON" evaluate/predict.py --checkpoint "$here/finetune/seed$seed/classifier.pt" "${sets[@]}" \
       --out "$here/predictions/seed$seed"
-    for test in ${tests//,/ }; do predictions+=("$here/predictions/seed$seed/$test.csv"); done
   done
 }
 while IFS=$'\t' read -r name strategy dataset parent seeds <&3; do

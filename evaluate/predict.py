@@ -311,8 +311,9 @@ def open_images(manifest, rows, in_chans, device):
 
     with or_fail(f"read {file}; pack the dataset again"):
         packed = torch.from_numpy(np.load(file, mmap_mode="c"))             # c: torch wants it writable
-        if packed.dtype != torch.uint8 or len(packed) != rows["n_rows"] or len(packed.shape) < 3:
-            raise ValueError(f"{packed.dtype} {tuple(packed.shape)} are not {rows['n_rows']} images")
+        n, *sides = packed.shape
+        if packed.dtype != torch.uint8 or n != rows["n_rows"] or len(sides) != 2 and sides[2:] != [3]:
+            raise ValueError(f"{packed.dtype} {[n, *sides]} are not {rows['n_rows']} images")
     packed, numbers = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2), rows["row"]
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time

@@ -749,7 +749,8 @@ def claim_rows(verdicts):
 
 def beside(paths, name, columns):
     """Rows of the tables called `name` beside the verdicts, None without."""
-    found = [read_csv(file, columns) for path in paths if (file := path.with_name(name)).is_file()]
+    files = [path.with_name(name) for path in paths if path.with_name(name).is_file()]
+    found = [read_csv(file, columns) for file in files if file.read_text().count("\n") > 1]    # one arm: no pairs
     return pd.concat(found).fillna("") if found else None
 
 
