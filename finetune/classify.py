@@ -694,7 +694,8 @@ def open_images(manifest, rows, in_chans, device):
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
-    return lambda places: packed[numbers[places].to(packed.device)].to(device, non_blocking=True)
+    rows_at = lambda places: numbers[places].to(packed.device, non_blocking=True)
+    return lambda places: packed[rows_at(places)].to(device, non_blocking=True)
 
 
 def step_generator(*numbers):

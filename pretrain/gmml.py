@@ -363,7 +363,8 @@ def train(config, args, rank, world_size, device):
         crop, colour, *draws = draw_step(config, step, own, len(drop_paths))
         depth, masks, replaced = (part[:, :-1].to(device, non_blocking=True) for part in draws)
         torch.manual_seed(step_generator(config["seed"], step, 1).initial_seed())       # another stream
-        noise = torch.randn(2, batch, config["in_chans"], *masks.shape[2:], device=device)[:, own[:-1]]
+        noise = torch.randn(2, batch, config["in_chans"], *masks.shape[2:], device=device)
+        noise = noise[:, rank * n_own:(rank + 1) * n_own]
         clean, corrupted = make_views(chosen, crop, colour, masks, replaced, noise, config)
         masks, depth = masks.flatten(0, 1), depth.flatten(0, 1)
         n_masked = sum_over_processes(masks.sum()) * clean.shape[1]
@@ -537,7 +538,8 @@ def open_images(manifest, rows, in_chans, device):
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
-    return lambda places: packed[numbers[places].to(packed.device)].to(device, non_blocking=True)
+    rows_at = lambda places: numbers[places].to(packed.device, non_blocking=True)
+    return lambda places: packed[rows_at(places)].to(device, non_blocking=True)
 
 
 def step_generator(*numbers):

@@ -452,7 +452,7 @@ def feature_std(features):
     The root of the summed variances of the D components, which for unit vectors is sqrt(1 - |mean|^2).
     """
     unit = F.normalize(features.float(), dim=1)
-    total = sum_over_processes(torch.cat([unit.sum(0), unit.new_tensor([len(unit)])]))
+    total = sum_over_processes(torch.cat([unit.sum(0), unit.new_full((1,), len(unit))]))
     return (1 - (total[:-1] / total[-1]).square().sum()).clamp_min(0).sqrt()
 # --- end copy: teacher ---
 
@@ -570,7 +570,8 @@ def open_images(manifest, rows, in_chans, device):
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
-    return lambda places: packed[numbers[places].to(packed.device)].to(device, non_blocking=True)
+    rows_at = lambda places: numbers[places].to(packed.device, non_blocking=True)
+    return lambda places: packed[rows_at(places)].to(device, non_blocking=True)
 
 
 def step_generator(*numbers):
@@ -716,7 +717,7 @@ def strong_view(images, u, scale, size, blur, solarise, config, cubic=True):
     """
     x = random_resized_crop(images, u[:, :N_CROP], scale, size, cubic)
     x = colour_jitter(x, u[:, N_CROP:], strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
-    chosen = (u[:, -2:] < torch.tensor([0.2, solarise])).to(x.device)
+    chosen = (u[:, -2:] < torch.tensor([0.2, solarise])).to(x.device, non_blocking=True)
     grey, solarised = chosen.T.reshape(2, -1, 1, 1, 1)
     x = torch.where(grey, luminance(x), x)
     x = gaussian_blur(x, u[:, N_CROP + 5:], blur)
