@@ -570,19 +570,25 @@ def open_images(manifest, rows, in_chans, device):
 
         def read(place):
             path = root / rows["path"][place]
-            with or_fail(f"read {path} as 8-bit PNG or JPEG (data_prep/pack.py packs others)"):
+            try:
                 with Image.open(path) as image:
                     if image.format not in ("PNG", "JPEG") or image.mode[0] in "IF":
                         raise ValueError(f"it is {image.format} {image.mode}")
                     pixels = np.array(image.convert(mode))
+            except Exception as problem:
+                raise ValueError(f"{path}: {problem}") from problem
             return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1).to(device)
-        return lambda places: list(pool.map(read, places))
+
+        def read_all(places):
+            with or_fail("read an 8-bit PNG or JPEG (data_prep/pack.py packs others)"):
+                return list(pool.map(read, places))
+        return read_all
 
     with or_fail(f"read {file}; pack the dataset again"):
         packed = torch.from_numpy(np.load(file, mmap_mode="c"))             # c: torch wants it writable
         n, *sides = packed.shape
         if packed.dtype != torch.uint8 or n != rows["n_rows"] or len(sides) != 2 and sides[2:] != [3]:
-            raise ValueError(f"{packed.dtype} {[n, *sides]} are not {rows['n_rows']} images")
+            raise ValueError(f"{packed.dtype} {(n, *sides)} are not {rows['n_rows']} images")
     packed, numbers = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2), rows["row"]
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time

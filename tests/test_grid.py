@@ -153,7 +153,7 @@ def test_a_row_of_another_strategy_is_refused(strategy, monkeypatch, capsys):
     with pytest.raises(SystemExit) as leaving:
         run_here(load_script(f"pretrain/{strategy}.py"), monkeypatch, "--exp", exp)
     assert leaving.value.code == 2
-    assert f"error: row {exp} is pre-trained by {other}" in capsys.readouterr().err
+    assert f"row {exp}: pre-trained by {other}, this script does {strategy}" in capsys.readouterr().err
 
 
 def test_every_row_of_the_study_is_there():
@@ -208,6 +208,6 @@ def test_the_miniature_is_laid_over_a_row(exp, monkeypatch):
         for name in ("miniature", f"miniature.{TABLE[exp].get('pretrain', {}).get('strategy')}"):
             part = TABLE.get(name, {})
             wanted |= {k: v for k, v in part.items() if k not in ("pretrain", "finetune")} | part.get(section, {})
-        wanted |= {"lr": 0.5}
+        wanted |= {"lr": 0.5} | ({"seeds": str(wanted["seeds"])} if section == "finetune" else {})
         assert {key: config[key] for key in wanted if key in config} == {key: wanted[key] for key in wanted if key in config}
         assert config["exp"] == exp and config["model_args"]["embed_dim"] == 96

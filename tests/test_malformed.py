@@ -55,7 +55,7 @@ COMMANDS = {                        # base: the command that reads its input, in
     "plan": ["evaluate/plan.py", "--exp", "3.4"],
     "run_all": ["run_all.sh", "--dry-run"],
 }
-LEFT = {"run.json", ".lock", "rejected.csv"}             # what a refused command may leave in out/
+LEFT = {"run.json", ".lock", "rejected.csv", "p.csv.rejected.csv"}             # what a refused command may leave in out/
 
 
 @pytest.fixture(scope="module")
