@@ -46,8 +46,10 @@ def or_fail(doing):
     try:
         yield
     except Exception as problem:
-        reason = getattr(problem, "strerror", None) or str(problem).rpartition("WeightsUnpickler error: ")[2]
-        fail(f"cannot {doing}: {' '.join(reason.split())[:300]}")
+        text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
+        if "weights_only" in text:                      # torch.load, at length: the object it refuses, or none
+            text = text[text.find("GLOBAL"):].split(" w")[0] if "GLOBAL" in text else "no checkpoint"
+        fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 
 
 def named_set(text):
