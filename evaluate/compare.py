@@ -148,6 +148,7 @@ def holm(p):
 
 def noncentrality(freedom):
     """The effect, in standard errors, that a two-sided t-test at 5 % finds with 80 % power; 2.80 for inf."""
+    freedom = np.maximum(freedom, 1)                    # below, scipy's search need not end
     return nctdtrinc(freedom, 0.2, stdtrit(freedom, 0.975))
 
 

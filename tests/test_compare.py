@@ -434,3 +434,13 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, change, said):
         stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error
     ), error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("freedom", [0.05, 1, 4, 30.5, 1e25])
+def test_the_detectable_effect_is_found_with_80_percent_power(freedom):
+    """By scipy's noncentral t: the share of tests that exceed the critical value; below 1 degree as at 1."""
+    from scipy.stats import nct, norm
+    from scipy.stats import t as student
+    found, degrees = float(compare.noncentrality(freedom)), max(1, freedom)
+    power = norm.sf(1.959964 - found) if degrees > 1e9 else nct.sf(student.ppf(0.975, degrees), degrees, found)
+    assert abs(power - 0.8) < 1e-3
