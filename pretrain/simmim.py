@@ -444,7 +444,7 @@ def mixed_precision(device):
 # --- end copy: processes ---
 
 
-# --- begin copy: images ---
+# --- begin copy: manifest ---
 def read_manifest(manifest, split, samples=0):
     """The first `samples` rows of some splits (names with commas, or all) of a manifest.csv: {column: texts}.
 
@@ -465,8 +465,10 @@ def read_manifest(manifest, split, samples=0):
     kept = kept[:samples or None]
     columns = {name: [rows[number][place] for number in kept] for place, name in enumerate(header)}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
+# --- end copy: manifest ---
 
 
+# --- begin copy: images ---
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
