@@ -6,7 +6,8 @@ deit: Marikkar et al., "LT-ViT", 2023; resnet: Hosseinzadeh Taher et al., DART 2
     torchrun --nproc_per_node=4 finetune/classify.py --exp 3.4        all seeds of a row, one after the other
     python finetune/classify.py --init weights.pth --train my/manifest.csv --out my/run --seeds 0
     python finetune/classify.py --exp 3.4 --labels 0.01               1 % of the patients have labels
-    python finetune/classify.py --exp 3.4 --probe true                a linear probe of the frozen backbone
+    python finetune/classify.py --exp 3.4 --probe                     a linear probe of the frozen backbone
+
 Reads   manifest.csv with split train and val (images as in pre-training) and the weights that `init` names.
         Flags and row beat a recipe, and what a checkpoint of ours says of its network, size, mean and sd.
 Writes  --out/seed<k>: classifier.pt (best epoch, weights for timm and labels), last.pt, log.jsonl, run.json.

@@ -6,6 +6,7 @@ crop the student predicts the teacher's output for another one, a distribution o
     torchrun --nproc_per_node=4 pretrain/dino.py --exp 4.1.1-100k     one row of experiments.yaml on 4 GPUs
     python pretrain/dino.py --manifest my/manifest.csv --out my/run   your own images, one process
     python pretrain/dino.py --exp 4.1.1-100k --teacher_temp 0.07 --warmup_teacher_temp_epochs 30
+
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (the teacher's, for timm), last.pt (to resume), log.jsonl, attention_<epoch>.png.
 The same command goes on where a run was killed; SIGTERM saves and exits with code 75.

@@ -6,6 +6,7 @@ transformer learns to restore the clean image; the loss is the mean absolute dif
     torchrun --nproc_per_node=4 pretrain/gmml.py --exp 3.4            one row of experiments.yaml on 4 GPUs
     python pretrain/gmml.py --manifest my/manifest.csv --out my/run   your own images, one process
     python pretrain/gmml.py --exp 3.4 --epochs 10 --lr 2e-4           any key of a row is a flag
+
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.
 The same command goes on where a run was killed; SIGTERM saves and exits with code 75.

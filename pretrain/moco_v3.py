@@ -6,6 +6,7 @@ of its own image's other view among the keys of the whole batch.
     torchrun --nproc_per_node=4 pretrain/moco_v3.py --exp c.10-moco      one row of experiments.yaml on 4 GPUs
     python pretrain/moco_v3.py --manifest my/manifest.csv --out my/run   your own images, one process
     python pretrain/moco_v3.py --variant paper --epochs 10               any key of a row is a flag
+
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl.
 The same command goes on where a run was killed; SIGTERM saves and exits with code 75.

@@ -6,6 +6,7 @@ a single linear layer on the encoder's output predicts their pixels, under a mea
     torchrun --nproc_per_node=4 pretrain/simmim.py --exp 0.1.5        one row of experiments.yaml on 4 GPUs
     python pretrain/simmim.py --manifest my/manifest.csv --out my/run   your own images, one process
     python pretrain/simmim.py --schedule step --lr 1e-4 --epochs 800    the longer of the published recipes
+
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.
 The same command goes on where a run was killed; SIGTERM saves and exits with code 75.

@@ -6,6 +6,7 @@ finds, among all images of the batch, the one whose other, clean view its teache
     torchrun --nproc_per_node=4 pretrain/sit.py --exp 4.3.1-100k     one row of experiments.yaml on 4 GPUs
     python pretrain/sit.py --manifest my/manifest.csv --out my/run   your own images, one process
     python pretrain/sit.py --exp 4.3.1-100k --wd_end 0.1             any key of a row is a flag
+
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.
 The same command goes on where a run was killed; SIGTERM saves and exits with code 75.

@@ -8,6 +8,7 @@ those of its self-supervised arms and of its fine-tuning stand here.
     torchrun --nproc_per_node=4 pretrain/supervised.py --exp 2.4      one row of experiments.yaml on 4 GPUs
     python pretrain/supervised.py --manifest my/manifest.csv --out my/run   your own images, one process
     python pretrain/supervised.py --dataset imagenet --split train --arch resnet50 --in_chans 3
+
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl.
 The same command goes on where a run was killed; SIGTERM saves and exits with code 75.

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-from conftest import load_script, run_here
+import yaml
+from conftest import ROOT, load_script, run_here
 from sklearn.metrics import roc_auc_score
 
 
@@ -34,3 +35,9 @@ def test_the_table_of_starts_is_the_gain_over_the_first_row(tmp_path, monkeypatc
         assert mean == f"{better.mean():.3f} ({better.std(ddof=1):.3f})"
         assert gain == f"{gains.mean():+.3f} ± {gains.std(ddof=1) / 3 ** 0.5:.3f}" and gains.mean() > 0
     assert "+0.000 ± 0.000" in text.splitlines()[2]
+
+
+def test_the_rows_whose_starts_are_measured_are_rows_of_the_study():
+    starts, table = load_script("tests/bench/starts.py"), yaml.safe_load((ROOT / "experiments.yaml").read_text())
+    strategies = [table[row].get("pretrain", {}).get("strategy") for row in starts.ROWS]
+    assert strategies == [None, "supervised", "gmml", "sit", "dino", "moco_v3", "simmim"]

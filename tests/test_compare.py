@@ -1,7 +1,6 @@
 """evaluate/compare.py against SciPy, simulation, loops and constructed arms; the claims of the paper."""
 
 import itertools
-import sys
 
 import numpy as np
 import pandas as pd

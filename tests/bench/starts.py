@@ -23,7 +23,8 @@ import pandas as pd
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = ["mini.random", "mini.supervised", "mini.gmml", "mini.sit", "mini.dino", "mini.moco", "mini.simmim"]
+# random, supervised, GMML, SiT, DINO, MoCo-v3, SimMIM: strategies of rows; the images are the manifest's
+ROWS = ["2.1", "2.3", "3.3", "4.3.1-100k", "4.1.1-100k", "c.10-moco", "c.10-simmim"]
 
 
 def call(args, script, *flags, processes=1):
@@ -47,11 +48,11 @@ def measure(args, row):
     strategy = rows[row].get("pretrain", {}).get("strategy")
     if strategy:
         flags = ["--mask_unit", args.mask_unit] if strategy == "simmim" and args.mask_unit else []
-        call(args, f"pretrain/{strategy}.py", "--exp", row, "--manifest", args.manifest, "--split", "train",
+        call(args, f"pretrain/{strategy}.py", "--exp", row, "--miniature", "--manifest", args.manifest, "--split", "train",
              "--model_args", args.model, "--out", run / "pretrain", *flags, processes=args.processes)
         start = run / "pretrain/backbone.pt"
     for name, flags in (("probe", ["--probe"]), ("finetune", [])):
-        call(args, "finetune/classify.py", "--exp", row, "--init", start, "--train", args.manifest,
+        call(args, "finetune/classify.py", "--exp", row, "--miniature", "--init", start, "--train", args.manifest,
              "--model_args", args.model, "--labels", args.labels, "--epochs", args.epochs,
              "--seeds", ",".join(map(str, args.seeds)), "--out", run / name, *flags)
         for seed in args.seeds:
