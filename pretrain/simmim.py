@@ -145,7 +145,8 @@ def read_row(file, exp, section, miniature):
 def options(section):
     """All flags (args) and the keys of a row (config): command line over row of --exp over DEFAULTS."""
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False,
+                                     usage="%(prog)s [--KEY VALUE]...")
     words = dict(re.findall(r"^    (\w+)=.*?# (.*)$", Path(__file__).read_text(), re.M))
     for key, default in {**FLAGS, **DEFAULTS}.items():
         listed = re.match(r"\w+( \| \w+)+(?=;|$)", words[key])              # a comment may begin with choices

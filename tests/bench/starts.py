@@ -48,8 +48,9 @@ def measure(args, row):
     strategy = rows[row].get("pretrain", {}).get("strategy")
     if strategy:
         flags = ["--mask_unit", args.mask_unit] if strategy == "simmim" and args.mask_unit else []
-        call(args, f"pretrain/{strategy}.py", "--exp", row, "--miniature", "--manifest", args.manifest, "--split", "train",
-             "--model_args", args.model, "--out", run / "pretrain", *flags, processes=args.processes)
+        call(args, f"pretrain/{strategy}.py", "--exp", row, "--miniature", "--manifest", args.manifest,
+             "--split", "train", "--model_args", args.model, "--out", run / "pretrain", *flags,
+             processes=args.processes)
         start = run / "pretrain/backbone.pt"
     for name, flags in (("probe", ["--probe"]), ("finetune", [])):
         call(args, "finetune/classify.py", "--exp", row, "--miniature", "--init", start, "--train", args.manifest,
