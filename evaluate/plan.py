@@ -1,22 +1,22 @@
-"""What every experiment costs before it is run: steps, images, FLOPs, GPU-hours, disk, and its inputs.
+"""What every experiment costs before it is run: steps, images, FLOPs, GPU-hours, and what is missing for it.
 
     python evaluate/plan.py                        every row of experiments.yaml
-    python evaluate/plan.py --exp '3.4,4.*'        these rows; all: the study's and the controls
+    python evaluate/plan.py --exp '3.4,4.*' --rates gpu.json        these rows, by measured rates, too
     python evaluate/plan.py --exp '3.4,4.*' --list      a line a row: exp, strategy, data, parent, seeds
 
---list puts a row after its parent, the row whose pre-trained weights it starts from, and adds parents.
-
-Reads experiments.yaml, the DEFAULTS written in the training scripts (as text, nothing is run), and looks
-which files exist. FLOPs are counted by PyTorch on the real architecture (two per multiply-add) for one
-forward pass and multiplied by the passes of the method; a backward pass counts as two forward passes.
-GPU-hours divide them by the tensor cores' peak rate times a utilisation that is an assumption, stated in
-GPUS: measure and scale.
+Reads experiments.yaml and the DEFAULTS written in the training scripts (as text, nothing is run). FLOPs are
+counted by PyTorch on the real architecture (two per multiply-add) for one forward pass and multiplied by the
+passes of the method; a backward pass counts as two. Hours of a V100 assume that it does TFLOPS of them;
+measured hours are those on the GPU of a gpu.json that tests/bench/gpu.py wrote, where it ran the script with
+this network and image size, as if validating and predicting an image took as long as training on it.
 """
 
 import argparse
 import ast
 import difflib
 import fnmatch
+import json
+import math
 import signal
 import sys
 from functools import lru_cache
@@ -25,12 +25,10 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-GPUS = {"V100": (125e12, 0.25), "A100": (312e12, 0.35), "H100": (989e12, 0.30)}     # peak, assumed share
+TFLOPS = 31.25                  # an assumption: a quarter of a V100's peak
 N_TRAIN, N_VAL, N_TEST = 75_312, 11_212, 25_596 + 3_000 + 1_860 + 38_240 + 202
-TESTS = ("nih", "vindr_cxr", "padchest", "chexpert")
-# Views an image that the student, the teacher sees (DINO's local crops apart), parameters of the heads.
-METHODS = {"gmml": (2, 0, 0.7e6), "sit": (2, 2, 20.2e6), "moco_v3": (2, 2, 21.5e6), "dino": (2, 2, 22.4e6),
-           "simmim": (1, 0, 3.1e6), "supervised": (1, 0, 0)}
+# Forward passes an image: three for a view that learns, one for a teacher's view; DINO's local crops apart.
+PASSES = {"gmml": 6, "sit": 8, "moco_v3": 8, "dino": 8, "simmim": 3, "supervised": 3}
 
 
 # --- begin copy: error ---
@@ -41,23 +39,73 @@ def fail(message):
 # --- end copy: error ---
 
 
-def resolve(table, exp, section, script):
-    """Configuration of one half of a row: the script's literal DEFAULTS < YAML defaults < row."""
+def chosen_rows(table, patterns):
+    """Rows that the comma-separated patterns name, in their order."""
+    known = [exp for exp in table if not str(exp).startswith(("defaults", "miniature"))]
+    for exp in known:
+        if not isinstance(exp, str):
+            fail(f"experiments.yaml: the key {exp} is read as a number; write it in quotes")
+    rows = []
+    for part in patterns.split(","):
+        found = fnmatch.filter(known, part)
+        if not found:
+            near = ", ".join(difflib.get_close_matches(part, known, n=3))
+            fail(f"experiments.yaml has no experiment '{part}'" + (f"; nearest: {near}" if near else ""))
+        rows += found
+    return list(dict.fromkeys(rows))
+
+
+def start(table, exp):
+    """What a row starts from: kind and name, as ("exp", "3.1") or ("timm", "")."""
+    row = table["defaults"] | table[exp]
+    if "pretrain" not in table[exp]:
+        row |= row["finetune"]
+    kind, _, name = row["init"].partition(":")
+    return kind, name
+
+
+def list_rows(table, rows, miniature):
+    """A line a row, parents first, tab-separated: exp, strategy, data, parent and seeds ("-": none; a parent
+    that was not asked for is not fine-tuned). In the miniature c.0 stands in for timm's and torchvision's.
+    """
+    listed = {}
+
+    def add(exp):
+        kind, parent = start(table, exp)
+        if miniature and kind in ("timm", "torchvision"):
+            kind, parent = "exp", "c.0"
+        if kind != "exp":
+            parent = "-"
+        elif parent in table and parent not in listed:
+            add(parent)
+        pretrain = table[exp].get("pretrain", {"strategy": "-", "dataset": "-"})
+        finetune = table["defaults"]["finetune"] | table[exp].get("finetune", {})
+        if miniature:
+            finetune |= table["miniature"]["finetune"]
+        seeds = ",".join(map(str, finetune["seeds"])) if exp in rows else "-"
+        listed[exp] = [exp, pretrain["strategy"], pretrain["dataset"], parent, seeds]
+
+    for exp in rows:
+        if exp not in listed:
+            add(exp)
+    for line in listed.values():
+        print(*line, sep="\t")
+
+
+def configuration(table, exp, stage, script):
+    """A stage of a row, pretrain or finetune: the script's literal DEFAULTS < defaults of the file < row."""
     nodes = ast.parse((ROOT / script).read_text()).body
-    call = next(
-        node.value for node in nodes if isinstance(node, ast.Assign) and node.targets[0].id == "DEFAULTS"
-    )
+    call = next(node.value for node in nodes if ast.unparse(node).startswith("DEFAULTS = "))
     config = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     for row in (table["defaults"], table[exp]):
-        config |= {key: value for key, value in row.items() if key not in ("pretrain", "finetune")}
-        config |= row.get(section) or {}
+        config |= row | (row.get(stage) or {})
     config["img_size"] = config["model_args"].get("img_size", config["img_size"])
     return config
 
 
 @lru_cache
-def forward(arch, in_chans, size, model_args):
-    """FLOPs of one image's forward pass, and parameters, of a backbone: counted on the meta device."""
+def forward(arch, in_chans, model_args, size):
+    """FLOPs of one image's forward pass through a backbone, counted on the meta device."""
     import timm
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -67,116 +115,66 @@ def forward(arch, in_chans, size, model_args):
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         model = timm.create_model(arch, num_classes=0, in_chans=in_chans, **args).eval()
         model(torch.empty(1, in_chans, size, size))
-    return counter.get_total_flops(), sum(p.numel() for p in model.parameters())
+    return counter.get_total_flops()
 
 
-def network(config, size=None):
-    """forward() of a configuration, at its own or another image size."""
-    args = tuple(config["model_args"].items())
-    return forward(config["arch"], config["in_chans"], size or config["img_size"], args)
+def cost(table, exp, stage, rates):
+    """Steps, images, FLOPs and hours of a stage of a row; fine-tuning with validation and prediction."""
+    script = table[exp]["pretrain"]["strategy"] if stage == "pretrain" else "classify"
+    config = configuration(table, exp, stage, f"{stage}/{script}.py")
+    arch, size, epochs = config["arch"], config["img_size"], config["epochs"]
+    network = arch, config["in_chans"], tuple(config["model_args"].items())
+    flops = forward(*network, size)
+    if stage == "pretrain":
+        steps = config["samples"] // config["batch"] * epochs
+        images = seen = steps * config["batch"]
+        flops *= images * PASSES[script]
+        if script == "dino":
+            local = config.get("local_size") or round(size * 96 / 224 / 16) * 16
+            flops += images * 3 * config["n_local_crops"] * forward(*network, local)
+    else:
+        runs = len(config["seeds"])
+        steps = N_TRAIN // config["batch"] * epochs * runs
+        images = N_TRAIN * epochs * runs
+        tested = (N_VAL * epochs + N_VAL + N_TEST) * runs
+        seen = images + tested
+        flops *= 3 * images + tested
+    rate = rates.get((script, arch, size), math.nan)
+    return {"steps": f"{steps:,}", "images": f"{images:,}", "PFLOP": f"{flops / 1e15:,.0f}",
+            "V100 h": flops / TFLOPS / 1e12 / 3600, "measured h": seen / rate / 3600}
 
 
-def pretraining(table, exp):
-    """Steps, images and FLOPs of a row's pre-training, and bytes of what it leaves."""
-    strategy = table[exp]["pretrain"]["strategy"]
-    config = resolve(table, exp, "pretrain", f"pretrain/{strategy}.py")
-    images = config["samples"] or {"nih": N_TRAIN, "imagenet": 1_281_167}.get(config["dataset"], 1_000)
-    steps = images // config["batch"] * config["epochs"]
-    flops, parameters = network(config)
-    student, teacher, head = METHODS[strategy]
-    an_image = (3 * student + teacher) * flops
-    if strategy == "dino":
-        patch = config["model_args"].get("patch_size", 16)
-        local = config.get("local_size") or max(1, round(config["img_size"] * 96 / 224 / patch)) * patch
-        an_image += 3 * config["n_local_crops"] * network(config, local)[0]
-    # exported weights; last.pt: what learns with Adam's two moments, and its moving average
-    size = 4 * (parameters + (3 + (teacher > 0)) * (parameters + head))
-    return steps, steps * config["batch"], steps * config["batch"] * an_image, size
+def missing(table, exp, data):
+    """What a row reads that is not there: packs, files of weights (timm and torchvision fetch theirs)."""
+    packs = ["nih", "vindr_cxr", "padchest", "chexpert"]
+    if "pretrain" in table[exp]:
+        packs.append(table[exp]["pretrain"]["dataset"])
+    absent = [f"{data}/{pack}" for pack in packs if not Path(data, pack, "manifest.csv").is_file()]
+    kind, _ = start(table, exp)
+    if kind not in ("random", "exp", "timm", "torchvision") and not Path(kind).is_file():
+        absent.append(kind)
+    return absent
 
 
-def finetuning(table, exp):
-    """Steps, images, FLOPs and bytes of all seeds' fine-tuning, with validation and prediction."""
-    config = resolve(table, exp, "finetune", "finetune/classify.py")
-    flops, parameters = network(config)
-    runs, epochs = len(config["seeds"]), config["epochs"]
-    steps = N_TRAIN // (config.get("batch") or 64) * epochs * runs
-    passes = epochs * (3 * N_TRAIN + N_VAL) + N_VAL + N_TEST
-    return steps, epochs * N_TRAIN * runs, passes * flops * runs, runs * 4 * 4 * parameters
-
-
-def inputs(table, exp, data):
-    """What a row reads: {name: "" if it is there, else what has to be done}."""
-    row = {**table["defaults"], **table[exp]}
-    pretrain = table[exp].get("pretrain")
-    if not pretrain:
-        row |= row.get("finetune") or {}                # whose start is another row's pre-training
-    found = {}
-    for name in dict.fromkeys([*([pretrain["dataset"]] if pretrain else []), *TESTS]):
-        found[f"{data}/{name}"] = "" if Path(data, name, "manifest.csv").is_file() else "missing"
-    kind, _, name = row["init"].partition(":")
-    name = name or row.get("arch")
-    if kind == "exp":
-        there = Path(f"runs/{name}/pretrain/backbone.pt").is_file()
-        found[f"weights of {name}"] = "" if there else "made by its row"
-    elif kind in ("timm", "torchvision"):
-        there = any(Path("weights", f"{name}{end}").is_file() for end in (".pth", ".safetensors"))
-        found[f"weights/{name}"] = "" if there else f"else a download by {kind}"
-    elif kind != "random":
-        found[row["init"]] = "" if Path(row["init"]).is_file() else "missing"
-    return found
-
-
-def chosen_rows(table, patterns):
-    """Rows that the comma-separated patterns name, in their order."""
-    known = [exp for exp in table if exp != "defaults" and not str(exp).startswith("miniature")]
-    for exp in known:
-        if not isinstance(exp, str):
-            fail(f"experiments.yaml: the key {exp} is read as a number; write it in quotes")
-    if patterns == "all":
-        patterns = "[0-9]*,c.*"
-    rows = []
-    for part in (patterns or "*").split(","):
-        found = fnmatch.filter(known, part)
-        if not found:
-            near = ", ".join(difflib.get_close_matches(part, known, n=3))
-            fail(f"experiments.yaml has no experiment '{part}'" + (f"; nearest: {near}" if near else ""))
-        rows += found
-    return list(dict.fromkeys(rows))
-
-
-def list_rows(table, rows, miniature):
-    """A line a row, parents first, tab-separated: exp, strategy, data, parent and seeds ("-": none; a parent
-    that was not asked for is not fine-tuned). In the miniature c.0 stands in for timm's and torchvision's.
-    """
-    listed = {}
-
-    def add(exp, asked):
-        row = table[exp]
-        init = {**row, **(row.get("finetune") or {})}.get("init", row.get("init", ""))
-        if miniature and init.partition(":")[0] in ("timm", "torchvision"):
-            init = "exp:c.0"
-        parent = init.removeprefix("exp:") if init.startswith("exp:") else "-"
-        if parent in table and parent not in listed:
-            add(parent, parent in rows)
-        pretrain = row.get("pretrain") or {}
-        parts = [table["defaults"], row, table["miniature"] if miniature else {}]
-        seeds = [part["finetune"]["seeds"] for part in parts if "seeds" in (part.get("finetune") or {})][-1]
-        seeds = ",".join(map(str, seeds)) if asked else "-"
-        facts = exp, pretrain.get("strategy", "-"), pretrain.get("dataset", "-"), parent, seeds
-        listed.setdefault(exp, "\t".join(facts))
-
-    for exp in rows:
-        add(exp, True)
-    print("\n".join(listed.values()))
+def measured(path):
+    """Images a second by (script, network, image size), as tests/bench/gpu.py measured them."""
+    try:
+        found = json.loads(Path(path).read_text())
+        rows = [row for row in found["parts"]["fast"].values() if "loop" in row]
+        return {(row["script"], row["arch"], row["img_size"]): row["loop"]["median"] for row in rows}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
+        fail(f"--rates {path}: not a gpu.json of tests/bench/gpu.py ({problem!r}); measure again")
 
 
 def main():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("--exp", help="rows or patterns, comma-separated (default: every row of the file)")
-    parser.add_argument("--data", default="data", metavar="DIR", help="folder of the packed datasets")
-    parser.add_argument("--list", action="store_true", help="the rows and what each starts from, no cost")
-    parser.add_argument("--miniature", action="store_true", help="with --list: the seeds of the miniature")
+    add = parser.add_argument
+    add("--exp", default="*", help="rows or patterns, comma-separated (default: every row of the file)")
+    add("--data", default="data", metavar="DIR", help="folder of the packed datasets")
+    add("--rates", metavar="FILE", help="a gpu.json of tests/bench/gpu.py")
+    add("--list", action="store_true", help="a row after the row it starts from, which is added; no cost")
+    add("--miniature", action="store_true", help="with --list: starts and seeds of the miniature")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
@@ -184,30 +182,23 @@ def main():
     rows = chosen_rows(table, args.exp)
     if args.list:
         return list_rows(table, rows, args.miniature)
-    print("GPU-hours assume", ", ".join(f"{share:.0%} of {name}'s {peak / 1e12:.0f} TFLOPS"
-                                        for name, (peak, share) in GPUS.items()))
-    heads = " ".join(f"{name + ' h':>8}" for name in GPUS)
-    print(f"{'row':24} {'stage':9} {'steps':>10} {'images':>12} {'PFLOP':>10} {heads} {'disk GB':>8}")
-    totals, missing = dict.fromkeys(GPUS, 0.0), {}
+    import pandas as pd                 # here: --list is quick without
+    rates = measured(args.rates) if args.rates else {}
+    costs, absent = [], {}
     for exp in rows:
-        stages = {"pretrain": pretraining} if table[exp].get("pretrain") else {}
-        for stage, cost in {**stages, "finetune": finetuning}.items():
-            steps, images, flops, size = cost(table, exp)
-            hours = {name: flops / peak / share / 3600 for name, (peak, share) in GPUS.items()}
-            totals = {name: totals[name] + hours[name] for name in GPUS}
-            cells = " ".join(f"{hour:8,.1f}" for hour in hours.values())
-            print(
-                f"{exp:24} {stage:9} {steps:10,} {images:12,} {flops / 1e15:10,.0f} {cells} {size / 1e9:8.2f}"
-            )
-        reads = inputs(table, exp, args.data)
-        print(
-            "    reads " + ", ".join(f"{name} ({state})" if state else name for name, state in reads.items())
-        )
-        for name in [name for name, state in reads.items() if state == "missing"]:
-            missing.setdefault(name, []).append(exp)
-    print(f"{'all':24} {'':44} " + " ".join(f"{total:8,.0f}" for total in totals.values()))
-    for name, users in sorted(missing.items()):
-        print(f"missing: {name}  (for {', '.join(users[:6])}{' ...' * (len(users) > 6)})")
+        for stage in ("pretrain", "finetune"):
+            if stage == "finetune" or stage in table[exp]:
+                costs.append({"row": exp, "stage": stage, **cost(table, exp, stage, rates)})
+        for name in missing(table, exp, args.data):
+            absent.setdefault(name, []).append(exp)
+    frame = pd.DataFrame(costs)
+    if not args.rates:
+        del frame["measured h"]
+    print(frame.to_string(index=False, na_rep="-", float_format="{:,.1f}".format))
+    for name in frame.filter(like=" h"):
+        print(f"{name}: {frame[name].sum():,.0f} for {frame[name].count()} of {len(frame)} stages")
+    for name, users in sorted(absent.items()):
+        print(f"missing: {name}  (for {', '.join(users)})")
 
 
 if __name__ == "__main__":

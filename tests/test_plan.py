@@ -1,5 +1,7 @@
 """evaluate/plan.py: what rows cost, in which order they have to be run, and what they read."""
 
+import json
+
 import pytest
 import yaml
 from conftest import ROOT, load_script, run_here
@@ -57,20 +59,51 @@ def test_steps_and_images_are_those_of_the_row(capsys, monkeypatch, tmp_path):
     assert any(line.startswith(f"missing: {tmp_path / 'none'}/nih_pretrain") for line in found)
 
 
-def test_weights_are_found_by_their_whole_name(monkeypatch, tmp_path):
+def test_files_of_weights_and_packs_are_missing_until_they_are_there(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights/vit_small_patch16_224_in21k.pth").touch()
-    table = {"defaults": TABLE["defaults"], "x": {"init": "timm"}}
-    assert "download" in plan.inputs(table, "x", "data")["weights/vit_small_patch16_224"]
-    (tmp_path / "weights/vit_small_patch16_224.safetensors").touch()
-    assert plan.inputs(table, "x", "data")["weights/vit_small_patch16_224"] == ""
+    table = {**TABLE, "x": {"init": "weights/net.pth"}}
+    packs = ["data/nih", "data/vindr_cxr", "data/padchest", "data/chexpert"]
+    assert plan.missing(table, "x", "data") == [*packs, "weights/net.pth"]
+    assert plan.missing(table, "5.2", "data") == [*packs, "data/oct"]
+    for file in ["weights/net.pth", "data/nih/manifest.csv", "data/oct/manifest.csv"]:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert plan.missing(table, "x", "data") == plan.missing(table, "5.2", "data") == packs[1:]
+
+
+def test_hours_by_measured_rates_stand_beside_the_estimate(capsys, monkeypatch, tmp_path):
+    """3.1: 3 epochs of 1,000 images, 1,000 // 256 steps of 256; 2.1: two seeds of 2 epochs."""
+    table = {**TABLE, "3.1": {"pretrain": {"strategy": "gmml", "dataset": "nih_pretrain", "epochs": 3}},
+             "2.1": {"finetune": {"epochs": 2, "seeds": [0, 7]}}}
+    rows = {"gmml": dict(script="gmml", arch="vit_small_patch16_224", img_size=224, loop=dict(median=0.64)),
+            "classify": dict(script="classify", arch="vit_small_patch16_224", img_size=224,
+                             loop=dict(median=500)),
+            "sit": dict(script="sit", arch="vit_small_patch16_224", img_size=224),       # that failed
+            "matrix": dict(median=1e12)}
+    (tmp_path / "gpu.json").write_text(json.dumps({"card": "a card", "parts": {"fast": rows}}))
+    flags = ["--exp", "3.1,2.1,1.2", "--rates", tmp_path / "gpu.json"]
+    found = lines(capsys, monkeypatch, tmp_path, table, *flags)
+    assert found[0].split()[-2:] == ["measured", "h"]
+    hours = {tuple(line.split()[:2]): line.split()[-2:] for line in found[1:5]}
+    assert hours["3.1", "pretrain"][1] == "1.0"             # 2,304 images at 0.64 a second
+    trained, tested = 75_312 * 2 * 2, 2 * (2 * 11_212 + 11_212 + 68_898)
+    assert float(hours["2.1", "finetune"][1]) == pytest.approx((trained + tested) / 500 / 3600, abs=0.05)
+    flops = (3 * trained + tested) * 2 * 4.6e9
+    assert float(hours["2.1", "finetune"][0]) == pytest.approx(flops / 31.25e12 / 3600, abs=0.06)
+    total = next(line for line in found if line.startswith("measured h: "))
+    assert total.endswith("for 4 of 4 stages")
+    rows["gmml"]["img_size"] = 32                           # a small network, as of gpu.py --quick
+    (tmp_path / "gpu.json").write_text(json.dumps({"parts": {"fast": rows}}))
+    found = lines(capsys, monkeypatch, tmp_path, table, *flags)
+    assert [line.split()[-1] for line in found[1:5]][0] == "-" and any("for 3 of 4" in line for line in found)
 
 
 @pytest.mark.parametrize("table, flags, said", [
     ({**TABLE, 5.1: {}}, [], "the key 5.1 is read as a number; write it in quotes"),
     (TABLE, ["--exp", "3.11"], "no experiment '3.11'; nearest: 3.1"),
-    (TABLE, ["--exp", "miniature"], "no experiment 'miniature'")])
+    (TABLE, ["--exp", "miniature"], "no experiment 'miniature'"),
+    (TABLE, ["--rates", "absent.json"], "--rates absent.json: not a gpu.json"),
+    (TABLE, ["--rates", ROOT / "experiments.yaml"], "experiments.yaml: not a gpu.json")])
 def test_mistakes_are_one_sentence(capsys, monkeypatch, tmp_path, table, flags, said):
     with pytest.raises(SystemExit) as stop:
         lines(capsys, monkeypatch, tmp_path, table, *flags)

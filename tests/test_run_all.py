@@ -29,7 +29,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pro ject #1's")
     for name in ("data_prep", "pretrain", "finetune", "evaluate", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("run_all.sh", "experiments.yaml", "requirements.txt"):
+    for name in ("run_all.sh", "slurm.sh", "experiments.yaml", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
     # the miniature's miniature
     text = (folder / "experiments.yaml").read_text()
@@ -252,6 +252,29 @@ def test_dry_run_prints_commands_and_runs_nothing(project):
     assert not any("classify.py --exp 0.1.6 " in line for line in lines)        # which was not asked for
     packing = [line for line in lines if "data_prep/pack.py" in line and "--out pa\\ cks/nih --size" in line]
     assert len(packing) == 1
+
+
+def test_results_alone_name_every_pack_that_the_rows_read(project):
+    lines = run_all(project, "--exp", "3.5", "--only", "results", "--dry-run").stdout.splitlines()
+    assert [re.search(r"(\w+)\.py", line)[1] for line in lines] == [
+        "metrics", "compare", "compare", "describe", "report"]
+    packs = lines[3].split("--packs ")[1].split(" --out")[0].split()
+    assert packs == [f"data/{name}" for name in ("nih", "vindr_cxr", "padchest", "chexpert", "oct")]
+
+
+def test_stand_ins_are_few_so_every_sample_takes_them_all(project):
+    rows = "2.3,3.1,3.2,3.3,3.5,3.7,0.2.2,0.2.3,c.0"
+    lines = run_all(project, "--demo", "--exp", rows, "--only", "data", "--dry-run").stdout.splitlines()
+    readers = {re.search(r"data/demo/(\w+)/index.csv", line)[1]: line for line in lines if "--out data/demo" in line
+               and "index.csv" in line and "pack.py" not in line}
+    drawn = {name for name, line in readers.items() if line.rstrip().endswith("--n-pretrain all")}
+    assert drawn == set(readers) - {"nih", "vindr_cxr", "padchest", "chexpert"} and len(drawn) == 8
+
+
+def test_a_dry_run_at_another_scale_leaves_the_demo_as_it_is(project, demo):
+    before = state(project)
+    assert "demo.py" in run_all(project, "--demo", "--scale", 0.2, "--dry-run").stdout
+    assert state(project) == before
 
 
 def test_the_open_half_says_what_to_fetch_and_packs_it(project):

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Writes DIR/job.sh and DIR/submit.sh, which hand the rows to SLURM: a job for the data, one a row after that of its
+# parent, one for the results. Called by run_all.sh --slurm DIR.
+#
+#   python evaluate/plan.py --list | bash slurm.sh DIR [options of run_all.sh]
+set -euo pipefail
+cd "$(dirname "$0")"
+folder=$1; shift
+mkdir -p "$folder"
+cat > "$folder/job.sh" <<END
+#!/bin/bash
+#SBATCH --nodes=1 --ntasks=1 --gpus-per-node=4 --cpus-per-task=32 --mem=128G --time=24:00:00
+#SBATCH --requeue --open-mode=append --signal=TERM@600 --output=%x-%j.log     # ten minutes to save
+cd ${PWD@Q}
+srun bash run_all.sh ${*@Q} "\$@"
+code=\$?
+[ \$code = 75 ] && scontrol requeue "\$SLURM_JOB_ID"
+exit \$code
+END
+exec 3> "$folder/submit.sh"
+cat >&3 <<'END'
+#!/bin/bash
+set -e
+cd "$(dirname "$0")"
+declare -A job
+data=$(sbatch --parsable "$@" job.sh --only data)
+END
+rows=0
+while read -r name _ _ parent _; do
+  after='$data'; [ "$parent" = - ] || after="\$data:\${job[$parent]}"
+  echo "job[$name]=\$(sbatch --parsable --dependency=afterok:$after \"\$@\" job.sh --only rows --exp $name)" >&3
+  rows=$(( rows + 1 ))
+done
+echo 'sbatch --dependency=afterok$(printf ":%s" "${job[@]}") "$@" job.sh --only results' >&3
+echo "bash $folder/submit.sh [options of sbatch] hands in $rows rows"
