@@ -314,7 +314,7 @@ def test_the_plan_names_costs_and_missing_inputs(project):
     result = run_all(project, "--plan", "--exp", "3.4,4.1.1-50k,0.1.4")
     assert result.returncode == 0, result.stderr
     row = next(line.split() for line in result.stdout.splitlines()
-               if line.startswith("3.4 ") and "pretrain" in line)
+               if line.split()[:2] == ["3.4", "pretrain"])
     assert row[2] == "390,000" and row[3] == "99,840,000"       # 100,000 // 256 steps an epoch, 1,000 epochs
     # ViT-S/16: 4.6 billion multiply-adds, two views, backward twice the forward
     assert abs(float(row[4].replace(",", "")) * 1e15 / (99_840_000 * 6 * 2 * 4.6e9) - 1) < 0.03
