@@ -332,10 +332,10 @@ def open_images(manifest, rows, in_chans, device):
     return lambda places: packed[rows_at(places)].to(device, non_blocking=True)
 
 
-def step_generator(*numbers):
+def step_generator(*numbers, device="cpu"):
     """A random generator made from (seed, step): any number of processes and any resume draw the same."""
-    sequence = np.random.SeedSequence(numbers)
-    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state[0]))
 # --- end copy: images ---
 
 

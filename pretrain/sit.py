@@ -108,35 +108,38 @@ def or_fail(doing):
 
 def typed(default):
     """The type of a flag for argparse: that of its default, numbers from 0 on; lists and dicts are YAML."""
+    kind = type(default)
+
     def read(text):
         try:
-            value = text if isinstance(default, (str, float)) else yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = None
-        value = float(value) if isinstance(default, float) else value       # to YAML 1e-3 is text
+            value = kind(text) if kind in (str, float) else yaml.safe_load(text)
+        except yaml.YAMLError as problem:
+            raise ValueError from problem                                   # which argparse knows
         negative = isinstance(value, (int, float)) and value < 0
-        short = isinstance(value, list) and default and len(value) != len(default)
-        if negative or short or default is not None and type(value) is not type(default):
+        short = kind is list and len(value) != len(default)
+        if negative or short or default is not None and type(value) is not kind:
             raise ValueError
         return value
-    read.__name__ = type(default).__name__
+    read.__name__ = kind.__name__
     return read
 # --- end copy: flags ---
 
 
 # --- begin copy: options ---
 def read_row(file, exp, section, miniature):
-    """A row of experiments.yaml as flags: its top level over `defaults`, over these what `section` says."""
+    """A row of experiments.yaml as flags: `defaults`, the row, the miniature, each with its `section`."""
     with or_fail(f"read {file}"):
         table = yaml.safe_load(Path(file).read_text())
-        row = {"strategy": "nothing"} if section == "pretrain" else {}
         if exp not in table:
             near = difflib.get_close_matches(exp, map(str, table)) or ["none"]
             fail(f'{file} has no row "{exp}" (keys stand in quotes); nearest: {", ".join(near)}')
-        strategy = (table[exp].get("pretrain") or {}).get("strategy")
-        for part in ("defaults", exp) + ("miniature", f"miniature.{strategy}") * miniature:
-            part = table.get(part, {}) if part.startswith("miniature.") else table[part]
-            row |= part | (part.get(section) or {})
+        layers = [table["defaults"], table[exp]]
+        if miniature:
+            strategy = table[exp].get("pretrain", {}).get("strategy")
+            layers += [table["miniature"], table.get(f"miniature.{strategy}", {})]
+        row = {"strategy": "none"} if section == "pretrain" else {}
+        for layer in layers:
+            row |= layer | layer.get(section, {})
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in row.items()
             if key not in ("about", "pretrain", "finetune")]
 
@@ -146,13 +149,15 @@ def options(section):
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False,
                                      usage="%(prog)s [--KEY VALUE]...")
-    words = dict(re.findall(r"^    (\w+)=.*?# (.*)$", Path(__file__).read_text(), re.M))
+    helps = dict(re.findall(r"^    (\w+)=.*?# (.*)$", Path(__file__).read_text(), re.M))
     for key, default in {**FLAGS, **DEFAULTS}.items():
-        listed = re.match(r"\w+( \| \w+)+(?=;|$)", words[key])              # a comment may begin with choices
+        listed = re.match(r"\w+( \| \w+)+(?=;|$)", helps[key])              # a comment may begin with choices
         choices = [typed(default)(word) for word in listed[0].split(" | ")] if listed else None
+        if key == "strategy":
+            choices = [default]                                             # the one this script does
         switch = dict(nargs="?", const=True) if isinstance(default, bool) else {}
         parser.add_argument(f"--{key}", type=typed(default), default=default, choices=choices,
-                            help=f"{words[key]} [{default}]", **switch)
+                            help=f"{helps[key]} [{default}]", **switch)
     parser.error = fail
     underscored = lambda flag: "--" + flag[0][2:].replace("-", "_")
     flags = [re.sub("^--[^=]+", underscored, word) for word in sys.argv[1:]]
@@ -164,8 +169,6 @@ def options(section):
     for word in unknown:
         near = difflib.get_close_matches(word[2:].split("=")[0], vars(args), 1) or ["none"]
         parser.error(f"unknown {word}; nearest: {near[0]}")
-    if section == "pretrain" and args.strategy != DEFAULTS["strategy"]:
-        parser.error(f"pre-trained by {args.strategy}, this script does {DEFAULTS['strategy']}")
     return args, {"exp": args.exp or None, **{key: getattr(args, key) for key in DEFAULTS}}
 # --- end copy: options ---
 
@@ -292,24 +295,24 @@ def block_masks(u, fraction, side, align=1):
 
     Top and left are uniform in [0, side - align), height and width in [align, 0.3 side), cut at the border.
 
-    Args: u uniform [B, K, 4] on the CPU; fraction: target of each image [B]; side, align: in pixels.
+    Args: u uniform [B, K, 4], K at most 1000; fraction: target of each image [B]; side, align: in pixels.
     Returns: bool [B, side, side], True = corrupted. Source: GMML (arXiv:2205.14986) and its released code.
     """
     begin = (u[..., :2] * (side - align)).floor()
     size = align + (u[..., 2:] * (int(0.3 * side) - align)).floor()
     if align > 1:
         begin, size = (begin / align).floor() * align, (size / align).round() * align
-    boxes = torch.cat([begin, begin + size], 2).int().tolist()
-    masks = np.zeros((len(u), side, side), bool)
-    for mask, image_boxes, target in zip(masks, boxes, (fraction * side * side).tolist()):
-        covered = 0
-        for top, left, bottom, right in image_boxes:
-            if covered >= target:
-                break
-            block = mask[top:bottom, left:right]
-            covered += block.size - np.count_nonzero(block)
-            block[:] = True
-    return torch.from_numpy(masks)
+    pixels = torch.arange(side, device=u.device)
+    inside = (pixels >= begin[..., None]) & (pixels < (begin + size)[..., None])
+    rows, columns = inside.double().unbind(2)                               # [B, K, side]
+    # block k gives its pixels 2^-k: the exponent of a pixel's sum tells the first block that covers it
+    powers = 2.0 ** -torch.arange(u.shape[1], device=u.device, dtype=torch.double)
+    total = (rows * powers[:, None]).mT @ columns + powers[-1] / 2
+    first = 1 - torch.frexp(total).exponent.long()                          # [B, side, side]; K: none does
+    first_by = torch.zeros(len(u), u.shape[1] + 1, dtype=torch.long, device=u.device)
+    first_by.scatter_add_(1, first.flatten(1), torch.ones_like(first).flatten(1))          # pixels a block
+    last = (first_by.cumsum(1) < fraction[:, None] * side * side).sum(1)
+    return first <= last[:, None, None]
 
 
 def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
@@ -342,7 +345,7 @@ def masked_l1(recon, clean, masks):
 # --- end copy: group masking ---
 
 
-def draw_step(config, step, places, n_drop_paths):
+def draw_step(config, step, places, n_drop_paths, device):
     """The random numbers of a step, drawn for the global batch and kept for the images at some places of it.
 
     Returns, for both views of each image: uniforms of the view and of stochastic depth [2, b, n], masks bool
@@ -352,6 +355,7 @@ def draw_step(config, step, places, n_drop_paths):
     n_blocks = n_blocks_for(max(config["drop"], config["replace"]))
     shapes = [N_VIEW], [n_drop_paths], [2], [n_blocks, 4]
     draws = [torch.rand(2, config["batch"], *shape, generator=generator)[:, places] for shape in shapes]
+    draws = [draw.to(device, non_blocking=True) for draw in draws]
     uniforms, depth, corruption, blocks = draws
     masks, replaced = draw_masks(corruption.flatten(0, 1), blocks.flatten(0, 1), config["img_size"],
                                  config["drop"], config["replace"], config["align"])
@@ -422,8 +426,8 @@ def train(config, args, rank, world_size, device):
         if number == 0 or step == begun:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + own])
-        uniforms, *draws = draw_step(config, step, own, len(drop_paths))
-        depth, masks, replaced = (part[:, :-1].to(device, non_blocking=True) for part in draws)
+        uniforms, *draws = draw_step(config, step, own, len(drop_paths), device)
+        depth, masks, replaced = (part[:, :-1] for part in draws)
         clean, corrupted = make_views(chosen, uniforms, masks, replaced, config)
         masks, depth = masks.flatten(0, 1), depth.flatten(0, 1)
         n_masked = sum_over_processes(masks.sum()) * clean.shape[1]
@@ -666,10 +670,10 @@ def open_images(manifest, rows, in_chans, device):
     return lambda places: packed[rows_at(places)].to(device, non_blocking=True)
 
 
-def step_generator(*numbers):
+def step_generator(*numbers, device="cpu"):
     """A random generator made from (seed, step): any number of processes and any resume draw the same."""
-    sequence = np.random.SeedSequence(numbers)
-    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state[0]))
 # --- end copy: images ---
 
 
@@ -677,25 +681,25 @@ def step_generator(*numbers):
 N_CROP = 23     # uniforms of a random resized crop: 10 areas, 10 aspect ratios, top, left, flip
 
 
-def crop_boxes(u, sides, scale):
+def crop_boxes(u, height, width, scale):
     """Boxes of a random resized crop: of ten tries the first that fits, else the first one cut to the image.
 
-    u uniform [B, >= 22]; sides: height and width [2]; scale: range of the area as fractions
-    -> begin and length [2, B], pixels. torchvision takes a central box after ten tries in vain.
+    u uniform [B, >= 22]; scale: range of the area as fractions -> (top, height), (left, width), each [B],
+    pixels. torchvision takes a central box after ten tries in vain.
     """
-    area = sides.prod() * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
+    area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
     aspect = (4 / 3) ** (1 - 2 * u[:, 10:20])                               # log-uniform in 3/4..4/3
-    tries = torch.stack([area * aspect, area / aspect]).sqrt().round().clamp_min(1)         # [2, B, 10]
-    sides = sides[:, None]
-    first = (tries <= sides[..., None]).all(0).int().argmax(1)
-    length = torch.minimum(tries[:, torch.arange(len(u)), first], sides)
-    begin = ((sides - length + 1) * u[:, 20:22].T).floor()
-    return begin, length
+    tall = (area * aspect).sqrt().round().clamp_min(1)
+    wide = (area / aspect).sqrt().round().clamp_min(1)
+    first = ((tall <= height) & (wide <= width)).int().argmax(1, keepdim=True)
+    tall, wide = tall.gather(1, first)[:, 0].clamp_max(height), wide.gather(1, first)[:, 0].clamp_max(width)
+    top, left = ((height - tall + 1) * u[:, 20]).floor(), ((width - wide + 1) * u[:, 21]).floor()
+    return (top, tall), (left, wide)
 
 
 def resample_matrix(begin, length, in_size, out_size, cubic):
-    """Pillow's antialiased resampling of [begin, begin + length), both [2, B], as matrix [2, B, out, in]."""
-    begin, length = begin[..., None, None], length[..., None, None]
+    """Pillow's antialiased resampling of [begin, begin + length), both [B], as a matrix [B, out, in]."""
+    begin, length = begin[:, None, None], length[:, None, None]
     scale = length / out_size                                               # source pixels a target pixel
     reach = scale.clamp_min(1)
     target = torch.arange(out_size, device=begin.device)[:, None] + 0.5
@@ -705,9 +709,9 @@ def resample_matrix(begin, length, in_size, out_size, cubic):
     t = ((taps + 0.5 - centre) / reach).abs().clamp_max(2)
     cube = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
     weights = (cube if cubic else (1 - t).clamp_min(0)) * ((taps >= begin) & (taps < begin + length))
-    matrix = torch.zeros(*weights.shape[:-1], in_size, device=begin.device)
-    matrix.scatter_add_(-1, taps.long().clamp(0, in_size - 1), weights)
-    return matrix / matrix.sum(-1, keepdim=True)
+    matrix = torch.zeros(len(begin), out_size, in_size, device=begin.device)
+    matrix.scatter_add_(2, taps.long().clamp(0, in_size - 1), weights)
+    return matrix / matrix.sum(2, keepdim=True)
 
 
 def random_resized_crop(images, u, scale, size, cubic=True):
@@ -719,12 +723,11 @@ def random_resized_crop(images, u, scale, size, cubic=True):
         return torch.cat([random_resized_crop(image[None], row[None], scale, size, cubic)
                           for image, row in zip(images, u)])
     height, width = images.shape[2:]
-    boxes = crop_boxes(u, torch.tensor([height, width]), scale)
-    begin, length = (box.to(images.device, non_blocking=True) for box in boxes)
-    rows, columns = resample_matrix(begin, length, max(height, width), size, cubic)[:, :, None]
-    x = (rows[..., :height] @ images.float() @ columns[..., :width].mT).clamp_(0, 255)
-    flip = (u[:, 22] < 0.5).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
-    return torch.where(flip, x.flip(3), x)
+    vertical, horizontal = crop_boxes(u, height, width, scale)
+    rows = resample_matrix(*vertical, height, size, cubic)[:, None]
+    columns = resample_matrix(*horizontal, width, size, cubic)[:, None]
+    x = (rows @ images.float() @ columns.mT).clamp_(0, 255)
+    return torch.where(u[:, 22].view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
 # --- end copy: crop ---
 
 
@@ -748,8 +751,9 @@ def colour_jitter(x, u, strength, p):
 
     x float [B, C, H, W], 0-255; u uniform [B, >= 5]; strength: of the four. Grey has no colour to change.
     """
-    amount = (2 * u[:, 1:5] - 1) * torch.tensor(strength) * (u[:, :1] < p)  # U(-strength, strength), or 0
-    brightness, contrast, saturation, hue = amount.to(x.device, non_blocking=True).T.reshape(4, -1, 1, 1, 1)
+    amount = (2 * u[:, 1:5] - 1) * (u[:, :1] < p)                           # U(-1, 1), or 0
+    amounts = amount.T.reshape(4, -1, 1, 1, 1).unbind()
+    brightness, contrast, saturation, hue = (most * share for most, share in zip(strength, amounts))
     x = (x * (1 + brightness)).clamp_(0, 255)
     x = torch.lerp(luminance(x).mean((2, 3), keepdim=True), x, 1 + contrast).clamp_(0, 255)
     if x.shape[1] == 1:
@@ -762,7 +766,7 @@ def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
     """Blur a share p of the images x [B, C, S, S] with width U(sigma) pixels; u uniform [B, 2]."""
     width = torch.where(u[:, 0] < p, sigma[0] + u[:, 1] * (sigma[1] - sigma[0]), 0.01)      # 0.01: none
     place = torch.arange(x.shape[3], device=x.device)
-    distance = (place - place[:, None]) / width.to(x.device, non_blocking=True)[:, None, None]
+    distance = (place - place[:, None]) / width[:, None, None]
     weights = torch.exp((-0.5 * distance ** 2).clamp_min(-80))[:, None]     # denormal numbers are slow
     matrix = weights / weights.sum(-1, keepdim=True)
     return matrix @ x @ matrix.mT
@@ -809,10 +813,9 @@ def strong_view(images, u, scale, size, blur, solarise, config, cubic=True):
     """
     x = random_resized_crop(images, u[:, :N_CROP], scale, size, cubic)
     x = colour_jitter(x, u[:, N_CROP:], strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
-    chosen = (u[:, -2:] < torch.tensor([0.2, solarise])).to(x.device, non_blocking=True)
-    grey, solarised = chosen.T.reshape(2, -1, 1, 1, 1)
-    x = torch.where(grey, luminance(x), x)
+    x = torch.where(u[:, -2].view(-1, 1, 1, 1) < 0.2, luminance(x), x)
     x = gaussian_blur(x, u[:, N_CROP + 5:], blur)
+    solarised = u[:, -1].view(-1, 1, 1, 1) < solarise
     return normalise(torch.where(solarised & (x >= 128), 255 - x, x), config)
 # --- end copy: strong view ---
 

@@ -350,7 +350,7 @@ def test_training_view_is_torchvisions_crop_flip_and_rotation(rotation, noise, w
     u = torch.rand(6, classify.N_CROP + 1, generator=torch.Generator().manual_seed(1))
     pixels = torch.tensor(np.stack([np.array(image) for image in images]))[:, None]
     views = classify.augment(pixels, u, config_of(img_size=48, rotation=rotation))
-    begin, length = classify.crop_boxes(u, torch.tensor([60, 60]), (0.08, 1))
+    begin, length = map(torch.stack, zip(*classify.crop_boxes(u, 60, 60, (0.08, 1))))
     for i, row in enumerate(u.tolist()):
         (top, left), (height, width) = begin[:, i].int().tolist(), length[:, i].int().tolist()
         wanted = tv.resized_crop(images[i], top, left, height, width, [48, 48])

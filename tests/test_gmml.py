@@ -87,11 +87,11 @@ def test_masked_l1_equals_a_loop_over_pixels():
 def test_masked_pixels_show_noise_or_the_next_image_whichever_process_has_it(world_size):
     config = {**gmml.DEFAULTS, "batch": 6, "img_size": 40, "mean": [0.485], "std": [0.229]}
     images, noise, n_own = torch.from_numpy(blobs(6))[:, None], uniform(6, 2, 6, 1, 40, 40), 6 // world_size
-    crop, colour, _, _, _ = gmml.draw_step(config, 0, torch.arange(6), 0)
+    crop, colour, _, _, _ = gmml.draw_step(config, 0, torch.arange(6), 0, "cpu")
     whole = torch.stack([gmml.augment(images, *u, config) for u in zip(crop, colour)])             # [2, 6, ...]
     for rank in range(world_size):
         own = torch.arange(rank * n_own, (rank + 1) * n_own + 1) % 6
-        crop, colour, _, masks, replaced = gmml.draw_step(config, 0, own, 0)
+        crop, colour, _, masks, replaced = gmml.draw_step(config, 0, own, 0, "cpu")
         masks, replaced = masks[:, :-1], replaced[:, :-1]
         clean, corrupted = gmml.make_views(images[own], crop, colour, masks, replaced, noise[:, own[:-1]], config)
         assert 0 < replaced.sum() + (world_size > 1)
@@ -113,16 +113,17 @@ def test_resampling_equals_pillows_resize_of_the_box(box, cubic):
     top, left, h, w = box
     how = Image.BICUBIC if cubic else Image.BILINEAR
     wanted = np.array(image.crop((left, top, left + w, top + h)).resize((48, 48), how), np.float32)
-    begin, length = torch.tensor([[top], [left]]), torch.tensor([[h], [w]])
-    rows, columns = gmml.resample_matrix(begin.float(), length.float(), 100, 48, cubic)
-    got = (rows @ torch.from_numpy(np.array(image, np.float32)) @ columns[..., :80].mT).clamp(0, 255)[0].numpy()
+    top, left, h, w = torch.tensor(box).float().view(4, 1)
+    rows = gmml.resample_matrix(top, h, 100, 48, cubic)
+    columns = gmml.resample_matrix(left, w, 80, 48, cubic)
+    got = (rows @ torch.from_numpy(np.array(image, np.float32)) @ columns.mT).clamp(0, 255)[0].numpy()
     assert np.abs(got - wanted).mean() <= 0.5 and np.abs(got - wanted).max() <= 1.5         # Pillow rounds twice
 
 
 @pytest.mark.parametrize("height, width, scale", [(64, 64, (0.05, 1.0)), (50, 90, (0.4, 1.0)), (20, 90, (0.3, 1.0))])
 def test_crop_boxes_are_the_first_of_ten_tries_that_fits(height, width, scale):
     u = uniform(7, 400, 23)
-    begin, length = gmml.crop_boxes(u, torch.tensor([height, width]), scale)
+    begin, length = map(torch.stack, zip(*gmml.crop_boxes(u, height, width, scale)))
     for row, (top, left), (h, w) in zip(u.double().tolist(), begin.T.tolist(), length.T.tolist()):
         for attempt in range(10):
             area = height * width * (scale[0] + row[attempt] * (scale[1] - scale[0]))
@@ -141,7 +142,7 @@ def test_a_crop_is_mirrored_by_half_and_files_of_any_size_are_cropped_alike():
     views = gmml.random_resized_crop(images, u, (0.5, 1.0), 32)
     mirrored = gmml.random_resized_crop(images, torch.cat([u[:, :22], 1 - u[:, 22:]], 1), (0.5, 1.0), 32)
     assert torch.allclose(views, mirrored.flip(3)) and not torch.allclose(views, mirrored)
-    begin, length = gmml.crop_boxes(u, torch.tensor([40, 40]), (0.5, 1.0))
+    begin, length = map(torch.stack, zip(*gmml.crop_boxes(u, 40, 40, (0.5, 1.0))))
     top, left, h, w = torch.cat([begin, length])[:, 1].int().tolist()                       # image 1 is not mirrored
     wanted = F.interpolate(images[1:2, :, top:top + h, left:left + w].float(), (32, 32), mode="bicubic", antialias=True)
     assert torch.allclose(views[1], wanted[0].clamp(0, 255), atol=0.01)
@@ -202,7 +203,7 @@ def test_the_view_is_the_studys():
     smoother = rough(gmml.augment(noise, crop, colour, config)) < 0.99 * rough(noise.float())
     assert torch.equal(smoother, (colour[:, 5] < 0.1) & (0.1 + 1.9 * colour[:, 6] > 0.33))
     crop[:, :10] = 0.0
-    begin, length = gmml.crop_boxes(crop, torch.tensor([224, 224]), gmml.DEFAULTS["crop_scale"])
+    begin, length = map(torch.stack, zip(*gmml.crop_boxes(crop, 224, 224, gmml.DEFAULTS["crop_scale"])))
     assert (length.prod(0) / 224 ** 2).mean() == pytest.approx(0.05, rel=0.01)
 
 

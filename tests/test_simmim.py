@@ -73,7 +73,7 @@ def test_views_are_torchvisions_bilinear_crops_of_two_thirds_and_more():
     images, u = torch.from_numpy(blobs(12))[:, None], uniform(4, 12, simmim.N_CROP + 16)
     config = config_of(img_size=32, mask_unit=8, in_chans=3, mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.1])
     views, masks = simmim.make_views(images, u, config)
-    begin, length = simmim.crop_boxes(u, torch.tensor([40, 40]), (0.67, 1.0))
+    begin, length = map(torch.stack, zip(*simmim.crop_boxes(u, 40, 40, (0.67, 1.0))))
     for i, (top, left, h, w) in enumerate(torch.cat([begin, length]).T.int().tolist()):
         assert h * w > 0.6 * 40 * 40                                    # 0.67, and sides are rounded
         crop = tv.resized_crop(images[i].float(), top, left, h, w, [32, 32])

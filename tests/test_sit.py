@@ -75,7 +75,8 @@ def test_the_strong_view_is_torchvisions(double, channels, cubic):
     config = dict(in_chans=channels, mean=[0.485] * channels, std=[0.229] * channels)
     got = sit.strong_view(images, u, (0.2, 1.0), 32, 0.4, 0.6, config, cubic)
     got = (got * 0.229 + 0.485) * 255
-    boxes = torch.cat(sit.crop_boxes(u[:, :22], torch.tensor([40, 40]), (0.2, 1.0))).T.int().tolist()
+    (top, tall), (left, wide) = sit.crop_boxes(u, 40, 40, (0.2, 1.0))
+    boxes = torch.stack([top, left, tall, wide], 1).int().tolist()
     interpolation = tv.InterpolationMode.BICUBIC if cubic else tv.InterpolationMode.BILINEAR
     for image, row, box, view in zip(images.double(), u.tolist(), boxes, got):
         flip, jitter, *strengths, blurred, width, grey, solarised = row[22:]
@@ -94,7 +95,7 @@ def test_the_strong_view_is_torchvisions(double, channels, cubic):
 
 def test_fractions_of_the_corruption_are_those_of_the_released_code():
     config = {**sit.DEFAULTS, "batch": 100}
-    uniforms, _, masks, replaced = sit.draw_step(config, 3, torch.arange(100), 0)
+    uniforms, _, masks, replaced = sit.draw_step(config, 3, torch.arange(100), 0, "cpu")
     share = masks.double().mean((2, 3))                                 # within some 4 standard errors
     assert abs(share[~replaced].mean() - 0.511) < 0.004 and abs(share[replaced].mean() - 0.313) < 0.004
     assert uniforms.shape == (2, 100, sit.N_VIEW) and 70 < replaced.sum() < 130

@@ -77,7 +77,7 @@ def test_views_are_the_bilinear_crop_turned_and_normalised():
     u = uniform(4, 6, supervised.N_CROP + 1)
     config = config_of(img_size=32, in_chans=3, mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.1])
     views = supervised.augment(images, u, config)
-    begin, length = supervised.crop_boxes(u, torch.tensor([50, 50]), (0.08, 1.0))
+    begin, length = map(torch.stack, zip(*supervised.crop_boxes(u, 50, 50, (0.08, 1.0))))
     for i, (top, left, h, w) in enumerate(torch.cat([begin, length]).T.int().tolist()):
         crop = tv.resized_crop(images[i].float(), top, left, h, w, [32, 32])
         crop = crop.flip(2) if u[i, 22] < 0.5 else crop
