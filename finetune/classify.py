@@ -85,6 +85,7 @@ FLAGS = dict(                       # of the command line alone
     micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
     log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
     save_minutes=10.0,              # last.pt every so many minutes
+    compile=False,                  # torch.compile the network, a minute or two at first
     probe=False,                    # no fine-tuning: a linear probe of the frozen backbone
 )
 RECIPES = dict(                     # what they change in the defaults, unless flags or row say the key
@@ -379,6 +380,8 @@ def train(config, chosen, data, val, args, rank, world_size, device):
     model.to(device, memory_format=torch.channels_last)                     # the faster one for convolutions
     if device.type == "cuda" and world_size > 1:
         model = timm.layers.convert_sync_batchnorm(model)                   # on CPUs each process has its own
+    if args.compile:
+        model.compile()
     optimizer = make_optimizer(model, config)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5, threshold=1e-4)
     slipped = config["variant"] == "paper" and config["recipe"] in ("a", "b")

@@ -85,6 +85,7 @@ FLAGS = dict(                       # of the command line alone
     micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
     log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
     save_minutes=10.0,              # last.pt every so many minutes
+    compile=False,                  # torch.compile the blocks of the network, a minute or two at first
     picture_epochs=10,              # a picture every so many epochs; 0: at the end alone
 )
 
@@ -328,7 +329,8 @@ def cls_attention(vit, x):
     attention, seen = vit.blocks[-1].attn, []
     hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
     fused, attention.fused_attn = attention.fused_attn, False               # the fused kernel shows none
-    vit(x)
+    with torch.compiler.set_stance("force_eager"):                          # nor does a compiled one
+        vit(x)
     attention.fused_attn = fused
     hook.remove()
     return seen[0][:, :, 0, 1:].unflatten(2, vit.patch_embed.grid_size)     # row of CLS, columns of patches
@@ -360,6 +362,9 @@ def train(config, args, rank, world_size, device):
     note = load_backbone(backbone, config)
     student.to(device)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()           # no stochastic depth
+    if args.compile:
+        for block in [*backbone.blocks, *teacher.backbone.blocks]:
+            block.compile()                                                 # one compilation serves them all
     centre = torch.zeros(config["out_dim"], device=device)                  # mean teacher output
     optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # rate and decay: set every step
     amp, scaler = mixed_precision(device)

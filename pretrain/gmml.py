@@ -75,6 +75,7 @@ FLAGS = dict(                       # of the command line alone
     micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
     log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
     save_minutes=10.0,              # last.pt every so many minutes
+    compile=False,                  # torch.compile the blocks of the network, a minute or two at first
     picture_epochs=10,              # a picture every so many epochs; 0: at the end alone
 )
 
@@ -337,6 +338,9 @@ def train(config, args, rank, world_size, device):
     with or_fail(f"decode the blocks of {config['arch']}, which has to be a vision transformer"):
         model = GMML(backbone, config["in_chans"], config["recon_blocks"])
     model.to(device)
+    if args.compile:
+        for block in backbone.blocks:
+            block.compile()                                                 # one compilation serves them all
     optimizer = torch.optim.AdamW(decay_groups(model), lr=config["lr"], weight_decay=config["wd"], fused=True)
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps

@@ -74,6 +74,7 @@ FLAGS = dict(                       # of the command line alone
     micro_batch=0,                  # images a pass and process, made again for its gradients; 0: all at once
     log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
     save_minutes=10.0,              # last.pt every so many minutes
+    compile=False,                  # torch.compile the blocks of the network, a minute or two at first
 )
 
 # --- begin copy: error ---
@@ -316,6 +317,9 @@ def train(config, args, rank, world_size, device):
     backbone, note = make_backbone(config)
     model = MoCo(backbone, config["hidden_dim"], config["out_dim"]).to(device)
     momentum_encoder = copy.deepcopy(model.base_encoder).requires_grad_(False)
+    if args.compile:
+        for block in [*backbone.blocks, *momentum_encoder.backbone.blocks]:
+            block.compile()                                                 # one compilation serves them all
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=config["wd"], fused=True)
     temperature = config["temperature"] or (1.0 if config["variant"] == "paper" else 0.2)

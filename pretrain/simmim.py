@@ -82,6 +82,7 @@ FLAGS = dict(                       # of the command line alone
     micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
     log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
     save_minutes=10.0,              # last.pt every so many minutes
+    compile=False,                  # torch.compile the blocks of the network, a minute or two at first
     picture_epochs=10,              # a picture every so many epochs; 0: at the end alone
 )
 
@@ -286,6 +287,9 @@ def train(config, args, rank, world_size, device):
         model = SimMIM(encoder, config["in_chans"], size).to(device)
     if not unit or size % unit or unit % model.patch_size:
         fail(f"img_size {size}, mask_unit {unit}, patch {model.patch_size}: expected multiples of the next")
+    if args.compile:
+        for part in encoder.blocks if hasattr(encoder, "blocks") else encoder.layers:
+            part.compile()                                                  # of a ViT one serves them all
     groups = decay_groups(model, config["variant"])
     optimizer = torch.optim.AdamW(groups, weight_decay=config["wd"], fused=True)
     amp, scaler = mixed_precision(device)

@@ -81,6 +81,7 @@ FLAGS = dict(                       # of the command line alone
     micro_batch=0,                  # images a pass and process, made again for its gradients; 0: all at once
     log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
     save_minutes=10.0,              # last.pt every so many minutes
+    compile=False,                  # torch.compile the blocks of the network, a minute or two at first
     picture_epochs=10,              # a picture every so many epochs; 0: at the end alone
 )
 
@@ -386,6 +387,9 @@ def train(config, args, rank, world_size, device):
         student = SiT(backbone, config["in_chans"], config["hidden_dim"], config["out_dim"]).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)                  # its batch norm: as the student's
     teacher.backbone.eval()                                                 # no stochastic depth
+    if args.compile:
+        for block in [*backbone.blocks, *teacher.backbone.blocks]:
+            block.compile()                                                 # one compilation serves them all
     optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # rate and decay: each step
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(4, device=device)               # sums of contrast, recon and feature_std; steps

@@ -77,6 +77,7 @@ FLAGS = dict(                       # of the command line alone
     micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
     log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
     save_minutes=10.0,              # last.pt every so many minutes
+    compile=False,                  # torch.compile the network, a minute or two at first
 )
 
 # --- begin copy: error ---
@@ -257,6 +258,8 @@ def train(config, args, rank, world_size, device):
     model.to(device, memory_format=torch.channels_last)
     if world_size > 1 and device.type == "cuda":    # a CPU process norms by its own share of the batch alone
         model = timm.layers.convert_sync_batchnorm(model)
+    if args.compile:
+        model.compile()
     optimizer = torch.optim.AdamW(decay_groups(model), lr=config["lr"], weight_decay=config["wd"], fused=True)
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps

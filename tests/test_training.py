@@ -360,6 +360,16 @@ def test_processes_and_micro_batches_do_not_change_the_weights(name, data, tmp_p
 
 
 @every_script
+def test_a_compiled_network_is_the_same_network(name, data, whole, tmp_path, monkeypatch):
+    """Traced and run by default operators; what a compiler makes of them is slow on CPUs."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile(module, backend="eager"))
+    script, *args = command(name, data, tmp_path, "--compile")
+    run_here(load_script(script), monkeypatch, *args)
+    assert_close(name, whole(name)[0], tmp_path)
+
+
+@every_script
 def test_a_mistake_that_one_of_the_processes_finds_ends_all_with_its_sentence(name, files, tmp_path):
     shutil.copytree(files, tmp_path / "files")
     bad = 30 if name == "classify" else 5

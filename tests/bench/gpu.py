@@ -6,7 +6,7 @@
 right   tests/test_cuda.py
 fast    each script's main() at the study's size on 20,000 drawn images: whole loop, step alone (its input is
         computed once), views alone; against eager loops of timm under autocast, and for GMML and DINO against
-        their published input, one image at a time (gpu_plain.py). torch.compile: no script has it
+        their published input, one image at a time (gpu_plain.py); on a GPU the loop with --compile too
 real    GMML on each pack of PACKS (cxr, oct, chest_ct, natural) at 64 pixels, then probe and fine-tuning with
         5 % of the labels of `pneumonia`, test AUC of five seeds; without --raw on drawn images: no answer
 Each part has its share of --minutes, what is left goes to the next; a failure costs what failed and no more.
@@ -123,6 +123,7 @@ class Measurement:
 
     def all(self):
         stages = [self.predict] if self.name == "predict" else [self.loop, self.views, self.step, self.flops]
+        stages += [self.compiled] if self.name != "predict" and self.device == "cuda" else []
         stages += [self.memory64] if self.name == "gmml" and self.device == "cuda" else []
         stages += [self.pipeline] if self.name in ("gmml", "dino") else []
         stages += [self.eager] if self.name == "gmml" or not self.quick else []     # ViT-S, slow on a CPU
@@ -133,11 +134,11 @@ class Measurement:
                 self.row.setdefault("failed", {})[stage.__name__] = traceback.format_exc(limit=-3)
             self.out.with_suffix(".json").write_text(json.dumps(self.row))
 
-    def run(self, stage, steps, every, batch=None):
+    def run(self, stage, steps, every, *flags, batch=None):
         """The script's own loop; the lines of its log."""
         folder = self.out / stage
         call_main(self.module, *self.flags, "--batch", batch or self.batch, "--out", folder, "--steps", steps,
-                  "--log-steps", every)
+                  "--log-steps", every, *flags)
         file = next(folder.rglob("log.jsonl"))
         return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -182,19 +183,23 @@ class Measurement:
         for name, (make, _) in self.calls.items():
             setattr(self.module, name, make)
 
+    def compiled(self):
+        lines = self.run("compiled", 60, 10, "--compile")                   # compiled before the first line
+        self.row.update(compiled=rates(lines, self.batch), compiled_loss=[line["loss"] for line in lines])
+
     def flops(self):
         """Of the second of two steps, an image; the function that asks for SIGTERM ends each step."""
         counts, batch, asked = [], min(16, self.batch), self.module.catch_sigterm
         with FlopCounterMode(display=False) as counter:
             self.module.catch_sigterm = lambda: lambda: counts.append(counter.get_total_flops())
-            self.run("flops", 2, 1, batch)
+            self.run("flops", 2, 1, batch=batch)
         self.module.catch_sigterm = asked
         self.row["flops"] = (counts[1] - counts[0]) / batch
 
     def memory64(self):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        self.run("memory64", 3, 1, 64)
+        self.run("memory64", 3, 1, batch=64)
         self.row["peak_gib_64"] = self.peak()
 
     def eager(self):
@@ -360,6 +365,7 @@ def goals(found):
     table = [("loop / step alone, least of all scripts", least(ratios("loop", "step")), ">=", 0.95),
              ("views / step in time, most", max(ratios("step", "views"), default=None), "<=", 0.1),
              ("step / eager timm under autocast, least", least(ratios("step", "eager")), ">=", 1.05),
+             ("compiled loop / eager timm under autocast, least", least(ratios("compiled", "eager")), ">=", 1.3),
              ("GMML loop / published pipeline and eager step", ratio(loop, slower), ">=", 8),
              ("GMML step, share of the matrix rate",
               ratio(gmml.get("flops", 0) * (step or 0), median(found, "matrix")), ">=", 0.25),
@@ -379,11 +385,11 @@ def show(result):
     checked = parts["right"]
     print(", ".join(f"{checked.get(key)} {key}" for key in ("passed", "skipped", "failed")))
     print("\nImages a second, median (least-greatest)\n")
-    print("| script, batch | loop | step | views | eager timm | pipeline | peak GiB | failed |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| script, batch | loop | compiled | step | views | eager timm | pipeline | peak GiB | failed |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in METHODS:
         row = parts["fast"].get(name, {})
-        cells = [figure(row.get(key)) for key in ("loop", "step", "views", "eager")]
+        cells = [figure(row.get(key)) for key in ("loop", "compiled", "step", "views", "eager")]
         cells += [f"{row.get(key, float('nan')):,.1f}" for key in ("pipeline", "peak_gib")]
         print(f"| {name}, {row.get('batch')} | {' | '.join(cells)} | {', '.join(row.get('failed', []))} |")
     print("\n| goal, of the study's size on a GPU | value | |\n|---|---|---|")
