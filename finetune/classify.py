@@ -88,16 +88,6 @@ FLAGS = dict(                       # of the command line alone
     compile=False,                  # torch.compile the network, a minute or two at first
     probe=False,                    # no fine-tuning: a linear probe of the frozen backbone
 )
-RECIPES = dict(                     # what they change in the defaults, unless flags or row say the key
-    deit=dict(),
-    a=dict(lr=2.5e-6, min_lr=5e-7, drop_path=0.0, select="loss"),
-    b=dict(optimizer="sgd", lr=0.01, warmup_epochs=0, wd=0.0, drop_path=0.0, select="loss"),
-    resnet=dict(optimizer="adam", lr=2e-4, schedule="plateau", wd=0.0, drop_path=0.0, select="loss",
-                crop_pct=1.0),
-)
-PROBE_C = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]     # inverse penalties of the probe, of which validation AUC chooses
-NIH14 = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
-         "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
 
 # --- begin copy: error ---
 def fail(message):
@@ -233,6 +223,15 @@ def positive_weight(wanted, values, known):
         return None if wanted is None else values.new_tensor(wanted).expand(values.shape[1])
 
 
+RECIPES = dict(                     # what they change in the defaults, unless flags or row say the key
+    deit=dict(),
+    a=dict(lr=2.5e-6, min_lr=5e-7, drop_path=0.0, select="loss"),
+    b=dict(optimizer="sgd", lr=0.01, warmup_epochs=0, wd=0.0, drop_path=0.0, select="loss"),
+    resnet=dict(optimizer="adam", lr=2e-4, schedule="plateau", wd=0.0, drop_path=0.0, select="loss",
+                crop_pct=1.0),
+)
+
+
 def learning_rate(epoch, config):
     """Rate of an epoch (from 0; a fraction counts): a line from warmup_lr to lr, then the rest of a cosine.
 
@@ -314,6 +313,10 @@ class Best:
         vars(self).update(state)
 
 
+NIH14 = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+         "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
+
+
 def open_labelled(manifest, split, config, device):
     """Rows, images and labels of some splits; sets the label names of the config where it has none."""
     rows = read_manifest(manifest, split)
@@ -376,7 +379,7 @@ def train(config, chosen, data, val, args, rank, world_size, device):
     last_step = min(n_steps, args.steps or n_steps)
 
     model, note = start(config)
-    drop_paths = take_drop_path(model)
+    drop_paths = replace_drop_path(model)
     model.to(device, memory_format=torch.channels_last)                     # the faster one for convolutions
     if device.type == "cuda" and world_size > 1:
         model = timm.layers.convert_sync_batchnorm(model)                   # on CPUs each process has its own
@@ -388,44 +391,44 @@ def train(config, chosen, data, val, args, rank, world_size, device):
     amp, scaler = mixed_precision(device)
     best, meter = Best(), torch.zeros(2, device=device)                     # sum of the losses, steps
     state = dict(model=model, optimizer=optimizer, plateau=plateau, scaler=scaler, best=best, meter=meter)
-    begun = open_run(out, [args.train, args.val], config, state, args.resume, rank)
+    first_step = open_run(out, [args.train, args.val], config, state, args.resume, rank)
     if best.stale > config["patience"]:
-        last_step = begun
+        last_step = first_step
     if rank == 0:
         print(f"{out}: {note}; {sum(p.numel() for p in model.parameters()):,} parameters; "
               f"{len(labels)} labels; {len(chosen):,} images, {len(val.values):,} to validate; "
-              f"steps {begun} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
+              f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
     values, known = data.values[chosen].to(device), data.known[chosen].to(device)
     pos_weight = positive_weight(config["pos_weight"], values, known)
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    n_own = batch // world_size
-    micro = args.micro_batch or n_own
-    own = slice(rank * n_own, (rank + 1) * n_own)
+    local_batch = batch // world_size
+    micro = args.micro_batch or local_batch
+    local = slice(rank * local_batch, (rank + 1) * local_batch)
     started = saved = time.monotonic()
 
-    for step in range(begun, last_step):
+    for step in range(first_step, last_step):
         epoch, number = divmod(step, steps_an_epoch)
-        if number == 0 or step == begun:
+        if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(len(chosen))
         places = order[number * batch:][:batch]
         there = torch.from_numpy(places).to(device, non_blocking=True)
         n_known = known[there].sum().clamp_min(1)                           # of the global batch
-        truth, counts = values[there[own]], known[there[own]]
+        truth, counts = values[there[local]], known[there[local]]
         generator = step_generator(config["seed"], step)
-        u = torch.rand(batch, N_CROP + 1 + len(drop_paths), generator=generator)[own]
+        u = torch.rand(batch, N_CROP + 1 + len(drop_paths), generator=generator)[local]
         u = u.to(device, non_blocking=True)
         torch.manual_seed(generator.initial_seed() + rank)                  # dropout, if any
-        views = augment(data.images(chosen[places[own]]), u, config)
+        views = augment(data.images(chosen[places[local]]), u, config)
         depth = u[:, N_CROP + 1:]
 
         loss = torch.zeros((), device=device)
         optimizer.zero_grad()
-        for begin in range(0, n_own, micro):
+        for begin in range(0, local_batch, micro):
             part = slice(begin, begin + micro)
             set_drop_path(drop_paths, depth[part])
-            net.require_backward_grad_sync = begin + micro >= n_own    # DDP: after the last pass alone
+            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: after the last pass alone
             with amp:
                 part_loss = label_loss(net(views[part]), truth[part], counts[part], pos_weight) / n_known
             scaler.scale(part_loss * world_size).backward()             # DDP takes the mean over processes
@@ -453,7 +456,7 @@ def train(config, chosen, data, val, args, rank, world_size, device):
         if ending and not best.epoch and rank == 0:         # --steps ends within the first epoch
             export(model, config, done, epoch + 1, out)
         if args.log_steps and done % args.log_steps == 0 or scores or ending:
-            rate = (done - begun) * batch / (time.monotonic() - started)
+            rate = (done - first_step) * batch / (time.monotonic() - started)
             log_line(out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
                      loss=(meter[0] / meter[1]).item(), lr=lr, img_per_s=round(rate, 1), **scores)
             meter.zero_()
@@ -464,6 +467,9 @@ def train(config, chosen, data, val, args, rank, world_size, device):
             break
         if stopping:
             sys.exit(75)                # EX_TEMPFAIL: run the same command again
+
+
+PROBE_C = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]     # inverse penalties of the probe, of which validation AUC chooses
 
 
 @torch.no_grad()
@@ -544,7 +550,7 @@ def resolve(args, config):
     seeds = config.pop("seeds").strip("[]").split(",")
     with or_fail(f"take {seeds} as seeds, whole numbers such as 0,11"):
         seeds = [typed(0)(seed) for seed in seeds]
-    return fit_to_channels(config), seeds
+    return fill_defaults(config), seeds
 
 
 def check_split(args, data, val):
@@ -585,7 +591,7 @@ def main():
         micro = args.micro_batch or config["batch"] // world_size
         fail(f"the GPU's memory is too small for {micro} images a pass; try --micro-batch {micro // 2 or 1}")
     finally:
-        leave()
+        end_processes()
 
 
 # ------------------------------------------------------------------------------------- shared by all scripts
@@ -626,7 +632,7 @@ def catch_sigterm():
     return lambda: sum_over_processes(torch.tensor(len(asked) + orphan())).item() > 0
 
 
-def leave():
+def end_processes():
     """In a `finally`: leave the process group; after an error at once, or NCCL would wait for the others."""
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
@@ -817,7 +823,7 @@ def resize(images, size):
 
 
 # --- begin copy: normalise ---
-def fit_to_channels(config):
+def fill_defaults(config):
     """The config with one mean and deviation a channel; an image size among model_args counts."""
     n, size = config["in_chans"], config["model_args"].get("img_size", config["img_size"])
     config = {**config, "img_size": size}
@@ -845,13 +851,13 @@ def normalise(x, config):
 
 
 # --- begin copy: model ---
-def make_model(facts, num_classes, drop_path=0.0):
+def make_model(config, num_classes, drop_path=0.0):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
-    arch, kwargs = facts["arch"], dict(facts["model_args"])
+    arch, kwargs = config["arch"], dict(config["model_args"])
     with or_fail(f"make {arch} with {kwargs}"):
         if getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False):
-            kwargs.setdefault("img_size", facts["img_size"])
-        return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
+            kwargs.setdefault("img_size", config["img_size"])
+        return timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
                                  drop_path_rate=drop_path, **kwargs)
 
 
@@ -862,7 +868,7 @@ class DropPath(nn.Module):
         return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
 
 
-def take_drop_path(model):
+def replace_drop_path(model):
     """Replace timm's DropPath in a model; returns the replacements."""
     modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
     for module in modules:
@@ -956,7 +962,7 @@ def fit_channels(kernel, in_chans, how):
     return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
 
 
-def differences(content, prefix, config, n_heads):
+def mismatches(content, prefix, config, n_heads):
     """Where a checkpoint says of itself what the row does not: heads (MoCo-v3's ViT-S has 12), mean, sd."""
     args = content.get("model_args")
     heads = args.get("num_heads", n_heads) if isinstance(args, dict) else n_heads
@@ -999,9 +1005,9 @@ def load_backbone(model, config):
         return "random initialisation"
     content = read_weights(init, arch)
     named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"] or "")}
-    own = {name: x for name, x in model.state_dict().items()
+    head = {name: x for name, x in model.state_dict().items()
            if name.startswith(prefixes(model, "classifier")) or name.endswith("num_batches_tracked")}
-    wanted = {name: x.shape for name, x in model.state_dict().items() if name not in own}
+    wanted = {name: x.shape for name, x in model.state_dict().items() if name not in head}
     state, prefix = timm_names(named, sorted(wanted, key=lambda name: not name.startswith("fc_norm")))
     if "layers.0.downsample.reduction.weight" in state:                     # Swin's release: a stage earlier
         state = {re.sub(r"(?<=^layers\.)\d(?=\.downsample)", lambda stage: str(int(stage[0]) + 1), name): x
@@ -1026,12 +1032,12 @@ def load_backbone(model, config):
     others = [name for name in state if name not in wanted and name not in borrowed.values()]
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
         misplaced = {name: 0 for name in others if re.search("gamma|bias_table", name)}     # layer scale
-        model.load_state_dict(own | loaded | misplaced)                     # refuses these and what is absent
+        model.load_state_dict(head | loaded | misplaced)                    # refuses these and what is absent
     config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
     notes += [f"left out {', '.join(others[:3])}{' ...' * (len(others) > 3)}"] if others else []
     heads = next((module.num_heads for module in model.modules() if hasattr(module, "num_heads")), None)
     heads = config["model_args"].get("num_heads", heads)
-    return "; ".join(notes + differences(content, prefix, config, heads))
+    return "; ".join(notes + mismatches(content, prefix, config, heads))
 # --- end copy: load backbone ---
 
 
@@ -1105,18 +1111,18 @@ def open_run(out, manifests, config, parts, resume, rank):
     return state["step"]
 
 
-def save_run(out, step, config, parts, weights=None, **facts):
+def save_run(out, step, config, parts, weights=None, **values):
     """Write last.pt, and before it `weights` as backbone.pt; what is not finite ends the run instead."""
-    facts.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
+    values.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
     state = {}
     for name, part in parts.items():
         state[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
         card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
-        weights = {name: value.cpu() for name, value in weights.items()}
-        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({"model": weights, **card, **facts}, file))
-    write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **facts}, file))
+        weights = {"model": {name: value.cpu() for name, value in weights.items()}}
+        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**weights, **card, **values}, file))
+    write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
 # --- end copy: run folder ---
 
 
@@ -1128,16 +1134,16 @@ def stop_if_nan(values, step, out):
              "checkpoint; try a lower --lr or a longer warm-up")
 
 
-def log_line(out, rank, left, **facts):
+def log_line(out, rank, left, **values):
     """A line of log.jsonl, and for people with the `left` seconds."""
-    stop_if_nan([facts["loss"]], facts["step"], out)
+    stop_if_nan([values["loss"]], values["step"], out)
     if rank == 0:
         left = int(left)
-        for name, value in facts.items():
+        for name, value in values.items():
             print(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}", end="  ")
         print(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
         with or_fail(f"write {out}/log.jsonl"), open(f"{out}/log.jsonl", "a") as log:
-            log.write(json.dumps({**facts, "time": time.time()}) + "\n")
+            log.write(json.dumps({**values, "time": time.time()}) + "\n")
 # --- end copy: log ---
 
 

@@ -334,7 +334,7 @@ def train(config, args, rank, world_size, device):
 
     torch.manual_seed(config["seed"])
     backbone = make_model(config, 0, config["drop_path"])
-    drop_paths, note = take_drop_path(backbone), load_backbone(backbone, config)
+    drop_paths, note = replace_drop_path(backbone), load_backbone(backbone, config)
     with or_fail(f"decode the blocks of {config['arch']}, which has to be a vision transformer"):
         model = GMML(backbone, config["in_chans"], config["recon_blocks"])
     model.to(device)
@@ -345,36 +345,38 @@ def train(config, args, rank, world_size, device):
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
-    begun = open_run(args.out, [args.manifest], config, state, args.resume, rank)
+    first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
         print(json.dumps(config))
         print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {n_images:,} images; "
-              f"steps {begun} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
+              f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
             print(f"warning: the warm-up is no shorter than the {config['epochs']} epochs", file=sys.stderr)
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    n_own = batch // world_size
-    micro = 2 * (args.micro_batch or n_own)                                 # two views an image
-    own = torch.arange(rank * n_own, (rank + 1) * n_own + 1) % batch        # places; the last is only a donor
+    local_batch = batch // world_size
+    micro = 2 * (args.micro_batch or local_batch)                           # two views an image
+    # places in the batch; the last is only a donor
+    local = torch.arange(rank * local_batch, (rank + 1) * local_batch + 1) % batch
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
-    for step in range(begun, last_step):
+    for step in range(first_step, last_step):
         epoch, number = divmod(step, steps_an_epoch)
         lr = cosine(step, n_steps, config["lr"], config["min_lr"], n_warm) * batch / 256
         wd = cosine(step, n_steps, config["wd"], config["wd_end"])
         optimizer.param_groups[0].update(lr=lr, weight_decay=wd)
         optimizer.param_groups[1].update(lr=lr, weight_decay=0.0)
 
-        if number == 0 or step == begun:
+        if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
-        chosen = images(order[number * batch + own])
-        crop, colour, *draws = draw_step(config, step, own, len(drop_paths), device)
+        chosen = images(order[number * batch + local])
+        crop, colour, *draws = draw_step(config, step, local, len(drop_paths), device)
         depth, masks, replaced = (part[:, :-1] for part in draws)
         generator = step_generator(config["seed"], step, 1, device=device)  # another stream
-        noise = torch.randn(2, batch, config["in_chans"], *masks.shape[2:], generator=generator, device=device)
-        noise = noise[:, rank * n_own:(rank + 1) * n_own]
+        shape = 2, batch, config["in_chans"], *masks.shape[2:]
+        noise = torch.randn(shape, generator=generator, device=device)
+        noise = noise[:, rank * local_batch:(rank + 1) * local_batch]
         clean, corrupted = make_views(chosen, crop, colour, masks, replaced, noise, config)
         masks, depth = masks.flatten(0, 1), depth.flatten(0, 1)
         n_masked = sum_over_processes(masks.sum()) * clean.shape[1]
@@ -397,7 +399,7 @@ def train(config, args, rank, world_size, device):
 
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
-            rate = (done - begun) * batch / (time.monotonic() - started)
+            rate = (done - first_step) * batch / (time.monotonic() - started)
             log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
                      loss=(meter[0] / meter[1]).item(), lr=lr, wd=wd, img_per_s=round(rate, 1))
             meter.zero_()
@@ -419,7 +421,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fit_to_channels(config), "split": args.split}               # a resumed run has to agree in it
+    config = {**fill_defaults(config), "split": args.split}                 # a resumed run has to agree in it
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -430,7 +432,7 @@ def main():
         fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
              "or a smaller --batch")
     finally:
-        leave()
+        end_processes()
 
 
 # ------------------------------------------------------------------------------------- shared by all scripts
@@ -471,7 +473,7 @@ def catch_sigterm():
     return lambda: sum_over_processes(torch.tensor(len(asked) + orphan())).item() > 0
 
 
-def leave():
+def end_processes():
     """In a `finally`: leave the process group; after an error at once, or NCCL would wait for the others."""
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
@@ -664,7 +666,7 @@ def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
 
 
 # --- begin copy: normalise ---
-def fit_to_channels(config):
+def fill_defaults(config):
     """The config with one mean and deviation a channel; an image size among model_args counts."""
     n, size = config["in_chans"], config["model_args"].get("img_size", config["img_size"])
     config = {**config, "img_size": size}
@@ -692,13 +694,13 @@ def normalise(x, config):
 
 
 # --- begin copy: model ---
-def make_model(facts, num_classes, drop_path=0.0):
+def make_model(config, num_classes, drop_path=0.0):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
-    arch, kwargs = facts["arch"], dict(facts["model_args"])
+    arch, kwargs = config["arch"], dict(config["model_args"])
     with or_fail(f"make {arch} with {kwargs}"):
         if getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False):
-            kwargs.setdefault("img_size", facts["img_size"])
-        return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
+            kwargs.setdefault("img_size", config["img_size"])
+        return timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
                                  drop_path_rate=drop_path, **kwargs)
 
 
@@ -709,7 +711,7 @@ class DropPath(nn.Module):
         return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
 
 
-def take_drop_path(model):
+def replace_drop_path(model):
     """Replace timm's DropPath in a model; returns the replacements."""
     modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
     for module in modules:
@@ -803,7 +805,7 @@ def fit_channels(kernel, in_chans, how):
     return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
 
 
-def differences(content, prefix, config, n_heads):
+def mismatches(content, prefix, config, n_heads):
     """Where a checkpoint says of itself what the row does not: heads (MoCo-v3's ViT-S has 12), mean, sd."""
     args = content.get("model_args")
     heads = args.get("num_heads", n_heads) if isinstance(args, dict) else n_heads
@@ -841,7 +843,7 @@ def load_backbone(model, config):
     notes += [f"{name} {tuple(state[name].shape)} made {tuple(x.shape)}" for name, x in loaded.items()
               if x.shape != state[name].shape]
     notes += [f"left out {', '.join(others[:3])}{' ...' * (len(others) > 3)}"] if others else []
-    return "; ".join(notes + differences(content, prefix, config, model.blocks[0].attn.num_heads))
+    return "; ".join(notes + mismatches(content, prefix, config, model.blocks[0].attn.num_heads))
 # --- end copy: load transformer ---
 
 
@@ -921,18 +923,18 @@ def open_run(out, manifests, config, parts, resume, rank):
     return state["step"]
 
 
-def save_run(out, step, config, parts, weights=None, **facts):
+def save_run(out, step, config, parts, weights=None, **values):
     """Write last.pt, and before it `weights` as backbone.pt; what is not finite ends the run instead."""
-    facts.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
+    values.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
     state = {}
     for name, part in parts.items():
         state[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
         card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
-        weights = {name: value.cpu() for name, value in weights.items()}
-        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({"model": weights, **card, **facts}, file))
-    write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **facts}, file))
+        weights = {"model": {name: value.cpu() for name, value in weights.items()}}
+        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**weights, **card, **values}, file))
+    write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
 # --- end copy: run folder ---
 
 
@@ -944,16 +946,16 @@ def stop_if_nan(values, step, out):
              "checkpoint; try a lower --lr or a longer warm-up")
 
 
-def log_line(out, rank, left, **facts):
+def log_line(out, rank, left, **values):
     """A line of log.jsonl, and for people with the `left` seconds."""
-    stop_if_nan([facts["loss"]], facts["step"], out)
+    stop_if_nan([values["loss"]], values["step"], out)
     if rank == 0:
         left = int(left)
-        for name, value in facts.items():
+        for name, value in values.items():
             print(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}", end="  ")
         print(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
         with or_fail(f"write {out}/log.jsonl"), open(f"{out}/log.jsonl", "a") as log:
-            log.write(json.dumps({**facts, "time": time.time()}) + "\n")
+            log.write(json.dumps({**values, "time": time.time()}) + "\n")
 # --- end copy: log ---
 
 

@@ -229,7 +229,8 @@ def in_passes(backbone, x, micro=None, drop_paths=(), u=None):
         set_drop_path(drop_paths, u)
         return backbone.forward_features(x)
 
-    micro, u = micro or len(x), x[:, 0, :0, 0] if u is None else u
+    micro = micro or len(x)
+    u = x.new_zeros(len(x), 0) if u is None else u                          # none: nothing is skipped
     if micro >= len(x):
         return one_pass(x, u)
     passes = zip(x.split(micro), u.split(micro))
@@ -272,29 +273,33 @@ def make_backbone(config):
     return vit, note
 
 
-def symmetric_loss(queries, keys, own, temperature):
-    """Queries [2, b, D] of view 1 against keys [2, B, D] of view 2, and the reverse; own: see info_nce."""
-    return sum(info_nce(q, k, own, temperature) for q, k in zip(queries, keys.flip(0)))
+def symmetric_loss(queries, keys, positives, temperature):
+    """Queries [2, b, D] of view 1 against keys [2, B, D] of view 2, and the reverse; see info_nce."""
+    return sum(info_nce(q, k, positives, temperature) for q, k in zip(queries, keys.flip(0)))
 
 
 # --- begin copy: contrastive loss ---
-def info_nce(queries, keys, own, temperature):
+def similarities(queries, keys, temperature):
+    """Cosines of queries [b, D] and keys [B, D] over the temperature: logits [b, B]."""
+    return F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
+
+
+def info_nce(queries, keys, positives, temperature):
     """Mean over queries of -log softmax(q . k / temperature) at the query's own key, times 2 temperature.
 
-    Args: queries [b, D] and keys [B, D], of any length; own: row of each query's key, int64 [b].
+    Args: queries [b, D] and keys [B, D], of any length; positives: row of each query's key, int64 [b].
     Source: MoCo v3 (arXiv:2104.02057), algorithm 1.
     """
-    logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
-    return 2 * temperature * F.cross_entropy(logits, own)
+    return 2 * temperature * F.cross_entropy(similarities(queries, keys, temperature), positives)
 # --- end copy: contrastive loss ---
 
 
 @torch.no_grad()
-def retrieval(queries, keys, own, temperature):
+def retrieval(queries, keys, positives, temperature):
     """How view 1 finds its keys: entropy of the softmax over them (log B at chance) and top-1 accuracy."""
-    logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
+    logits = similarities(queries, keys, temperature)
     entropy = torch.special.entr(logits.softmax(1)).sum(1).mean()
-    return entropy, (logits.argmax(1) == own).float().mean()
+    return entropy, (logits.argmax(1) == positives).float().mean()
 
 
 def learning_rate(step, n_steps, peak, end, n_warm):
@@ -336,32 +341,32 @@ def train(config, args, rank, world_size, device):
         fail(f"--batch {batch} has to be a multiple of {world_size} processes, 2 to the {n_images} images")
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     last_step = min(n_steps, args.steps or n_steps)
-    begun = open_run(args.out, [args.manifest], config, state, args.resume, rank)
+    first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
         print(json.dumps(config))
         print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {n_images:,} images; "
-              f"steps {begun} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
+              f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
             print(f"warning: the warm-up is no shorter than the {config['epochs']} epochs", file=sys.stderr)
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    n_own = batch // world_size
-    micro = 2 * (args.micro_batch or n_own)                                 # two views an image
-    own = torch.arange(rank * n_own, (rank + 1) * n_own)                    # places in the batch
-    own_keys = own.to(device)
+    local_batch = batch // world_size
+    micro = 2 * (args.micro_batch or local_batch)                           # two views an image
+    local = torch.arange(rank * local_batch, (rank + 1) * local_batch)      # places in the batch
+    positives = local.to(device)
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
-    for step in range(begun, last_step):
+    for step in range(first_step, last_step):
         epoch, number = divmod(step, steps_an_epoch)
         lr = learning_rate(step, n_steps, config["lr"], config["min_lr"], n_warm) * batch / 256
         ema = cosine(step, n_steps, config["ema"], 1.0)
         optimizer.param_groups[0]["lr"] = lr
 
-        if number == 0 or step == begun:
+        if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
-        chosen = images(order[number * batch + own])
-        uniforms = torch.rand(2, batch, N_VIEW, generator=step_generator(config["seed"], step))[:, own]
+        chosen = images(order[number * batch + local])
+        uniforms = torch.rand(2, batch, N_VIEW, generator=step_generator(config["seed"], step))[:, local]
         views = make_views(chosen, uniforms.to(device, non_blocking=True), config)
 
         # The publication passes the queries first. They do not depend on the momentum encoder; what counts is
@@ -372,18 +377,18 @@ def train(config, args, rank, world_size, device):
         keys = torch.stack([gather_rows(view) for view in keys])            # [2, batch, out_dim]
         with amp:
             queries = net(views, micro)
-        loss = symmetric_loss(queries, keys, own_keys, temperature)
+        loss = symmetric_loss(queries, keys, positives, temperature)
         optimizer.zero_grad()
         scaler.scale(loss).backward()                                       # DDP averages over processes
         scaler.step(optimizer)
         scaler.update()
-        found = retrieval(queries[0], keys[1], own_keys, temperature)
+        found = retrieval(queries[0], keys[1], positives, temperature)
         terms = sum_over_processes(torch.stack([loss.detach(), *found])) / world_size
         meter += torch.stack([*terms, feature_std(features[0]), torch.ones_like(loss)]).detach()
 
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
-            rate = (done - begun) * batch / (time.monotonic() - started)
+            rate = (done - first_step) * batch / (time.monotonic() - started)
             terms = dict(zip(("loss", "entropy", "accuracy", "feature_std"), (meter[:4] / meter[4]).tolist()))
             log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1, **terms,
                      lr=lr, ema=ema, img_per_s=round(rate, 1))
@@ -398,7 +403,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fit_to_channels(config), "split": args.split}               # a resumed run has to agree in it
+    config = {**fill_defaults(config), "split": args.split}                 # a resumed run has to agree in it
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -409,7 +414,7 @@ def main():
         fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
              "or a smaller --batch")
     finally:
-        leave()
+        end_processes()
 
 
 # ------------------------------------------------------------------------------------- shared by all scripts
@@ -502,7 +507,7 @@ def catch_sigterm():
     return lambda: sum_over_processes(torch.tensor(len(asked) + orphan())).item() > 0
 
 
-def leave():
+def end_processes():
     """In a `finally`: leave the process group; after an error at once, or NCCL would wait for the others."""
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
@@ -695,7 +700,7 @@ def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
 
 
 # --- begin copy: normalise ---
-def fit_to_channels(config):
+def fill_defaults(config):
     """The config with one mean and deviation a channel; an image size among model_args counts."""
     n, size = config["in_chans"], config["model_args"].get("img_size", config["img_size"])
     config = {**config, "img_size": size}
@@ -742,13 +747,13 @@ def strong_view(images, u, scale, size, blur, solarise, config, cubic=True):
 
 
 # --- begin copy: model ---
-def make_model(facts, num_classes, drop_path=0.0):
+def make_model(config, num_classes, drop_path=0.0):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
-    arch, kwargs = facts["arch"], dict(facts["model_args"])
+    arch, kwargs = config["arch"], dict(config["model_args"])
     with or_fail(f"make {arch} with {kwargs}"):
         if getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False):
-            kwargs.setdefault("img_size", facts["img_size"])
-        return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
+            kwargs.setdefault("img_size", config["img_size"])
+        return timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
                                  drop_path_rate=drop_path, **kwargs)
 
 
@@ -759,7 +764,7 @@ class DropPath(nn.Module):
         return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
 
 
-def take_drop_path(model):
+def replace_drop_path(model):
     """Replace timm's DropPath in a model; returns the replacements."""
     modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
     for module in modules:
@@ -853,7 +858,7 @@ def fit_channels(kernel, in_chans, how):
     return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
 
 
-def differences(content, prefix, config, n_heads):
+def mismatches(content, prefix, config, n_heads):
     """Where a checkpoint says of itself what the row does not: heads (MoCo-v3's ViT-S has 12), mean, sd."""
     args = content.get("model_args")
     heads = args.get("num_heads", n_heads) if isinstance(args, dict) else n_heads
@@ -891,7 +896,7 @@ def load_backbone(model, config):
     notes += [f"{name} {tuple(state[name].shape)} made {tuple(x.shape)}" for name, x in loaded.items()
               if x.shape != state[name].shape]
     notes += [f"left out {', '.join(others[:3])}{' ...' * (len(others) > 3)}"] if others else []
-    return "; ".join(notes + differences(content, prefix, config, model.blocks[0].attn.num_heads))
+    return "; ".join(notes + mismatches(content, prefix, config, model.blocks[0].attn.num_heads))
 # --- end copy: load transformer ---
 
 
@@ -971,18 +976,18 @@ def open_run(out, manifests, config, parts, resume, rank):
     return state["step"]
 
 
-def save_run(out, step, config, parts, weights=None, **facts):
+def save_run(out, step, config, parts, weights=None, **values):
     """Write last.pt, and before it `weights` as backbone.pt; what is not finite ends the run instead."""
-    facts.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
+    values.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
     state = {}
     for name, part in parts.items():
         state[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
         card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
-        weights = {name: value.cpu() for name, value in weights.items()}
-        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({"model": weights, **card, **facts}, file))
-    write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **facts}, file))
+        weights = {"model": {name: value.cpu() for name, value in weights.items()}}
+        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**weights, **card, **values}, file))
+    write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
 # --- end copy: run folder ---
 
 
@@ -994,16 +999,16 @@ def stop_if_nan(values, step, out):
              "checkpoint; try a lower --lr or a longer warm-up")
 
 
-def log_line(out, rank, left, **facts):
+def log_line(out, rank, left, **values):
     """A line of log.jsonl, and for people with the `left` seconds."""
-    stop_if_nan([facts["loss"]], facts["step"], out)
+    stop_if_nan([values["loss"]], values["step"], out)
     if rank == 0:
         left = int(left)
-        for name, value in facts.items():
+        for name, value in values.items():
             print(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}", end="  ")
         print(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
         with or_fail(f"write {out}/log.jsonl"), open(f"{out}/log.jsonl", "a") as log:
-            log.write(json.dumps({**facts, "time": time.time()}) + "\n")
+            log.write(json.dumps({**values, "time": time.time()}) + "\n")
 # --- end copy: log ---
 
 

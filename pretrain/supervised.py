@@ -254,7 +254,7 @@ def train(config, args, rank, world_size, device):
 
     torch.manual_seed(config["seed"])
     model = make_model(config, len(labels), config["drop_path"])
-    drop_paths, note = take_drop_path(model), load_backbone(model, config)
+    drop_paths, note = replace_drop_path(model), load_backbone(model, config)
     model.to(device, memory_format=torch.channels_last)
     if world_size > 1 and device.type == "cuda":    # a CPU process norms by its own share of the batch alone
         model = timm.layers.convert_sync_batchnorm(model)
@@ -271,35 +271,35 @@ def train(config, args, rank, world_size, device):
              "images, --epochs at least 1")
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     last_step = min(n_steps, args.steps or n_steps)
-    begun = open_run(args.out, [args.manifest], config, state, args.resume, rank)
+    first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
         print(json.dumps(config))
         print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {len(labels)} outputs; "
               f"{n_images:,} images, {n_val:,} to validate; "
-              f"steps {begun} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
+              f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
             print(f"warning: the warm-up is no shorter than the {config['epochs']} epochs", file=sys.stderr)
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    n_own = batch // world_size
-    micro = args.micro_batch or n_own
-    own = slice(rank * n_own, (rank + 1) * n_own)                           # places in the global batch
+    local_batch = batch // world_size
+    micro = args.micro_batch or local_batch
+    local = slice(rank * local_batch, (rank + 1) * local_batch)             # places in the global batch
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
-    for step in range(begun, last_step):
+    for step in range(first_step, last_step):
         epoch, number = divmod(step, steps_an_epoch)
         lr = cosine(step, n_steps, config["lr"], config["min_lr"], n_warm) * batch / 256
         wd = cosine(step, n_steps, config["wd"], config["wd_end"])
         optimizer.param_groups[0].update(lr=lr, weight_decay=wd)
         optimizer.param_groups[1].update(lr=lr, weight_decay=0.0)
 
-        if number == 0 or step == begun:
+        if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
-        chosen = order[number * batch:][own]
+        chosen = order[number * batch:][local]
         generator = step_generator(config["seed"], step)
-        u = torch.rand(batch, N_CROP + 1, generator=generator)[own]
-        depth = torch.rand(batch, len(drop_paths), generator=generator)[own]
+        u = torch.rand(batch, N_CROP + 1, generator=generator)[local]
+        depth = torch.rand(batch, len(drop_paths), generator=generator)[local]
         u, depth = u.to(device, non_blocking=True), depth.to(device, non_blocking=True)
         torch.manual_seed(generator.initial_seed())                         # of dropout, if there is any
         views = augment(images(chosen), u, config)
@@ -307,10 +307,10 @@ def train(config, args, rank, world_size, device):
 
         loss = torch.zeros((), device=device)
         optimizer.zero_grad()
-        for begin in range(0, n_own, micro):
+        for begin in range(0, local_batch, micro):
             part = slice(begin, begin + micro)
             set_drop_path(drop_paths, depth[part])
-            net.require_backward_grad_sync = begin + micro >= n_own    # DDP: after the last pass alone
+            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: after the last pass alone
             with amp:
                 logits = net(views[part])
             part_loss = label_loss(logits.float(), truth[part]) * len(logits) / batch       # its share
@@ -322,18 +322,18 @@ def train(config, args, rank, world_size, device):
         scaler.update()
         meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])
 
-        done, stopping, facts = step + 1, stop_asked(), {}
+        done, stopping, scored = step + 1, stop_asked(), {}
         if n_val and (done == last_step or done % (config["val_epochs"] * steps_an_epoch) == 0):
             model.eval()
             forward = lambda images: model(normalise(resize(images, config["img_size"]), config))
             outputs = forward_all(forward, val_images, n_val, len(labels), batch, rank, world_size)
             model.train()
             stop_if_nan([outputs], done, args.out)
-            facts = scores(outputs, val_targets)
-        if args.log_steps and done % args.log_steps == 0 or done == last_step or facts:
-            rate = (done - begun) * batch / (time.monotonic() - started)
+            scored = scores(outputs, val_targets)
+        if args.log_steps and done % args.log_steps == 0 or done == last_step or scored:
+            rate = (done - first_step) * batch / (time.monotonic() - started)
             log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
-                     loss=(meter[0] / meter[1]).item(), lr=lr, wd=wd, **facts, img_per_s=round(rate, 1))
+                     loss=(meter[0] / meter[1]).item(), lr=lr, wd=wd, **scored, img_per_s=round(rate, 1))
             meter.zero_()
         if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
             weights = {name: value for name, value in model.state_dict().items()
@@ -347,7 +347,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fit_to_channels(config), "split": args.split}               # a resumed run has to agree in it
+    config = {**fill_defaults(config), "split": args.split}                 # a resumed run has to agree in it
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -358,7 +358,7 @@ def main():
         fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
              "or a smaller --batch")
     finally:
-        leave()
+        end_processes()
 
 
 # ------------------------------------------------------------------------------------- shared by all scripts
@@ -399,7 +399,7 @@ def catch_sigterm():
     return lambda: sum_over_processes(torch.tensor(len(asked) + orphan())).item() > 0
 
 
-def leave():
+def end_processes():
     """In a `finally`: leave the process group; after an error at once, or NCCL would wait for the others."""
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
@@ -590,7 +590,7 @@ def resize(images, size):
 
 
 # --- begin copy: normalise ---
-def fit_to_channels(config):
+def fill_defaults(config):
     """The config with one mean and deviation a channel; an image size among model_args counts."""
     n, size = config["in_chans"], config["model_args"].get("img_size", config["img_size"])
     config = {**config, "img_size": size}
@@ -618,13 +618,13 @@ def normalise(x, config):
 
 
 # --- begin copy: model ---
-def make_model(facts, num_classes, drop_path=0.0):
+def make_model(config, num_classes, drop_path=0.0):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
-    arch, kwargs = facts["arch"], dict(facts["model_args"])
+    arch, kwargs = config["arch"], dict(config["model_args"])
     with or_fail(f"make {arch} with {kwargs}"):
         if getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False):
-            kwargs.setdefault("img_size", facts["img_size"])
-        return timm.create_model(arch, in_chans=facts["in_chans"], num_classes=num_classes,
+            kwargs.setdefault("img_size", config["img_size"])
+        return timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
                                  drop_path_rate=drop_path, **kwargs)
 
 
@@ -635,7 +635,7 @@ class DropPath(nn.Module):
         return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
 
 
-def take_drop_path(model):
+def replace_drop_path(model):
     """Replace timm's DropPath in a model; returns the replacements."""
     modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
     for module in modules:
@@ -729,7 +729,7 @@ def fit_channels(kernel, in_chans, how):
     return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
 
 
-def differences(content, prefix, config, n_heads):
+def mismatches(content, prefix, config, n_heads):
     """Where a checkpoint says of itself what the row does not: heads (MoCo-v3's ViT-S has 12), mean, sd."""
     args = content.get("model_args")
     heads = args.get("num_heads", n_heads) if isinstance(args, dict) else n_heads
@@ -772,9 +772,9 @@ def load_backbone(model, config):
         return "random initialisation"
     content = read_weights(init, arch)
     named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"] or "")}
-    own = {name: x for name, x in model.state_dict().items()
+    head = {name: x for name, x in model.state_dict().items()
            if name.startswith(prefixes(model, "classifier")) or name.endswith("num_batches_tracked")}
-    wanted = {name: x.shape for name, x in model.state_dict().items() if name not in own}
+    wanted = {name: x.shape for name, x in model.state_dict().items() if name not in head}
     state, prefix = timm_names(named, sorted(wanted, key=lambda name: not name.startswith("fc_norm")))
     if "layers.0.downsample.reduction.weight" in state:                     # Swin's release: a stage earlier
         state = {re.sub(r"(?<=^layers\.)\d(?=\.downsample)", lambda stage: str(int(stage[0]) + 1), name): x
@@ -799,12 +799,12 @@ def load_backbone(model, config):
     others = [name for name in state if name not in wanted and name not in borrowed.values()]
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
         misplaced = {name: 0 for name in others if re.search("gamma|bias_table", name)}     # layer scale
-        model.load_state_dict(own | loaded | misplaced)                     # refuses these and what is absent
+        model.load_state_dict(head | loaded | misplaced)                    # refuses these and what is absent
     config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
     notes += [f"left out {', '.join(others[:3])}{' ...' * (len(others) > 3)}"] if others else []
     heads = next((module.num_heads for module in model.modules() if hasattr(module, "num_heads")), None)
     heads = config["model_args"].get("num_heads", heads)
-    return "; ".join(notes + differences(content, prefix, config, heads))
+    return "; ".join(notes + mismatches(content, prefix, config, heads))
 # --- end copy: load backbone ---
 
 
@@ -900,18 +900,18 @@ def open_run(out, manifests, config, parts, resume, rank):
     return state["step"]
 
 
-def save_run(out, step, config, parts, weights=None, **facts):
+def save_run(out, step, config, parts, weights=None, **values):
     """Write last.pt, and before it `weights` as backbone.pt; what is not finite ends the run instead."""
-    facts.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
+    values.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
     state = {}
     for name, part in parts.items():
         state[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
         card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
-        weights = {name: value.cpu() for name, value in weights.items()}
-        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({"model": weights, **card, **facts}, file))
-    write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **facts}, file))
+        weights = {"model": {name: value.cpu() for name, value in weights.items()}}
+        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**weights, **card, **values}, file))
+    write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
 # --- end copy: run folder ---
 
 
@@ -923,16 +923,16 @@ def stop_if_nan(values, step, out):
              "checkpoint; try a lower --lr or a longer warm-up")
 
 
-def log_line(out, rank, left, **facts):
+def log_line(out, rank, left, **values):
     """A line of log.jsonl, and for people with the `left` seconds."""
-    stop_if_nan([facts["loss"]], facts["step"], out)
+    stop_if_nan([values["loss"]], values["step"], out)
     if rank == 0:
         left = int(left)
-        for name, value in facts.items():
+        for name, value in values.items():
             print(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}", end="  ")
         print(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
         with or_fail(f"write {out}/log.jsonl"), open(f"{out}/log.jsonl", "a") as log:
-            log.write(json.dumps({**facts, "time": time.time()}) + "\n")
+            log.write(json.dumps({**values, "time": time.time()}) + "\n")
 # --- end copy: log ---
 
 

@@ -222,8 +222,8 @@ def test_a_network_of_simmim_is_read_out_by_the_mean_of_its_patch_tokens(shared,
     beit = "beit_base_patch16_224"
     encoder = timm.create_model(beit, num_classes=0, in_chans=1, global_pool="token", **shape).state_dict()
     torch.save({"model": {f"encoder.{name}": x for name, x in encoder.items()}}, tmp_path / "simmim.pth")
-    seen, take = [], classify.take_drop_path
-    monkeypatch.setattr(classify, "take_drop_path", lambda model: seen.append(model) or take(model))
+    seen, take = [], classify.replace_drop_path
+    monkeypatch.setattr(classify, "replace_drop_path", lambda model: seen.append(model) or take(model))
     args = {**shape, "global_pool": "avg", "use_rel_pos_bias": not shared, "use_shared_rel_pos_bias": shared}
     run(monkeypatch, "--train", pack, "--out", tmp_path, "--init", tmp_path / "simmim.pth", "--device", "cpu",
         "--arch", beit, "--model_args", json.dumps(args), "--seeds", 0, "--recipe", "a", "--drop_path", 0.1,

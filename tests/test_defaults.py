@@ -47,7 +47,7 @@ def test_shared_defaults_are_those_of_section_1(script):
     stated |= dict(batch=256) if script in STRATEGIES else {}
     assert {key: module.DEFAULTS[key] for key in stated} == stated
     for in_chans, mean, std in ((1, [0.485], [0.229]), (3, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])):
-        config = module.fit_to_channels({**module.DEFAULTS, "in_chans": in_chans})
+        config = module.fill_defaults({**module.DEFAULTS, "in_chans": in_chans})
         assert (config["mean"], config["std"]) == (mean, std)
 
 

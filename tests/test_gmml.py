@@ -261,7 +261,7 @@ def test_clipping_is_per_tensor_as_in_a_loop():
 def test_stochastic_depth_leaves_out_the_images_it_is_told_to():
     model = vit(3, drop_path_rate=0.5, depth=3).train()
     x, u = torch.randn(5, 3, 32, 32), uniform(0, 5, 4)
-    modules = gmml.take_drop_path(model)
+    modules = gmml.replace_drop_path(model)
     assert [module.drop_prob for module in modules] == [0.25, 0.25, 0.5, 0.5]  # the first block: none
     gmml.set_drop_path(modules, u)
     tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
