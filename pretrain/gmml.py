@@ -373,10 +373,11 @@ def train(config, args, rank, world_size, device):
         chosen = images(order[number * batch + local])
         crop, colour, *draws = draw_step(config, step, local, len(drop_paths), device)
         depth, masks, replaced = (part[:, :-1] for part in draws)
-        generator = step_generator(config["seed"], step, 1, device=device)  # another stream
-        shape = 2, batch, config["in_chans"], *masks.shape[2:]
-        noise = torch.randn(shape, generator=generator, device=device)
-        noise = noise[:, rank * local_batch:(rank + 1) * local_batch]
+        shape, noise = (2, config["in_chans"], *masks.shape[2:]), []
+        for place in local[:-1].tolist():                                   # those of this process alone
+            generator = step_generator(config["seed"], step, 1 + place, device=device)
+            noise.append(torch.randn(shape, generator=generator, device=device))
+        noise = torch.stack(noise, 1)                                       # [2, b, C, S, S]
         clean, corrupted = make_views(chosen, crop, colour, masks, replaced, noise, config)
         masks, depth = masks.flatten(0, 1), depth.flatten(0, 1)
         n_masked = sum_over_processes(masks.sum()) * clean.shape[1]
