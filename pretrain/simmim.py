@@ -732,16 +732,7 @@ def mismatches(content, prefix, config, n_heads):
 # --- end copy: timm names ---
 
 
-# --- begin copy: load backbone ---
-STAND_INS = {                       # for what a file lacks: BEiT's pooled norm, bias tables, layer scale
-    r"^fc_norm": "norm", r"^blocks\.\d+\.attn\.(rel)": r"rel_pos_bias.\1", r"ls(\d)\.gamma": r"gamma_\1"}
-
-
-def prefixes(model, key):
-    """How the names of the "classifier" or the "first_conv" of a timm model begin."""
-    return tuple(f"{name}." for name in np.ravel(model.pretrained_cfg.get(key)))
-
-
+# --- begin copy: positions ---
 def fit_positions(value, shape):
     """Position embeddings [1, 1 + h * h, D] or a bias table [(2 w - 1)^2, heads] on another grid, bicubic.
 
@@ -755,6 +746,17 @@ def fit_positions(value, shape):
     maps = F.interpolate(grid.T.reshape(1, -1, side, side), (new_side, new_side), mode="bicubic")
     rows = torch.cat([maps[0].flatten(1).T, others])
     return rows if table else rows.flip(0)[None]
+# --- end copy: positions ---
+
+
+# --- begin copy: load backbone ---
+STAND_INS = {                       # for what a file lacks: BEiT's pooled norm, bias tables, layer scale
+    r"^fc_norm": "norm", r"^blocks\.\d+\.attn\.(rel)": r"rel_pos_bias.\1", r"ls(\d)\.gamma": r"gamma_\1"}
+
+
+def prefixes(model, key):
+    """How the names of the "classifier" or the "first_conv" of a timm model begin."""
+    return tuple(f"{name}." for name in np.ravel(model.pretrained_cfg.get(key)))
 
 
 def load_backbone(model, config):
@@ -765,7 +767,7 @@ def load_backbone(model, config):
     content = read_weights(init, arch)
     named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"] or "")}
     head = {name: x for name, x in model.state_dict().items()
-           if name.startswith(prefixes(model, "classifier")) or name.endswith("num_batches_tracked")}
+            if name.startswith(prefixes(model, "classifier")) or name.endswith("num_batches_tracked")}
     wanted = {name: x.shape for name, x in model.state_dict().items() if name not in head}
     state, prefix = timm_names(named, sorted(wanted, key=lambda name: not name.startswith("fc_norm")))
     if "layers.0.downsample.reduction.weight" in state:                     # Swin's release: a stage earlier
