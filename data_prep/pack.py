@@ -1,22 +1,20 @@
 """Pack the images an index names into one uint8 array, or check that every one of them can be read.
 
 Each file is decoded in full, turned into 8-bit grey (or colour), stretched to S x S and added to images.npy
-in index order; what cannot be used is listed with its reason, never repaired. Workers write parts, which are
-joined at the end: killed at any moment, the same command goes on with the parts that are missing and ends in
-the same bytes, whatever the number of workers. At the end it needs twice the space.
+in index order; what cannot be used is listed with its reason, never repaired. Workers write parts, joined at
+the end (in twice the space): killed at any moment, the same command goes on with the parts that are missing
+and ends in the same bytes, whatever the number of workers.
 
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih_full --size original
-    python data_prep/pack.py --index data/oct/index.csv --raw raw/oct --out data/oct --workers 16
 
 Reads   the index (its column path is relative to --raw; nothing outside --raw is opened) and the images
 Writes  images.npy      uint8 [N, S, S] or [N, S, S, 3]; none with --size original
-        manifest.csv    the packed rows of the index; row i describes images.npy[i]; cells of sex and age that
-                        the index leaves blank are filled from DICOM headers
+        manifest.csv    the packed rows of the index; row i describes images.npy[i]; blank sex and age are
+                        filled from DICOM headers
         rejected.csv    path, reason
-        pack.json       settings, counts, mean and standard deviation of the pixels (0..1), and stand_in:
-                        "drawn by data_prep/demo.py" or null. It is written last
-Rows are counted as in a spreadsheet: the header is row 1.
+        pack.json       written last: settings, counts, mean and standard deviation of the pixels (0..1), and
+                        stand_in: "drawn by data_prep/demo.py" or null
 """
 
 import argparse
@@ -92,12 +90,10 @@ def prepare_lut(ds, name, values):
 
 def dicom_display(values, code, ds):
     """What a viewer shows: modality LUT or rescale, then VOI LUT or first window or else the 0.5-99.5
-    percentiles; MONOCHROME1 inverted once, padding black.
+    percentiles; MONOCHROME1 inverted once, padding black. Source: DICOM PS3.3, C.7.5.1.1.2, C.11.1, C.11.2.
 
-    Args: values: int32, the stored value behind every code; code: uint8 or uint16 [H, W], the pixels' words;
-        ds: the pydicom dataset.
+    Args: values: int32, the stored value behind every code; code: uint8 or uint16 [H, W], the pixels' words.
     Returns: uint8, the grey level of each of the values.
-    Source: DICOM PS3.3, C.7.5.1.1.2, C.11.1, C.11.2.
     """
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
     padded = np.zeros(len(values), bool)
@@ -114,9 +110,9 @@ def dicom_display(values, code, ds):
         descriptor[2] = 16              # given 8, pydicom keeps positions in 8 bits, too, and they wrap
         values = apply_voi_lut(values, ds)
     else:
-        sides, black = np.array([-np.inf, np.inf]), -np.inf
+        black = -np.inf
         with contextlib.suppress(TypeError, ValueError):                # no window, or one that cannot be
-            black, white = apply_voi_lut(sides, ds, prefer_lut=False)
+            black, white = apply_voi_lut(np.array([-np.inf, np.inf]), ds, prefer_lut=False)
         if np.isfinite(black):
             values = apply_voi_lut(values, ds, prefer_lut=False)
         else:
@@ -125,17 +121,13 @@ def dicom_display(values, code, ds):
     table = np.rint(np.clip((values - float(black)) / (float(white) - float(black)), 0, 1) * 255)
     if ds.PhotometricInterpretation == "MONOCHROME1":
         table = 255 - table
-    table[padded] = 0
-    return table.astype(np.uint8)
+    return np.where(padded, 0, table).astype(np.uint8)
 
 
 def read_dicom(file, dicom="display"):
-    """Decode a single-frame grey DICOM file.
-
-    Returns: uint8 [H, W], and facts: monochrome1, person: sex and age in years, '' if unknown.
-    Raises: Rejected, or what pydicom raises.
-    """
-    import pydicom                              # here: it loads slowly, and most datasets have no use for it
+    """Decode a single-frame grey DICOM file: uint8 [H, W], and facts: monochrome1, person (sex and age in
+    years, '' if unknown). Raises: Rejected, or what pydicom raises."""
+    import pydicom                              # here: PNG and JPEG are packed without it
     ds = pydicom.dcmread(file, force=True)      # force: a file may lack the preamble
     if int(ds.get("NumberOfFrames") or 1) > 1:
         raise Rejected(f"multi-frame: {ds.NumberOfFrames} frames")
@@ -171,7 +163,6 @@ def read_image(file, channels=1, variant="corrected", dicom="display"):
     """Decode a file of any supported kind to 8 bits at its own size.
 
     Alpha is dropped, not composited; colour becomes Pillow's L (0.299, 0.587, 0.114); no EXIF rotation.
-
     Returns: a Pillow image of mode L (1 channel) or RGB (3), and facts about the file: monochrome1,
     sixteen_bit, sixteen_bit_below_4096 (bool), person. Raises: Rejected, or what the decoder raises.
     """
@@ -198,8 +189,7 @@ def read_image(file, channels=1, variant="corrected", dicom="display"):
         if tags.get(262) == 0:                                              # WhiteIsZero
             values = top - values
         image = Image.fromarray(to_grey8(values, variant, top))
-    mode = "L" if channels == 1 else "RGB"
-    return image if image.mode == mode else image.convert(mode), facts
+    return image.convert("L" if channels == 1 else "RGB"), facts
 
 
 # ---- rows: in worker processes, which write parts ----
@@ -207,8 +197,7 @@ def read_image(file, channels=1, variant="corrected", dicom="display"):
 def locate(root, path):
     """The file behind an index path. Raises: Rejected where there is no regular file inside `root`."""
     file = Path(os.path.realpath(os.path.join(root, path)))
-    inside = file.is_relative_to(os.path.realpath(root))
-    if path.startswith("/") or ".." in path.split("/") or not inside:
+    if path.startswith("/") or ".." in path.split("/") or not file.is_relative_to(os.path.realpath(root)):
         raise Rejected("outside the raw root: only --raw itself may be a link")
     if not file.is_file():
         raise Rejected("wrong type: not a regular file" if os.path.exists(file) else "missing")
@@ -259,8 +248,9 @@ def pack_shard(part, rows, crashed, config, say):
     records, pixels = [], []
     for number, row in enumerate(rows):
         say(number)
-        record, image = pack_row(*row, config) if number not in crashed else (
-            {"reason": "unreadable: the decoder crashed"}, b"")
+        record, image = {"reason": "unreadable: the decoder crashed"}, b""
+        if number not in crashed:
+            record, image = pack_row(*row, config)
         records.append(record)
         pixels.append(image)
     with replacing(part, part.parent, mode="wb") as file:
@@ -303,9 +293,6 @@ def pack_shards(shards, workers, config):
                 worker, shard, row = team[pipe]
                 try:
                     answer = pipe.recv()
-                    if answer is None:                              # the part is written
-                        row, shard = None, next(shards, None)
-                        pipe.send(shard)
                 except (EOFError, ConnectionError):
                     worker.join()
                     if row is None or worker.exitcode == -signal.SIGKILL:
@@ -316,10 +303,13 @@ def pack_shards(shards, workers, config):
                     continue
                 if isinstance(answer, OSError):
                     raise answer
-                team[pipe] = [worker, shard, answer]
+                team[pipe][2] = answer
                 if answer is not None:
                     yield
-                elif shard is None:
+                    continue
+                team[pipe][1] = shard = next(shards, None)          # the part is written
+                pipe.send(shard)
+                if shard is None:
                     del team[pipe]
     finally:
         for worker, *_ in team.values():
@@ -360,23 +350,19 @@ def check_index(args, splits):
             shared.add(patient)
         if args.require_files and not (args.raw / row["path"]).is_file():
             fail(f"{args.index}: {row['path']!r} is missing in {args.raw}; unpack it or drop --require-files")
-    total = sum(counts[split] for split in splits or counts)
-    if not total or not counts.keys() >= set(splits):
+    if not counts or not counts.keys() >= set(splits):
         fail(f"{args.index}: no rows of split {args.splits or 'any'}; it has {dict(counts)}")
     if shared:
         print(f"warning: {args.index}: {len(shared):,} patients are in more than one split", flush=True)
-    return total
+    return sum(counts[split] for split in splits or counts)
 
 
 def read_json(path):
     """The object in a JSON file, {} if it is absent."""
     try:
-        found = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError):
         fail(f"{path}: not a JSON object; remove it or choose another folder")
-    return found
 
 
 def stand_in(raw):
@@ -406,9 +392,8 @@ def join(parts, out, config, index):
     folder, tally, reasons = parts[0].parent, Counter(N=0), Counter()
     rows = index_rows(index, config["splits"])
     with contextlib.ExitStack() as files:           # renamed in reverse order
-        tables = (files.enter_context(replacing(out / name, folder, **TEXT))
-                  for name in ("manifest.csv", "rejected.csv"))
-        manifest, rejected = (csv.writer(file, lineterminator="\n") for file in tables)
+        manifest, rejected = (csv.writer(files.enter_context(replacing(out / name, folder, **TEXT)),
+                                         lineterminator="\n") for name in ("manifest.csv", "rejected.csv"))
         rejected.writerow(["path", "reason"])
         for part in parts:
             with open(part, "rb") as file:
@@ -425,9 +410,9 @@ def join(parts, out, config, index):
                 tally.update(record["facts"], N=1)
         if config["size"] != "original":
             images = files.enter_context(replacing(out / "images.npy", folder, mode="wb"))
-            shape = (tally["N"], *(config["size"],) * 2, *(3,) * (config["channels"] == 3))
-            np.lib.format.write_array_header_1_0(
-                images, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            shape = (tally["N"], config["size"], config["size"], 3)[:3 + (config["channels"] == 3)]
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(images, header)
             for part in parts:
                 with open(part, "rb") as file:
                     file.readline()
@@ -437,15 +422,29 @@ def join(parts, out, config, index):
             "mean": total / n / 255, "std": (n * square - total ** 2) ** 0.5 / n / 255}
 
 
+def pack_parts(parts, size, total, args, config):
+    """Pack the rows of the parts that are missing, `size` of the `total` rows each, and say how far it is."""
+    rows = ((row["path"], earlier) for row, earlier in index_rows(args.index, config["splits"]))
+    shards = ((part, list(islice(rows, size)), ()) for part in parts)
+    shards = (shard for shard in shards if not shard[0].exists())
+    before = size * sum(part.exists() for part in parts)
+    begun = said = time.monotonic()
+    for done, _ in enumerate(pack_shards(shards, args.workers, config), start=1):
+        now = time.monotonic()
+        if now - said > 5:
+            said, rate = now, done / (now - begun)
+            print(f"pack {args.out.name}  {before + done:,}/{total:,} rows  {rate:,.1f} img/s  "
+                  f"eta {(total - before - done) / rate:,.0f} s", flush=True)
+
+
 def pack(args):
     """Check index and folder, then pack, join and report, unless that was done before."""
     index, out = args.index, args.out
     splits = args.splits.split(",") if args.splits else []
     total, mark = check_index(args, splits), stand_in(args.raw)
     out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out, os.O_RDONLY)                # held until this process ends, however it ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:                                            # held until this process ends, however it ends
+        fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"{out}: another run is packing into this folder")
     except OSError as error:                        # NFS, for one, locks no folders
@@ -460,17 +459,7 @@ def pack(args):
     else:
         folder.mkdir(exist_ok=True)
         parts = [folder / f"{number:06}" for number in range(-(-total // size))]
-        paths = ((row["path"], earlier) for row, earlier in index_rows(index, splits))
-        shards = ((part, list(islice(paths, size)), ()) for part in parts)
-        left = total - size * sum(part.exists() for part in parts)
-        shards = (shard for shard in shards if not shard[0].exists())
-        begun = said = time.monotonic()
-        for done, _ in enumerate(pack_shards(shards, args.workers, config), start=1):
-            now = time.monotonic()
-            if now - said > 5:
-                said, rate = now, done / (now - begun)
-                print(f"pack {out.name}  {total - left + done:,}/{total:,} rows  {rate:,.1f} img/s  "
-                      f"eta {(left - done) / rate:,.0f} s", flush=True)
+        pack_parts(parts, size, total, args, config)
         facts = {"dataset": out.resolve().name, **join(parts, out, config, index), "stand_in": mark}
         if not facts["N"]:
             shutil.rmtree(folder)
@@ -489,8 +478,7 @@ def pack(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = fail                             # one sentence, like every other mistake
     option = parser.add_argument
     option("--index", type=Path, required=True, metavar="FILE", help="index.csv, any with a column path")

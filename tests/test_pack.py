@@ -961,7 +961,7 @@ def test_kills_and_stops_at_random_moments_change_no_byte(tmp_path):
     chance = random.Random(seed)
     for sign in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         process = start(tmp_path, "cut")
-        wait_for_parts(tmp_path, "cut", parts(tmp_path, "cut") + chance.randrange(25), process)
+        wait_for_parts(tmp_path, "cut", parts(tmp_path, "cut") + chance.randrange(1, 25), process)
         time.sleep(chance.random() / 100)
         (os.kill if sign == signal.SIGKILL else os.killpg)(process.pid, sign)   # the others reach the workers
         error = process.communicate(timeout=60)[1]

@@ -112,11 +112,10 @@ class Measurement:
         self.batch, self.size = (8, 32) if self.quick else (batch, 224)
         self.out = args.out / name.replace(" ", "_")
         self.module, self.inputs, self.calls = load(script), inputs, {}
-        named = dict(zip(flags[::2], flags[1::2]))
-        self.row = dict(batch=self.batch, script=Path(script).stem,                 # for plan.py --rates
-                        arch=named.get("--arch", "vit_small_patch16_224"),
-                        img_size=self.size if self.quick else named.get("--img_size", self.size))
         flags = ["--model_args", json.dumps(SMALL), *small] if self.quick else flags
+        named = dict(zip(flags[::2], flags[1::2]))
+        arch, size = named.get("--arch", "vit_small_patch16_224"), named.get("--img_size", self.size)
+        self.row = dict(batch=self.batch, script=Path(script).stem, arch=arch, img_size=size)
         source = ["--seeds", 0, "--train"] if "classify" in script else ["--split", "train", "--manifest"]
         self.flags = [*flags, "--device", self.device, *source, self.pack / "manifest.csv"]
         self.flags += ["--resume", "never"]
