@@ -1,42 +1,39 @@
-"""Compare arms: differences with intervals over runs and patients, a verdict on each finding of the study.
+"""Compare arms: differences with 95 % intervals over runs and patients, and verdicts on the study's claims.
 
-An effect has the interval effect +- t * error, error^2 = what the choice of runs adds + what the choice of
-patients adds, and the p-value of the same t. Of published or printed numbers only the spread over runs
-(seeds) is known: "seeds only". Study: "From pre-training to downstream performance: does domain-specific
-pre-training make sense?" (Krones 2026, arXiv:2605.08819).
+An interval is effect +- t * error; error^2 is the variance from the choice of runs (seeds) plus that from the
+choice of patients. Of published and printed numbers only the runs are known: "seeds only". In simulations the
+intervals of pairs of arms with 2, 3 or 5 runs covered the truth in 95 to 97 %, those of one arm where runs
+dominate in 87, 93 and 93 %; that of a single run is over patients. Study: "From pre-training to downstream
+performance: does domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819).
 
     python evaluate/compare.py --metrics metrics.csv --arms a b                two models of yours
     python evaluate/compare.py --metrics results/metrics.csv --out results     all arms, the study's claims
     python evaluate/compare.py --reported --out results/published              claims on the printed numbers
 
-Reads   metrics.csv and draws.npz beside it (evaluate/metrics.py); or of --reported, a folder, the author's
-        published runs (raw_runs_*.csv) and, where an arm is not among them, the printed tables; claims.csv.
-Writes  verdicts.csv     a row a claim and test set, and one over all: verdict, the comparison that decides
-        arms.csv         a row an arm and metric: mean, sd and interval, what runs and patients add
-        comparisons.csv  a row a pair of arms and AUC; p_holm: over the pairs
-        detectable.csv   a row a test set: the smallest difference of two arms found with 80 % power
+Reads   metrics.csv and draws.npz beside it (evaluate/metrics.py), or with --reported the author's published
+        runs (reported/raw_runs_*.csv) and, for arms without them, the printed tables; claims.csv.
+Writes  verdicts.csv     a row per claim and test set, and one over all: verdict, the deciding comparison
+        arms.csv         a row per arm and metric: mean, sd, interval, standard errors over runs and patients
+        comparisons.csv  a row per pair of arms and AUC; p_holm: adjusted over all pairs
+        detectable.csv   a row per test set: the smallest difference detected with 80 % power
+        two_arms.csv     with --arms, instead: a row per metric of both
 
-In 1,200 simulations the 95 % interval of a pair of arms with 2, 3 or 5 runs each covered the truth 95 to 97
-times in 100, whether runs or patients dominate. That of one arm alone, where runs dominate: 87 (2 runs), 93
-(3) and 93 (5): two runs do not tell their spread. That of a single run is by patients alone.
-
-Claims (claims.csv): test, metric, testsets, left and right operands, arms separated by "|".
-    greater, every  left > right               not_every  clearly less somewhere
-    no_gain         left - right below margin  most       in more than half of the arms
-    highest, lowest left against each right    no_winner  no arm beats all others on every test set
-An operand: 3.4, 3.4:Effusion (a label), 3.4@nih_test, 2.2-2.1, 3.3:Atelectasis+0.20, sd(ood),
-always_negative, 3.4:random (images referred at random). A metric a-b takes a and b of the same arm, auc:A-B
-two labels.
+Claims: test, metric, test sets (blank-separated), left and right arms (separated by "|"), margin.
+    greater, every   left > right everywhere         not_every  left clearly less somewhere
+    highest, lowest  left beats each right arm       most       left > right in more than half of the arms
+    no_gain          left - right below the margin   no_winner  no arm beats all others on every test set
+Operands: arm 3.4, label 3.4:Edema, test set 3.4@nih_test, difference 2.2-2.1, offset 3.4:Edema+0.20, random
+referral 3.4:random, always_negative, sd over runs sd(ood). Metric a-b: a left and b right; labels: auc:A-B.
 """
 
 import argparse
 import csv
-import fnmatch
-import itertools
 import os
 import re
 import sys
+import zipfile
 from collections import defaultdict
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,23 +42,26 @@ import pandas as pd
 from scipy.special import nctdtrinc, stdtr, stdtrit
 
 REPORTED = Path(__file__).resolve().parent / "reported"
-STUDY5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion")
-SAW_TEST = {"3.1", "3.2", "3.1b", "3.2b"}
+SAW_TEST = "3.1", "3.2", "3.1b", "3.2b"
 SAW_REMARK = "3.1 and 3.2 saw 22,772 of the 25,596 NIH test images in pre-training, without labels"
+FOUR_LABELS = "Atelectasis", "Cardiomegaly", "Consolidation", "Effusion"
+WITHOUT_EDEMA = "vindr_test", "padchest"                # of the study's five labels they have these four
+TESTS = "greater", "every", "not_every", "no_gain", "highest", "lowest", "no_winner", "most"
+KEY = ["labels", "metric", "label", "threshold"]
+INTERVAL = ["effect", "ci_low", "ci_high", "p"]
 CLAIM = "id family place ours statement test metric testsets left right margin".split()
-VERDICT = (
-    "id family place ours statement test metric testset left right margin verdict effect ci_low ci_high "
-    "p p_holm decided_by rank source remark"
-).split()
-TESTS = ("greater", "every", "not_every", "no_gain", "highest", "lowest", "no_winner", "most")
-ARM = r"[A-Za-z0-9_.]+(?:-\d+k)?"                     # 3.4, 0.1.7b, 4.2.1-100k
+COMPARISON = "claim family testset left right effect ci_low ci_high p remarks sources".split()
+VERDICT = """id family place ours statement test metric testset left right margin verdict effect ci_low
+    ci_high p p_holm decided_by rank source remark""".split()
+ARMS = """exp dataset labels metric label threshold runs value sd ci_low ci_high se_runs se_patients
+    freedom source""".split()
+PAIRS = """dataset labels metric label threshold left right effect ci_low ci_high p p_holm se_runs
+    se_patients freedom""".split()
+DETECTABLE = "dataset labels images patients pairs se_runs se_patients detectable source".split()
+ARM = r"[A-Za-z0-9_.]+(?:-\d+k)?"                       # 3.4, 0.1.7b, 4.2.1-100k
 OPERAND = re.compile(rf"(?P<arm>{ARM})(?::(?P<part>\w+))?(?:@(?P<testset>\w+))?(?:-(?P<minus>{ARM}))?"
-                     r"(?P<offset>\+[\d.]+)?")
-METRIC = re.compile(r"auc|auc_mean(5|14|4)|(mean_accuracy|subset_accuracy|fnr|oracle_auc)@\d*\.?\d+")
-PRINTED_METRICS = {"Mean accuracy": "mean_accuracy", "Subset accuracy": "subset_accuracy", "FNR": "fnr",
-                   "Calibration error": "calibration_error", "mean_acc": "mean_accuracy",
-                   "subset_acc": "subset_accuracy", "underdiagnosis_mean": "fnr",
-                   "calibration_error": "calibration_error"}
+                     r"(?P<offset>\+\d*\.?\d+)?")
+METRIC = re.compile(r"([a-z_]+?)(\d*)(?:@(\d*\.?\d+))?")         # name, labels of a mean, threshold
 
 
 # --- begin copy: error ---
@@ -73,87 +73,71 @@ def fail(message):
 
 
 # ------------------------------------------------------------------------------------------------ statistics
-
 class Arm(NamedTuple):
-    """One metric of one arm. mean: over its runs; sd: over its runs, NaN of one; runs: how many; added: what
-    the choice of runs adds to the variance of the mean, NaN if unknown; pooled: the mean over runs in every
-    resample of patients, float [B], None if unknown.
-    """
+    """One metric of one arm on one test set; NaN or None: unknown."""
     mean: float
-    sd: float
+    sd: float                       # over runs, sample standard deviation
     runs: int
-    added: float
-    pooled: np.ndarray | None = None
-    source: str = "our runs"
+    run_variance: float             # of the mean, from the choice of runs
+    source: str
+    resampled: np.ndarray | None    # the mean in each resample of patients, float [B]
+    rows: dict                      # {seed: float [1 + B]}: the value of a run, then its resampled values
 
 
-class Estimate(NamedTuple):
-    """A mean or difference; p for "it is 0"; se_runs, se_patients, NaN if unknown: its error in two parts."""
-    effect: float
-    low: float
-    high: float
-    p: float
-    se_runs: float
-    se_patients: float
-    freedom: float
-
-
-def make_arm(values, draws=None, source="our runs"):
-    """An Arm from its runs: values float [R]; draws float [R, B], the same resamples of patients for all.
-
-    The spread between runs on the same patients holds what is peculiar to a run on these patients; that is in
-    the resamples already and is taken off.
-    """
-    values, runs = np.asarray(values, float), len(values)
-    pooled = None if draws is None else np.mean(draws, 0, dtype=float)
+def make_arm(rows, source="our runs"):
+    """An Arm from the rows of its runs, all on the same resamples of patients."""
+    table = np.array(list(rows.values()))               # [R, 1 + B]
+    values, draws, runs = table[:, 0], table[:, 1:], len(table)
     sd = values.std(ddof=1) if runs > 1 else np.nan
-    added = sd ** 2 / runs
-    if runs > 1 and pooled is not None:
-        own = draws - values[:, None] - (pooled - values.mean())
-        added = max(added - np.nanvar(own, axis=1).sum() / (runs - 1) / runs, 0)
-    return Arm(values.mean(), sd, runs, added, pooled, source)
+    run_variance = sd ** 2 / runs
+    resampled = draws.mean(0) if draws.size else None
+    if runs > 1 and draws.size:
+        # The spread of runs includes their interaction with patients, as the resamples do: subtract it once
+        interaction = draws - values[:, None] - (resampled - values.mean())
+        variance = np.nanvar(interaction, axis=1).sum() / (runs - 1)
+        run_variance = max(run_variance - variance / runs, 0)
+    return Arm(values.mean(), sd, runs, run_variance, source, resampled, rows)
+
+
+def combine(terms):
+    """The Arm of sum(sign * value) by run, over seeds that all have; None without. terms: [(sign, Arm)]."""
+    _, first = terms[0]
+    seeds = [seed for seed in first.rows if all(seed in arm.rows for _, arm in terms)]
+    rows = {seed: sum(sign * arm.rows[seed] for sign, arm in terms) for seed in seeds}
+    return make_arm(rows, first.source) if rows else None
 
 
 def estimate(terms, offset=0.0):
-    """The sum of sign * mean, less an offset, as an Estimate. terms: [(sign, Arm)].
+    """The sum of sign * mean less an offset: effect, 95 % interval, p for "it is 0" and standard errors.
 
-    Student's t with Satterthwaite's degrees of freedom: an arm's part of the runs has R - 1, the patients'
-    part plenty; without resamples that is Welch's test. Where an arm has one run, its part is unknown: with
-    resamples the patients' part stands alone, without there is no interval.
+    terms: [(sign, Arm)]. Student's t with Satterthwaite's degrees of freedom: R - 1 for the runs of an arm,
+    unlimited for patients; without resamples this is Welch's test. Of one run it is over patients alone.
     """
-    arms = [arm for _, arm in terms]
     effect = sum(sign * arm.mean for sign, arm in terms) - offset
-    added, patients = np.array([arm.added for arm in arms]), np.nan
-    if all(arm.pooled is not None for arm in arms):
-        patients = np.nanvar(sum(sign * arm.pooled for sign, arm in terms)) if len(arms[0].pooled) else np.nan
-    known = np.nansum(added) if patients >= 0 else added.sum()
-    error = np.sqrt(known + np.nan_to_num(patients))
-    lost = sum((arm.sd ** 2 / arm.runs) ** 2 / (arm.runs - 1) for arm in arms if arm.runs > 1)
-    freedom = error ** 4 / lost if lost else np.inf
-    if not error > 1e-12:
-        return Estimate(effect, np.nan, np.nan, np.nan, np.sqrt(added.sum()), np.sqrt(patients), freedom)
-    margin, p = stdtrit(freedom, 0.975) * error, 2 * stdtr(freedom, -abs(effect) / error)
-    return Estimate(
-        effect, effect - margin, effect + margin, p, np.sqrt(added.sum()), np.sqrt(patients), freedom
-    )
+    run_variance = sum(arm.run_variance for _, arm in terms)
+    variance, patient_variance = run_variance, np.nan
+    if all(arm.resampled is not None for _, arm in terms):
+        patient_variance = np.nanvar(sum(sign * arm.resampled for sign, arm in terms))
+        variance = np.nansum([arm.run_variance for _, arm in terms]) + patient_variance
+    denominator = sum((arm.sd ** 2 / arm.runs) ** 2 / (arm.runs - 1) for _, arm in terms if arm.runs > 1)
+    freedom = variance ** 2 / denominator if denominator else np.inf
+    error = np.sqrt(variance) if variance > 1e-24 else np.nan           # without any spread nothing is known
+    margin = stdtrit(freedom, 0.975) * error
+    return {"effect": effect, "ci_low": effect - margin, "ci_high": effect + margin,
+            "p": 2 * stdtr(freedom, -abs(effect) / error), "se_runs": np.sqrt(run_variance),
+            "se_patients": np.sqrt(patient_variance), "freedom": freedom}
 
 
 def holm(p):
     """Holm's adjusted p-values (1979), float [m]; a comparison without data (NaN) counts as p = 1."""
-    p = np.nan_to_num(np.asarray(p, float), nan=1)
+    p = np.nan_to_num(p, nan=1)
     order, adjusted = np.argsort(p), np.empty(len(p))
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return adjusted
 
 
-def noncentrality(freedom):
-    """The effect, in standard errors, that a two-sided t-test at 5 % finds with 80 % power; 2.80 for inf."""
-    freedom = np.maximum(freedom, 1)                    # below, scipy's search need not end
-    return nctdtrinc(freedom, 0.2, stdtrit(freedom, 0.975))
-
-
 # ---------------------------------------------------------------------------------------------------- numbers
-
+# Below, arms is {cell: Arm}, cell is (exp, test set, key), and key is "labels|metric|label|threshold".
 # --- begin copy: files ---
 class InputError(ValueError):
     """A mistake in the user's files; the text is the sentence to print."""
@@ -205,514 +189,309 @@ def write(path, save):
 # --- end copy: files ---
 
 
-class Numbers:
-    """What is known of each arm: values {(exp, dataset, key): {seed: value}}, draws likewise {seed: [B]},
-    printed {(exp, dataset, key): (mean, sd, runs)}; key: labels|metric|label|threshold.
-    """
-
-    def __init__(self, source):
-        self.source, self.values, self.draws, self.printed = source, defaultdict(dict), defaultdict(dict), {}
-        self.sizes, self.drawn = {}, set()  # {dataset: (images, patients)}, (exp, dataset) of stand-ins
-
-    def add_four_label_means(self):
-        """The mean over the study's labels but edema, which two test sets lack: auc_mean4."""
-        keys = [f"|auc|{label}|" for label in STUDY5 if label != "Edema"]
-        for exp, dataset in {place[:2] for place in self.values}:
-            for numbers in (self.values, self.draws):
-                parts = [numbers.get((exp, dataset, key), {}) for key in keys]
-                if all(parts):
-                    means = {seed: np.mean([part[seed] for part in parts], 0) for seed in parts[0]}
-                    numbers[exp, dataset, "4|auc_mean||"] = means
-
-    def runs(self, exp, dataset, key):
-        """{seed: value} and {seed: draws} of an arm, empty if unknown; recipe "a" has the plain name."""
-        place = (
-            (exp, dataset, key)
-            if (exp, dataset, key) in self.values
-            else (exp.removesuffix("a"), dataset, key)
-        )
-        return self.values.get(place, {}), self.draws.get(place, {})
-
-    def source_of(self, exp, dataset):
-        return "stand-ins" if (exp, dataset) in self.drawn else self.source
-
-    def arm(self, exp, dataset, key):
-        """The Arm of its runs, else of what is printed, else None."""
-        values, draws = self.runs(exp, dataset, key)
-        if values:
-            rows = np.array([draws[seed] for seed in values]) if draws else None
-            arm = make_arm(list(values.values()), rows, self.source_of(exp, dataset))
-            return arm._replace(added=0.0) if exp == "always_negative" else arm      # no run would change it
-        return self.printed_arm(exp, dataset, key)
-
-    def printed_arm(self, exp, dataset, key):
-        """The Arm that is printed, or None."""
-        if (exp, dataset, key) not in self.printed:
-            return None
-        mean, sd, runs = self.printed[exp, dataset, key]
-        return Arm(mean, sd, runs, 0.0 if exp == "always_negative" else sd ** 2 / runs, None, "printed")
-
-
-def read_runs(path, patterns):
-    """Numbers of metrics.csv and of draws.npz beside it, of experiments that are like one of `patterns`."""
-    columns = "exp seed dataset labels metric variant label threshold value".split()
-    frame = read_csv(path, columns)
-    numbers, file = Numbers("our runs"), path.with_name("draws.npz")
+def read_runs(path):
+    """(arms, {}, sizes of the test sets) of metrics.csv and draws.npz beside it; arms: {cell: Arm}."""
+    frame = read_csv(path, ["exp", "seed", "dataset", *KEY, "variant", "value", "stand_in"])
+    file, runs = path.with_name("draws.npz"), defaultdict(dict)
     try:
-        drawn = np.load(file)
-    except (OSError, ValueError):
-        raise InputError(
-            f"{file} is not there or unreadable; evaluate/metrics.py writes it with {path}"
-        ) from None
-    if "stand_in" in frame:
-        marked = frame[frame["stand_in"] != ""]
-        numbers.drawn = set(zip(marked["exp"], marked["dataset"]))
-    for dataset, sizes in frame[frame["metric"].isin(["images", "patients"])].groupby("dataset"):
-        numbers.sizes[dataset] = tuple(sizes.groupby("metric")["value"].first())
-    kept = frame["variant"].eq("corrected") & frame["value"].ne("")
-    kept &= frame["label"].eq("") | frame["metric"].eq("auc")
-    for (exp, seed, dataset), rows in frame[kept].groupby(["exp", "seed", "dataset"], sort=False):
-        if not any(fnmatch.fnmatchcase(exp.removesuffix("-ensemble"), pattern) for pattern in patterns):
-            continue
+        drawn = dict(np.load(file))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        fail(f"{file} is not there or unreadable; evaluate/metrics.py writes it with {path}")
+    kept = frame.query("variant == 'corrected' and value != ''").copy()
+    kept["key"] = kept["labels"].str.cat(kept[KEY[1:]], "|")
+    kept["number"] = pd.to_numeric(kept["value"], errors="coerce")
+    for row in kept[kept["number"].isna()].itertuples():
+        fail(f"{path}: a value of exp {row.exp}, seed {row.seed}, {row.dataset} is not a number but "
+             f"'{row.value}'; run evaluate/metrics.py again")
+    for (exp, seed, dataset), rows in kept.groupby(["exp", "seed", "dataset"], sort=False):
         name = f"{exp}/{seed}/{dataset}"
         if name not in drawn:
-            raise InputError(f"{file} lacks exp {exp}, seed {seed}, {dataset}; run evaluate/metrics.py again")
-        draws = dict(zip(drawn[f"{name}/rows"].tolist(), drawn[name]))
-        keys = rows[["labels", "metric", "label", "threshold"]].agg("|".join, axis=1)
-        try:
-            values = dict(zip(keys, rows["value"].astype(float)))
-        except ValueError as problem:
-            raise InputError(
-                f"{path}: a value of exp {exp}, seed {seed}, {dataset} is no number ({problem})"
-            ) from None
-        for key in draws:
-            numbers.values[exp, dataset, key][seed] = values[key]
-            if draws[key].size:
-                numbers.draws[exp, dataset, key][seed] = draws[key]
-        negative = "5|always_negative_accuracy||"
-        if negative in draws:                        # the same for every run and at every threshold
-            for t in (0.1, 0.2, 0.3, 0.4, 0.5):
-                place = "always_negative", dataset, f"5|mean_accuracy||{t:g}"
-                numbers.values[place] = {seed: values[negative]}
-                numbers.draws[place] = {seed: draws[negative]} if draws[negative].size else {}
-    if not numbers.values:
-        raise InputError(f"{path} has no experiment like {', '.join(patterns)}")
-    numbers.add_four_label_means()
-    return numbers
+            fail(f"{file} lacks exp {exp}, seed {seed}, {dataset}; run evaluate/metrics.py again")
+        values = dict(zip(rows["key"], rows["number"]))
+        for key, draws in zip(drawn[f"{name}/rows"].tolist(), drawn.pop(name)):
+            if key in values:
+                runs[exp, dataset, key][seed] = np.append(values[key], draws)
+    stand_ins = set(frame.query("stand_in != ''").groupby(["exp", "dataset"]).groups)
+    arms = {cell: make_arm(rows, "stand-ins" if cell[:2] in stand_ins else "our runs")
+            for cell, rows in runs.items()}
+    counts = frame.query("metric in ['images', 'patients']")
+    return arms, {}, counts.pivot_table("value", "dataset", "metric", "first")
 
 
-def read_reported(folder):
-    """Numbers of the author's published runs and of the printed tables."""
-    numbers = Numbers("published runs")
-    for row in read_csv(
-        folder / "raw_runs_auc.csv", "exp seed testset classes label auc".split()
-    ).itertuples():
-        mean = row.label == "mean"
-        key = f"{row.classes}|auc_mean||" if mean else f"|auc|{row.label}|"
-        if float(row.auc) > 0:                                          # 0.0 stands for "no positives"
-            numbers.values[row.exp, row.testset, key][row.seed] = float(row.auc)
-    for row in read_csv(folder / "raw_runs_threshold.csv").itertuples():
-        key = f"5|{PRINTED_METRICS[row.metric]}||{float(row.threshold):g}"
-        numbers.values[row.exp, row.testset, key][row.seed] = float(row.value)
-    for row in read_csv(folder / "raw_runs_oracle.csv").itertuples():
-        key = f"5|oracle_auc||{float(row.referred):g}"
-        numbers.values[row.exp, row.testset, key][row.seed] = float(row.oracle_auc)
-    numbers.add_four_label_means()
+# A file, of its rows exp, test set, key and value, and the seed of a published run or sd of a printed mean
+PUBLISHED = """
+raw_runs_auc,{exp},{testset},|auc|{label}|,{auc},{seed}
+raw_runs_threshold,{exp},{testset},5|{metric}||{threshold},{value},{seed}
+raw_runs_oracle,{exp},{testset},5|oracle_auc||{referred},{oracle_auc},{seed}
+table2,{exp},{testset},{classes}|auc_mean||,{auc_mean},{auc_sd}
+table3,{exp},{testset},|auc|{label}|,{auc_mean},{auc_sd}
+table4,{exp},nih_test,14|auc_mean||,{auc_a},{sd_a}
+table4,{exp}b,nih_test,14|auc_mean||,{auc_b},{sd_b}
+table5,{exp},nih_test,14|auc_mean||,{auc_36},{sd_36}
+table5,{exp}b,nih_test,14|auc_mean||,{auc_35},{sd_35}
+table5,{exp},nih_test,14|auc_mean||,{auc_35},{sd_35}
+table6,{exp}-{pretraining_images},nih_test,14|auc_mean||,{auc_mean},{auc_sd}
+table7,{exp},chexpert_valid,5|{metric}||{threshold},{value},nan
+table8,{exp},chexpert_valid,5|oracle_auc||{referred},{oracle_auc},nan
+"""
+METRIC_NAMES = {"Mean accuracy": "mean_accuracy", "mean_acc": "mean_accuracy", "FNR": "fnr", "subset_acc":
+                "subset_accuracy", "Subset accuracy": "subset_accuracy", "underdiagnosis_mean": "fnr"}
 
-    def put(exp, dataset, key, mean, sd="nan"):
-        runs = 1 if sd == "nan" else 3 if exp.startswith("1.") else 5
-        if mean:
-            numbers.printed.setdefault((exp, dataset, key), (float(mean), float(sd), runs))
 
-    for row in read_csv(folder / "table2.csv").itertuples():
-        put(row.exp, row.testset, f"{row.classes}|auc_mean||", row.auc_mean, row.auc_sd)
-        if row.testset in ("vindr_test", "padchest"):                   # printed as five, means over four
-            put(row.exp, row.testset, "4|auc_mean||", row.auc_mean, row.auc_sd)
-    for row in read_csv(folder / "table3.csv").itertuples():
-        put(row.exp, row.testset, f"|auc|{row.label}|", row.auc_mean, row.auc_sd)
-    nih = "nih_test", "14|auc_mean||"
-    for row in read_csv(folder / "table4.csv").itertuples():
-        put(row.exp, *nih, row.auc_a, row.sd_a)
-        put(f"{row.exp}b", *nih, row.auc_b, row.sd_b)
-    for row in read_csv(folder / "table5.csv").itertuples():
-        put(row.exp, *nih, row.auc_36, row.sd_36)
-        put(f"{row.exp}b" if row.auc_36 else row.exp, *nih, row.auc_35, row.sd_35)
-    for row in read_csv(folder / "table6.csv").itertuples():
-        put(f"{row.exp}-{row.pretraining_images[:-3]}k", *nih, row.auc_mean, row.auc_sd)
-    for row in read_csv(folder / "table7.csv").itertuples():
-        put(row.exp, "chexpert_valid", f"5|{PRINTED_METRICS[row.metric]}||{row.threshold}", row.value)
-    for row in read_csv(folder / "table8.csv").itertuples():
-        put(row.exp, "chexpert_valid", f"5|oracle_auc||{row.referred}", row.oracle_auc)
-    for row in read_csv(folder / "text_numbers.csv").itertuples():
-        if row.id == "exp0.1.7_val20":
-            put("0.1.7", "nih_val", "14|auc_mean||", row.value, row.sd)
-    negative = read_csv(folder / "table7_random_guess.csv")["accuracy"].astype(float).mean()
-    for t in (0.1, 0.2, 0.3, 0.4, 0.5):
-        put("always_negative", "chexpert_valid", f"5|mean_accuracy||{t:g}", negative)
-    return numbers
+def read_reported():
+    """(arms of the author's published runs, arms as printed in the tables, no sizes)."""
+    runs, printed = defaultdict(dict), {}
+
+    def put(cell, mean, sd):
+        count = 3 if cell[0].startswith("1.") else 5
+        printed.setdefault(cell, Arm(float(mean), sd, count, sd ** 2 / count, "printed", None, {}))
+
+    for line in PUBLISHED.split():
+        name, template = line.split(",", 1)
+        for row in read_csv(REPORTED / f"{name}.csv").replace(METRIC_NAMES).to_dict("records"):
+            exp, testset, key, value, spread = template.format(**row).split(",")
+            if key == "|auc|mean|":
+                key = f"{row['classes']}|auc_mean||"
+            if value in ("", "0.0"):                    # not printed; an AUC without positives
+                continue
+            if name.startswith("raw_runs"):
+                runs[exp, testset, key][spread] = np.array([float(value)])
+            else:
+                put((re.sub("000$", "k", exp), testset, key), value, float(spread))
+                if testset in WITHOUT_EDEMA:            # printed as over five labels
+                    put((exp, testset, key.replace("5|", "4|")), value, float(spread))
+    negative = read_csv(REPORTED / "table7_random_guess.csv")["accuracy"].astype(float).mean()
+    for exp in read_csv(REPORTED / "table7.csv")["exp"].unique():
+        put((exp, "chexpert_valid", "5|always_negative_accuracy||"), negative, 0)
+    text = read_csv(REPORTED / "text_numbers.csv").set_index("id").loc["exp0.1.7_val20"]
+    put(("0.1.7", "nih_val", "14|auc_mean||"), text["value"], float(text["sd"]))
+    arms = {cell: make_arm(rows, "published runs") for cell, rows in runs.items()}
+    return arms, printed, pd.DataFrame()
+
+
+def complete(arms, printed):
+    """The arms that claims use: measured, else printed; with auc_mean4, over the labels of all test sets."""
+    known = printed | arms
+    for exp, dataset in {cell[:2] for cell in arms}:
+        parts = [(0.25, arms.get((exp, dataset, f"|auc|{label}|"))) for label in FOUR_LABELS]
+        if all(arm for _, arm in parts):
+            known[exp, dataset, "4|auc_mean||"] = combine(parts)
+    # Tables 7 and 8 print the best run of each arm: take it for every arm, to compare like with like
+    return known | {cell: arm for cell, arm in printed.items() if np.isnan(arm.sd)}
 
 
 # ---------------------------------------------------------------------------------------------------- claims
-
-class Comparison(NamedTuple):
-    """One elementary comparison of a claim; estimate: None without data."""
-    testset: str
-    left: str
-    right: str
-    estimate: Estimate | None
-    remarks: list
-    sources: set
-
-
-def read_claims(path):
-    """The rows of claims.csv, each operand and metric checked."""
-    claims = read_csv(path, CLAIM).to_dict("records")
-    for line, claim in enumerate(claims, 2):
-        texts = [text for side in ("left", "right") for text in claim[side].split("|") if text]
-        metrics = ["auc"] if claim["metric"].startswith("auc:") else claim["metric"].split("-")
-        for text in texts:
-            if not OPERAND.fullmatch(text) and not re.fullmatch(r"sd\(\w+\)", text):
-                raise InputError(f"{path} line {line}: operand '{text}' cannot be read; --help says how")
-        for metric in metrics:
-            if not METRIC.fullmatch(metric):
-                raise InputError(f"{path} line {line}: metric '{metric}' cannot be read; --help says how")
-        if claim["test"] not in TESTS or claim["test"] == "no_gain" and not claim["margin"]:
-            raise InputError(f"{path} line {line}: test '{claim['test']}' with margin '{claim['margin']}'; "
-                             f"expected one of {', '.join(TESTS)}, no_gain with a margin")
-    return claims
-
-
-def key_of(metric, part):
-    """Key of a claim's metric: auc_mean5, auc (of the label `part`), fnr@0.1, oracle_auc@0.10 (random)."""
-    name, _, threshold = metric.partition("@")
-    if name == "auc":
-        return f"|auc|{part}|"
-    if name.startswith("auc_mean"):
-        return f"{name.removeprefix('auc_mean')}|auc_mean||"
-    name = "random_referral_auc" if part == "random" else name
-    return f"5|{name}||{float(threshold):g}"
-
-
 def terms_of(claim, left, right, testset):
-    """[(sign, exp, dataset, key)] and the offset of a comparison of two operands."""
-    metric = claim["metric"]
-    if metric.startswith("auc:"):
-        labels = metric[4:].split("-")
-        return [(sign, left, testset, f"|auc|{label}|") for sign, label in zip((1, -1), labels)], 0.0
-    metrics = metric.split("-")
+    """([(sign, cell)], offset) of a comparison of two operands."""
+    first, _, second = claim["metric"].partition("-")
+    if first.startswith("auc:"):                        # two labels of one arm
+        left, right = f"{left}:{first[4:]}", f"{left}:{second}"
+        first = second = "auc"
     terms, offset = [], 0.0
-    for sign, name, text in ((1, metrics[0], left), (-1, metrics[-1], right or left)):
-        operand = OPERAND.fullmatch(text)
-        place = operand["testset"] or testset, key_of(name, operand["part"])
-        terms.append((sign, operand["arm"], *place))
+    for sign, metric, text, other in ((1, first, left, right), (-1, second or first, right or left, left)):
+        operand, measure = OPERAND.fullmatch(text), METRIC.fullmatch(metric)
+        if not operand or not measure:
+            fail(f"claim {claim['id']}: '{metric}' of '{text}' cannot be read; --help says how to write it")
+        name, labels, threshold = measure.groups("")
+        exp, dataset = operand["arm"], operand["testset"] or testset
+        threshold = threshold and f"{float(threshold):g}"
+        name = "random_referral_auc" if operand["part"] == "random" else name
+        key = f"|auc|{operand['part']}|" if name == "auc" else f"{labels or 5}|{name}||{threshold}"
+        if exp == "always_negative":                    # depends on the test set alone, stored with each arm
+            exp, key = other, "5|always_negative_accuracy||"
+        terms.append((sign, (exp, dataset, key)))
         if operand["minus"]:
-            terms.append((-sign, operand["minus"], *place))
+            terms.append((-sign, (operand["minus"], dataset, key)))
         offset -= sign * float(operand["offset"] or 0)
     return terms, offset
 
 
-def compare(numbers, terms, offset=0.0):
-    """(Estimate or None, remarks, sources) of the sum of sign * arm; an arm there twice is paired by run."""
-    by_exp, arms = defaultdict(list), []
-    for sign, exp, dataset, key in terms:
-        by_exp[exp].append((sign, dataset, key))
-    for exp, parts in by_exp.items():
-        found = [numbers.runs(exp, *part[1:]) for part in parts]
-        seeds = [seed for seed in found[0][0] if all(seed in values for values, _ in found)]
-        if len(parts) > 1 and seeds:
-            signs = [part[0] for part in parts]
-            values = [sum(s * f[0][seed] for s, f in zip(signs, found)) for seed in seeds]
-            drawn = all(draws for _, draws in found)
-            draws = [sum(s * f[1][seed] for s, f in zip(signs, found)) for seed in seeds] if drawn else None
-            source = numbers.source_of(exp, parts[0][1])
-            arms.append((1, make_arm(values, draws if draws is None else np.array(draws), source)))
-            continue
-        for sign, dataset, key in parts:
-            arm = numbers.arm(exp, dataset, key)
-            if arm is None:
-                metric = " ".join(filter(None, key.split("|")))
-                return None, [f"no {metric} of {exp} on {dataset}"], set()
-            arms.append((sign, arm))
-    if any(arm.source == "printed" and np.isnan(arm.added) for _, arm in arms) and len(arms) == len(terms):
-        # Tables 7 and 8 print the best of an arm's runs: like is compared with like
-        arms = [(sign, numbers.printed_arm(exp, *place) or arm)
-                for (sign, exp, *place), (_, arm) in zip(terms, arms)]
-    remarks = [] if all(arm.pooled is not None for _, arm in arms) else ["seeds only"]
-    if any(np.isnan(arm.added) for _, arm in arms):
+def compare(arms, terms, offset=0.0):
+    """The estimate of sum(sign * cell) less an offset, remarks, sources. Experiments are paired by run."""
+    for _, (exp, dataset, key) in terms:
+        if (exp, dataset, key) not in arms:
+            metric = " ".join(filter(None, key.split("|")))
+            return {"remarks": [f"no {metric} of {exp} on {dataset}"], "sources": set()}
+    used = []
+    for exp in dict.fromkeys(cell[0] for _, cell in terms):
+        own = [(sign, arms[cell]) for sign, cell in terms if cell[0] == exp]
+        paired = combine(own) if len(own) > 1 else None
+        used += [(1, paired)] if paired else own
+    remarks = [] if all(arm.resampled is not None for _, arm in used) else ["seeds only"]
+    if any(np.isnan(arm.run_variance) for _, arm in used):
         remarks.append("an arm has one run, whose spread is unknown")
-    if any(exp in SAW_TEST and dataset == "nih_test" for _, exp, dataset, _ in terms):
+    if any(exp in SAW_TEST and dataset == "nih_test" for _, (exp, dataset, _) in terms):
         remarks.append(SAW_REMARK)
-    return estimate(arms, offset), remarks, {arm.source for _, arm in arms}
+    return estimate(used, offset) | {"remarks": remarks, "sources": {arms[cell].source for _, cell in terms}}
 
 
-def compare_spreads(numbers, claim, testset):
-    """Is the spread over runs larger on one test set? Mean over Table 2's arms of log(sd left / sd right)."""
-    sides = [
-        re.fullmatch(r"sd\((\w+)\)", claim[side])[1].replace("ood", testset) for side in ("left", "right")
-    ]
-    ratios, sources, labels = [], set(), "4" if testset in ("vindr_test", "padchest") else "5"
-    for exp in dict.fromkeys(read_csv(REPORTED / "table2.csv")["exp"]):
-        for key in (f"{labels}|auc_mean||", "5|auc_mean||"):             # the same labels on both, if known
-            arms = [numbers.arm(exp, side, key) for side in sides]
-            if all(arm and arm.sd > 0 for arm in arms):
-                ratios.append(np.log(arms[0].sd / arms[1].sd))
-                sources |= {arm.source for arm in arms}
-                break
-    if len(ratios) < 2:
-        return None, ["fewer than two arms of Table 2 have several runs on both sets"], set()
-    return estimate([(1, make_arm(ratios))]), [f"log ratio of the sd over runs, {len(ratios)} arms"], sources
+def compare_spreads(arms, left, right):
+    """As compare, of the mean over Table 2's arms of log(sd on test set left / sd on right), sd over runs."""
+    ratios, sources = {}, set()
+    labels = 4 if left in WITHOUT_EDEMA else 5          # the same ones on both test sets
+    for exp in read_csv(REPORTED / "table2.csv")["exp"].unique():
+        pair = [arms.get((exp, dataset, f"{labels}|auc_mean||")) for dataset in (left, right)]
+        if all(arm and arm.sd > 0 for arm in pair):
+            ratios[exp] = np.log([pair[0].sd / pair[1].sd])
+            sources |= {arm.source for arm in pair}
+    result = estimate([(1, make_arm(ratios))]) if len(ratios) > 1 else {}
+    return result | {"remarks": [f"log ratio of the sd over runs, {len(ratios)} arms"], "sources": sources}
 
 
-def comparisons_of(claim, numbers):
-    """All elementary comparisons of a claim."""
-    lefts, rights = claim["left"].split("|"), claim["right"].split("|")
-    pairs = list(zip(lefts, rights) if len(lefts) == len(rights) else itertools.product(lefts, rights))
-    if claim["test"] == "no_winner":
-        pairs = list(itertools.combinations(lefts, 2))
-    found = []
-    for testset, (left, right) in itertools.product(claim["testsets"].split(), pairs):
-        if left.startswith("sd("):
-            result = compare_spreads(numbers, claim, testset)
-        else:
-            result = compare(numbers, *terms_of(claim, left, right, testset))
-        found.append(Comparison(testset, left, right, *result))
-    return found
+def compare_claims(claims, arms):
+    """A row per elementary comparison of each claim: two operands on a test set."""
+    rows = []
+    for number, claim in enumerate(claims):
+        if claim["test"] not in TESTS or claim["test"] == "no_gain" and np.isnan(claim["margin"]):
+            fail(f"claim {claim['id']}: expected a test of {', '.join(TESTS)}, no_gain with a margin")
+        lefts, rights = claim["left"].split("|"), claim["right"].split("|")
+        pairs = zip(lefts, rights) if len(lefts) == len(rights) else product(lefts, rights)
+        if claim["test"] == "no_winner":
+            pairs = combinations(lefts, 2)
+        for testset, (left, right) in product(claim["testsets"].split(), pairs):
+            if left.startswith("sd("):
+                result = compare_spreads(arms, *(s[3:-1].replace("ood", testset) for s in (left, right)))
+            else:
+                result = compare(arms, *terms_of(claim, left, right, testset))
+            rows.append({"claim": number, "family": claim["family"], "testset": testset, "left": left,
+                         "right": right, **result})
+    table = pd.DataFrame(rows, columns=COMPARISON)
+    table["p_holm"] = table.groupby("family")["p"].transform(holm)
+    clear = table["p_holm"].lt(0.05) & (table["ci_low"].gt(0) | table["ci_high"].lt(0))
+    table["direction"] = np.sign(table["effect"]).where(clear, 0)       # of left over right
+    table["clearness"] = np.sign(table["effect"]) * (1 - table["p"].fillna(1))
+    return table
 
 
-def direction(comparison, q):
-    """1: clearly greater, -1: clearly less, 0: not clear; q: p after Holm."""
-    result = comparison.estimate
-    clear = result and q < 0.05 and (result.low > 0 or result.high < 0)
-    return int(np.sign(result.effect)) if clear else 0
-
-
-def beaten_and_best(arms, comparisons, directions):
-    """Of arms compared pair by pair: those that some other clearly beats somewhere; those that beat all."""
-    beaten, wins = set(), dict.fromkeys(arms, 0)
-    for pair, sign in zip(comparisons, directions):
-        if sign:
-            winner, loser = (pair.left, pair.right) if sign > 0 else (pair.right, pair.left)
-            beaten.add(loser)
-            wins[winner] += 1
-    return beaten, [arm for arm in arms if wins[arm] == 2 * len(comparisons) / len(arms)]
-
-
-def judge(claim, comparisons, directions):
-    """"holds", "contradicted", "undecided" or "not run", from clear directions of all comparisons."""
-    if all(comparison.estimate is None for comparison in comparisons):
+def verdict_of(claim, comparisons):
+    """The verdict of a claim: "holds", "contradicted", "undecided" or "not run"."""
+    if comparisons["effect"].isna().all():
         return "not run"
-    test, half = claim["test"], len(directions) / 2
-    if test == "lowest":
-        directions = [-sign for sign in directions]
-    above, below = directions.count(1), directions.count(-1)
-    everywhere, nowhere = above == len(directions), below > 0
-    holds, contradicted = everywhere, nowhere                           # greater, every, highest, lowest
-    if test == "not_every":
-        holds, contradicted = nowhere, everywhere
-    elif test == "most":
-        holds, contradicted = above > half, below > half
-    elif test == "no_gain":
-        highs = [comparison.estimate.high if comparison.estimate else np.nan for comparison in comparisons]
-        holds, contradicted = all(high < float(claim["margin"]) for high in highs), above > 0
-    elif test == "no_winner":
-        arms = claim["left"].split("|")
-        beaten, best = beaten_and_best(arms, comparisons, directions)
-        holds, contradicted = len(beaten) == len(arms), len(best) > 0
+    directions = comparisons["direction"].tolist()
+    lowest, highest, half = min(directions), max(directions), len(directions) / 2
+    by_arm = defaultdict(list)                          # its directions: 1 where it is the greater one
+    for left, right, direction in zip(comparisons["left"], comparisons["right"], directions):
+        by_arm[left].append(direction)
+        by_arm[right].append(-direction)
+    worst = [min(own) for own in by_arm.values()]
+    every = lowest > 0, lowest < 0
+    holds, contradicted = {
+        "greater": every, "every": every, "highest": every,
+        "lowest": (highest < 0, highest > 0),
+        "not_every": (lowest < 0, lowest > 0),
+        "most": (directions.count(1) > half, directions.count(-1) > half),
+        "no_gain": (comparisons["ci_high"].lt(claim["margin"]).all(), highest > 0),
+        "no_winner": (max(worst) < 0, max(worst) > 0),
+    }[claim["test"]]
     return "contradicted" if contradicted else "holds" if holds else "undecided"
 
 
-def clearness(comparison):
-    """From -1, clearly less, over 0, nothing is known, to 1, clearly greater; then the effect itself."""
-    result = comparison.estimate
-    return np.sign(result.effect) * (1 - np.nan_to_num(result.p, nan=1)), result.effect
+def verdict_row(claim, testset, comparisons):
+    """A row of verdicts.csv, with the comparison that decides, such as the least clear one of `every`."""
+    test = claim["test"]
+    row = claim | {"testset": testset, "verdict": verdict_of(claim, comparisons)}
+    order = ["ci_high"] if test == "no_gain" else ["clearness", "effect"]
+    known = comparisons.dropna(subset="effect").sort_values(order)
+    if len(known) == 1 or len(known) and test not in ("no_winner", "most"):
+        shown = known.iloc[-1 if test in ("lowest", "no_gain") else 0]
+        row |= shown[[*INTERVAL, "p_holm"]].to_dict()
+        row["decided_by"] = f"{shown['left']} - {shown['right']}, {shown['testset']}".replace(" - ,", ",")
+    if test in ("highest", "lowest") and len(known):
+        sign = 1 if test == "highest" else -1
+        row["rank"] = f"{(sign * known['effect'] < 0).sum() + 1} of {len(known) + 1}"
+    remarks = [remark for own in comparisons["remarks"] for remark in own
+               if testset != "all" or not remark.startswith("no ")]         # those stand at their test set
+    if test == "most":
+        remarks.insert(0, f"clearly so in {(comparisons['direction'] > 0).sum()} of {len(comparisons)} arms")
+    row["remark"] = "; ".join(list(dict.fromkeys(remarks))[:4])
+    row["source"] = " and ".join(sorted(set().union(*comparisons["sources"])))
+    return row
 
 
-def deciding(claim, comparisons):
-    """The comparison that a verdict hangs on, such as the least clear one of `every`; None without data."""
-    known = [comparison for comparison in comparisons if comparison.estimate]
-    if not known or claim["test"] in ("no_winner", "most") and len(known) > 1:
-        return None
-    if claim["test"] == "no_gain":
-        return max(known, key=lambda comparison: np.nan_to_num(comparison.estimate.high, nan=np.inf))
-    return (max if claim["test"] == "lowest" else min)(known, key=clearness)
-
-
-def rank_of(claim, comparisons):
-    """Rank of the left arm's point estimate among all arms of a `highest` or `lowest`, as "2 of 6"."""
-    known = [comparison.estimate.effect for comparison in comparisons if comparison.estimate]
-    sign = {"highest": 1, "lowest": -1}.get(claim["test"])
-    better = sum(sign * effect < 0 for effect in known) if sign else 0
-    return f"{better + 1} of {len(known) + 1}" if sign and known else ""
-
-
-def verdicts(claims, numbers):
-    """verdicts.csv: for each claim a row a test set, and one over all where there are several."""
-    found = [comparisons_of(claim, numbers) for claim in claims]
-    adjusted = {}
-    for family in dict.fromkeys(claim["family"] for claim in claims):
-        members = [c for claim, several in zip(claims, found) if claim["family"] == family for c in several]
-        q = holm([c.estimate.p if c.estimate else np.nan for c in members])
-        adjusted |= {id(member): value for member, value in zip(members, q)}
+def verdicts(claims, arms):
+    """verdicts.csv: for each claim a row per test set, and one over all where there are several."""
     rows = []
-    for claim, several in zip(claims, found):
-        sets, outcomes = claim["testsets"].split(), []
-        for testset in sets + ["all"] * (len(sets) > 1):
-            here = [c for c in several if testset in (c.testset, "all")]
-            directions = [direction(c, adjusted[id(c)]) for c in here]
-            verdict, shown = judge(claim, here, directions), deciding(claim, here)
-            remarks = [remark for c in here for remark in c.remarks]
-            if testset == "all":
-                remarks = [remark for remark in remarks if not remark.startswith("no ")]
-                remarks.insert(0, f"holds on {outcomes.count('holds')} of {len(sets)} test sets")
-            if claim["test"] == "most":
-                remarks.insert(0, f"clearly so in {directions.count(1)} of {len(here)} arms")
-            row = {name: claim[name] for name in CLAIM if name != "testsets"} | {
-                "testset": testset, "verdict": verdict, "rank": rank_of(claim, here),
-                "source": " and ".join(sorted(set().union(*(c.sources for c in here)))),
-                "remark": "; ".join(list(dict.fromkeys(remarks))[:4])}
-            if shown:
-                result = shown.estimate
-                row |= {"effect": result.effect, "ci_low": result.low, "ci_high": result.high, "p": result.p,
-                        "p_holm": adjusted[id(shown)],
-                        "decided_by": f"{shown.left} - {shown.right}, {shown.testset}".replace(" - ,", ",")}
-            rows.append(row)
-            outcomes.append(verdict)
+    for number, own in compare_claims(claims, arms).groupby("claim"):
+        parts = list(own.groupby("testset", sort=False))
+        if len(parts) > 1:
+            parts.append(("all", own))
+        rows += [verdict_row(claims[number], testset, part) for testset, part in parts]
     return pd.DataFrame(rows, columns=VERDICT)
 
 
 # ------------------------------------------------------------------------------------------ arms and pairs
-
-def split(key):
-    return dict(zip(("labels", "metric", "label", "threshold"), key.split("|")))
-
-
-def all_arms(numbers):
-    """arms.csv, and {(dataset, key): {exp: Arm}}."""
-    rows, places = [], defaultdict(dict)
-    for exp, dataset, key in numbers.values:
-        if exp == "always_negative" or key.startswith("4|"):               # known for the claims alone
-            continue
-        arm = places[dataset, key][exp] = numbers.arm(exp, dataset, key)
-        one = estimate([(1, arm)])
-        rows.append({"exp": exp, "dataset": dataset, **split(key), "runs": arm.runs, "value": arm.mean,
-                     "sd": arm.sd, "ci_low": one.low, "ci_high": one.high, "se_runs": one.se_runs,
-                     "se_patients": one.se_patients, "freedom": one.freedom, "source": arm.source})
-    return pd.DataFrame(rows), places
-
-
-def all_pairs(places):
-    """comparisons.csv: every pair of arms, for the AUCs."""
+def arms_table(arms):
+    """arms.csv."""
     rows = []
-    for (dataset, key), arms in places.items():
-        if "|auc" not in key:
-            continue
-        results = [(left, right, estimate([(1, arms[left]), (-1, arms[right])]))
-                   for left, right in itertools.combinations(arms, 2)]
-        adjusted = holm([result.p for *_, result in results])
-        for (left, right, result), q in zip(results, adjusted):
-            rows.append(
-                {
-                    "dataset": dataset,
-                    **split(key),
-                    "left": left,
-                    "right": right,
-                    "effect": result.effect,
-                    "ci_low": result.low,
-                    "ci_high": result.high,
-                    "p": result.p,
-                    "p_holm": q,
-                    "se_runs": result.se_runs,
-                    "se_patients": result.se_patients,
-                    "freedom": result.freedom,
-                }
-            )
-    columns = "dataset labels metric label threshold left right effect ci_low ci_high p p_holm".split()
-    return pd.DataFrame(rows, columns=columns + ["se_runs", "se_patients", "freedom"])
+    for (exp, dataset, key), arm in arms.items():
+        row = {"exp": exp, "dataset": dataset, **dict(zip(KEY, key.split("|"))), "value": arm.mean}
+        rows.append(row | arm._asdict() | estimate([(1, arm)]))
+    return pd.DataFrame(rows, columns=ARMS)
 
 
-def detectable(pairs, numbers):
-    """What two arms must differ by to be told apart with 80 % power: the mean of what each pair must.
+def pairs_of(arms, exps, metric=""):
+    """A row per pair of arms of `exps`, test set and key that contains `metric`, as dicts."""
+    rows = []
+    for dataset, key in dict.fromkeys(cell[1:] for cell in arms if metric in cell[2]):
+        cells = [(exp, dataset, key) for exp in exps if (exp, dataset, key) in arms]
+        for left, right in combinations(cells, 2):
+            row = {"dataset": dataset, **dict(zip(KEY, key.split("|"))), "left": left[0], "right": right[0]}
+            row |= {cell[0]: arms[cell].mean for cell in (left, right)}
+            row |= compare(arms, [(1, left), (-1, right)])
+            rows.append(row | {"remark": "; ".join(row["remarks"])})
+    return rows
 
-    Pairs with an arm of one run do not count. Without resamples it is what runs alone ask for, a lower bound.
+
+def detectable(pairs, sizes, source):
+    """detectable.csv: the difference that a two-sided t-test at 5 % detects with 80 % power, mean over pairs
+    of arms with several runs each. Without resamples of patients it is a lower bound.
     """
-    rows = []
-    means = pairs[(pairs["label"] == "") & pairs["se_runs"].notna()]
-    for (dataset, labels), part in means.groupby(["dataset", "labels"], sort=False):
-        images, patients = numbers.sizes.get(dataset, ("", ""))
-        error = np.hypot(part["se_runs"], part["se_patients"].fillna(0))
-        needed = (noncentrality(part["freedom"]) * error).mean()
-        rows.append((dataset, labels, images, patients, len(part), part["se_runs"].mean(),
-                     part["se_patients"].mean(), needed, numbers.source))
-    columns = "dataset labels images patients pairs se_runs se_patients detectable source"
-    return pd.DataFrame(rows, columns=columns.split())
-
-
-def two_arms(numbers, left, right):
-    """The table of two arms: every metric that both have on a test set."""
-    rows = []
-    for exp, dataset, key in numbers.values:
-        if exp != left or not numbers.runs(right, dataset, key)[0]:
-            continue
-        result, remarks, _ = compare(numbers, [(1, left, dataset, key), (-1, right, dataset, key)])
-        arms = [numbers.arm(name, dataset, key).mean for name in (left, right)]
-        rows.append(
-            {
-                "dataset": dataset,
-                **split(key),
-                left: arms[0],
-                right: arms[1],
-                "difference": result.effect,
-                "ci_low": result.low,
-                "ci_high": result.high,
-                "p": result.p,
-                "remark": "; ".join(remarks),
-            }
-        )
-    if not rows:
-        known = ", ".join(sorted({place[0] for place in numbers.values} - {"always_negative"})[:20])
-        raise InputError(f"no metric is known of both '{left}' and '{right}'; there are {known}")
-    return pd.DataFrame(rows)
+    means = pairs.query("label == '' and se_runs.notna()").astype(dict.fromkeys(PAIRS[-3:], float))
+    freedom = means["freedom"].clip(lower=1)            # below 1 scipy's search may not end
+    needed = nctdtrinc(freedom, 0.2, stdtrit(freedom, 0.975))           # in standard errors
+    means["detectable"] = needed * np.hypot(means["se_runs"], means["se_patients"].fillna(0))
+    places = means.groupby(["dataset", "labels"], sort=False)
+    table = places[["se_runs", "se_patients", "detectable"]].mean()
+    table = table.assign(pairs=places.size(), source=source).reset_index()
+    return table.join(sizes, on="dataset").reindex(columns=DETECTABLE)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    given = parser.add_mutually_exclusive_group(required=True)
+    given, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     given.add_argument("--metrics", type=Path, help="metrics.csv of evaluate/metrics.py, draws.npz beside it")
-    given.add_argument("--reported", type=Path, nargs="?", const=REPORTED,
-                       help="judge on the published and printed numbers (default folder: reported/ beside)")
-    parser.add_argument("--exp", default="*", help="with --metrics: these experiments, as '3.4,4.*'")
-    parser.add_argument(
-        "--arms", nargs=2, metavar=("LEFT", "RIGHT"), help="compare these two, without claims"
-    )
-    parser.add_argument("--claims", type=Path, default=REPORTED / "claims.csv", help="the findings to judge")
-    parser.add_argument("--out", type=Path, help="folder for the CSVs (default: the terminal alone)")
+    given.add_argument("--reported", action="store_true", help="use the published runs and printed tables")
+    add("--arms", nargs=2, metavar=("LEFT", "RIGHT"), help="compare these two, without claims")
+    add("--claims", type=Path, default=REPORTED / "claims.csv", help="the claims to decide")
+    add("--out", type=Path, help="folder for the CSVs (default: the terminal alone)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     try:
-        numbers = (
-            read_runs(args.metrics, args.exp.split(",")) if args.metrics else read_reported(args.reported)
-        )
-        tables = {}
+        arms, printed, sizes = read_reported() if args.reported else read_runs(args.metrics)
+        source = "published runs" if args.reported else "our runs"
+        exps = list(dict.fromkeys(cell[0] for cell in arms))
         if args.arms:
-            tables["two_arms"] = two_arms(numbers, *args.arms)
-            print(tables["two_arms"].to_string(index=False, float_format="%.4f", na_rep=""))
+            rows = pairs_of(arms, args.arms)
+            if not rows:
+                fail("no metric of both '{}' and '{}'; choose from {}".format(*args.arms, ", ".join(exps)))
+            tables = {"two_arms": pd.DataFrame(rows)[["dataset", *KEY, *args.arms, *INTERVAL, "remark"]]}
+            shown = tables["two_arms"]
         else:
-            tables["verdicts"] = verdicts(read_claims(args.claims), numbers)
-            tables["arms"], places = all_arms(numbers)
-            tables["comparisons"] = all_pairs(places)
-            tables["detectable"] = detectable(tables["comparisons"], numbers)
-            last = tables["verdicts"].drop_duplicates("id", keep="last")             # over all test sets
-            shown = last[["id", "statement", "testset", "verdict", "effect", "ci_low", "ci_high", "p_holm"]]
-            print(shown.to_string(index=False, float_format="%.4f", na_rep="", max_colwidth=60))
-            marked = ", some of them stand-ins" if numbers.drawn else ""
-            counts = ", ".join(f"{count} {name}" for name, count in last["verdict"].value_counts().items())
-            print(f"{len(last)} claims on {numbers.source}{marked}: {counts}")
+            claims = read_csv(args.claims, CLAIM)
+            claims["margin"] = pd.to_numeric(claims["margin"], errors="coerce")
+            decided = verdicts(claims.to_dict("records"), complete(arms, printed))
+            pairs = pd.DataFrame(pairs_of(arms, exps, "|auc"), columns=PAIRS)
+            pairs["p_holm"] = pairs.groupby(["dataset", *KEY])["p"].transform(holm)
+            tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": pairs,
+                      "detectable": detectable(pairs, sizes, source)}
+            last = decided.drop_duplicates("id", keep="last")                    # over all test sets
+            shown = last[["id", "statement", "verdict", "effect", "ci_low", "ci_high", "p_holm", "source"]]
+        print(shown.to_string(index=False, float_format="%.4f", na_rep="", max_colwidth=60))
         for name, table in tables.items() if args.out else ():
             text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
             write(args.out / f"{name}.csv", lambda file: file.write(text))
-        if args.out:
-            print(f"wrote {', '.join(f'{name}.csv' for name in tables)} to {args.out}")
+            print(f"wrote {args.out / name}.csv")
     except InputError as mistake:
         fail(mistake)
 

@@ -1,6 +1,7 @@
 """evaluate/compare.py against SciPy, simulation, loops and constructed arms; the claims of the paper."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,39 +17,60 @@ nan = np.nan
 
 # ------------------------------------------------------------------------------------------------ statistics
 
+def arm(values, draws=None, seeds=None, source="our runs"):
+    """An Arm of runs with these values and, if given, these resamples, [runs, B]."""
+    seeds = seeds or [str(place) for place in range(len(values))]
+    rows = np.column_stack([values] if draws is None else [values, draws])
+    return compare.make_arm(dict(zip(seeds, rows)), source)
+
+
+def printed(mean, sd, runs):
+    return compare.Arm(mean, sd, runs, sd ** 2 / runs, "printed", None, {})
+
+
+def estimate(*terms, offset=0.0):
+    return SimpleNamespace(**compare.estimate(terms, offset))
+
+
 def test_two_arms_without_resamples_are_compared_by_welchs_test():
     left, right = [0.81, 0.83, 0.80, 0.84, 0.82], [0.78, 0.80, 0.79]
-    found = compare.estimate([(1, compare.make_arm(left)), (-1, compare.make_arm(right))])
+    found = estimate((1, arm(left)), (-1, arm(right)))
     expected = stats.ttest_ind(left, right, equal_var=False)
     interval = expected.confidence_interval()
     assert found.effect == pytest.approx(np.mean(left) - np.mean(right))
-    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert (found.ci_low, found.ci_high) == (pytest.approx(interval.low), pytest.approx(interval.high))
     assert found.p == pytest.approx(expected.pvalue) and found.freedom == pytest.approx(expected.df)
     assert np.isnan(found.se_patients)
 
 
 def test_printed_cells_are_compared_by_welchs_test_of_mean_sd_and_n():
-    numbers = compare.Numbers("published runs")
-    numbers.printed = {
-        ("a", "s", "5|auc_mean||"): (0.81, 0.002, 5),
-        ("b", "s", "5|auc_mean||"): (0.80, 0.009, 3),
-    }
-    found, remarks, sources = compare.compare(
-        numbers, [(1, "a", "s", "5|auc_mean||"), (-1, "b", "s", "5|auc_mean||")]
-    )
+    arms = {("a", "s", "k"): printed(0.81, 0.002, 5), ("b", "s", "k"): printed(0.80, 0.009, 3)}
+    found = compare.compare(arms, [(1, ("a", "s", "k")), (-1, ("b", "s", "k"))])
     expected = stats.ttest_ind_from_stats(0.81, 0.002, 5, 0.80, 0.009, 3, equal_var=False)
-    assert found.p == pytest.approx(expected.pvalue) and remarks == ["seeds only"] and sources == {"printed"}
+    assert found["p"] == pytest.approx(expected.pvalue)
+    assert found["remarks"] == ["seeds only"] and found["sources"] == {"printed"}
 
 
-def test_one_arm_on_both_sides_is_paired_by_run():
-    numbers = compare.Numbers("our runs")
+def test_cells_of_one_experiment_are_paired_by_run():
     left, right = [0.80, 0.82, 0.79, 0.85], [0.78, 0.81, 0.76, 0.84]
-    for key, values in (("|auc|A|", left), ("|auc|B|", right)):
-        numbers.values["a", "s", key] = dict(zip("0123", values))
-    found, _, _ = compare.compare(numbers, [(1, "a", "s", "|auc|A|"), (-1, "a", "s", "|auc|B|")])
-    assert found.p == pytest.approx(stats.ttest_rel(left, right).pvalue)
-    difference, _, _ = compare.compare(numbers, [(1, "a", "s", "|auc|A|"), (-1, "a", "s", "|auc|B|")], 0.01)
-    assert difference.effect == pytest.approx(found.effect - 0.01)
+    arms = {("a", "s", "A"): arm([0.1, *left], seeds="x0123"), ("b", "s", "A"): arm([0.7, 0.71, 0.73]),
+            ("a", "s", "B"): arm([*right, 0.9], seeds="0123y")}
+    terms = [(1, ("a", "s", "A")), (-1, ("a", "s", "B"))]
+    found = compare.compare(arms, terms)                     # by seed, over those of both
+    assert found["p"] == pytest.approx(stats.ttest_rel(left, right).pvalue)
+    assert compare.compare(arms, terms, 0.01)["effect"] == pytest.approx(found["effect"] - 0.01)
+    three = compare.compare(arms, [*terms, (-1, ("b", "s", "A"))])
+    expected = stats.ttest_ind(np.subtract(left, right), [0.7, 0.71, 0.73], equal_var=False)
+    assert three["p"] == pytest.approx(expected.pvalue)
+
+
+def test_cells_of_one_experiment_without_a_common_run_are_two_samples():
+    left, right = [0.80, 0.82, 0.79], [0.78, 0.81, 0.76]
+    arms = {("a", "s", "k"): arm(left, seeds="012"),
+            ("a", "t", "k"): arm(right, seeds="345", source="stand-ins")}
+    found = compare.compare(arms, [(1, ("a", "s", "k")), (-1, ("a", "t", "k"))])
+    assert found["p"] == pytest.approx(stats.ttest_ind(left, right, equal_var=False).pvalue)
+    assert found["sources"] == {"our runs", "stand-ins"}
 
 
 def test_the_parts_of_the_error_are_those_of_runs_and_patients():
@@ -58,15 +80,23 @@ def test_the_parts_of_the_error_are_those_of_runs_and_patients():
     common, own = rng.normal(size=patients), rng.normal(size=(runs, patients)) * 2
     scores = 0.05 * rng.normal(size=(runs, 1)) + common + own
     counts = rng.multinomial(patients, [1 / patients] * patients, size=800) / patients
-    found = compare.estimate([(1, compare.make_arm(scores.mean(1), scores @ counts.T))])
+    found = estimate((1, arm(scores.mean(1), scores @ counts.T)))
+    error = np.hypot(found.se_runs, found.se_patients)
     assert found.se_patients == pytest.approx(common.std() / np.sqrt(patients), rel=0.1)
-    assert found.se_runs == pytest.approx(
-        0.05 / np.sqrt(runs), rel=0.4
-    )  # s^2 less 4 / 300 from run x patient
-    assert found.high - found.effect == pytest.approx(
-        stats.t.ppf(0.975, found.freedom) * np.hypot(found.se_runs, found.se_patients))
-    assert found.p == pytest.approx(
-        2 * stats.t.sf(abs(found.effect) / np.hypot(found.se_runs, found.se_patients), found.freedom))
+    assert found.se_runs == pytest.approx(0.05 / np.sqrt(runs), rel=0.4)    # s^2 less 4 / 300, run x patient
+    assert found.ci_high - found.effect == pytest.approx(stats.t.ppf(0.975, found.freedom) * error)
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(found.effect) / error, found.freedom))
+
+
+def test_the_degrees_of_freedom_are_satterthwaites_with_plenty_for_patients():
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(0.8, 0.01, 5), rng.normal(0.8, 0.03, 3)
+    draws = rng.normal(0, 0.02, (2, 300))
+    found = estimate((1, arm(left, left[:, None] + draws[0])), (-1, arm(right, right[:, None] + draws[1])))
+    parts = np.array([left.var(ddof=1) / 5, right.var(ddof=1) / 3])
+    total = parts.sum() + (draws[0] - draws[1]).var()
+    assert found.freedom == pytest.approx(total ** 2 / (parts ** 2 / [4, 2]).sum())
+    assert found.se_runs == pytest.approx(np.sqrt(parts.sum()))
 
 
 def coverage(runs, spread, arms, simulations=1200):
@@ -78,9 +108,9 @@ def coverage(runs, spread, arms, simulations=1200):
         for sign in (1, -1)[:arms]:
             scores = rng.normal(size=(runs, 1)) * spread + common + rng.normal(size=patients) * 0.3
             scores = scores + rng.normal(size=(runs, patients)) * 0.5
-            terms.append((sign, compare.make_arm(scores.mean(1), scores @ counts.T)))
-        result = compare.estimate(terms)
-        hits += result.low <= 0 <= result.high
+            terms.append((sign, arm(scores.mean(1), scores @ counts.T)))
+        result = estimate(*terms)
+        hits += result.ci_low <= 0 <= result.ci_high
     return hits / simulations
 
 
@@ -95,16 +125,14 @@ def test_the_interval_of_one_arm_with_two_runs_covers_less_as_the_help_says():
     assert 0.91 <= coverage(5, 0.5, 1) <= 0.96
 
 
-def test_an_arm_of_one_run_is_judged_by_patients_and_says_so():
+def test_an_arm_of_one_run_has_the_interval_of_patients_and_says_so():
     draws = np.random.default_rng(0).normal(0.8, 0.01, (1, 500))
-    found = compare.estimate([(1, compare.make_arm([0.8], draws))])
-    assert found.high - 0.8 == pytest.approx(stats.norm.ppf(0.975) * draws.std()) and np.isnan(found.se_runs)
-    assert np.isnan(compare.estimate([(1, compare.make_arm([0.8]))]).p)          # nothing is known
-    numbers = compare.Numbers("our runs")
-    numbers.values["a", "s", "k"], numbers.draws["a", "s", "k"] = {"0": 0.8}, {"0": draws[0]}
-    assert compare.compare(numbers, [(1, "a", "s", "k")])[1] == [
-        "an arm has one run, whose spread is unknown"
-    ]
+    found = estimate((1, arm([0.8], draws)))
+    assert found.ci_high - 0.8 == pytest.approx(stats.norm.ppf(0.975) * draws.std())
+    assert np.isnan(found.se_runs)
+    assert np.isnan(estimate((1, arm([0.8]))).p)             # nothing is known
+    remarks = compare.compare({("a", "s", "k"): arm([0.8], draws)}, [(1, ("a", "s", "k"))])["remarks"]
+    assert remarks == ["an arm has one run, whose spread is unknown"]
 
 
 def test_holm_is_the_step_down_loop_and_absent_comparisons_count():
@@ -117,35 +145,45 @@ def test_holm_is_the_step_down_loop_and_absent_comparisons_count():
     assert compare.holm([0.02])[0] == 0.02 and compare.holm([0.02, nan, nan])[0] == pytest.approx(0.06)
 
 
-def test_the_detectable_difference_is_found_with_80_percent_power():
-    for freedom in (3, 8, 1e6):
-        shift = compare.noncentrality(freedom)
-        power = stats.nct.sf(stats.t.ppf(0.975, freedom), freedom, shift)
-        assert power == pytest.approx(0.8, abs=1e-3)
+@pytest.mark.parametrize("freedom", [0.05, 1, 4, 30.5, 1e25])
+def test_the_detectable_difference_is_found_with_80_percent_power(freedom):
+    """By SciPy's noncentral t: the share of tests that exceed the critical value; below 1 degree as at 1."""
+    rows = [("s", "5", "", 0.03, 0.04, freedom), ("s", "5", "", nan, 0.9, 9),   # the other pairs do not count
+            ("s", "", "Edema", 0.9, 0.9, 9)]
+    pairs = pd.DataFrame(rows, columns=["dataset", "labels", "label", "se_runs", "se_patients", "freedom"])
+    sizes = pd.DataFrame({"images": ["9"], "patients": ["7"]}, index=["s"])
+    found, = compare.detectable(pairs, sizes, "our runs").itertuples()
+    effect, degrees = found.detectable / 0.05, max(1, freedom)
+    power = stats.nct.sf(stats.t.ppf(0.975, degrees), degrees, effect)
+    power = stats.norm.sf(1.959964 - effect) if degrees > 1e9 else power
+    assert power == pytest.approx(0.8, abs=1e-3)
+    assert (found.images, found.patients, found.pairs, found.se_runs) == ("9", "7", 1, 0.03)
+
+
+def test_the_detectable_difference_is_the_mean_over_pairs():
+    rows = [("s", "5", "", error, nan, 1e9) for error in (0.01, 0.03)]
+    pairs = pd.DataFrame(rows, columns=["dataset", "labels", "label", "se_runs", "se_patients", "freedom"])
+    found = compare.detectable(pairs, pd.DataFrame(), "our runs")
+    in_errors = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+    assert found.detectable[0] == pytest.approx(in_errors * 0.02, rel=1e-4)
 
 
 # -------------------------------------------------------------------------------------- verdicts, constructed
 
 SETS = ("nih_test", "vindr_test")
+NOISE = np.array([-0.0012, 0.0012, 0, 0.0006, -0.0006])      # of five runs: 0.02 apart is clear, 0.0005 not
 
 
-def world(**arms):
-    """Numbers with five runs an arm: {arm: mean on each set}; sd 0.001: 0.02 apart is clear, 0.0005 not."""
-    numbers = compare.Numbers("our runs")
-    for exp, means in arms.items():
-        for testset, mean in zip(SETS, means):
-            if mean is not None:
-                values = mean + np.array([-0.0012, 0.0012, 0, 0.0006, -0.0006])
-                numbers.values[exp, testset, "5|auc_mean||"] = dict(zip("01234", values))
-    return numbers
+def world(**means):
+    """Arms with five runs: {arm: mean AUC on each set}."""
+    return {(exp, testset, "5|auc_mean||"): arm(mean + NOISE) for exp, both in means.items()
+            for testset, mean in zip(SETS, both) if mean is not None}
 
 
-def verdict(
-    numbers, test, left, right, margin="", metric="auc_mean5", sets=" ".join(SETS), family="F", more=()
-):
-    claim = dict(id="1", family=family, place="", ours="0", statement="", test=test, metric=metric,
+def verdict(arms, test, left, right, margin=nan, metric="auc_mean5", sets=" ".join(SETS), more=()):
+    claim = dict(id="1", family="F", place="", ours="0", statement="", test=test, metric=metric,
                  testsets=sets, left=left, right=right, margin=margin)
-    table = compare.verdicts([claim, *more], numbers)
+    table = compare.verdicts([claim, *more], arms)
     return table[table.id == "1"].set_index("testset")
 
 
@@ -154,49 +192,58 @@ def overall(*args, **named):
 
 
 def test_greater_and_every():
-    numbers = world(a=(0.84, 0.84), b=(0.82, 0.82), c=(0.84, 0.8202), d=(0.80, 0.86))
+    arms = world(a=(0.84, 0.84), b=(0.82, 0.82), c=(0.84, 0.8202), d=(0.80, 0.86))
     for test in ("greater", "every"):
-        assert overall(numbers, test, "a", "b") == "holds"
-        assert overall(numbers, test, "b", "a") == "contradicted"
-        assert overall(numbers, test, "c", "b") == "undecided"                  # one set is not clear
-        assert overall(numbers, test, "d", "b") == "contradicted"               # clearly less somewhere
-        assert overall(numbers, test, "x", "b") == "not run"
-    table = verdict(numbers, "greater", "d", "b")
-    assert table.verdict.tolist() == ["contradicted", "holds", "contradicted"]
-    assert "holds on 1 of 2 test sets" in table.remark["all"]
-    assert overall(numbers, "every", "a|d", "b|c") == "contradicted"            # pairwise: d against c on NIH
-    assert overall(numbers, "every", "a|c", "b") == "undecided"
+        assert overall(arms, test, "a", "b") == "holds"
+        assert overall(arms, test, "b", "a") == "contradicted"
+        assert overall(arms, test, "c", "b") == "undecided"                  # one set is not clear
+        assert overall(arms, test, "d", "b") == "contradicted"               # clearly less somewhere
+        assert overall(arms, test, "x", "b") == "not run"
+    assert verdict(arms, "greater", "d", "b").verdict.tolist() == ["contradicted", "holds", "contradicted"]
+    assert overall(arms, "every", "a|d", "b|c") == "contradicted"            # pairwise: d against c on NIH
+    assert overall(arms, "every", "a|c", "b") == "undecided"
+
+
+def test_an_unknown_arm_leaves_a_verdict_open_and_is_named():
+    arms = world(a=(0.84, 0.84), b=(0.82, None), d=(0.80, 0.80))
+    table = verdict(arms, "every", "a", "b")
+    assert table.verdict.tolist() == ["holds", "not run", "undecided"]
+    assert "no 5 auc_mean of b on vindr_test" in table.remark["vindr_test"]
+    assert overall(arms, "every", "d", "b") == "contradicted"                # what is known is enough
 
 
 def test_not_every_is_the_negation_of_every():
-    numbers = world(a=(0.84, 0.84), b=(0.82, 0.82), c=(0.84, 0.8202), d=(0.80, 0.86))
-    assert overall(numbers, "not_every", "d", "b") == "holds"                   # less on one set is enough
-    assert overall(numbers, "not_every", "a", "b") == "contradicted"
-    assert overall(numbers, "not_every", "c", "b") == "undecided"
-    assert verdict(numbers, "not_every", "d", "b").decided_by["all"] == "d - b, nih_test"
+    arms = world(a=(0.84, 0.84), b=(0.82, 0.82), c=(0.84, 0.8202), d=(0.80, 0.86))
+    assert overall(arms, "not_every", "d", "b") == "holds"                   # less on one set is enough
+    assert overall(arms, "not_every", "a", "b") == "contradicted"
+    assert overall(arms, "not_every", "c", "b") == "undecided"
+    assert verdict(arms, "not_every", "d", "b").decided_by["all"] == "d - b, nih_test"
 
 
 def test_no_gain_asks_every_upper_limit_to_lie_below_the_margin():
-    numbers = world(a=(0.82, 0.82), b=(0.82, 0.82), c=(0.828, 0.82), d=(0.84, 0.80))
-    half = stats.t.ppf(0.975, 8) * np.sqrt(2 * np.var([-0.0012, 0.0012, 0, 0.0006, -0.0006], ddof=1) / 5)
-    assert overall(numbers, "no_gain", "a", "b", margin=half * 1.001) == "holds"
-    assert overall(numbers, "no_gain", "a", "b", margin=half * 0.999) == "undecided"
-    assert overall(numbers, "no_gain", "a|d", "b", margin=0.5) == "contradicted"  # clearly greater on NIH
-    table = verdict(numbers, "no_gain", "a|c", "b", margin="0.5")
+    arms = world(a=(0.82, 0.82), b=(0.82, 0.82), c=(0.828, 0.82), d=(0.84, 0.80))
+    half = stats.t.ppf(0.975, 8) * np.sqrt(2 * np.var(NOISE, ddof=1) / 5)
+    assert overall(arms, "no_gain", "a", "b", margin=half * 1.001) == "holds"
+    assert overall(arms, "no_gain", "a", "b", margin=half * 0.999) == "undecided"
+    assert overall(arms, "no_gain", "a|d", "b", margin=0.5) == "contradicted"   # clearly greater on NIH
+    table = verdict(arms, "no_gain", "a|c", "b", margin=0.5)
     assert table.verdict["all"] == "contradicted" and table.decided_by["all"] == "c - b, nih_test"
+    assert overall(arms, "no_gain", "a|x", "b", margin=0.5) == "undecided"      # of x no upper limit is known
 
 
 def test_highest_and_lowest_give_the_rank_too():
-    numbers = world(a=(0.84, 0.8302), b=(0.82, 0.83), c=(0.80, 0.80))
-    assert verdict(numbers, "highest", "a", "b|c").verdict["nih_test"] == "holds"
-    assert verdict(numbers, "highest", "a", "b|c")["rank"]["nih_test"] == "1 of 3"
-    assert verdict(numbers, "highest", "b", "a|c").verdict["nih_test"] == "contradicted"
-    assert verdict(numbers, "highest", "b", "a|c")["rank"]["nih_test"] == "2 of 3"
-    assert verdict(numbers, "highest", "a", "b|c").verdict["vindr_test"] == "undecided"
-    assert verdict(numbers, "lowest", "c", "a|b").verdict["nih_test"] == "holds"
-    assert verdict(numbers, "lowest", "c", "a|b")["rank"]["nih_test"] == "1 of 3"
-    assert verdict(numbers, "lowest", "a", "b|c").verdict["nih_test"] == "contradicted"
-    assert verdict(numbers, "lowest", "a", "b|c")["rank"]["nih_test"] == "3 of 3"
+    arms = world(a=(0.84, 0.8302), b=(0.82, 0.83), c=(0.80, 0.80))
+    for test, left, right, testset, expected, rank in (
+            ("highest", "a", "b|c", "nih_test", "holds", "1 of 3"),
+            ("highest", "b", "a|c", "nih_test", "contradicted", "2 of 3"),
+            ("highest", "a", "b|c", "vindr_test", "undecided", "1 of 3"),
+            ("lowest", "c", "a|b", "nih_test", "holds", "1 of 3"),
+            ("lowest", "a", "b|c", "nih_test", "contradicted", "3 of 3"),
+            ("lowest", "c", "a|b|x", "nih_test", "undecided", "1 of 3")):
+        row = verdict(arms, test, left, right).loc[testset]
+        assert (row.verdict, row["rank"]) == (expected, rank), (test, left, right)
+    assert verdict(arms, "highest", "a", "b|c").decided_by["nih_test"] == "a - b, nih_test"
+    assert verdict(arms, "lowest", "c", "a|b").decided_by["nih_test"] == "c - b, nih_test"
 
 
 def test_no_winner():
@@ -208,26 +255,27 @@ def test_no_winner():
 
 
 def test_most_is_more_than_half_of_the_arms():
-    numbers = compare.Numbers("our runs")
+    arms = {}
     for exp, (a, b) in {"a": (0.84, 0.80), "b": (0.84, 0.80), "c": (0.80, 0.84), "d": (0.80, 0.7999)}.items():
         for label, mean in (("A", a), ("B", b)):
             noise = np.random.default_rng(ord(exp) + ord(label)).normal(0, 0.001, 5)
-            numbers.values[exp, "nih_test", f"|auc|{label}|"] = dict(zip("01234", mean + noise))
+            arms[exp, "nih_test", f"|auc|{label}|"] = arm(mean + noise)
 
-    def most(arms, metric="auc:A-B"):
-        return verdict(numbers, "most", arms, "", metric=metric, sets="nih_test").verdict["nih_test"]
-    assert most("a|b|c") == "holds" and most("a|b|c|d") == "undecided"           # exactly half is not most
-    assert most("a|b|c", "auc:B-A") == "contradicted"
+    def most(exps, metric="auc:A-B"):
+        return verdict(arms, "most", exps, "", metric=metric, sets="nih_test").loc["nih_test"]
+    assert most("a|b|c").verdict == "holds" and most("a|b|c").remark.startswith("clearly so in 2 of 3 arms")
+    assert most("a|b|c|d").verdict == "undecided"            # exactly half is not most
+    assert most("a|b|c", "auc:B-A").verdict == "contradicted"
 
 
 def test_a_verdict_does_not_depend_on_which_other_arms_exist():
     """Holm counts the family's comparisons that cannot be made: p = 0.03 alone is not clear beside two."""
-    numbers = world(a=(0.8217, None), b=(0.82, None))
-    claim = dict(numbers=numbers, test="greater", left="a", right="b", sets="nih_test")
+    arms = world(a=(0.8217, None), b=(0.82, None))
+    claim = dict(arms=arms, test="greater", left="a", right="b", sets="nih_test")
     alone = verdict(**claim)
     assert 0.02 < alone.p["nih_test"] < 0.05 and alone.verdict["nih_test"] == "holds"
     other = dict(id="2", family="F", place="", ours="0", statement="", test="greater", metric="auc_mean5",
-                 testsets="nih_test vindr_test", left="x", right="b", margin="")
+                 testsets="nih_test vindr_test", left="x", right="b", margin=nan)
     beside = verdict(**claim, more=[other])
     assert beside.p_holm["nih_test"] == pytest.approx(3 * alone.p["nih_test"])
     assert beside.verdict["nih_test"] == "undecided"
@@ -235,85 +283,119 @@ def test_a_verdict_does_not_depend_on_which_other_arms_exist():
 
 
 def test_operands():
-    numbers = world(a=(0.84, 0.82), b=(0.82, 0.82), **{"4.2.1-50k": (0.80, 0.80), "4.2.1-100k": (0.82, 0.82)})
-    for left, right, effect in (("a-b", "4.2.1-100k-4.2.1-50k", 0.0), ("a@nih_test", "a@vindr_test", 0.02),
-                                ("a", "b+0.01", 0.01), ("4.2.1-100k", "4.2.1-50k", 0.02)):
-        found = verdict(numbers, "greater", left, right, sets="nih_test")
-        assert found.effect["nih_test"] == pytest.approx(effect), left
-    numbers.values["a", "nih_test", "5|oracle_auc||0.1"] = {"0": 0.9, "1": 0.92}
-    numbers.values["a", "nih_test", "5|random_referral_auc||0.1"] = {"0": 0.85, "1": 0.86}
-    found = verdict(numbers, "greater", "a:uncertain", "a:random", metric="oracle_auc@0.10", sets="nih_test")
-    assert found.effect["nih_test"] == pytest.approx(0.055)
+    arms = world(a=(0.84, 0.82), b=(0.82, 0.82), **{"4.2.1-50k": (0.80, 0.80), "4.2.1-100k": (0.82, 0.82)})
+    arms["a", "nih_test", "5|oracle_auc||0.1"] = arm([0.9, 0.92])
+    arms["a", "nih_test", "5|random_referral_auc||0.1"] = arm([0.85, 0.86])
+    arms["a", "nih_test", "5|always_negative_accuracy||"] = arm([0.7, 0.7])
+    arms["a", "nih_test", "5|mean_accuracy||0.5"] = arm([0.8, 0.81])
+    for left, right, metric, effect in (
+            ("a-b", "4.2.1-100k-4.2.1-50k", "auc_mean5", 0.0), ("a", "b+0.01", "auc_mean5", 0.01),
+            ("a@nih_test", "a@vindr_test", "auc_mean5", 0.02), ("4.2.1-100k", "4.2.1-50k", "auc_mean5", 0.02),
+            ("a:uncertain", "a:random", "oracle_auc@0.10", 0.055),
+            ("a", "always_negative", "mean_accuracy@0.5", 0.105),
+            ("always_negative", "a", "mean_accuracy@0.5", -0.105),
+            ("a", "", "auc_mean5-oracle_auc@0.1", -0.07)):
+        found = verdict(arms, "greater", left, right, metric=metric, sets="nih_test")
+        assert found.effect["nih_test"] == pytest.approx(effect), (left, right)
+
+
+def test_the_mean_over_four_labels_is_that_of_the_labels_of_all_test_sets():
+    rng, arms = np.random.default_rng(0), {}
+    values = {label: rng.normal(0.8, 0.02, 3) for label in (*compare.FOUR_LABELS, "Edema")}
+    for label, of in values.items():
+        arms["a", "nih_test", f"|auc|{label}|"] = arm(of)
+    arms["a", "vindr_test", "|auc|Effusion|"] = arm([0.7])       # three labels are missing: no mean
+    known = compare.complete(arms, {})
+    expected = sum(values[label] for label in compare.FOUR_LABELS) / 4
+    assert known["a", "nih_test", "4|auc_mean||"].mean == pytest.approx(expected.mean())
+    assert known["a", "nih_test", "4|auc_mean||"].sd == pytest.approx(expected.std(ddof=1))
+    assert set(known) - set(arms) == {("a", "nih_test", "4|auc_mean||")}
+
+
+def test_printed_cells_stand_in_for_absent_runs_and_best_runs_are_compared_with_best_runs():
+    mean, fnr = ("a", "s", "5|auc_mean||"), ("a", "s", "5|fnr||0.1")
+    runs = {mean: arm([0.8, 0.82]), fnr: arm([0.3, 0.4])}
+    tables = {mean: printed(0.9, 0.01, 5), fnr: printed(0.25, nan, 5),
+              ("b", *mean[1:]): printed(0.7, 0.01, 5)}
+    known = compare.complete(runs, tables)
+    assert known[mean].mean == 0.81 and known["b", "s", "5|auc_mean||"].source == "printed"
+    assert known[fnr].mean == 0.25                           # Table 7 prints one run of each arm, the best
 
 
 def test_arms_that_saw_the_test_images_in_pre_training_say_so():
-    numbers = world(**{"3.1": (0.84, 0.84), "3.3": (0.82, 0.82)})
-    table = verdict(numbers, "greater", "3.1", "3.3")
+    arms = world(**{"3.1": (0.84, 0.84), "3.3": (0.82, 0.82)})
+    table = verdict(arms, "greater", "3.1", "3.3")
     assert "22,772 of the 25,596" in table.remark["nih_test"] and "22,772" in table.remark["all"]
     assert "22,772" not in table.remark["vindr_test"]
-    assert "22,772" not in verdict(numbers, "greater", "3.3", "3.3").remark["nih_test"]
+    assert "22,772" not in verdict(arms, "greater", "3.3", "3.3").remark["nih_test"]
 
 
-def test_spreads_are_compared_by_the_log_ratio_over_arms():
-    numbers, ratios = compare.Numbers("our runs"), []
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("testset, labels", [("chexpert_test", 5), ("vindr_test", 4)])
+def test_spreads_are_compared_by_the_log_ratio_over_arms_on_the_same_labels(testset, labels):
+    rng, arms, ratios = np.random.default_rng(0), {}, []
     for exp in ("1.1", "2.1", "3.4"):
         spreads = []
-        for testset, width in (("nih_test", 0.002), ("chexpert_test", 0.01)):
+        for place, width in (("nih_test", 0.002), (testset, 0.01)):
             values = 0.8 + width * rng.normal(size=4)
-            numbers.values[exp, testset, "5|auc_mean||"] = dict(zip("0123", values))
+            arms[exp, place, f"{labels}|auc_mean||"] = arm(values)
+            arms[exp, place, f"{9 - labels}|auc_mean||"] = arm(values[::-1] ** 2)
             spreads.append(np.std(values, ddof=1))
         ratios.append(np.log(spreads[1] / spreads[0]))
-    found = verdict(numbers, "greater", "sd(ood)", "sd(nih_test)", sets="chexpert_test").loc["chexpert_test"]
+    arms["2.3", testset, f"{labels}|auc_mean||"] = printed(0.8, 0.01, 5)     # not known on NIH: left out
+    found = verdict(arms, "greater", "sd(ood)", "sd(nih_test)", sets=testset).loc[testset]
     expected = stats.ttest_1samp(ratios, 0)
     assert found.effect == pytest.approx(np.mean(ratios)) and found.p == pytest.approx(expected.pvalue)
     assert found.ci_low == pytest.approx(expected.confidence_interval().low)
+    assert found.remark == "log ratio of the sd over runs, 3 arms"
 
 
 # ------------------------------------------------------------------------------------ the study's own claims
 
 @pytest.fixture(scope="module")
-def judged():
-    """Verdicts of the published and printed numbers."""
-    numbers = compare.read_reported(REPORTED)
-    return compare.verdicts(compare.read_claims(REPORTED / "claims.csv"), numbers)
+def decided(tmp_path_factory):
+    """Verdicts of the published and printed numbers, through the command line."""
+    folder = tmp_path_factory.mktemp("published")
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(compare, patch, "--reported", "--out", folder)
+    return pd.read_csv(folder / "verdicts.csv", dtype={"id": str, "rank": str})
 
 
-def test_claims_on_the_published_numbers(judged):
-    last = judged.drop_duplicates("id", keep="last").set_index("id")
+def test_claims_on_the_published_numbers(decided):
+    last = decided.drop_duplicates("id", keep="last").set_index("id")
     assert last.verdict.value_counts().to_dict() == {
         "holds": 31, "undecided": 31, "not run": 3, "contradicted": 2}
     assert set(last.index[last.verdict == "contradicted"]) == {"F10", "K2"}
     assert set(last.index[last.verdict == "not run"]) == {"L2", "M2", "N8"}          # in no run and no table
-    one = judged[(judged.id == "A1")].set_index("testset")
+    one = decided[(decided.id == "A1")].set_index("testset")
     assert one.verdict.to_dict() == {**dict.fromkeys(one.index, "holds")}
     assert one.effect["nih_test"] == pytest.approx(0.8198 - 0.8052, abs=2e-4)
-    measured = judged[judged.effect.notna() & (judged.family != "H")]  # H is about spreads themselves
+    measured = decided[decided.effect.notna() & (decided.family != "H")]  # H is about spreads themselves
     assert measured.remark.str.contains("seeds only").all()
     assert last["rank"]["N1s"] == "4 of 6" and last["rank"]["N6"] == "1 of 12"
     undecided = last.loc["N9"]  # one printed run: an effect, no spread
     assert undecided.effect == pytest.approx(0.7545 - 0.72378, abs=1e-4) and np.isnan(undecided.ci_low)
 
 
-def test_a_printed_pair_is_welchs_test_on_table_2(judged):
+def test_a_printed_pair_is_welchs_test_on_table_2(decided):
     printed = pd.read_csv(REPORTED / "table2.csv", dtype=str).set_index(["exp", "testset", "classes"])
     cells = [printed.loc[(exp, "nih_test", "5")].astype(float) for exp in ("3.3", "2.3")]
     runs = pd.read_csv(REPORTED / "raw_runs_auc.csv", dtype=str).query(
         "exp == '3.3' and testset == 'nih_test' and classes == '5' and label == 'mean'").auc.astype(float)
     expected = stats.ttest_ind_from_stats(runs.mean(), runs.std(), 5, cells[1].auc_mean, cells[1].auc_sd, 5,
                                           equal_var=False)
-    resnet = judged[(judged.id == "F2") & (judged.testset == "vindr_test")].iloc[0]       # of three runs
+    resnet = decided[(decided.id == "F2") & (decided.testset == "vindr_test")].iloc[0]       # of three runs
     ours, theirs = (printed.loc[(exp, "vindr_test", "5")].astype(float) for exp in ("3.2", "1.2"))
     three = stats.ttest_ind_from_stats(ours.auc_mean, ours.auc_sd, 5, theirs.auc_mean, theirs.auc_sd, 3,
                                        equal_var=False)
     assert resnet.p == pytest.approx(three.pvalue, rel=0.02)                # ours are published unrounded
-    found = judged[(judged.id == "C1") & (judged.testset == "nih_test")].iloc[0]
-    assert found.p == pytest.approx(expected.pvalue) and found.source == "printed and published runs"
+    found = decided[(decided.id == "C1") & (decided.testset == "nih_test")].iloc[0]
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-5)
+    assert found.source == "printed and published runs"
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
-def score(tmp_path, monkeypatch, arms, seeds=(0, 1, 2), patients=60):
+def score(tmp_path, monkeypatch, arms, seeds=(0, 1, 2), patients=60, bootstrap=200):
     """metrics.csv and draws.npz of drawn predictions: {arm: how well it tells}."""
     rng, files = np.random.default_rng(0), []
     labels = list(metrics.STUDY5)
@@ -326,7 +408,7 @@ def score(tmp_path, monkeypatch, arms, seeds=(0, 1, 2), patients=60):
         files.append(tmp_path / f"runs/{exp}/predictions/seed{seed}/nih_test.csv")
         files[-1].parent.mkdir(parents=True)
         frame.to_csv(files[-1], index=False)
-    run_here(metrics, monkeypatch, *files, "--out", tmp_path / "metrics.csv", "--bootstrap", 200,
+    run_here(metrics, monkeypatch, *files, "--out", tmp_path / "metrics.csv", "--bootstrap", bootstrap,
              "--workers", 1)
     return tmp_path / "metrics.csv"
 
@@ -334,48 +416,46 @@ def score(tmp_path, monkeypatch, arms, seeds=(0, 1, 2), patients=60):
 def test_two_arms_are_compared_without_claims(tmp_path, monkeypatch, capsys):
     path = score(tmp_path, monkeypatch, {"good": 2.0, "bad": 0.5})
     capsys.readouterr()
-    run_here(compare, monkeypatch, "--metrics", path, "--arms", "good", "bad")
+    run_here(compare, monkeypatch, "--metrics", path, "--arms", "good", "bad", "--out", tmp_path / "two")
     line = next(line for line in capsys.readouterr().out.splitlines() if "auc_mean" in line)
-    values = (
-        pd.read_csv(path).query("metric == 'auc_mean' and variant == 'corrected'").groupby("exp").value.mean()
-    )
+    rows = pd.read_csv(path).query("metric == 'auc_mean' and variant == 'corrected'")
+    values = rows.groupby("exp").value.mean()
     assert f"{values['good']:.4f}" in line and f"{values['bad']:.4f}" in line
     assert f"{values['good'] - values['bad']:.4f}" in line
+    two = pd.read_csv(tmp_path / "two/two_arms.csv").query("metric == 'auc_mean'").iloc[0]
+    assert two.effect == pytest.approx(two.good - two.bad, abs=1e-5)
+    assert 0 < two.ci_low < two.effect < two.ci_high
+    assert [file.name for file in (tmp_path / "two").iterdir()] == ["two_arms.csv"]
     with np.load(tmp_path / "draws.npz") as file:
         place = file["good/0/nih_test/rows"].tolist().index("5|auc_mean||")
         pooled = [np.mean([file[f"{exp}/{seed}/nih_test"][place] for seed in range(3)], 0, dtype=float)
                   for exp in ("good", "bad")]
     run_here(compare, monkeypatch, "--metrics", path, "--out", tmp_path / "out")
-    pairs = pd.read_csv(tmp_path / "out/comparisons.csv").query(
-        "label.isna() and left == 'good' and right == 'bad'"
-    )
-    assert pairs.se_patients.iloc[0] == pytest.approx(np.std(pooled[0] - pooled[1]), rel=1e-4)
-    assert (pairs.ci_low.iloc[0] > 0) and pairs.p.iloc[0] < 0.05
+    pairs = pd.read_csv(tmp_path / "out/comparisons.csv").query("label.isna()")
+    pair = pairs.query("left == 'good' and right == 'bad'").iloc[0]
+    assert pair.se_patients == pytest.approx(np.std(pooled[0] - pooled[1]), rel=1e-4)
+    assert (pair.effect, pair.p) == (two.effect, two.p) and pair.ci_low > 0 and pair.p < 0.05
+    np.testing.assert_allclose(pairs.p_holm, compare.holm(pairs.p), rtol=1e-4)
 
 
 def test_every_metric_with_resamples_has_an_interval_over_runs_and_patients(tmp_path, monkeypatch):
     path = score(tmp_path, monkeypatch, {"3.4": 2.0, "2.2": 1.0})
-    run_here(compare, monkeypatch, "--metrics", path, "--out", tmp_path / "out", "--exp", "3.*")
+    run_here(compare, monkeypatch, "--metrics", path, "--out", tmp_path / "out")
     arms = pd.read_csv(tmp_path / "out/arms.csv")
-    assert set(arms.exp) == {"3.4", "3.4-ensemble"}
-    means = (
-        arms[(arms.exp == "3.4") & arms.label.isna()]
-        .fillna({"threshold": -1})
-        .set_index(["metric", "threshold"])
-    )
-    for metric, threshold in (
-        ("auprc", -1),
-        ("ece", -1),
-        ("fnr", 0.3),
-        ("subset_accuracy", 0.5),
-        ("oracle_auc", 0.1),
-    ):
+    assert set(arms.exp) == {"2.2", "2.2-ensemble", "3.4", "3.4-ensemble"}
+    means = arms[(arms.exp == "3.4") & arms.label.isna()].fillna({"threshold": -1})
+    means = means.set_index(["metric", "threshold"])
+    for metric, threshold in (("auprc", -1), ("ece", -1), ("fnr", 0.3), ("subset_accuracy", 0.5),
+                              ("oracle_auc", 0.1)):
         row = means.loc[(metric, threshold)]
-        assert (
-            float(row.ci_low) < float(row.value) < float(row.ci_high) and float(row.se_patients) > 0
-        ), metric
+        assert float(row.ci_low) < float(row.value) < float(row.ci_high), metric
+        assert float(row.se_patients) > 0, metric
     verdicts = pd.read_csv(tmp_path / "out/verdicts.csv")
-    assert len(set(verdicts.id)) == 67 and (verdicts.query("id == 'A1'").verdict == "not run").all()
+    assert len(set(verdicts.id)) == 67 and (verdicts.query("id == 'A2'").verdict == "not run").all()
+    one = verdicts.query("id == 'A1' and testset == 'nih_test'").iloc[0]
+    pair = pd.read_csv(tmp_path / "out/comparisons.csv").query("metric == 'auc_mean'")
+    pair = pair.query("left == '3.4' and right == '2.2'").iloc[0]
+    assert (one.effect, one.ci_low, one.p) == (pair.effect, pair.ci_low, pair.p)
 
 
 def test_other_peoples_claims_and_the_constant_answer(tmp_path, monkeypatch):
@@ -403,43 +483,50 @@ def test_verdicts_on_stand_ins_say_so(tmp_path, monkeypatch, capsys):
     table = pd.read_csv(tmp_path / "verdicts.csv").query("testset == 'nih_test'").set_index("id")
     assert table.source["A1"] == "our runs and stand-ins"
     assert set(pd.read_csv(tmp_path / "arms.csv").query("exp == '3.4'").source) == {"stand-ins"}
-    assert "67 claims on our runs, some of them stand-ins" in capsys.readouterr().out
+    assert "our runs and stand-ins" in capsys.readouterr().out
+
+
+def test_what_metrics_csv_lacks_is_not_compared(tmp_path, monkeypatch):
+    path = score(tmp_path, monkeypatch, {"a": 1.0}, seeds=(0,))
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    frame[frame.metric != "fnr"].to_csv(path, index=False)
+    run_here(compare, monkeypatch, "--metrics", path, "--out", tmp_path / "out")
+    metrics_left = set(pd.read_csv(tmp_path / "out/arms.csv").metric)
+    assert "ece" in metrics_left and "fnr" not in metrics_left
+    assert (tmp_path / "out/comparisons.csv").read_text().count("\n") == 1          # one arm has no pair
+
+
+def test_without_resamples_the_interval_is_welchs(tmp_path, monkeypatch):
+    path = score(tmp_path, monkeypatch, {"a": 1.0, "b": 0.5}, bootstrap=0)
+    run_here(compare, monkeypatch, "--metrics", path, "--arms", "a", "b", "--out", tmp_path / "out")
+    found = pd.read_csv(tmp_path / "out/two_arms.csv").query("metric == 'auprc'").iloc[0]
+    rows = pd.read_csv(path).query("metric == 'auprc' and variant == 'corrected' and labels == 5")
+    values = [rows[rows.exp == exp].value for exp in "ab"]
+    assert found.p == pytest.approx(stats.ttest_ind(*values, equal_var=False).pvalue, rel=1e-4)
+    assert found.remark == "seeds only"
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(draws=None), "draws.npz is not there"), (dict(flags=["--exp", "9.*"]), "no experiment like 9.*"),
-    (dict(flags=["--arms", "a", "z"]), "both 'a' and 'z'; there are a"),
-    (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,a b,c,"), "operand 'a b' cannot be read"),
-    (dict(claim="1,A,,0,s,greater,auc_mean6,nih_test,a,c,"), "metric 'auc_mean6' cannot be read"),
-    (dict(claim="1,A,,0,s,better,auc_mean5,nih_test,a,c,"), "test 'better'"),
-    (dict(claim="1,A,,0,s,no_gain,auc_mean5,nih_test,a,c,"), "no_gain with a margin")])
+    (dict(draws=None), "draws.npz is not there"), (dict(draws=b"PK\x03\x04 cut short"), "or unreadable"),
+    (dict(flags=["--arms", "a", "z"]), "both 'a' and 'z'; choose from a"),
+    (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,a b,c,"), "claim 1: 'auc_mean5' of 'a b' cannot"),
+    (dict(claim="1,A,,0,s,greater,auc_mean5@x,nih_test,a,c,"), "claim 1: 'auc_mean5@x' of 'a' cannot"),
+    (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,,c,"), "claim 1: 'auc_mean5' of '' cannot"),
+    (dict(claim="1,A,,0,s,better,auc_mean5,nih_test,a,c,"), "claim 1: expected a test of greater"),
+    (dict(claim="1,A,,0,s,no_gain,auc_mean5,nih_test,a,c,little"), "no_gain with a margin")])
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, change, said):
     path = score(tmp_path, monkeypatch, {"a": 1.0}, seeds=(0,))
     claims = tmp_path / "claims.csv"
-    claims.write_text(
-        ",".join(compare.CLAIM)
-        + "\n"
-        + change.get("claim", "1,A,,0,s,greater,auc_mean5,nih_test,a,b,")
-        + "\n"
-    )
+    row = change.get("claim", "1,A,,0,s,greater,auc_mean5,nih_test,a,b,")
+    claims.write_text(",".join(compare.CLAIM) + "\n" + row + "\n")
     if "draws" in change:
         (tmp_path / "draws.npz").unlink()
+        if change["draws"]:
+            (tmp_path / "draws.npz").write_bytes(change["draws"])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run_here(compare, monkeypatch, "--metrics", path, "--claims", claims, "--out", tmp_path / "out",
                  *change.get("flags", []))
     error = capsys.readouterr().err
-    assert (
-        stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error
-    ), error
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("freedom", [0.05, 1, 4, 30.5, 1e25])
-def test_the_detectable_effect_is_found_with_80_percent_power(freedom):
-    """By scipy's noncentral t: the share of tests that exceed the critical value; below 1 degree as at 1."""
-    from scipy.stats import nct, norm
-    from scipy.stats import t as student
-    found, degrees = float(compare.noncentrality(freedom)), max(1, freedom)
-    power = norm.sf(1.959964 - found) if degrees > 1e9 else nct.sf(student.ppf(0.975, degrees), degrees, found)
-    assert abs(power - 0.8) < 1e-3
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert said in error and not (tmp_path / "out").exists(), error
