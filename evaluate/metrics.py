@@ -14,11 +14,12 @@ Reads   predictions: path, patient, true_<label> (1, 0, blank if unknown), prob_
         runs/<exp>/predictions/seed<k>/<test set>.csv, else the file's name, 0 and "test". nih_val.csv beside
         a file chooses thresholds and a temperature; <test set>.json beside it may hold the mark "stand_in".
 Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, threshold, value, ci_low, ci_high,
-        stand_in. labels: what a mean is over: 14 (NIH's), 5 (at least four of the study's), all (if others).
+        stand_in. labels: what a mean is over: 5 (at least four of the study's), 14 (NIH's), all (if others).
         label: of one label; both blank: of whole images. threshold: of p > threshold, the share referred, or
         a bin's lower edge. value: blank if undefined. <exp>-ensemble, no seed: mean probability of its runs.
         draws.npz beside it: for "exp/seed/dataset" float32 [rows, resamples], the values of a metric when
-        patients are drawn with replacement, the same ones for every run; "exp/seed/dataset/rows": which.
+        patients are drawn with replacement, the same ones for every run; "exp/seed/dataset/rows": which, as
+        labels|metric|label|threshold: AUCs, and for labels 5, else 14, else all, the other means.
 Cells that are unknown are left out of every metric; a label that no image knows is not scored.
 """
 
@@ -50,7 +51,12 @@ SPECIFICITIES = (0.9, 0.95)
 BINS = 15                                            # of calibration errors and reliability curves
 AGES = {"<=40": 40, "41-60": 60, "61-80": 80, ">80": np.inf}    # upper end of each band, years
 NORMAL = 1.959964                                    # half width of a 95 % interval in standard errors
+MEANS = {"auc": "auc_mean", "accuracy": "mean_accuracy"}        # names of means over labels
+GROUPED = {True: ("auc", "ece", "fnr_youden", "fpr_youden"),    # by sex, age and race, with validation
+           False: ("auc", "ece", "fnr@0.5", "fpr@0.5")}         # and without
+UNREAD = re.compile("balanced_accuracy|.*_(f1|youden)$")        # whose resamples no script reads
 COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high stand_in".split()
+TERMINAL = ["exp", "seed", "dataset", "labels", "metric", "value", "ci_low", "ci_high"]
 
 
 # --- begin copy: error ---
@@ -62,48 +68,80 @@ def fail(message):
 
 
 # --------------------------------------------------------------------------------------------------- ranking
-# Throughout: y [n, K] is 1, 0, anything else is unknown; p float [n, K] in [0, 1]; a row is an image, a
-# column a label; NaN is undefined. Influence of an image: what a little more of its weight adds to a metric.
+# y [n, K] is 1, 0, anything else is unknown; p float [n, K] in [0, 1]; a row is an image, a column a label.
+# Functions "of one label" take y and p, [n], of its known images. NaN is undefined. Influences, [n]: what a
+# little more weight of each image adds to a metric.
 
 def is_known(y):
     return (y == 1) | (y == 0)
 
 
+def known_columns(y, p):
+    """Yields y and p of the known images of each label."""
+    for truth, score in zip(y.T, p.T):
+        yield truth[is_known(truth)], score[is_known(truth)]
+
+
+@np.errstate(invalid="ignore")
 def mean_over_labels(values, variant="corrected"):
     """Mean of the defined values over the last axis; "paper" leaves out zeros too. NaN if none is left."""
     used = values > 0 if variant == "paper" else ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(used, values, 0).sum(-1) / used.sum(-1)
+    return np.where(used, values, 0).sum(-1) / used.sum(-1)
 
 
-def ranked_auc(y, level):
-    """AUC of one label; level int [n]: the rank of each score, ties equal. NaN without both classes."""
-    size = level.max(initial=0) + 1
-    high = np.bincount(level[y == 1], minlength=size)
-    low = np.bincount(level[y == 0], minlength=size)
-    with np.errstate(invalid="ignore"):
-        return high @ (np.cumsum(low) - low / 2) / (high.sum() * low.sum())
-
-
-def auc_influence(y, level):
-    """Each image's influence on the AUC of one label, float [n], zeros without both classes.
-
-    For a positive, its share of negatives below it (ties 1/2) less the AUC, over the number of positives; for
-    a negative likewise. Source: DeLong et al. 1988, by ranks as in Sun & Xu 2014.
-    """
-    positive, negative = y == 1, y == 0
-    high, low = (np.bincount(level[members], minlength=level.max() + 1) for members in (positive, negative))
-    if not positive.any() or not negative.any():
-        return np.zeros(len(y))
-    below = (np.cumsum(low) - low / 2) / low.sum()
-    above = 1 - (np.cumsum(high) - high / 2) / high.sum()
-    area = high @ below / high.sum()
-    return positive * (below[level] - area) / high.sum() + negative * (above[level] - area) / low.sum()
-
-
-def levels(scores):
+def ranks(p):
     """Rank of each score, int [n], equal scores sharing one."""
-    return np.unique(scores, return_inverse=True)[1]
+    return np.unique(p, return_inverse=True)[1]
+
+
+def class_counts(y, level):
+    """How many positives and how many negatives have each rank, int [2, ranks]."""
+    size = level.max(initial=0) + 1
+    positives = np.bincount(level[y == 1], minlength=size)
+    return np.array([positives, np.bincount(level[y == 0], minlength=size)])
+
+
+def ranked_auc(y, level, spread=True):
+    """AUC of one label from ranks, and if `spread` the influences, [n]; NaN and zeros without both classes.
+
+    Influence of a positive: its share of negatives below it (ties 1/2) less the AUC, over the number of
+    positives; of a negative likewise. Source: DeLong et al. 1988, by ranks as in Sun & Xu 2014.
+    """
+    high, low = class_counts(y, level)
+    positives, negatives = high.sum(), low.sum()
+    if not positives or not negatives:
+        return np.nan, np.zeros(len(y))
+    below = (np.cumsum(low) - low / 2) / negatives
+    above = 1 - (np.cumsum(high) - high / 2) / positives
+    area = high @ below / positives
+    if not spread:
+        return area, np.zeros(len(y))
+    influence = (y == 1) * (below[level] - area) / positives
+    return area, influence + (y == 0) * (above[level] - area) / negatives
+
+
+def average_precision(y, level):
+    """AUPRC (average precision) of one label from ranks, and the influences, [n]; NaN without positives.
+
+    The mean over positives of the precision at their score; a further image above a score changes it there.
+    """
+    counts = class_counts(y, level)
+    high, positives = counts[0], counts[0].sum()
+    if not positives:
+        return np.nan, np.zeros(len(y))
+    true, false = counts[:, ::-1].cumsum(1)[:, ::-1]            # that score at least as high
+    flagged = np.maximum(true + false, 1)
+    precision = true / flagged
+    area = high @ precision / positives
+    gain = np.cumsum(high * false / flagged ** 2)
+    loss = np.cumsum(high * true / flagged ** 2)
+    influence = (y == 1) * (precision - area + gain)[level] - (y == 0) * loss[level]
+    return area, influence / positives
+
+
+def auc_of(y, p):
+    """AUC of one label and the influences, float [n]."""
+    return ranked_auc(y, ranks(p))
 
 
 def auc(y, p, variant="corrected"):
@@ -113,10 +151,8 @@ def auc(y, p, variant="corrected"):
     """
     if np.ndim(y) == 1:
         return auc(np.asarray(y)[:, None], np.asarray(p)[:, None], variant)[0]
-    values = np.array([ranked_auc(truth, levels(score)) for truth, score in zip(y.T, p.T)])
-    if variant == "paper":
-        values[~(y == 1).any(0)] = 0
-    return values
+    values = np.array([auc_of(*column)[0] for column in zip(y.T, p.T)])
+    return np.where((y == 1).any(0), values, 0) if variant == "paper" else values
 
 
 def clustered_error(y, influence, patient=None):
@@ -125,14 +161,15 @@ def clustered_error(y, influence, patient=None):
     Images of one `patient` are a cluster (all alone by default). NaN if a class has fewer than two patients.
     Source: Obuchowski 1997; with one image a patient DeLong et al. 1988.
     """
-    cluster = levels(np.arange(len(y)) if patient is None else patient)
-    size, sums, counts = cluster.max() + 1, [], []
-    for members in (y == 1, y == 0):
-        sums.append(np.bincount(cluster[members], influence[members], size))
-        counts.append(len(np.unique(cluster[members])))
-    (ten, one), (m, n) = sums, counts
+    cluster = np.arange(len(y)) if patient is None else ranks(patient)
+    size = cluster.max() + 1
+    positive, negative = y == 1, y == 0
+    m = len(np.unique(cluster[positive]))
+    n = len(np.unique(cluster[negative]))
     if min(m, n) < 2:
         return np.nan
+    ten = np.bincount(cluster[positive], influence[positive], size)
+    one = np.bincount(cluster[negative], influence[negative], size)
     variance = m / (m - 1) * ten @ ten + n / (n - 1) * one @ one
     variance += 2 * size / (size - 1) * ten @ one
     return np.sqrt(max(variance, 0))
@@ -143,8 +180,9 @@ def auc_interval(y, p, patient=None):
 
     AUC +- 1.96 standard errors (DeLong), clustered by `patient` if given, within 0 and 1; NaN if undefined.
     """
-    y, p = np.asarray(y), np.asarray(p)
-    area, margin = auc(y, p), NORMAL * clustered_error(y, auc_influence(y, levels(p)), patient)
+    y = np.asarray(y)
+    area, influence = auc_of(y, p)
+    margin = NORMAL * clustered_error(y, influence, patient)
     return float(area), float(max(area - margin, 0)), float(min(area + margin, 1))
 
 
@@ -154,44 +192,26 @@ def delong(y, p_left, p_right, patient=None):
     Returns: {difference, se, z, p}; se as clustered_error, z and p NaN where it tells nothing.
     Raises: ValueError without both classes.
     """
-    difference = auc(y, p_left) - auc(y, p_right)
+    y = np.asarray(y)
+    left, left_influence = auc_of(y, p_left)
+    right, right_influence = auc_of(y, p_right)
+    difference = left - right
     if np.isnan(difference):
         raise ValueError("DeLong's test needs positives and negatives")
-    influence = auc_influence(y, levels(p_left)) - auc_influence(y, levels(p_right))
-    se = clustered_error(y, influence, patient)
+    se = clustered_error(y, left_influence - right_influence, patient)
     z = difference / se if se > 0 else (0.0 if se == difference == 0 else np.nan)
     return {"difference": difference, "se": se, "z": z, "p": 2 * ndtr(-abs(z))}
-
-
-def average_precision(y, p):
-    """AUPRC (average precision) of one label and each image's influence on it, [n]; NaN without positives.
-
-    The mean over positives of the precision at their score; a further image above a score changes it there.
-    """
-    positive, negative = y == 1, y == 0
-    high, low = np.sort(p[positive]), np.sort(p[negative])
-    if not len(high):
-        return np.nan, np.zeros(len(p))
-    true = len(high) - np.searchsorted(high, high)            # positives that score at least as high, each
-    false = len(low) - np.searchsorted(low, high)
-    flagged = true + false
-    area = (true / flagged).mean()
-    reached = np.searchsorted(high, p, "right")               # positives that do not score higher, each image
-    gain, loss = (np.append(0, np.cumsum(part / flagged ** 2))[reached] for part in (false, true))
-    own = (true / flagged)[np.maximum(reached - 1, 0)]
-    return area, (positive * (own - area + gain) - negative * loss) / len(high)
 
 
 # ------------------------------------------------------------------------------------------------ resampling
 
 @lru_cache(maxsize=8)
 def resample_counts(size, resamples, seed):
-    """How often each of `size` units is drawn in every bootstrap resample, uint8 [B, size], read-only."""
+    """How often each of `size` units is drawn in every bootstrap resample, uint8 [B, size]."""
     rng = np.random.default_rng(seed)
     counts = np.empty((resamples, size), np.uint8, order="F")     # read patient by patient
     for row in counts:
         row[:] = np.bincount(rng.integers(size, size=size), minlength=size)
-    counts.flags.writeable = False
     return counts
 
 
@@ -200,67 +220,63 @@ def draw_patients(patient, resamples, seed=0):
 
     The draws depend on the set of patients and the seed alone: two models on one test set get the same ones.
     """
-    index = levels(patient)
+    index = ranks(patient)
     return index, resample_counts(index.max() + 1, resamples, seed)
 
 
-def auc_draws(y, p, patient, counts, chunk=128):
+@np.errstate(invalid="ignore")
+def auc_draws(y, p, patient, counts, chunk=64):
     """AUC per label of every resample, float [B, K], by weighted ranks; patient and counts of draw_patients.
 
-    Positives that outrank the same negatives share a row; `steps` holds the negatives between a row and the
-    one before, by patient (twice; a tie: once here, once in the next), `at` a row's positives. A resample
+    Positives of one score share a row. A row of `steps` holds the negatives between its positives and those
+    before, by patient (twice; a tie: once here, once in the next), a row of `drawn` its positives. A resample
     costs two sparse products and a cumulative sum over rows, by blocks of 32 rows times a triangle of ones:
-    twice as fast as np.cumsum. Exact in 16 bits where a row's counts fit, else in float32 up to 2^22 images.
+    twice as fast as np.cumsum. Exact in float32 up to 2^22 images.
     """
     values = np.full((len(counts), y.shape[1]), np.nan)
-    triangle, most, maps = np.tri(32, dtype=np.float32), int(counts.max(initial=0)), []
+    triangle, maps = np.tri(32, dtype=np.float32), []
     for truth, score in zip(y.T, p.T):
-        high, low = np.flatnonzero(truth == 1), np.flatnonzero(truth == 0)
-        ranked = np.sort(score[low])
-        outranked = np.searchsorted(ranked, score[high]) + np.searchsorted(ranked, score[high], "right")
-        _, first, at = np.unique(outranked, return_index=True, return_inverse=True)
-        leaders = score[high][first]
-        steps = np.concatenate([np.searchsorted(leaders, score[low], side) for side in ("left", "right")])
+        high, low = truth == 1, truth == 0
+        leaders, at = np.unique(score[high], return_inverse=True)
+        between = [np.searchsorted(leaders, score[low], side) for side in ("left", "right")]
         shape = (len(leaders) // 32 + 1) * 32, counts.shape[1]
-        largest = max(np.bincount(rows).max(initial=0) for rows in (steps, at))
-        kind = np.uint16 if largest * most < 2 ** 16 else np.float32
-        for cells in ((steps, np.tile(patient[low], 2)), (at, patient[high])):
-            maps.append(csr_matrix((np.ones(len(cells[0]), kind), cells), shape))
+        negatives = np.concatenate(between), np.tile(patient[low], 2)
+        for rows, owners in (negatives, (at, patient[high])):
+            ones = np.ones(len(rows), np.float32)
+            maps.append(csr_matrix((ones, (rows, owners)), shape))
     for start in range(0, len(counts), chunk):
-        block = counts[start:start + chunk].T
-        weights = {kind: block.astype(kind, order="C") for kind in {part.dtype for part in maps}}   # [P, b]
-        products = ((part @ weights[part.dtype]).astype(np.float32, copy=False) for part in maps)
+        weights = counts[start:start + chunk].T.astype(np.float32, order="C")       # [P, b]
+        products = (rows @ weights for rows in maps)
         for k, (steps, drawn) in enumerate(zip(products, products)):                # [rows, b]
             below = triangle @ steps.reshape(-1, 32, steps.shape[1])
             below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                      # of the blocks before
             below = below.reshape(drawn.shape)
             ordered = np.einsum("ij,ij->j", drawn, below, dtype=np.float64)
             pairs = drawn.sum(0, dtype=np.float64) * below[-1]
-            with np.errstate(invalid="ignore"):
-                values[start:start + chunk, k] = ordered / pairs
+            values[start:start + chunk, k] = ordered / pairs
     return values
 
 
-def linear_draws(influences, counts, chunk=128):
-    """What each resample adds to a metric, to first order, float32 [B, M]; influences [P, M], by patient.
+def linear_draws(values, sums, counts, chunk=128):
+    """M metrics in every resample, to first order, float [B, M]; sums [P, M]: influence of each patient.
 
     The infinitesimal jackknife (Efron 1982): its spread is the bootstrap's where the metric is smooth.
     """
-    influences = influences.astype(np.float32)
-    sums = np.zeros((len(counts), influences.shape[1]), np.float32) - influences.sum(0)
-    for start in range(0, len(influences), chunk):          # few enough for their draws to be cached
-        sums += counts[:, start:start + chunk].astype(np.float32) @ influences[start:start + chunk]
-    return sums
+    sums, draws = sums.astype(np.float32), values - sums.sum(0)
+    for start in range(0, len(sums), chunk):                # few enough for their draws to be cached
+        block = counts[:, start:start + chunk].astype(np.float32)
+        draws = draws + block @ sums[start:start + chunk]
+    return draws
 
 
 # ------------------------------------------------------------------------------------- decisions and referral
 
+@np.errstate(invalid="ignore")
 def share(hits, among):
-    """Share of `among` that are `hits` per column, float [M], and each image's influence on it, [n, M]."""
+    """Share of `among` that are `hits`, and the influences, [n]; or per column, [M] and [n, M]."""
     total = among.sum(0)
-    with np.errstate(invalid="ignore"):
-        value = hits.sum(0) / total
-        return value, (hits - value * among) / total
+    value = hits.sum(0) / total
+    return value, (hits - value * among) / total
 
 
 def is_right(y, p, threshold):
@@ -275,24 +291,29 @@ def mean_accuracy(y, p, threshold, variant="corrected"):
 
 
 def all_right(y, p, threshold):
-    """share() of the images with every label right among those with every label known, one column."""
-    return share(is_right(y, p, threshold).all(1)[:, None], is_known(y).all(1)[:, None])
+    """share() of the images with every label right among those with every label known."""
+    return share(is_right(y, p, threshold).all(1), is_known(y).all(1))
 
 
 def subset_accuracy(y, p, threshold):
     """Share of images with every label right at p > threshold, of those with every label known."""
-    return all_right(y, p, threshold)[0][0]
-
-
-def misses(y, p, threshold):
-    """{"fnr": share() of positives that are missed, "fpr": of negatives that are not} at p > threshold."""
-    flagged, positive, negative = p > threshold, y == 1, y == 0
-    return {"fnr": share(positive & ~flagged, positive), "fpr": share(negative & flagged, negative)}
+    return all_right(y, p, threshold)[0]
 
 
 def fnr(y, p, threshold):
     """Missed share of the positives per label at p > threshold, float [K]; undefined without positives."""
-    return misses(y, p, threshold)["fnr"][0]
+    return share((y == 1) & (p <= threshold), y == 1)[0]
+
+
+def decisions(y, p, threshold, suffix):
+    """Yields (name, value, influences) of one label at p > threshold."""
+    missed, missed_influence = share((y == 1) & (p <= threshold), y == 1)
+    alarms, alarms_influence = share((y == 0) & (p > threshold), y == 0)
+    yield f"fnr{suffix}", missed, missed_influence
+    yield f"fpr{suffix}", alarms, alarms_influence
+    influence = -(missed_influence + alarms_influence) / 2
+    yield f"balanced_accuracy{suffix}", 1 - (missed + alarms) / 2, influence
+    yield f"accuracy{suffix}", *share(is_right(y, p, threshold), is_known(y))
 
 
 def images_seen(n, fractions, variant="corrected"):
@@ -304,29 +325,33 @@ def images_seen(n, fractions, variant="corrected"):
 
 
 def answer_levels(p):
-    """Ranks of p per label, int [n + 2, K]; the last two rows are those of the answers 0 and 1."""
-    return np.stack([levels(np.append(score, [0, 1])) for score in p.T], 1)
+    """Ranks of each label's scores, int [n + 2, K]; the last two rows are those of the answers 0 and 1."""
+    return np.stack([ranks(np.append(score, [0, 1])) for score in p.T], 1)
 
 
-def referral_turns(p):
-    """When each image is referred, int [n]: by u = mean over labels of |p - 0.5|, ties by row."""
-    turns = np.empty(len(p), int)
-    turns[np.argsort(np.abs(p - 0.5).mean(1), kind="stable")] = np.arange(len(p))
-    return turns
+class Referral:
+    """Images in the order in which an expert is asked, ties by row.
 
-
-def answered(y, turns, level, count):
-    """Ranks [n, K] after the first `count` images in turn were answered: the truth as a probability."""
-    return np.where((turns < count)[:, None], (y == 1) * level[-1], level[:-2])
-
-
-def referral_auc(y, turns, level, seen):
-    """AUC per label, float [Q, K], after the first `seen` images in turn were answered.
-
-    Args: turns int [n] of referral_turns, level int [n + 2, K] of answer_levels.
+    Args: level [n + 2, K] of answer_levels; u: |p - 0.5|, [n, K], for each label alone, or its mean, [n, 1].
     """
-    tables = [answered(y, turns, level, count) for count in seen]
-    return np.array([[ranked_auc(*column) for column in zip(y.T, table.T)] for table in tables])
+
+    def __init__(self, y, level, u):
+        self.y, self.level = y, level
+        self.turns = np.argsort(np.argsort(u, 0, kind="stable"), 0)
+
+    def auc(self, seen, rows=slice(None), spread=False):
+        """AUCs, [K], and if `spread` influences on their mean, [n], after the first `seen` were answered."""
+        answers = (self.y == 1) * self.level[-1]
+        answered = np.where(self.turns < seen, answers, self.level[:-2])
+        columns = zip(self.y[rows].T, answered[rows].T)
+        areas, influences = zip(*(ranked_auc(*column, spread) for column in columns))
+        count = np.count_nonzero(~np.isnan(areas))
+        return np.array(areas), sum(influences) / max(count, 1)
+
+
+def certainty(p):
+    """Mean over labels of |p - 0.5|, float [n, 1]."""
+    return np.abs(p - 0.5).mean(1, keepdims=True)
 
 
 def oracle_auc(y, p, fractions, variant="corrected"):
@@ -335,7 +360,8 @@ def oracle_auc(y, p, fractions, variant="corrected"):
     "paper" gives 0 to a label without positives, and its referrals add up.
     """
     seen = images_seen(len(p), fractions, variant)
-    values = referral_auc(y, referral_turns(p), answer_levels(p), seen)
+    referral = Referral(y, answer_levels(p), certainty(p))
+    values = np.array([referral.auc(count)[0] for count in seen])
     if variant == "paper":
         values[:, ~(y == 1).any(0)] = 0
     return values, seen / len(p)
@@ -343,21 +369,29 @@ def oracle_auc(y, p, fractions, variant="corrected"):
 
 def risk_coverage_area(y, p, threshold=0.5):
     """Share of wrong labels among the 1, 2, ... n most certain images, averaged (Geifman et al. 2019)."""
-    certain_first = np.argsort(-np.abs(p - 0.5).mean(1), kind="stable")
-    known = is_known(y)[certain_first]
-    wrong = known & ~is_right(y, p, threshold)[certain_first]
-    some = known.any(1)
-    risk = wrong[some].sum(1) / known[some].sum(1)
-    return (np.cumsum(risk) / np.arange(1, len(risk) + 1)).mean()
+    certain_first = np.argsort(-certainty(p)[:, 0], kind="stable")
+    known = is_known(y)
+    wrong = known & ~is_right(y, p, threshold)
+    risk = pd.Series(wrong.sum(1) / known.sum(1))[certain_first]        # NaN where nothing is known
+    return risk.dropna().expanding().mean().mean()
 
 
 # ------------------------------------------------------------------------------------------------ calibration
 
 def binned_error(bins, excess):
-    """Sum over bins of count |mean excess| / n of one label, and each image's influence on it, float [n]."""
+    """Sum over bins of count |mean excess| / n of one label, and the influences, float [n]."""
     sums = np.bincount(bins, excess)
     error = np.abs(sums).sum() / len(bins)
     return error, (np.sign(sums)[bins] * excess - error) / len(bins)
+
+
+def released_calibration(y, p, thresholds):
+    """calibration_error of one label, float [T]."""
+    upper = np.linspace(0, 0.5, BINS + 1)[:-1] + 1 / BINS
+    confidence = np.abs(p - 0.5)
+    bins = np.searchsorted(upper, confidence, "right")
+    errors = [binned_error(bins, confidence - is_right(y, p, t)) for t in thresholds]
+    return np.array([error for error, _ in errors])
 
 
 def calibration_error(y, p, thresholds=THRESHOLDS):
@@ -366,46 +400,33 @@ def calibration_error(y, p, thresholds=THRESHOLDS):
     Bin i starts at i/30 but is 1/15 wide, and an item goes to the first bin that holds it, which is the first
     whose upper end lies above it. Source: the released evaluation code.
     """
-    upper, values = np.linspace(0, 0.5, BINS + 1)[:-1] + 1 / BINS, np.empty((len(thresholds), y.shape[1]))
-    for k, (truth, score) in enumerate(zip(y.T, p.T)):
-        truth, score = truth[is_known(truth)], score[is_known(truth)]
-        confidence = np.abs(score - 0.5)
-        bins = np.searchsorted(upper, confidence, "right")
-        for t, threshold in enumerate(thresholds):
-            values[t, k] = binned_error(bins, confidence - is_right(truth, score, threshold))[0]
-    return values
+    return np.array([released_calibration(*column, thresholds) for column in known_columns(y, p)]).T
 
 
 def probability_bins(p, adaptive=False):
     """Bin of each probability of one label, int [n]: BINS equal widths, closed above, or equal counts."""
-    if not adaptive:
-        return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], p)
-    bins = np.empty(len(p), int)
-    bins[np.argsort(p, kind="stable")] = np.arange(len(p)) * BINS // len(p)
-    return bins
+    if adaptive:
+        return np.argsort(np.argsort(p, kind="stable")) * BINS // len(p)
+    return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], p)
 
 
-def ece_and_influence(y, p, adaptive=False):
-    """Expected calibration error per label, float [K], and each image's influence on it, [n, K]."""
-    values, influence = np.empty(y.shape[1]), np.zeros(y.shape)
-    for k, known in enumerate(is_known(y).T):
-        truth, score = y[known, k], p[known, k]
-        values[k], influence[known, k] = binned_error(probability_bins(score, adaptive), score - truth)
-    return values, influence
+def ece_of(y, p, adaptive=False):
+    """Expected calibration error of one label, and the influences, float [n]."""
+    return binned_error(probability_bins(p, adaptive), p - y)
 
 
 def ece(y, p, adaptive=False):
     """Expected calibration error per label, float [K]: p against the share of positives (Guo et al. 2017)."""
-    return ece_and_influence(y, p, adaptive)[0]
+    return np.array([ece_of(*column, adaptive)[0] for column in known_columns(y, p)])
 
 
+@np.errstate(invalid="ignore")
 def reliability(y, p):
-    """Reliability curve of one label (1-D): images, mean p, share of positives in each bin, float [BINS]."""
-    y, p = y[is_known(y)], p[is_known(y)]
+    """Reliability curve of one label: images, mean p, share of positives in each bin, float [BINS] each."""
     bins = probability_bins(p)
-    count, predicted, observed = (np.bincount(bins, weights, BINS) for weights in (None, p, y))
-    with np.errstate(invalid="ignore"):
-        return count, predicted / count, observed / count
+    count = np.bincount(bins, minlength=BINS)
+    predicted = np.bincount(bins, p, BINS) / count
+    return {"images": count, "predicted": predicted, "observed": np.bincount(bins, y, BINS) / count}
 
 
 def temper(p, temperature):
@@ -421,33 +442,93 @@ def fit_temperature(y, p):
     def cross_entropy(log_temperature):
         q = temper(p, np.exp(log_temperature))
         return -(xlogy(y, q) + xlogy(1 - y, 1 - q)).mean()
-    return float(np.exp(minimize_scalar(cross_entropy, bounds=np.log([0.05, 20]), method="bounded").x))
+    found = minimize_scalar(cross_entropy, bounds=np.log([0.05, 20]), method="bounded")
+    return float(np.exp(found.x))
 
 
 # ------------------------------------------------------------------------------------------- operating points
 
 def sensitivity_at(y, p, specificity):
-    """Highest sensitivity of p > t with at least that specificity, per label [K]; NaN without a class."""
-    values = np.full(y.shape[1], np.nan)
-    for k in np.flatnonzero((y == 1).any(0) & (y == 0).any(0)):
-        low = np.sort(p[y[:, k] == 0, k])
-        least = int(np.ceil(specificity * len(low) - 1e-9))           # negatives that must not be flagged
-        threshold = low[least - 1] if least else -1
-        values[k] = (p[y[:, k] == 1, k] > threshold).mean()
-    return values
+    """Highest sensitivity of p > t of one label with at least that specificity; NaN without both classes."""
+    if y.all() or not y.any():
+        return np.nan
+    threshold = np.quantile(p[y == 0], specificity - 1e-9, method="inverted_cdf")
+    return (p[y == 1] > threshold).mean()
 
 
 def choose_threshold(y, p, rule):
-    """The lowest score t of one label (1-D) where p > t is best by `rule`: "f1", or "youden" for
+    """The lowest score t of one label where p > t is best by `rule`: "f1", or "youden" for
     sensitivity + specificity. NaN without both classes.
     """
-    high, low, scores = np.sort(p[y == 1]), np.sort(p[y == 0]), np.unique(p[is_known(y)])
-    if not len(high) or not len(low):
+    scores, level = np.unique(p, return_inverse=True)
+    counts = class_counts(y, level)
+    positives, negatives = counts.sum(1)
+    if not positives or not negatives:
         return np.nan
-    true = len(high) - np.searchsorted(high, scores, "right")
-    false = len(low) - np.searchsorted(low, scores, "right")
-    gain = true / len(high) - false / len(low) if rule == "youden" else true / (true + false + len(high))
-    return scores[np.argmax(gain)]
+    true, false = counts.sum(1, keepdims=True) - counts.cumsum(1)
+    youden = true / positives - false / negatives
+    f1 = true / (true + false + positives)                    # half of it
+    return scores[np.argmax(f1 if rule == "f1" else youden)]
+
+
+# ------------------------------------------------------------------------------------------ lists of metrics
+# Names are "[paper ]metric[@threshold]"; after the value come influences, [n], where there is an interval.
+
+def label_metrics(y, p, level, chosen, temperature):
+    """Yields the metrics of one label.
+
+    chosen: {rule: threshold} and temperature: of validation, {} and None without.
+    """
+    area, influence = ranked_auc(y, level)
+    prevalence, known = y.mean(), y >= 0
+    yield "auc", area, influence
+    yield "paper auc", area if y.any() else 0
+    yield "auprc", *average_precision(y, level)
+    yield "brier", *share((p - y) ** 2, known)
+    yield "ece", *ece_of(y, p)
+    yield "adaptive_ece", ece_of(y, p, adaptive=True)[0]
+    yield "always_negative_accuracy", *share(y == 0, known)
+    yield "random_guess_accuracy", prevalence ** 2 + (1 - prevalence) ** 2
+    yield "paper random_guess_accuracy", 1 - prevalence
+    for least in SPECIFICITIES:
+        yield f"sensitivity_at_specificity_{least:g}", sensitivity_at(y, p, least)
+    for t, error in zip(THRESHOLDS, released_calibration(y, p, THRESHOLDS)):
+        yield from decisions(y, p, t, f"@{t:g}")
+        yield f"paper accuracy@{t:g}", is_right(y, p, t).mean().round(4)
+        yield f"paper calibration_error@{t:g}", error
+    for rule, t in chosen.items():
+        yield f"threshold_{rule}", t
+        yield from decisions(y, p, t, f"_{rule}")
+    if temperature:
+        yield "ece_temperature", ece_of(y, temper(p, temperature))[0]
+
+
+def joint_metrics(y, p, level):
+    """Yields the metrics of several labels together; level of answer_levels.
+
+    An expert answers the uncertain images (oracle), or as many at random, or they are left out (rejection).
+    """
+    yield "risk_coverage_area", risk_coverage_area(y, p)
+    yield "always_negative_subset_accuracy", subset_accuracy(y, 0 * y, 0.5)
+    for t in THRESHOLDS:
+        yield f"subset_accuracy@{t:g}", *all_right(y, p, t)
+    n = len(y)
+    seen = images_seen(n, FRACTIONS)
+    referral = Referral(y, level, certainty(p))
+    areas, influences = zip(*(referral.auc(k, spread=True) for k in seen))
+    yield "auc_labels", np.count_nonzero(~np.isnan(areas[0]))
+    values = mean_over_labels(np.array(areas))
+    slopes = np.gradient(values, FRACTIONS)                             # what a larger share would add
+    for q, k, value, slope, influence in zip(FRACTIONS, seen, values, slopes, influences):
+        left = referral.turns[:, 0] >= k
+        # a resample refers the same share: where it has more images above the cut, the cut moves
+        yield f"oracle_auc@{q:g}", value, influence + slope * (k / n - ~left) / n
+        untouched = (n - k) * (n - k - 1) / (n * (n - 1))               # share of the pairs, at random
+        at_random = 1 - untouched * (1 - values[0])
+        yield f"random_referral_auc@{q:g}", at_random, untouched * influences[0]
+        yield f"rejection_auc@{q:g}", mean_over_labels(referral.auc(k, left)[0])
+    for q, k in zip(FRACTIONS, images_seen(n, FRACTIONS, "paper")):
+        yield f"paper oracle_auc@{q:g}", mean_over_labels(referral.auc(k)[0], "paper")
 
 
 # ---------------------------------------------------------------------------------------------- reading files
@@ -522,46 +603,49 @@ def nih_name(label):
     return spelt.get(re.sub(r"[\W_]", "", label).lower(), label)
 
 
+def read_cells(path, cells, allowed, expected):
+    """A table of text as float [n, K]. Raises InputError for the first cell that is not `allowed`."""
+    numbers = cells.apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    for row, k in np.argwhere(~allowed(numbers))[:1]:
+        found = f"{path} row {row + 1}: {cells.columns[k]} is '{cells.iat[row, k]}'"
+        raise InputError(f"{found}; expected {expected}")
+    return numbers
+
+
 def read_predictions(path):
     """One predictions file, checked. Raises InputError that names file, row and what was expected."""
     frame = read_csv(path, ["path", "patient"], {"path": str, "patient": str})
-    true, prob = ([name[5:] for name in frame if name.startswith(kind)] for kind in ("true_", "prob_"))
+    true = [name[5:] for name in frame if name.startswith("true_")]
+    prob = [name[5:] for name in frame if name.startswith("prob_")]
     for name in sorted(set(true) ^ set(prob)):
-        has, lacks = ("true", "prob") if name in true else ("prob", "true")
-        raise InputError(f"{path} has a column {has}_{name} but no {lacks}_{name}; add it or drop both")
-    labels = np.array([nih_name(name) for name in true])
-    if not true:
-        raise InputError(f"{path} has no column true_<label>; a label needs true_<label> and prob_<label>")
-    if len(set(labels)) < len(labels):
-        twice = max(labels, key=list(labels).count)
-        raise InputError(f"{path} has label {twice} under two spellings; keep one")
-    for row in np.flatnonzero(frame["path"].duplicated())[:1]:
-        raise InputError(f"{path} row {row + 1}: image '{frame['path'][row]}' is there twice; keep one row")
-    tables = []
-    for kind, expected in (("true_", "1, 0 or blank (unknown)"), ("prob_", "a probability from 0 to 1")):
-        cells = frame[[kind + name for name in true]]
-        numbers = cells.replace("", -1) if kind == "true_" else cells
-        numbers = numbers.apply(pd.to_numeric, errors="coerce").to_numpy(float)
-        good = np.isin(numbers, (-1, 0, 1)) if kind == "true_" else (numbers >= 0) & (numbers <= 1)
-        for row, k in np.argwhere(~good)[:1]:
-            raise InputError(f"{path} row {row + 1}: {cells.columns[k]} is '{cells.iat[row, k]}'; expected "
-                             f"{expected}")
-        tables.append(numbers)
-    scored = is_known(tables[0]).any(0)
-    y, p = tables[0][:, scored].astype(np.int8), tables[1][:, scored]
-    if not ((y == 1).any(0) & (y == 0).any(0)).any():
+        raise InputError(f"{path} has only one of true_{name} and prob_{name}; add the other or drop both")
+    labels = pd.Index(map(nih_name, true))
+    for label in labels[labels.duplicated()]:
+        raise InputError(f"{path} has label {label} under two spellings; keep one")
+    for image in frame["path"][frame["path"].duplicated()]:
+        raise InputError(f"{path}: image '{image}' is there twice; keep one row")
+    truths = frame[[f"true_{name}" for name in true]].replace("", -1)
+    y = read_cells(path, truths, lambda cells: np.isin(cells, (-1, 0, 1)), "1, 0 or blank (unknown)")
+    scores = frame[[f"prob_{name}" for name in true]]
+    p = read_cells(path, scores, lambda cells: (cells >= 0) & (cells <= 1), "a probability from 0 to 1")
+    rankable = (y == 1).any(0) & (y == 0).any(0)
+    if not rankable.any():
         raise InputError(f"{path} has no label with both positives and negatives, so nothing can be ranked; "
                          "check true_<label> or add images")
+    scored = is_known(y).any(0)
     nobody = frame["patient"].str.lower().isin(["", "nan", "none", "na", "n/a", "<na>", "null"])
-    patient = np.where(nobody, "image " + frame["path"], frame["patient"]).astype(str)
-    return Predictions(list(labels[scored]), y, p, patient, frame["path"].to_numpy(str), people_of(frame))
+    patient = frame["patient"].mask(nobody, "image " + frame["path"]).to_numpy(str)
+    y, p = y[:, scored].astype(np.int8), p[:, scored]
+    path = frame["path"].to_numpy(str)
+    return Predictions(list(labels[scored]), y, p, patient, path, people_of(frame))
 
 
 def people_of(frame):
     """Sex, age band and race of every row, blank if unknown; "White, non-Hispanic" and the like are White."""
     people = frame.reindex(columns=["sex", "age", "race"], fill_value="").astype(str)
     ages = pd.to_numeric(people["age"], errors="coerce")
-    people["age"] = pd.cut(ages, [-np.inf, *AGES.values()], labels=list(AGES)).astype(object).fillna("")
+    bands = pd.cut(ages, [-np.inf, *AGES.values()], labels=list(AGES))
+    people["age"] = bands.astype(object).fillna("")
     for race in ("White", "Black", "Asian"):
         people.loc[people["race"].str.contains(race), "race"] = race
     return people
@@ -571,13 +655,21 @@ def people_of(frame):
 def read_manifests(manifests):
     """people_of every image of the manifests, by path."""
     frame = pd.concat([read_csv(path, ["path"]) for path in manifests]).fillna("")
-    people = people_of(frame).assign(path=frame["path"]).drop_duplicates().set_index("path")
+    people = people_of(frame).assign(path=frame["path"])
+    people = people.drop_duplicates().set_index("path")
     for path in people.index[people.index.duplicated()][:1]:
         raise InputError(f"the manifests know two people for image '{path}'; give the one that the "
                          "predictions were made from")
-    if (people == "").all(axis=None):
-        raise InputError(f"{manifests[0]} knows no sex, age or race of any image; leave --manifest out")
     return people
+
+
+def find_people(test, path, manifests):
+    """The predictions of the file with sex, age band and race from the manifests."""
+    people = read_manifests(manifests)
+    for image in test.path[~np.isin(test.path, people.index)][:1]:
+        raise InputError(f"{path}: image '{image}' is in no manifest; give the one that the predictions "
+                         "were made from")
+    return test._replace(people=people.loc[test.path].reset_index(drop=True))
 
 
 def read_mark(path):
@@ -590,283 +682,191 @@ def read_mark(path):
 
 
 def label_sets(labels):
-    """{name: columns} that means are over: 14, 5 (of at least four) and all, unless that is one of them."""
-    study = [labels.index(label) for label in STUDY5 if label in labels]
-    sets = {"14": [labels.index(label) for label in NIH14]} if set(NIH14) <= set(labels) else {}
-    if len(study) >= 4:
-        sets["5"] = study
+    """{name: labels} that means are over: 5 (at least four), 14 and all, unless that is one of them."""
+    study = [label for label in STUDY5 if label in labels]
+    sets = {"5": study} if len(study) >= 4 else {}
+    if set(NIH14) <= set(labels):
+        sets["14"] = list(NIH14)
     if len(labels) not in map(len, sets.values()):
-        sets["all"] = list(range(len(labels)))
+        sets["all"] = labels
     return sets
 
 
 # --------------------------------------------------------------------------------------------- scoring a file
 
-def choose(validation):
-    """What validation predictions decide: {rule: {label: threshold}}, and one temperature for the model."""
-    thresholds = {"f1": {}, "youden": {}}
-    for label, y, p in zip(validation.labels, validation.y.T, validation.p.T):
-        for rule in thresholds:
-            thresholds[rule][label] = choose_threshold(y, p, rule)
-    return thresholds, fit_temperature(validation.y, validation.p)
-
-
 class Score:
-    """Collects the rows of one predictions file, from `labels` to `ci_high`, and their patient resamples."""
+    """The rows of one predictions file, from `labels` to `ci_high`, and their patient resamples."""
 
-    def __init__(self, test, resamples, seed):
-        self.labels, self.y, self.p, self.people = test.labels, test.y, test.p, test.people
-        self.sets = label_sets(test.labels)
+    def __init__(self, test, resamples, seed, validation):
+        self.labels, self.people = test.labels, test.people
+        self.y, self.p = test.y, test.p
+        self.sets, self.level = label_sets(test.labels), answer_levels(test.p)
         self.patient, self.counts = draw_patients(test.patient, resamples, seed)
-        self.level, self.known = answer_levels(test.p), is_known(test.y)
+        draws = auc_draws(test.y, test.p, self.patient, self.counts)
+        self.auc_draws = pd.DataFrame(draws, columns=test.labels)
         self.rows, self.drawn, self.linear = [], {}, {}
+        self.chosen, self.temperature = choose(validation) if validation else ({}, None)
 
-    def put(self, metric, value, influence=None, draws=None, labels="", label="", threshold="",
-            variant="corrected"):
-        """One row: value +- 1.96 standard errors, from its draws [B] or the images' influence [n].
+    def put(self, metric, value, sums=np.nan, labels="", label="", group=""):
+        """One row: value +- 1.96 standard errors; sums: influence of each patient, [P], or NaN.
 
-        AUCs, and of everything else the means, have resamples of patients.
+        AUCs have resamples by ranks; of everything else the means over the first label set have linear ones.
         """
-        error, threshold = np.nan, f"{threshold:g}" if threshold != "" else ""
-        key = "|".join((labels, metric, label, threshold))
-        if draws is not None and not np.isnan(draws).all():
-            error, self.drawn[key] = np.nanstd(draws), draws
-        elif influence is not None and not np.isnan(value):
-            by_patient = np.bincount(self.patient, influence, self.counts.shape[1])
-            error = np.sqrt(by_patient @ by_patient)
-            if not label:
-                self.linear[key] = value, by_patient
+        name, _, threshold = metric.removeprefix("paper ").partition("@")
+        name = (name if label or group else MEANS.get(name, name)) + group
+        key = "|".join((labels, name, label, threshold))
+        error = np.linalg.norm(sums)
+        if metric + group == "auc" and not np.isnan(value):
+            draws = self.auc_draws[self.sets.get(labels, [label])].mean(axis=1)
+            error, self.drawn[key] = draws.std(ddof=0), draws
+        elif labels == next(iter(self.sets)) and not np.isnan(value + error) and not UNREAD.match(name):
+            self.linear[key] = value, sums
         margin = NORMAL * error if error > 1e-12 else np.nan        # no spread at all tells nothing
+        variant = "paper" if metric.startswith("paper") else "corrected"
         ends = max(value - margin, 0), min(value + margin, 1)
-        self.rows.append((labels, metric, variant, label, threshold, value, *ends))
+        self.rows.append((labels, name, variant, label, threshold, value, *ends))
 
-    def put_each(self, metric, values, influence=None, draws=None, **where):
-        """A row a label; values [K], influence [n, K], draws [B, K]."""
+    def by_patient(self, rows, influence=None):
+        """Influence of each patient, float [P], from those of the images `rows`; NaN without."""
+        if influence is None:
+            return np.nan
+        return np.bincount(self.patient[rows], influence, self.counts.shape[1])
+
+    def collect(self, inside=True):
+        """{metric: {label: (value, influence by patient)}} of the images `inside`, bool [n]."""
+        found = defaultdict(dict)
         for k, label in enumerate(self.labels):
-            columns = [None if part is None else part[:, k] for part in (influence, draws)]
-            self.put(metric, values[k], *columns, label=label, **where)
+            rows = np.flatnonzero(inside & is_known(self.y[:, k]))
+            y, p, level = (table[rows, k] for table in (self.y, self.p, self.level))
+            metrics = label_metrics(y, p, level, self.chosen.get(label, {}), self.temperature)
+            for name, value, *influence in metrics if len(rows) else ():
+                found[name][label] = value, self.by_patient(rows, *influence)
+        return found
 
-    def put_labels(self, metric, values, influence=None, draws=None, over=True, **where):
-        """put_each, and for every label set the mean of the defined; over: bool [K], labels in the means."""
-        self.put_each(metric, values, influence, draws, **where)
-        name = {"auc": "auc_mean", "accuracy": "mean_accuracy"}.get(metric, metric)
-        used = ~np.isnan(values) & over
-        for labels, columns in self.sets.items():
-            kept = [k for k in columns if used[k]]
-            means = [None if influence is None else influence[:, kept].mean(1) if kept else None,
-                     None if draws is None else mean_over_labels(draws[:, columns])]
-            self.put(name, mean_over_labels(values[kept]), *means, labels=labels, **where)
+    def put_labels(self, metric, parts, over, group=""):
+        """A row for each label of `parts`, {label: (value, sums)}, and for the means over those in `over`."""
+        for label, part in parts.items():
+            self.put(metric, *part, label=label, group=group)
+        for labels, members in self.sets.items():
+            kept = [parts[label] for label in members if label in over]
+            part = [np.mean(values, 0) for values in zip(*kept)] or [np.nan]
+            self.put(metric, *part, labels=labels, group=group)
+
+    def put_whole(self):
+        """Rows of all images."""
+        self.put("images", len(self.y))
+        self.put("patients", self.counts.shape[1])
+        if self.temperature:
+            self.put("temperature", self.temperature)
+        for metric, parts in self.collect().items():
+            least = 0 if metric == "paper auc" else -1              # the released mean is over AUCs above 0
+            over = [label for label, (value, _) in parts.items() if value > least]
+            self.put_labels(metric, parts, over)
+        for labels, members in self.sets.items():
+            columns = [self.labels.index(label) for label in members]
+            tables = (table[:, columns] for table in (self.y, self.p, self.level))
+            for metric, value, *influence in joint_metrics(*tables):
+                self.put(metric, value, self.by_patient(slice(None), *influence), labels=labels)
+
+    def put_each(self):
+        """Rows of each label of which no mean is taken."""
+        undefined = self.auc_draws.isna().mean()
+        alone = Referral(self.y, self.level, np.abs(self.p - 0.5))
+        referred = [alone.auc(seen)[0] for seen in images_seen(len(self.y), FRACTIONS)]
+        for k, (y, p) in enumerate(known_columns(self.y, self.p)):
+            label = self.labels[k]
+            self.put("positives", y.sum(), label=label)
+            self.put("undefined_resamples", undefined[label], label=label)
+            for q, areas in zip(FRACTIONS, referred):
+                self.put(f"oracle_auc_by_label@{q:g}", areas[k], label=label)
+            for name, curve in reliability(y, p).items():
+                for place, value in enumerate(curve):
+                    self.put(f"reliability_{name}@{place / BINS:g}", value, label=label)
+
+    def put_groups(self, attribute):
+        """Rows of each group of people and of the gap between the best and the worst group.
+
+        Means are over the labels that are defined in every group that has any. A gap has no interval:
+        resampling adds noise to every group, hence to the largest difference.
+        """
+        people, groups = self.people[attribute], defaultdict(dict)
+        for group in sorted(set(people) - {""}):
+            inside = (people == group).to_numpy()
+            self.put("images", inside.sum(), group=f"[{attribute}={group}]")
+            for metric, parts in self.collect(inside).items():
+                groups[metric][group] = parts
+        for metric in GROUPED[bool(self.chosen)] if groups else ():
+            values = pd.DataFrame(groups[metric])                                       # [labels, groups]
+            values = values.map(lambda part: part[0], na_action="ignore").astype(float)
+            shared = values.dropna(axis=1, how="all").dropna().index
+            for group, parts in groups[metric].items():
+                self.put_labels(metric, parts, shared, f"[{attribute}={group}]")
+            gaps = values.max(axis=1) - values.min(axis=1)
+            gaps[values.count(axis=1) < 2] = np.nan
+            if len(groups[metric]) > 1:
+                parts = {label: [gap] for label, gap in gaps.items()}
+                self.put_labels(metric, parts, shared, f"_gap[{attribute}]")
 
     def draws(self):
         """(names, float32 [rows, B]) of the resamples; a name is labels|metric|label|threshold."""
-        values, influences = zip(*self.linear.values())
-        linear = np.array(values) + linear_draws(np.stack(influences, 1), self.counts)
-        drawn = [*self.drawn.values(), *linear.T]
-        return np.array([*self.drawn, *self.linear]), np.array(drawn, np.float32)
-
-    def baselines(self):
-        """What is in the file, and what an answer without a look at the image scores."""
-        prevalence, _ = share(self.y == 1, self.known)
-        self.put("images", len(self.y))
-        self.put("patients", self.counts.shape[1])
-        self.put_each("positives", (self.y == 1).sum(0))
-        self.put_each("known", self.known.sum(0))
-        self.put_labels("random_guess_accuracy", 1 - prevalence, variant="paper")
-        self.put_labels("random_guess_accuracy", prevalence ** 2 + (1 - prevalence) ** 2)
-        self.put_labels("always_negative_accuracy", *share(self.y == 0, self.known))
-        for labels, columns in self.sets.items():
-            y = self.y[:, columns]
-            self.put("always_negative_subset_accuracy", subset_accuracy(y, 0 * y, 0.5), labels=labels)
-
-    def ranking(self):
-        """Metrics without a threshold."""
-        values = np.array([ranked_auc(y, level) for y, level in zip(self.y.T, self.level[:-2].T)])
-        draws = auc_draws(self.y, self.p, self.patient, self.counts)
-        self.put_labels("auc", values, None, draws)
-        paper = np.where((self.y == 1).any(0), values, 0)
-        self.put_each("auc", paper, variant="paper")
-        for labels, columns in self.sets.items():
-            self.put("auc_mean", mean_over_labels(paper[columns], "paper"), labels=labels, variant="paper")
-            self.put("auc_labels", np.count_nonzero(~np.isnan(values[columns])), labels=labels)
-        if len(draws):
-            self.put_each("undefined_resamples", np.isnan(draws).mean(0))
-        areas, influences = zip(*(average_precision(y, p) for y, p in zip(self.y.T, self.p.T)))
-        self.put_labels("auprc", np.array(areas), np.stack(influences, 1))
-        for specificity in SPECIFICITIES:
-            sensitivity = sensitivity_at(self.y, self.p, specificity)
-            self.put_labels(f"sensitivity_at_specificity_{specificity:g}", sensitivity)
-
-    def decisions(self):
-        """Metrics of p > threshold, and the Brier score."""
-        self.put_labels("brier", *share(self.known * (self.p - self.y) ** 2, self.known))
-        for t in THRESHOLDS:
-            (missed, missed_influence), (alarms, alarms_influence) = misses(self.y, self.p, t).values()
-            self.put_labels("fnr", missed, missed_influence, threshold=t)
-            self.put_labels("fpr", alarms, alarms_influence, threshold=t)
-            influence = -(missed_influence + alarms_influence) / 2
-            self.put_labels("balanced_accuracy", 1 - (missed + alarms) / 2, influence, threshold=t)
-            self.put_labels("accuracy", *share(is_right(self.y, self.p, t), self.known), threshold=t)
-            for labels, columns in self.sets.items():
-                y, p, where = self.y[:, columns], self.p[:, columns], {"labels": labels, "threshold": t}
-                self.put("mean_accuracy", mean_accuracy(y, p, t, "paper"), variant="paper", **where)
-                value, influence = all_right(y, p, t)
-                self.put("subset_accuracy", value[0], influence[:, 0], **where)
-
-    def calibration(self):
-        """How far p is from a probability."""
-        for t, values in zip(THRESHOLDS, calibration_error(self.y, self.p)):
-            self.put_labels("calibration_error", values, threshold=t, variant="paper")
-        self.put_labels("ece", *ece_and_influence(self.y, self.p))
-        self.put_labels("adaptive_ece", ece(self.y, self.p, adaptive=True))
-        curves = np.array([reliability(y, p) for y, p in zip(self.y.T, self.p.T)])      # [K, 3, BINS]
-        for edge, curve in zip(np.arange(BINS) / BINS, curves.T):
-            for name, values in zip(("images", "predicted", "observed"), curve):
-                self.put_each(f"reliability_{name}", values, threshold=edge)
-
-    def referral(self):
-        """An expert answers the uncertain images (oracle), or as many at random, or they are left out."""
-        n = len(self.y)
-        seen, paper = (images_seen(n, FRACTIONS, variant) for variant in ("corrected", "paper"))
-        for labels, columns in self.sets.items():
-            y, p, level = self.y[:, columns], self.p[:, columns], self.level[:, columns]
-            turns, counts = referral_turns(p), np.union1d(seen, paper)
-            values = dict(zip(counts, referral_auc(y, turns, level, counts)))
-            plain, slopes = mean_over_labels(values[0]), np.gradient(
-                [mean_over_labels(values[k]) for k in seen], FRACTIONS)      # what a larger share would add
-            for q, k, slope in zip(FRACTIONS, seen, slopes):
-                where, left = {"labels": labels, "threshold": q}, turns >= k
-                pairs = zip(y.T, answered(y, turns, level, k).T)
-                influence = sum(auc_influence(*pair) for pair in pairs) / max((~np.isnan(values[k])).sum(), 1)
-                # a resample refers the same share: where it has more images above the cut, the cut moves
-                cut = slope * (k / n - ~left) / n
-                self.put("oracle_auc", mean_over_labels(values[k]), influence + cut, **where)
-                if k == 0:
-                    at_random = influence
-                untouched = (n - k) * (n - k - 1) / (n * (n - 1))           # share of the pairs, at random
-                value = 1 - untouched * (1 - plain)
-                self.put("random_referral_auc", value, untouched * at_random, **where)
-                rejected = [ranked_auc(*column) for column in zip(y[left].T, level[:-2][left].T)]
-                self.put("rejection_auc", mean_over_labels(np.array(rejected)), **where)
-            for q, k in zip(FRACTIONS, paper):
-                where = {"labels": labels, "threshold": q, "variant": "paper"}
-                self.put("oracle_auc", mean_over_labels(values[k], "paper"), **where)
-                self.put("referred", k / n, **where)
-            self.put("risk_coverage_area", risk_coverage_area(y, p), labels=labels)
-        for k in range(len(self.labels)):
-            turns, level = referral_turns(self.p[:, [k]]), self.level[:, [k]]
-            for q, (value,) in zip(FRACTIONS, referral_auc(self.y[:, [k]], turns, level, seen)):
-                self.put("oracle_auc_by_label", value, label=self.labels[k], threshold=q)
-
-    def chosen_on_validation(self, thresholds, temperature):
-        """The thresholds and the temperature of `choose`, applied."""
-        for rule, chosen in thresholds.items():
-            at = np.array([chosen.get(label, np.nan) for label in self.labels])
-            self.put_each(f"threshold_{rule}", at)
-            for name, (values, influence) in misses(self.y, self.p, at).items():
-                self.put_labels(f"{name}_{rule}", np.where(np.isnan(at), np.nan, values), influence)
-        tempered = temper(self.p, temperature)
-        self.put_labels("ece_temperature", ece(self.y, tempered))
-        self.put_labels("brier_temperature", *share(self.known * (tempered - self.y) ** 2, self.known))
-        self.put("temperature", temperature)
-
-    def subgroups(self, chosen):
-        """AUC, ECE, FNR and FPR of each sex, age band and race, and the gap between best and worst group.
-
-        FNR and FPR at THRESHOLDS and at Youden's thresholds of validation. Means are over the labels that are
-        defined in every group that has any. A gap has no interval: resampling adds noise to every group,
-        hence to the largest difference.
-        """
-        at = {f"@{t:g}": t for t in THRESHOLDS}
-        if chosen:
-            at["_youden"] = np.array([chosen[0]["youden"].get(label, np.nan) for label in self.labels])
-        for attribute in self.people:
-            found = defaultdict(dict)                           # metric: {group: (values [K], influence)}
-            for group in sorted(set(self.people[attribute]) - {""}):
-                inside = (self.people[attribute] == group).to_numpy()
-                self.put(f"images[{attribute}={group}]", inside.sum())
-                y = np.where(inside[:, None], self.y, -1)       # the others are unknown
-                ranks = list(zip(y.T, self.level[:-2].T))
-                areas = np.array([ranked_auc(truth, level) for truth, level in ranks])
-                influences = [auc_influence(truth, level) for truth, level in ranks]
-                found["auc"][group] = areas, np.stack(influences, 1)
-                found["ece"][group] = ece_and_influence(y, self.p)
-                for suffix, t in at.items():
-                    for name, part in misses(y, self.p, t).items():
-                        found[name + suffix][group] = part
-            for metric, groups in found.items():
-                self.put_groups(attribute, metric, groups)
-
-    def put_groups(self, attribute, metric, groups):
-        """Rows of one metric, "name" or "name@threshold", for {group: (values [K], influence [n, K])}."""
-        name, _, threshold = metric.partition("@")
-        threshold = float(threshold) if threshold else ""
-        values = np.array([value for value, _ in groups.values()])                  # [groups, K]
-        shared = ~np.isnan(values[~np.isnan(values).all(1)]).any(0)    # a group of one image has no AUC
-        for group, part in groups.items():
-            self.put_labels(f"{name}[{attribute}={group}]", *part, over=shared, threshold=threshold)
-        if len(groups) > 1:
-            span = np.fmax.reduce(values) - np.fmin.reduce(values)              # which pass over NaN
-            span[np.count_nonzero(~np.isnan(values), axis=0) < 2] = np.nan
-            self.put_labels(f"{name}_gap[{attribute}]", span, over=shared, threshold=threshold)
+        values, sums = zip(*self.linear.values())
+        linear = linear_draws(np.array(values), np.stack(sums, 1), self.counts)
+        names = [*self.drawn, *self.linear]
+        rows = [*self.drawn.values(), *linear.T]
+        return np.array(names), np.array(rows, np.float32)
 
 
-def digest(test):
-    """Checksum of images, patients, labels and truths, whatever the order of rows and columns."""
-    rows, columns = np.argsort(test.path), np.argsort(test.labels)
-    texts = [*np.array(test.labels)[columns], *test.path[rows], *test.patient[rows]]
-    return zlib.crc32("\n".join(texts).encode() + test.y[np.ix_(rows, columns)].tobytes())
-
-
-def average(runs):
-    """Predictions of the ensemble of an arm's runs on the same images: their mean probability."""
-    first, total = runs[0], 0
-    for run in runs:
-        rows = pd.Index(run.path).get_indexer(first.path)
-        columns = [run.labels.index(label) for label in first.labels]
-        total = total + run.p[np.ix_(rows, columns)]
-    return first._replace(p=total / len(runs))
+def choose(validation):
+    """What validation predictions decide: {label: {rule: threshold}}, and one temperature for the model."""
+    chosen = {}
+    for label, (y, p) in zip(validation.labels, known_columns(validation.y, validation.p)):
+        if 0 < y.sum() < len(y):
+            chosen[label] = {rule: choose_threshold(y, p, rule) for rule in ("f1", "youden")}
+    return chosen, fit_temperature(validation.y, validation.p)
 
 
 def score_file(test, dataset, resamples, validation=None):
     """(rows, names of the resamples, resamples) of one set of predictions."""
-    score = Score(test, resamples, zlib.crc32(dataset.encode()))
-    chosen = choose(validation) if validation else None
-    score.baselines()
-    score.ranking()
-    score.decisions()
-    score.calibration()
-    score.referral()
-    if chosen:
-        score.chosen_on_validation(*chosen)
-    score.subgroups(chosen)
+    score = Score(test, resamples, zlib.crc32(dataset.encode()), validation)
+    score.put_whole()
+    score.put_each()
+    for attribute in test.people:
+        score.put_groups(attribute)
     return score.rows, *score.draws()
 
 
-def score_set(exp, dataset, paths, validation, manifests, resamples):
-    """All runs of one arm on one test set, {seed: path}, and their ensemble.
+def digest(test):
+    """What must be the same in all runs on a test set: labels, images, patients, truths, in any order."""
+    truth = pd.DataFrame(test.y, [test.path, test.patient], test.labels).sort_index(axis=1)
+    return list(truth), pd.util.hash_pandas_object(truth).sum()
 
-    Returns: [(exp, seed, rows, names, resamples)], the mark of stand-ins, the checksum of the images.
-    """
-    results, tests, vals = [], [], []
-    for seed, path in paths.items():
-        test = read_predictions(path)
-        if tests and digest(test) != digest(tests[0]):
-            raise InputError(unlike(path, next(iter(paths.values()))))
-        if manifests:
-            people = read_manifests(manifests)
-            for image in test.path[~np.isin(test.path, people.index)][:1]:
-                raise InputError(f"{path}: image '{image}' is in no manifest; give the one that the "
-                                 "predictions were made from")
-            test = test._replace(people=people.loc[test.path].reset_index(drop=True))
-        beside = validation or path.with_name("nih_val.csv")
-        val = read_predictions(beside) if beside != path and (validation or beside.is_file()) else None
-        results.append((exp, seed, *score_file(test, dataset, resamples, val)))
-        tests.append(test)
-        vals.append(val)
-    if len(tests) > 1:
-        val = average(vals) if None not in vals and len(set(map(digest, vals))) == 1 else None
-        results.append((f"{exp}-ensemble", "", *score_file(average(tests), dataset, resamples, val)))
-    return results, " ".join(sorted({read_mark(path) for path in paths.values()})).strip(), digest(tests[0])
+
+def read_mean(paths):
+    """Predictions of one file, or with the mean probability of several on the same images."""
+    first, *others = map(read_predictions, paths)
+    total = pd.DataFrame(first.p, first.path, first.labels)
+    for path, other in zip(paths[1:], others):
+        check_same(path, digest(other), paths[0], digest(first))
+        total += pd.DataFrame(other.p, other.path, other.labels)        # by image and label
+    return first._replace(p=total.to_numpy() / len(paths))
+
+
+def check_same(path, found, other, expected):
+    if found != expected:
+        raise InputError(f"{path} and {other} have the same test set's name but other images, patients or "
+                         "true labels; predict the same images with both, or give each its own --dataset")
+
+
+def score_run(dataset, paths, manifests, resamples):
+    """score_file() of a run, or of the ensemble of several, its mark of stand-ins and its digest."""
+    test, validation = read_mean(paths), None
+    beside = [path.with_name("nih_val.csv") for path in paths]
+    if beside != paths and all(path.is_file() for path in beside):
+        validation = read_mean(beside)
+    if manifests:
+        test = find_people(test, paths[0], manifests)
+    mark = " ".join(sorted({read_mark(path) for path in paths})).strip()
+    return score_file(test, dataset, resamples, validation), mark, digest(test)
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -874,59 +874,42 @@ def score_set(exp, dataset, paths, validation, manifests, resamples):
 def identify(path, args):
     """(exp, seed, dataset) of a file: the flags, else its path, else its name."""
     found = re.search(r"([^/]+)/predictions/seed(\d+)/([^/]+)\.csv$", path.absolute().as_posix())
-    parts = found.groups() if found else (path.stem, "0", "test")
-    flags = (args.exp, args.seed, args.dataset)
-    return tuple(part if flag is None else flag for flag, part in zip(flags, parts))
+    exp, seed, dataset = found.groups() if found else (path.stem, "0", "test")
+    return args.exp or exp, args.seed or seed, args.dataset or dataset
 
 
-def unlike(path, other):
-    return (f"{path} and {other} have the same test set's name but other images, patients or true labels; "
-            "predict the same images with both, or give each its own --dataset")
-
-
-def summary(table):
-    """Means over the runs of every arm and test set, as text; the intervals are those of single runs."""
-    shown = table["metric"].isin(["auc_mean", "auprc", "brier", "ece", "fnr"]) & table["labels"].ne("")
-    shown &= table["variant"].eq("corrected") & table["threshold"].isin(["", "0.5"])
-    means = table[shown].pivot_table("value", ["exp", "dataset", "labels"], "metric", sort=False)
-    aucs = table[shown & table["metric"].eq("auc_mean")].groupby(means.index.names, sort=False)
-    means.insert(0, "runs", aucs.size())
-    for end in ("ci_high", "ci_low"):
-        means.insert(2, end, aucs[end].first().where(means["runs"] == 1))
-    means = means.rename(columns={"fnr": "fnr at 0.5"}).reset_index()
-    return means.to_string(index=False, float_format="%.4f", na_rep="")
+def jobs_of(args):
+    """{(exp, seed, dataset): files}, a file for a run and, without a seed, all for the ensemble of an arm."""
+    runs, arms = {}, defaultdict(list)
+    for path in args.predictions:
+        exp, seed, dataset = run = identify(path, args)
+        if run in runs:
+            raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; give one")
+        runs[run] = [path]
+        arms[exp, dataset].append(path)
+    return runs | {(f"{exp}-ensemble", "", dataset): paths
+                   for (exp, dataset), paths in arms.items() if len(paths) > 1}
 
 
 def run(args):
-    """Score all files, a process an arm and test set, and write their rows and resamples."""
+    """Score all runs, several at a time, and write their rows and resamples."""
     if args.bootstrap < 0 or args.workers < 1:
         raise InputError("--bootstrap must be 0 or more, --workers 1 or more")
-    if args.validation and len({path.parent for path in args.predictions}) > 1:
-        raise InputError(
-            f"--validation {args.validation} belongs to one run; put nih_val.csv beside the files"
-        )
-    sets = defaultdict(dict)
-    for path in args.predictions:
-        exp, seed, dataset = identify(path, args)
-        if seed in sets[exp, dataset]:
-            raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; give one")
-        sets[exp, dataset][seed] = path
-    jobs = [(*key, paths, args.validation, tuple(args.manifest), args.bootstrap)
-            for key, paths in sets.items()]
     rows, resamples, first = [], {}, {}
+    jobs, manifests = jobs_of(args), tuple(args.manifest)
+    work = [(run[-1], paths, manifests, args.bootstrap) for run, paths in jobs.items()]
     with ProcessPoolExecutor(args.workers, initializer=threadpool_limits, initargs=(1,)) as pool:
         apply = pool.map if args.workers > 1 else map
-        scored = apply(score_set, *zip(*jobs))
-        for (_, dataset, paths, *_), (results, mark, checksum) in zip(jobs, scored):
-            path = next(iter(paths.values()))
-            other, expected = first.setdefault(dataset, (path, checksum))
-            if checksum != expected:
-                raise InputError(unlike(path, other))
-            for exp, seed, lines, names, draws in results:
-                rows += [(exp, seed, dataset, *line, mark) for line in lines]
-                resamples |= {f"{exp}/{seed}/{dataset}": draws, f"{exp}/{seed}/{dataset}/rows": names}
+        results = apply(score_run, *zip(*work))
+        for (run, paths), (scored, mark, found) in zip(jobs.items(), results):
+            lines, names, draws = scored
+            other, expected = first.setdefault(run[-1], (paths[0], found))
+            check_same(paths[0], found, other, expected)
+            rows += [(*run, *line, mark) for line in lines]
+            resamples |= {"/".join(run): draws, "/".join((*run, "rows")): names}
     table = pd.DataFrame(rows, columns=COLUMNS)
-    print(summary(table))
+    shown = table.query("metric == 'auc_mean' and variant == 'corrected'")[TERMINAL]
+    print(shown.to_string(index=False, float_format="%.4f", na_rep=""))
     for mark in sorted(set(table["stand_in"]) - {""}):
         print(f"stand-in: {mark}")
     if args.out:
@@ -946,7 +929,6 @@ def main():
     add("--seed", help="seed of the run, in place of the path's")
     add("--dataset", help="name of the test set, in place of the path's")
     add("--bootstrap", type=int, default=2000, help="resamples of patients (2000); 0: none")
-    add("--validation", type=Path, help="validation predictions (default: nih_val.csv beside a file)")
     add("--manifest", nargs="+", type=Path, default=[], help="manifests with sex, age and race of the images")
     add("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
     parser.error = fail                 # one sentence, like every other mistake
