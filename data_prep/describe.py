@@ -40,6 +40,7 @@ NEAR = 0.995
 PRINTED = {"ImageNet": "imagenet", "NIH ChestX-ray8": "nih_pretrain", "MIMIC-IV-CXR": "mimic_cxr",
            "CovidxCT": "covidx_ct", "OCT": "oct", "NIH ChestX-ray14": "nih", "CheXpert test": "chexpert",
            "CheXpert vali": "chexpert", "PadChest": "padchest", "VinDr-CXR": "vindr_cxr"}
+AUDITED = {10: "chexpert", 11: "nih", 12: "padchest", 13: "vindr_cxr"}
 USED = {"pretraining": ["pretrain"], "finetuning": ["train", "val"], "evaluation": ["test"]}
 
 # Findings whose printed name differs from the column's in more than case and underscores.
@@ -83,11 +84,10 @@ def read_index(path):
     return facts.get("dataset", path.parent.name), rows, facts
 
 
-def part(indexes, dataset, splits):
-    """Rows of some splits of a dataset, out of its index that has most of them; None if there are none."""
+def part(indexes, dataset, *splits):
+    """Rows of some splits of a dataset, out of its index that has most of them; () if there are none."""
     found = [rows[rows.split.isin(splits)] for name, rows, _ in indexes if name == dataset]
-    found = max(found, key=len, default=())
-    return found if len(found) else None
+    return max(found, key=len, default=())
 
 
 # ---- Tables 9-13 ----
@@ -99,81 +99,88 @@ def half_up(numerator, denominator, like):
 
 def positives(rows, dataset, finding):
     """Images with a finding, under the dataset's own name for it; None if the dataset cannot tell."""
+    labels = rows.columns.difference(FACTS)
     plain = NAMES.get((dataset, finding), finding).lower()
-    columns = [name for name in rows if name not in FACTS and name.lower().replace("_", " ") == plain]
+    columns = [name for name in labels if name.lower().replace("_", " ") == plain]
     if (dataset, finding) == ("padchest", "Atelectasis"):           # as the study: any label that contains it
-        columns = [name for name in rows if "atelectasis" in name]
+        columns = [name for name in labels if "atelectasis" in name]
     if not columns and dataset == "padchest":                       # only labels that occur are columns
         return 0
-    if not columns or (rows[columns] == "").all(axis=None):
-        return None
-    return int((rows[columns] == "1").any(axis=1).sum())
+    known = (rows[columns] != "").any(axis=None)
+    return int((rows[columns] == "1").any(axis=1).sum()) if known else None
 
 
-def measure(rows, dataset, quantity, like):
-    """A quantity of Tables 10-13: (text rounded as printed, numerator, denominator or None), or None."""
-    if quantity in ("Patients", "Scans"):
-        n = rows.patient.nunique() if quantity == "Patients" else len(rows)
-        return str(n), n, None
+def measure(rows, dataset, quantity):
+    """A quantity of Tables 10-13, as numerator, denominator (None: 1) and factor; None if it is not known."""
+    if quantity == "Patients":
+        return rows.patient.nunique(), None, 1
+    if quantity == "Scans":
+        return len(rows), None, 1
     if quantity.startswith("Age"):
         age = pd.to_numeric(rows.age, errors="coerce").dropna()
         if age.empty:
             return None
-        n = int({"Age mean": age.sum, "Age min": age.min, "Age max": age.max}[quantity]())
-        of = len(age) if quantity == "Age mean" else None
-        return half_up(n, of or 1, like), n, of
-    n = int((rows.sex == "F").sum()) if (rows.sex != "").any() else None
-    if quantity != "Female":
+        if quantity == "Age mean":
+            return int(age.sum()), len(age), 1
+        return int(age.agg(quantity.removeprefix("Age "))), None, 1             # min or max
+    if quantity == "Female":
+        n = int((rows.sex == "F").sum()) if (rows.sex != "").any() else None
+    else:
         n = positives(rows, dataset, quantity)
-    return None if n is None else (half_up(100 * n, len(rows), like), n, len(rows))
+    return None if n is None else (n, len(rows), 100)
 
 
-def printed_cells(reported):
-    """The cells of Tables 10-13: table, part, quantity, group, value; and whose they are: dataset, split."""
-    ten = reported[10].assign(dataset="chexpert")
-    ten["split"] = ten.part.map({"chexpert_valid": "val", "chexpert_test": "test"})
-    eleven = reported[11].assign(dataset="nih")
-    val = eleven[eleven.split == "train"].assign(split="val", printed="")       # not in the table
-    eleven = pd.concat([eleven, val])
-    tables = {10: ten, 11: eleven.assign(group=eleven.split),
-              12: reported[12].assign(dataset="padchest", split="test"),
-              13: reported[13].assign(dataset="vindr_cxr", split="test")}
-    cells = pd.concat([rows.assign(table=table) for table, rows in tables.items()], ignore_index=True)
-    cells["printed"] = cells.printed.fillna(cells.value)
-    return cells.fillna("")
+def table9(indexes, reported):
+    """The cells of Table 9, used and available images, printed as 86k, 1.9k or 202."""
+    available = {name: facts.get("available") for name, _, facts in indexes}
+    for line in reported.itertuples():
+        dataset, splits = PRINTED[line.dataset], USED[line.role]
+        if line.dataset == "CheXpert vali":
+            rows = part(indexes, dataset, "val")
+            counts = [len(rows) and (rows["view"] != "Lateral").sum(), len(rows)]
+        else:
+            counts = [len(part(indexes, dataset, *splits)), available.get(dataset)]
+        for quantity, n in zip(["used", "available"], counts):
+            printed, text = getattr(line, quantity), ""
+            if n:
+                unit = 10 ** min(3, len(printed) - len(printed.rstrip("0")))
+                text = str(int(half_up(int(n), unit, "1")) * unit)
+            yield 9, line.role, f"{line.dataset} {quantity}", "", printed, text, n or None, None
+
+
+def tables10_to_13(indexes, reported):
+    """The cells of Tables 10-13; of Table 11 also those of the validation images, which are not printed."""
+    for table, dataset in AUDITED.items():
+        lines = reported[table].to_dict("records")
+        lines += [line | {"split": "val", "printed": ""} for line in lines if line.get("split") == "train"]
+        for line in lines:
+            split, place, like = line.get("split", "test"), line.get("part", ""), line["value"]
+            group = line.get("group", line.get("split", ""))
+            if place == "chexpert_valid":
+                split = "val"
+            rows = part(indexes, dataset, split)
+            if len(rows) and table == 10 and group != "all":
+                rows = rows[rows.race.str.contains(group, case=False)]      # none where no race is known
+            n, of, text = None, None, ""
+            found = measure(rows, dataset, line["quantity"]) if len(rows) else None
+            if found:
+                n, of, factor = found
+                text = half_up(factor * n, of or 1, like)
+            yield table, place, line["quantity"], group, line.get("printed", like), text, n, of
 
 
 def compare(indexes, reported, notes):
     """The cells of Tables 9-13: a frame of printed and computed values, counts, and whether they agree."""
     cells = []
-    for line in reported[9].itertuples():
-        dataset, splits = PRINTED[line.dataset], USED[line.role]
-        rows = part(indexes, dataset, ["val"] if line.dataset == "CheXpert vali" else splits)
-        available = {name: facts.get("available") for name, _, facts in indexes}.get(dataset)
-        if line.dataset == "CheXpert vali" and rows is not None:
-            available, rows = len(rows), rows[rows["view"] != "Lateral"]
-        used = None if rows is None else len(rows)
-        for quantity, n in (("used", used), ("available", available)):
-            printed = getattr(line, quantity)
-            unit = 10 ** min(3, len(printed) - len(printed.rstrip("0")))        # printed as 86k, 1.9k, 202
-            text = "" if n is None else str(int(half_up(n, unit, "1")) * unit)
-            cells.append((9, line.role, f"{line.dataset} {quantity}", "", printed, text, n, None))
-    for line in printed_cells(reported).itertuples():
-        rows = part(indexes, line.dataset, [line.split])
-        found = None
-        if rows is not None and line.table == 10 and line.group != "all":
-            rows = rows[rows.race.str.contains(line.group, case=False)]
-        if rows is not None and len(rows):                          # none where no race is known
-            found = measure(rows, line.dataset, line.quantity, line.value)
-        found = found or ("", None, None)
-        cells.append((line.table, line.part, line.quantity, line.group, line.printed, *found))
-    names = ["table", "part", "quantity", "group", "printed", "computed", "numerator", "denominator"]
-    frame = pd.DataFrame(cells, columns=names, dtype=object)
-    both = (frame.printed != "") & (frame.computed != "")
-    frame["agrees"] = (frame.printed == frame.computed).map({True: "yes", False: "no"}).where(both, "")
-    keys = zip(frame.table.astype(str), frame.part, frame.quantity)
-    why = pd.Series([notes.get(key, "") for key in keys], dtype=object)
-    return frame.assign(why=why.where(frame.agrees != "yes", ""))
+    found = [*table9(indexes, reported[9]), *tables10_to_13(indexes, reported)]
+    for *place, printed, computed, n, of in found:
+        agrees = ""
+        if printed and computed:
+            agrees = "yes" if printed == computed else "no"
+        why = "" if agrees == "yes" else notes.get((str(place[0]), *place[1:3]), "")
+        cells.append([*place, printed, computed, n, of, agrees, why])
+    columns = "table part quantity group printed computed numerator denominator agrees why".split()
+    return pd.DataFrame(cells, columns=columns, dtype=object)
 
 
 # ---- exact counts and leaks ----
@@ -185,18 +192,18 @@ def misses(indexes, counts):
     """
     said = []
     for (dataset, split), forms in counts.groupby(["dataset", "split"], sort=False):
-        rows = part(indexes, dataset, [split])
-        if rows is None:
+        rows = part(indexes, dataset, split)
+        if not len(rows):
             continue                                                # not given, or all of it is in a sample
-        lateral = rows["view"] == "Lateral"
+        frontal = rows[rows["view"] != "Lateral"]
         wrong = []
         for form, expected in forms.groupby("form"):
-            if form == "all views" and not lateral.any():
+            some = rows if form == "all views" else frontal
+            if form == "all views" and len(some) == len(frontal):
                 continue                                            # an index of frontal views
-            some = rows if form == "all views" else rows[~lateral]
             found = {"images": len(some), "patients": some.patient.nunique()}
             found |= (some.drop(columns=FACTS) == "1").sum().to_dict()
-            name = " ".join([dataset, split] + [f"({form})"] * bool(form))
+            name = f"{dataset} {split} ({form})" if form else f"{dataset} {split}"
             wrong.append([f"{name}, {what}: expected {int(n):,}, found {found.get(what, 0):,}"
                           for what, n in zip(expected.what, expected.n) if found.get(what, 0) != int(n)])
         said += min(wrong, key=len) if dataset == "padchest" else sum(wrong, [])
@@ -257,13 +264,14 @@ def fingerprints(text):
     from PIL import Image
     folder, _, split = text.partition(":")
     images, rows = open_pack(Path(folder)), read_table(Path(folder, "manifest.csv"), "path")
-    splits = rows.reindex(columns=["split"], fill_value="")["split"]
-    chosen = rows.index[splits == split] if split else rows.index
+    chosen = rows.index
+    if split:
+        chosen = chosen[rows.get("split", rows.path) == split]
     if len(rows) != len(images) or not len(chosen):
         fail(f"--overlap {text}: no images of split '{split}', or not one a row of {folder}/manifest.csv")
     hashes, thumbnails = [], np.empty((len(chosen), 16, 16), np.float32)
     for place, number in enumerate(chosen):
-        hashes.append(hashlib.blake2b(repr(images.shape[1:]).encode() + images[number].tobytes()).digest())
+        hashes.append(hashlib.blake2b(images[number].tobytes()).digest())
         image = Image.fromarray(images[number]).convert("L")
         thumbnails[place] = image.resize((16, 16), Image.Resampling.BICUBIC)
     thumbnails -= thumbnails.mean((1, 2), keepdims=True)
@@ -305,6 +313,22 @@ def write_overlaps(packs, out):
     print(numbers.to_string(index=False))
 
 
+def write_audit(indexes, out):
+    """Write distributions.csv and print what it says, and the leaks. Returns: what --check misses."""
+    reported = {table: read_table(REPORTED / f"table{table}.csv") for table in range(9, 14)}
+    notes = read_table(REPORTED / "table_notes.csv").itertuples(index=False)
+    cells = compare(indexes, reported, {tuple(row[:3]): row.why for row in notes})
+    cells.to_csv(out / "distributions.csv", index=False)
+    printed = cells[cells.printed != ""]
+    summary = pd.crosstab(printed.table, printed.agrees).rename(columns={"": "not computable"})
+    found = leaks(indexes)
+    sides = pd.DataFrame(found, columns=["dataset", "on two sides", "number", "must be 0"])
+    for table in (summary, cells[cells.agrees == "no"], sides):
+        print(table.to_string(), end="\n\n")
+    shared = [f"{dataset}, {what}: expected 0, found {n:,}" for dataset, what, n, zero in found if zero and n]
+    return misses(indexes, read_table(REPORTED / "counts.csv")) + shared
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     option = parser.add_argument
@@ -318,10 +342,7 @@ def main():
     if not (args.index or args.packs or args.overlap) or len(args.overlap) == 1:
         fail("give --index, --packs or --overlap with two packs or more")
     indexes = [read_index(path) for path in args.index]
-    reported = {table: read_table(REPORTED / f"table{table}.csv") for table in range(9, 14)}
-    counts, notes = (read_table(REPORTED / f"{name}.csv") for name in ("counts", "table_notes"))
-    notes = {tuple(row[:3]): row[3] for row in notes.itertuples(index=False)}
-    found, missed = leaks(indexes), misses(indexes, counts)
+    missed = []
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.packs:
@@ -329,15 +350,9 @@ def main():
         if args.overlap:
             write_overlaps(args.overlap, args.out)
         if indexes:
-            cells = compare(indexes, reported, notes)
-            cells.to_csv(args.out / "distributions.csv", index=False)
-            summary = cells[cells.printed != ""].groupby("table").agrees.value_counts().unstack(fill_value=0)
-            sides = pd.DataFrame(found, columns=["dataset", "on two sides", "number", "must be 0"])
-            for table in (summary.rename(columns={"": "not computable"}), cells[cells.agrees == "no"], sides):
-                print(table.to_string(), end="\n\n")
+            missed = write_audit(indexes, args.out)
     except OSError as problem:
         fail(f"{args.out} cannot be written ({problem.strerror}); choose another --out")
-    missed += [f"{dataset}, {what}: expected 0, found {n:,}" for dataset, what, n, zero in found if zero * n]
     if args.check and missed:
         print(*(f"check failed: {sentence}" for sentence in missed), sep="\n", file=sys.stderr)
         sys.exit(1)
