@@ -33,6 +33,7 @@ import zlib
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,9 +151,11 @@ def auc(y, p, variant="corrected"):
     Undefined without both classes; "paper" gives 0 to a label without positives.
     """
     if np.ndim(y) == 1:
-        return auc(np.asarray(y)[:, None], np.asarray(p)[:, None], variant)[0]
+        return auc(np.c_[y], np.c_[p], variant)[0]
     values = np.array([auc_of(*column)[0] for column in zip(y.T, p.T)])
-    return np.where((y == 1).any(0), values, 0) if variant == "paper" else values
+    if variant == "paper":
+        values[~(y == 1).any(0)] = 0
+    return values
 
 
 def clustered_error(y, influence, patient=None):
@@ -326,7 +329,8 @@ def images_seen(n, fractions, variant="corrected"):
 
 def answer_levels(p):
     """Ranks of each label's scores, int [n + 2, K]; the last two rows are those of the answers 0 and 1."""
-    return np.stack([ranks(np.append(score, [0, 1])) for score in p.T], 1)
+    columns = [ranks(np.append(score, [0, 1])) for score in p.T]
+    return np.stack(columns, 1)
 
 
 class Referral:
@@ -615,25 +619,24 @@ def read_cells(path, cells, allowed, expected):
 def read_predictions(path):
     """One predictions file, checked. Raises InputError that names file, row and what was expected."""
     frame = read_csv(path, ["path", "patient"], {"path": str, "patient": str})
-    true = [name[5:] for name in frame if name.startswith("true_")]
-    prob = [name[5:] for name in frame if name.startswith("prob_")]
-    for name in sorted(set(true) ^ set(prob)):
+    truths, scores = frame.filter(regex="^true_"), frame.filter(regex="^prob_")
+    names = truths.columns.str[5:]
+    for name in names.symmetric_difference(scores.columns.str[5:]):
         raise InputError(f"{path} has only one of true_{name} and prob_{name}; add the other or drop both")
-    labels = pd.Index(map(nih_name, true))
+    labels = names.map(nih_name)
     for label in labels[labels.duplicated()]:
         raise InputError(f"{path} has label {label} under two spellings; keep one")
     for image in frame["path"][frame["path"].duplicated()]:
         raise InputError(f"{path}: image '{image}' is there twice; keep one row")
-    truths = frame[[f"true_{name}" for name in true]].replace("", -1)
+    truths, scores = truths.replace("", -1), scores["prob_" + names]
     y = read_cells(path, truths, lambda cells: np.isin(cells, (-1, 0, 1)), "1, 0 or blank (unknown)")
-    scores = frame[[f"prob_{name}" for name in true]]
     p = read_cells(path, scores, lambda cells: (cells >= 0) & (cells <= 1), "a probability from 0 to 1")
     rankable = (y == 1).any(0) & (y == 0).any(0)
     if not rankable.any():
         raise InputError(f"{path} has no label with both positives and negatives, so nothing can be ranked; "
                          "check true_<label> or add images")
     scored = is_known(y).any(0)
-    nobody = frame["patient"].str.lower().isin(["", "nan", "none", "na", "n/a", "<na>", "null"])
+    nobody = frame["patient"].str.fullmatch("|nan|none|na|n/a|<na>|null", case=False)
     patient = frame["patient"].mask(nobody, "image " + frame["path"]).to_numpy(str)
     y, p = y[:, scored].astype(np.int8), p[:, scored]
     path = frame["path"].to_numpy(str)
@@ -701,6 +704,7 @@ class Score:
         self.labels, self.people = test.labels, test.people
         self.y, self.p = test.y, test.p
         self.sets, self.level = label_sets(test.labels), answer_levels(test.p)
+        self.main = next(iter(self.sets))
         self.patient, self.counts = draw_patients(test.patient, resamples, seed)
         draws = auc_draws(test.y, test.p, self.patient, self.counts)
         self.auc_draws = pd.DataFrame(draws, columns=test.labels)
@@ -710,7 +714,7 @@ class Score:
     def put(self, metric, value, sums=np.nan, labels="", label="", group=""):
         """One row: value +- 1.96 standard errors; sums: influence of each patient, [P], or NaN.
 
-        AUCs have resamples by ranks; of everything else the means over the first label set have linear ones.
+        AUCs have resamples by ranks; of everything else the means over the main label set have linear ones.
         """
         name, _, threshold = metric.removeprefix("paper ").partition("@")
         name = (name if label or group else MEANS.get(name, name)) + group
@@ -719,7 +723,7 @@ class Score:
         if metric + group == "auc" and not np.isnan(value):
             draws = self.auc_draws[self.sets.get(labels, [label])].mean(axis=1)
             error, self.drawn[key] = draws.std(ddof=0), draws
-        elif labels == next(iter(self.sets)) and not np.isnan(value + error) and not UNREAD.match(name):
+        elif labels == self.main and not np.isnan(value + error) and not UNREAD.match(name):
             self.linear[key] = value, sums
         margin = NORMAL * error if error > 1e-12 else np.nan        # no spread at all tells nothing
         variant = "paper" if metric.startswith("paper") else "corrected"
@@ -738,7 +742,8 @@ class Score:
         for k, label in enumerate(self.labels):
             rows = np.flatnonzero(inside & is_known(self.y[:, k]))
             y, p, level = (table[rows, k] for table in (self.y, self.p, self.level))
-            metrics = label_metrics(y, p, level, self.chosen.get(label, {}), self.temperature)
+            chosen = self.chosen.get(label, {})
+            metrics = label_metrics(y, p, level, chosen, self.temperature)
             for name, value, *influence in metrics if len(rows) else ():
                 found[name][label] = value, self.by_patient(rows, *influence)
         return found
@@ -837,7 +842,8 @@ def score_file(test, dataset, resamples, validation=None):
 
 def digest(test):
     """What must be the same in all runs on a test set: labels, images, patients, truths, in any order."""
-    truth = pd.DataFrame(test.y, [test.path, test.patient], test.labels).sort_index(axis=1)
+    truth = pd.DataFrame(test.y, [test.path, test.patient], test.labels)
+    truth = truth.sort_index(axis=1)
     return list(truth), pd.util.hash_pandas_object(truth).sum()
 
 
@@ -857,7 +863,7 @@ def check_same(path, found, other, expected):
                          "true labels; predict the same images with both, or give each its own --dataset")
 
 
-def score_run(dataset, paths, manifests, resamples):
+def score_run(job, paths, manifests, resamples):
     """score_file() of a run, or of the ensemble of several, its mark of stand-ins and its digest."""
     test, validation = read_mean(paths), None
     beside = [path.with_name("nih_val.csv") for path in paths]
@@ -866,7 +872,7 @@ def score_run(dataset, paths, manifests, resamples):
     if manifests:
         test = find_people(test, paths[0], manifests)
     mark = " ".join(sorted({read_mark(path) for path in paths})).strip()
-    return score_file(test, dataset, resamples, validation), mark, digest(test)
+    return score_file(test, job[-1], resamples, validation), mark, digest(test)
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -896,17 +902,16 @@ def run(args):
     if args.bootstrap < 0 or args.workers < 1:
         raise InputError("--bootstrap must be 0 or more, --workers 1 or more")
     rows, resamples, first = [], {}, {}
-    jobs, manifests = jobs_of(args), tuple(args.manifest)
-    work = [(run[-1], paths, manifests, args.bootstrap) for run, paths in jobs.items()]
+    jobs, manifests = jobs_of(args), repeat(tuple(args.manifest))
     with ProcessPoolExecutor(args.workers, initializer=threadpool_limits, initargs=(1,)) as pool:
         apply = pool.map if args.workers > 1 else map
-        results = apply(score_run, *zip(*work))
-        for (run, paths), (scored, mark, found) in zip(jobs.items(), results):
+        results = apply(score_run, jobs, jobs.values(), manifests, repeat(args.bootstrap))
+        for (job, paths), (scored, mark, found) in zip(jobs.items(), results):
             lines, names, draws = scored
-            other, expected = first.setdefault(run[-1], (paths[0], found))
+            other, expected = first.setdefault(job[-1], (paths[0], found))
             check_same(paths[0], found, other, expected)
-            rows += [(*run, *line, mark) for line in lines]
-            resamples |= {"/".join(run): draws, "/".join((*run, "rows")): names}
+            rows += [(*job, *line, mark) for line in lines]
+            resamples |= {"/".join(job): draws, "/".join((*job, "rows")): names}
     table = pd.DataFrame(rows, columns=COLUMNS)
     shown = table.query("metric == 'auc_mean' and variant == 'corrected'")[TERMINAL]
     print(shown.to_string(index=False, float_format="%.4f", na_rep=""))
