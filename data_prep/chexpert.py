@@ -6,16 +6,13 @@ Irvin et al., arXiv:1901.07031. Stanford research use agreement: non-commercial,
 Test split of Glocker et al.: chexpert_split_2021_08_20.csv of https://github.com/biomedia-mira/chexploration
 
     python data_prep/chexpert.py --raw raw/chexpert --out data/chexpert/index.csv
-    python data_prep/chexpert.py --raw raw/chexpert --out data/chexpert_all_views/index.csv --views all
 
-Reads valid.csv, train.csv, the split and, where there is one, "CHEXPERT DEMO.csv" (race). Images lie in
-one folder or in the parts of the full release ("CheXpert-v1.0 batch 2 (train 1)/"), whatever release the
-column Path names. Writes split val (202 frontal images of 200 patients) and test; nothing here trains on
-CheXpert. Labels are 1, 0, -1 (uncertain) and blank (not mentioned)."""
+Reads valid.csv, train.csv, the split and, where there is one, "CHEXPERT DEMO.csv" (race). Images lie in one
+folder or in the parts of the full release ("CheXpert-v1.0 batch 2 (train 1)/"). Writes split val (202 frontal
+images of 200 patients) and test. Labels are 1, 0, -1 (uncertain) and blank (not mentioned)."""
 
 import argparse
 import json
-import os
 import sys
 import zlib
 from pathlib import Path
@@ -50,10 +47,7 @@ def read_rows(path):
 
 
 def read_test(raw):
-    """The test rows: the split file holds 0-based row numbers of train.csv, or the rows themselves.
-
-    Numbers mean nothing for a train.csv in another order: lateral rows, shared patients or wrong counts show.
-    """
+    """The test rows: the split file holds 0-based row numbers of train.csv, or the rows themselves."""
     path = find(raw, "chexpert_split_2021_08_20.csv*", "CheXpert_test_Glocker.csv*")
     if "Glocker" in path.name:
         return read_rows(path).assign(split="test")
@@ -64,6 +58,7 @@ def read_test(raw):
         fail(f"{path} row {split.index[wrong][0]}: not a row number of {source} and train, validate or test")
     rows = train.iloc[numbers.astype(int)].assign(split=split.split.to_numpy())
     patients = rows.groupby("split").patient.nunique()
+    # In a train.csv of another order lateral rows are hit, patients shared, counts wrong.
     if (rows.view == "Lateral").any() or patients.sum() > rows.patient.nunique() or (
             len(rows) == SPLIT_ROWS and patients.to_dict() != SPLIT_PATIENTS):
         fail(f"{path}: its row numbers don't fit {source}; take train.csv as published, in its order")
@@ -107,9 +102,8 @@ def find(raw, *names, required=True):
     """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
     for depth in range(6):                          # 5: physionet.org/files/<dataset>/<version>/<folder>
         for name in names:
-            found = sorted(raw.glob("*/" * depth + name))
-            if found:
-                return found[0]
+            for path in sorted(raw.glob("*/" * depth + name)):
+                return path
     if required:
         fail(f"{raw}: no {' or '.join(names)} in it or in folders below; unpack the download or change --raw")
 
@@ -128,7 +122,6 @@ def read_table(path, columns=(), **options):
     return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
 # --- end copy: tables ---
 
-
 # --- begin copy: join ---
 def join(table, other, keys, path):
     """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
@@ -144,7 +137,6 @@ def join(table, other, keys, path):
     return joined.fillna("")
 # --- end copy: join ---
 
-
 # --- begin copy: label values ---
 def label_values(table, labels, path):
     """The label columns of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
@@ -156,7 +148,6 @@ def label_values(table, labels, path):
     return values
 # --- end copy: label values ---
 
-
 # --- begin copy: write index ---
 def write_index(table, args, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
@@ -167,7 +158,7 @@ def write_index(table, args, **facts):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
         table.to_csv(f"{args.out}.part", index=False)
-        os.replace(f"{args.out}.part", args.out)
+        Path(f"{args.out}.part").replace(args.out)
     except OSError as problem:
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
     print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")

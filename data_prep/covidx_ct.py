@@ -15,7 +15,6 @@ near-copies: look at the number of patients, too."""
 
 import argparse
 import json
-import os
 import re
 import sys
 import zlib
@@ -62,7 +61,7 @@ def main():
     option("--raw", type=Path, default="raw/covidx_ct", help="the download (%(default)s)")
     option("--out", type=Path, default="data/covidx_ct/index.csv", help="the index (%(default)s)")
     option("--release", choices=["3A", "3B", "2A"], default="3A", help="(%(default)s)")
-    option("--n-pretrain", type=count, default=100_000, help="or all, or 0 for no sample (%(default)s)")
+    option("--n-pretrain", metavar="N", default="100000", help="or all, or 0 for no sample (%(default)s)")
     option("--seed", type=int, default=42, help="of the sample (%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
@@ -83,12 +82,12 @@ def main():
     table["age"] = age.where(age.between(0, 120)).round().astype("Int64")
     for number, label in enumerate(CLASSES):
         table[label] = (table["class"] == str(number)).astype(int)
-    folder = find(args.raw, f"{args.release}_images", "images", f"COVIDx_CT-{args.release}", required=False)
-    folder = folder or first.parent / f"{args.release}_images"
+    names = [f"{args.release}_images", "images", f"COVIDx_CT-{args.release}"]
+    folder = find(args.raw, *names, required=False) or first.parent / names[0]
     table["path"] = folder.relative_to(args.raw).as_posix() + "/" + table.pop("name")
 
     shared = int((table.groupby("patient").split.nunique() > 1).sum())
-    rows = table.sort_values("path") if args.n_pretrain == 0 else sample(table, args.n_pretrain, args.seed)
+    rows = table.sort_values("path") if args.n_pretrain == "0" else sample(table, args.n_pretrain, args.seed)
     write_index(rows.drop(columns="class"), args, dataset="covidx_ct", available=len(table),
                 absent_lists=[split for split in lists if not lists[split]], patients_in_two_lists=shared)
 
@@ -98,9 +97,8 @@ def find(raw, *names, required=True):
     """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
     for depth in range(6):                          # 5: physionet.org/files/<dataset>/<version>/<folder>
         for name in names:
-            found = sorted(raw.glob("*/" * depth + name))
-            if found:
-                return found[0]
+            for path in sorted(raw.glob("*/" * depth + name)):
+                return path
     if required:
         fail(f"{raw}: no {' or '.join(names)} in it or in folders below; unpack the download or change --raw")
 
@@ -119,7 +117,6 @@ def read_table(path, columns=(), **options):
     return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
 # --- end copy: tables ---
 
-
 # --- begin copy: join ---
 def join(table, other, keys, path):
     """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
@@ -135,21 +132,15 @@ def join(table, other, keys, path):
     return joined.fillna("")
 # --- end copy: join ---
 
-
 # --- begin copy: sample ---
-def count(text):
-    """Type of --n-pretrain: a number, or None for `all`."""
-    return None if text == "all" else int(text)
-
-
 def sample(pool, n, seed):
-    """n rows of `pool`, None: all. Sorted by path, a seeded permutation, its first n: so nested."""
-    if n is not None and not 0 < n <= len(pool):
+    """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
+    size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
+    if not 0 < size <= len(pool):
         fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`")
-    order = np.random.default_rng(seed).permutation(len(pool))[:n]
+    order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
-
 
 # --- begin copy: write index ---
 def write_index(table, args, **facts):
@@ -161,7 +152,7 @@ def write_index(table, args, **facts):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
         table.to_csv(f"{args.out}.part", index=False)
-        os.replace(f"{args.out}.part", args.out)
+        Path(f"{args.out}.part").replace(args.out)
     except OSError as problem:
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
     print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")

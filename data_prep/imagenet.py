@@ -36,7 +36,7 @@ def main():
     option = parser.add_argument
     option("--raw", type=Path, default="raw/imagenet", help="the download (%(default)s)")
     option("--out", type=Path, default="data/imagenet/index.csv", help="the index (%(default)s)")
-    option("--n-pretrain", type=count, default=100_000, help="or all (%(default)s)")
+    option("--n-pretrain", metavar="N", default="100000", help="or all (%(default)s)")
     option("--seed", type=int, default=42, help="of the sample (%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
@@ -72,15 +72,13 @@ def scan(raw, *endings):
     return sorted(os.path.relpath(path, raw) for path in found)
 # --- end copy: scan ---
 
-
 # --- begin copy: tables ---
 def find(raw, *names, required=True):
     """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
     for depth in range(6):                          # 5: physionet.org/files/<dataset>/<version>/<folder>
         for name in names:
-            found = sorted(raw.glob("*/" * depth + name))
-            if found:
-                return found[0]
+            for path in sorted(raw.glob("*/" * depth + name)):
+                return path
     if required:
         fail(f"{raw}: no {' or '.join(names)} in it or in folders below; unpack the download or change --raw")
 
@@ -99,21 +97,15 @@ def read_table(path, columns=(), **options):
     return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
 # --- end copy: tables ---
 
-
 # --- begin copy: sample ---
-def count(text):
-    """Type of --n-pretrain: a number, or None for `all`."""
-    return None if text == "all" else int(text)
-
-
 def sample(pool, n, seed):
-    """n rows of `pool`, None: all. Sorted by path, a seeded permutation, its first n: so nested."""
-    if n is not None and not 0 < n <= len(pool):
+    """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
+    size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
+    if not 0 < size <= len(pool):
         fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`")
-    order = np.random.default_rng(seed).permutation(len(pool))[:n]
+    order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
-
 
 # --- begin copy: write index ---
 def write_index(table, args, **facts):
@@ -125,7 +117,7 @@ def write_index(table, args, **facts):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
         table.to_csv(f"{args.out}.part", index=False)
-        os.replace(f"{args.out}.part", args.out)
+        Path(f"{args.out}.part").replace(args.out)
     except OSError as problem:
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
     print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")

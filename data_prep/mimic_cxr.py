@@ -15,7 +15,6 @@ from, no other images are kept; the filters hold for every split. Sex and age ar
 
 import argparse
 import json
-import os
 import sys
 import zlib
 from pathlib import Path
@@ -49,14 +48,14 @@ def main():
     option("--views", choices=["all", "frontal"], default="all", help="frontal: AP, PA (%(default)s)")
     option("--labelled-only", action="store_true", help="leave out images of studies without any label")
     option("--splits", default="train", help="draw from: of train,validate,test (%(default)s)")
-    option("--n-pretrain", type=count, default=100_000, help="or all, or 0 for no sample (%(default)s)")
+    option("--n-pretrain", metavar="N", default="100000", help="or all, or 0 for no sample (%(default)s)")
     option("--seed", type=int, default=42, help="of the sample (%(default)s)")
     option("--sample-like", choices=["ours", "paper"], default="ours",
            help="paper: as the released loader, rows as in the split file (%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-    splits = args.splits.replace("validate", "val").split(",")
-    if not set(splits) <= {"train", "val", "test"}:
+    splits = args.splits.split(",")
+    if not set(splits) <= {"train", "validate", "test"}:
         fail(f"--splits {args.splits}: give one or more of train, validate and test, joined by commas")
 
     source = find(args.raw, "mimic-cxr-2.*-split.csv*")
@@ -70,22 +69,20 @@ def main():
     table = join(table, labels, ids[1:], path)
     table = table.rename(columns={"subject_id": "patient", "study_id": "study", "ViewPosition": "view"})
     files = (source.parent.relative_to(args.raw) / "files").as_posix()
-    table["path"] = files + "/p" + table.patient.str[:2] + "/p" + table.patient + "/s" + table.study \
-        + "/" + table.pop("dicom_id") + ".jpg"
-    table["split"] = table.split.replace("validate", "val")
+    folder = files + "/p" + table.patient.str[:2] + "/p" + table.patient + "/s" + table.study
+    table["path"] = folder + "/" + table.pop("dicom_id") + ".jpg"
 
-    labelled = (table[LABELS] != "").any(axis=1)
-    frontal = table.view.isin(["AP", "PA"])
-    table = table[(frontal | (args.views == "all")) & (labelled | (not args.labelled_only))]
-    pool, rest = table[table.split.isin(splits)], table[~table.split.isin(splits)].sort_values("path")
-    if args.n_pretrain == 0:
+    labelled, frontal = (table[LABELS] != "").any(axis=1), table.view.isin(["AP", "PA"])
+    rows = table[(frontal | (args.views == "all")) & (labelled | (not args.labelled_only))]
+    pool, rest = rows[rows.split.isin(splits)], rows[~rows.split.isin(splits)].sort_values("path")
+    if args.n_pretrain == "0":
         drawn = pool.sort_values("path")
-    elif args.sample_like == "paper":
-        drawn = pool.iloc[released_rows(len(pool), args.n_pretrain, args.seed)].assign(split="pretrain")
     else:
         drawn = sample(pool, args.n_pretrain, args.seed)
-    rows = pd.concat([drawn, rest])
-    write_index(rows, args, dataset="mimic_cxr", available=len(labelled), eligible=len(pool))
+        if args.sample_like == "paper":
+            drawn = pool.iloc[released_rows(len(pool), len(drawn), args.seed)].assign(split="pretrain")
+    rows = pd.concat([drawn, rest]).replace({"split": {"validate": "val"}})
+    write_index(rows, args, dataset="mimic_cxr", available=len(table), eligible=len(pool))
 
 
 # --- begin copy: tables ---
@@ -93,9 +90,8 @@ def find(raw, *names, required=True):
     """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
     for depth in range(6):                          # 5: physionet.org/files/<dataset>/<version>/<folder>
         for name in names:
-            found = sorted(raw.glob("*/" * depth + name))
-            if found:
-                return found[0]
+            for path in sorted(raw.glob("*/" * depth + name)):
+                return path
     if required:
         fail(f"{raw}: no {' or '.join(names)} in it or in folders below; unpack the download or change --raw")
 
@@ -114,7 +110,6 @@ def read_table(path, columns=(), **options):
     return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
 # --- end copy: tables ---
 
-
 # --- begin copy: join ---
 def join(table, other, keys, path):
     """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
@@ -130,7 +125,6 @@ def join(table, other, keys, path):
     return joined.fillna("")
 # --- end copy: join ---
 
-
 # --- begin copy: label values ---
 def label_values(table, labels, path):
     """The label columns of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
@@ -142,21 +136,15 @@ def label_values(table, labels, path):
     return values
 # --- end copy: label values ---
 
-
 # --- begin copy: sample ---
-def count(text):
-    """Type of --n-pretrain: a number, or None for `all`."""
-    return None if text == "all" else int(text)
-
-
 def sample(pool, n, seed):
-    """n rows of `pool`, None: all. Sorted by path, a seeded permutation, its first n: so nested."""
-    if n is not None and not 0 < n <= len(pool):
+    """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
+    size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
+    if not 0 < size <= len(pool):
         fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`")
-    order = np.random.default_rng(seed).permutation(len(pool))[:n]
+    order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
-
 
 # --- begin copy: write index ---
 def write_index(table, args, **facts):
@@ -168,7 +156,7 @@ def write_index(table, args, **facts):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
         table.to_csv(f"{args.out}.part", index=False)
-        os.replace(f"{args.out}.part", args.out)
+        Path(f"{args.out}.part").replace(args.out)
     except OSError as problem:
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
     print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")

@@ -14,7 +14,6 @@ alone: 100,000 are more than the 86,524 of train and val, so test images are amo
 
 import argparse
 import json
-import os
 import sys
 import zlib
 from pathlib import Path
@@ -47,17 +46,13 @@ def draw_validation(patients, n, seed):
 
 def assign_splits(table, args):
     """Split of every image by the lists, '' in none, and whether the train/val cut is the fallback."""
-    lists = {}
-    for split in ("train", "val", "test"):
-        path = find(args.raw, f"Xray14_{split}_official.txt*", f"{split}_list.txt*", required=split == "test")
-        lists |= {split: path} if path else {}
-    fallback = len(lists) == 1
+    lists = {name: [f"Xray14_{name}_official.txt*", f"{name}_list.txt*"] for name in ("train", "val", "test")}
+    fallback = not any(find(args.raw, *lists[name], required=False) for name in ("train", "val"))
     if fallback:
-        lists["train"] = find(args.raw, "train_val_list.txt*")
-    elif len(lists) == 2:
-        fail(f"{args.raw}: its train and val lists go together; provide both or none")
+        lists = {"train": ["train_val_list.txt*"], "test": lists["test"]}
     splits = pd.Series("", table.index)
-    for split, path in lists.items():
+    for split, patterns in lists.items():
+        path = find(args.raw, *patterns)
         names = read_table(path, sep=r"\s+", header=None)[0]
         listed = table.name.isin(names)
         if not listed.any():
@@ -67,8 +62,7 @@ def assign_splits(table, args):
         splits[listed] = split
     if fallback:
         patients = table.patient[splits == "train"]
-        n = round(len(patients) * 11_212 / 86_524)                # the study's share
-        drawn = draw_validation(patients, n, args.seed)
+        drawn = draw_validation(patients, round(len(patients) * 11_212 / 86_524), args.seed)    # as the study
         splits[patients.index[patients.isin(drawn)]] = "val"
     return splits, fallback
 
@@ -79,7 +73,7 @@ def main():
     option("--raw", type=Path, default="raw/nih", help="the download (%(default)s)")
     option("--out", type=Path, default="data/nih/index.csv", help="the index (%(default)s)")
     option("--pretrain", choices=["trainval", "all"], help="write a sample of these alone")
-    option("--n-pretrain", type=count, default=100_000, help="its size, or all (%(default)s)")
+    option("--n-pretrain", metavar="N", default="100000", help="its size, or all (%(default)s)")
     option("--seed", type=int, default=42, help="of sample and fallback split (%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
@@ -100,13 +94,13 @@ def main():
     table["split"], fallback = assign_splits(table, args)
 
     rows = table[table.split != ""].assign(path=table.name).sort_values("path")     # by name in every layout
-    facts = {"dataset": "nih_pretrain" if args.pretrain else "nih", "available": len(table)}
-    facts["fallback_split"] = fallback
+    facts = {"dataset": "nih", "available": len(table), "fallback_split": fallback}
     if args.pretrain:
+        facts["dataset"] = "nih_pretrain"
         rows = sample(rows[(rows.split != "test") | (args.pretrain == "all")], args.n_pretrain, args.seed)
         facts["test_images"] = int((table.split[rows.index] == "test").sum())
-    by_length = sorted(args.raw.rglob("*.png"), key=lambda path: -len(str(path)))
-    where = {path.name: path for path in by_length}               # of two copies, the shorter path
+    files = sorted(args.raw.rglob("*.png"), key=lambda path: -len(str(path)))
+    where = {path.name: path for path in files}                   # of two copies, the shorter path
     paths = [where.get(name, source.parent / "images" / name) for name in rows.name]
     rows["path"] = [path.relative_to(args.raw).as_posix() for path in paths]
     write_index(rows.drop(columns=["name", "findings"]), args, **facts)
@@ -117,9 +111,8 @@ def find(raw, *names, required=True):
     """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
     for depth in range(6):                          # 5: physionet.org/files/<dataset>/<version>/<folder>
         for name in names:
-            found = sorted(raw.glob("*/" * depth + name))
-            if found:
-                return found[0]
+            for path in sorted(raw.glob("*/" * depth + name)):
+                return path
     if required:
         fail(f"{raw}: no {' or '.join(names)} in it or in folders below; unpack the download or change --raw")
 
@@ -138,21 +131,15 @@ def read_table(path, columns=(), **options):
     return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
 # --- end copy: tables ---
 
-
 # --- begin copy: sample ---
-def count(text):
-    """Type of --n-pretrain: a number, or None for `all`."""
-    return None if text == "all" else int(text)
-
-
 def sample(pool, n, seed):
-    """n rows of `pool`, None: all. Sorted by path, a seeded permutation, its first n: so nested."""
-    if n is not None and not 0 < n <= len(pool):
+    """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
+    size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
+    if not 0 < size <= len(pool):
         fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`")
-    order = np.random.default_rng(seed).permutation(len(pool))[:n]
+    order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
-
 
 # --- begin copy: write index ---
 def write_index(table, args, **facts):
@@ -164,7 +151,7 @@ def write_index(table, args, **facts):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
         table.to_csv(f"{args.out}.part", index=False)
-        os.replace(f"{args.out}.part", args.out)
+        Path(f"{args.out}.part").replace(args.out)
     except OSError as problem:
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
     print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")

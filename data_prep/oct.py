@@ -37,7 +37,7 @@ def main():
     option = parser.add_argument
     option("--raw", type=Path, default="raw/oct", help="the download (%(default)s)")
     option("--out", type=Path, default="data/oct/index.csv", help="the index (%(default)s)")
-    option("--n-pretrain", type=count, default=100_000, help="or all (%(default)s)")
+    option("--n-pretrain", metavar="N", default="100000", help="or all (%(default)s)")
     option("--seed", type=int, default=42, help="of the sample (%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
@@ -51,7 +51,7 @@ def main():
     found = len(table)
     table = table.sort_values("path", key=lambda paths: paths.str.len(), kind="stable")
     table = table.drop_duplicates(["split", "class", "name"])          # Kaggle's copy holds the tree twice
-    if args.n_pretrain and args.n_pretrain > len(table):
+    if args.n_pretrain.isdecimal() and int(args.n_pretrain) > len(table):
         fail(f"--n-pretrain {args.n_pretrain}: only {len(table):,} images here; the study's release is v3 "
              "(ZhangLabData.zip, 109,309); for v2 use --n-pretrain all")
     middle = table.name.str.extract("^[A-Z]+-([^-]+)-")[0]
@@ -73,21 +73,15 @@ def scan(raw, *endings):
     return sorted(os.path.relpath(path, raw) for path in found)
 # --- end copy: scan ---
 
-
 # --- begin copy: sample ---
-def count(text):
-    """Type of --n-pretrain: a number, or None for `all`."""
-    return None if text == "all" else int(text)
-
-
 def sample(pool, n, seed):
-    """n rows of `pool`, None: all. Sorted by path, a seeded permutation, its first n: so nested."""
-    if n is not None and not 0 < n <= len(pool):
+    """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
+    size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
+    if not 0 < size <= len(pool):
         fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`")
-    order = np.random.default_rng(seed).permutation(len(pool))[:n]
+    order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
-
 
 # --- begin copy: write index ---
 def write_index(table, args, **facts):
@@ -99,7 +93,7 @@ def write_index(table, args, **facts):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
         table.to_csv(f"{args.out}.part", index=False)
-        os.replace(f"{args.out}.part", args.out)
+        Path(f"{args.out}.part").replace(args.out)
     except OSError as problem:
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
     print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")

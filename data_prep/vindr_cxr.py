@@ -90,9 +90,8 @@ def find(raw, *names, required=True):
     """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
     for depth in range(6):                          # 5: physionet.org/files/<dataset>/<version>/<folder>
         for name in names:
-            found = sorted(raw.glob("*/" * depth + name))
-            if found:
-                return found[0]
+            for path in sorted(raw.glob("*/" * depth + name)):
+                return path
     if required:
         fail(f"{raw}: no {' or '.join(names)} in it or in folders below; unpack the download or change --raw")
 
@@ -111,7 +110,6 @@ def read_table(path, columns=(), **options):
     return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
 # --- end copy: tables ---
 
-
 # --- begin copy: label values ---
 def label_values(table, labels, path):
     """The label columns of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
@@ -123,7 +121,6 @@ def label_values(table, labels, path):
     return values
 # --- end copy: label values ---
 
-
 # --- begin copy: write index ---
 def write_index(table, args, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
@@ -134,7 +131,7 @@ def write_index(table, args, **facts):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
         table.to_csv(f"{args.out}.part", index=False)
-        os.replace(f"{args.out}.part", args.out)
+        Path(f"{args.out}.part").replace(args.out)
     except OSError as problem:
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
     print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")

@@ -507,6 +507,12 @@ def test_nih_images_are_found_in_every_layout_and_the_sample_is_the_same(read, t
     assert list(sample.path) == [f"nih/{place.format(names[i])}" for i in order]
 
 
+@pytest.mark.parametrize("n", ["6", "0", "-1", "1e3", "some"])
+def test_a_sample_that_cannot_be_drawn_is_refused(refused, tmp_path, n):
+    message = refused("nih", write(tmp_path / "raw", nih_files()), "--pretrain", "all", "--n-pretrain", n)
+    assert f"--n-pretrain {n}: 5 images are eligible" in message
+
+
 def test_nih_image_in_two_sizes_is_taken_from_the_shorter_path(read, tmp_path):
     small = {f"images-224/images-224/{Path(name).name}": b"" for name in nih_files() if name.endswith(".png")}
     table, _ = read("nih", write(tmp_path / "raw", nih_files() | small))
@@ -521,7 +527,7 @@ def test_nih_whole_findings_are_compared_and_unknown_ones_refused(refused, tmp_p
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"val_list.txt": None}, "together"),
+    ({"val_list.txt": None}, "no Xray14_val_official.txt* or val_list.txt*"),
     ({"val_list.txt": "00000007_001.png"}, "two lists"),
     ({"test_list.txt": None}, "test_list.txt"),
     ({"test_list.txt": "00000099_000.png"}, "test_list.txt: no image of it ('00000099_000.png') is in"),
