@@ -152,7 +152,7 @@ def test_prediction_and_metric_contracts(project, demo):
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [os.kill, os.killpg])          # the script alone, or as SLURM does
 def test_sigterm_lets_the_step_save_and_the_same_command_goes_on(project, demo, kill):
-    out = f"stopped {kill.__name__}"
+    out = f"stop#ped {kill.__name__}'s"
     command = ["bash", "run_all.sh", "--demo", "--scale", "0.1", "--exp", "3.3",
                "--out", out, "--tests", "nih_test", "--nproc", "1"]
     rows = project / "experiments.yaml"
@@ -269,6 +269,18 @@ def test_stand_ins_are_few_so_every_sample_takes_them_all(project):
                and "index.csv" in line and "pack.py" not in line}
     drawn = {name for name, line in readers.items() if line.rstrip().endswith("--n-pretrain all")}
     assert drawn == set(readers) - {"nih", "vindr_cxr", "padchest", "chexpert"} and len(drawn) == 8
+
+
+@pytest.mark.slow
+def test_folders_and_python_may_have_blanks_and_quotes_in_their_names(project, tmp_path):
+    python = tmp_path / "my py#thon's"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    flags = ["--demo", "--only", "data", "--exp", "2.1", "--tests", "nih_test", "--scale", 0.02]
+    result = run_all(project, *flags, "--data", "pa cks #1's", "--raw", "ra w#'s", env={**ENV, "PYTHON": str(python)})
+    assert result.returncode == 0, result.stderr
+    images = np.load(project / "pa cks #1's/nih/images.npy", mmap_mode="r")
+    assert len(images) > 3 and (project / "ra w#'s/nih/Data_Entry_2017_v2020.csv").exists()
 
 
 def test_a_dry_run_at_another_scale_leaves_the_demo_as_it_is(project, demo):
