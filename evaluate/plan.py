@@ -157,13 +157,14 @@ def missing(table, exp, data):
 
 
 def measured(path):
-    """Images a second by (script, network, image size), as tests/bench/gpu.py measured them."""
+    """Images a second by (script, network, image size), as tests/bench/gpu.py measured them, and the card."""
     try:
         found = json.loads(Path(path).read_text())
         rows = [row for row in found["parts"]["fast"].values() if "loop" in row]
-        return {(row["script"], row["arch"], row["img_size"]): row["loop"]["median"] for row in rows}
+        rates = {(row["script"], row["arch"], row["img_size"]): row["loop"]["median"] for row in rows}
+        return rates, found["card"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
-        fail(f"--rates {path}: not a gpu.json of tests/bench/gpu.py ({problem!r}); measure again")
+        fail(f"--rates {path}: not a whole gpu.json of tests/bench/gpu.py ({problem!r}); measure again")
 
 
 def main():
@@ -183,7 +184,7 @@ def main():
     if args.list:
         return list_rows(table, rows, args.miniature)
     import pandas as pd                 # here: --list is quick without
-    rates = measured(args.rates) if args.rates else {}
+    rates, card = measured(args.rates) if args.rates else ({}, "")
     costs, absent = [], {}
     for exp in rows:
         for stage in ("pretrain", "finetune"):
@@ -197,6 +198,8 @@ def main():
     print(frame.to_string(index=False, na_rep="-", float_format="{:,.1f}".format))
     for name in frame.filter(like=" h"):
         print(f"{name}: {frame[name].sum():,.0f} for {frame[name].count()} of {len(frame)} stages")
+    if card:
+        print(f"measured on {card}")
     for name, users in sorted(absent.items()):
         print(f"missing: {name}  (for {', '.join(users)})")
 

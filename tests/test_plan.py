@@ -91,9 +91,9 @@ def test_hours_by_measured_rates_stand_beside_the_estimate(capsys, monkeypatch, 
     flops = (3 * trained + tested) * 2 * 4.6e9
     assert float(hours["2.1", "finetune"][0]) == pytest.approx(flops / 31.25e12 / 3600, abs=0.06)
     total = next(line for line in found if line.startswith("measured h: "))
-    assert total.endswith("for 4 of 4 stages")
+    assert total.endswith("for 4 of 4 stages") and "measured on a card" in found
     rows["gmml"]["img_size"] = 32                           # a small network, as of gpu.py --quick
-    (tmp_path / "gpu.json").write_text(json.dumps({"parts": {"fast": rows}}))
+    (tmp_path / "gpu.json").write_text(json.dumps({"card": "", "parts": {"fast": rows}}))
     found = lines(capsys, monkeypatch, tmp_path, table, *flags)
     assert [line.split()[-1] for line in found[1:5]][0] == "-" and any("for 3 of 4" in line for line in found)
 
@@ -102,8 +102,8 @@ def test_hours_by_measured_rates_stand_beside_the_estimate(capsys, monkeypatch, 
     ({**TABLE, 5.1: {}}, [], "the key 5.1 is read as a number; write it in quotes"),
     (TABLE, ["--exp", "3.11"], "no experiment '3.11'; nearest: 3.1"),
     (TABLE, ["--exp", "miniature"], "no experiment 'miniature'"),
-    (TABLE, ["--rates", "absent.json"], "--rates absent.json: not a gpu.json"),
-    (TABLE, ["--rates", ROOT / "experiments.yaml"], "experiments.yaml: not a gpu.json")])
+    (TABLE, ["--rates", "absent.json"], "--rates absent.json: not a whole gpu.json"),
+    (TABLE, ["--rates", ROOT / "experiments.yaml"], "experiments.yaml: not a whole gpu.json")])
 def test_mistakes_are_one_sentence(capsys, monkeypatch, tmp_path, table, flags, said):
     with pytest.raises(SystemExit) as stop:
         lines(capsys, monkeypatch, tmp_path, table, *flags)
