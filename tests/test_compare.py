@@ -88,6 +88,18 @@ def test_the_parts_of_the_error_are_those_of_runs_and_patients():
     assert found.p == pytest.approx(2 * stats.t.sf(abs(found.effect) / error, found.freedom))
 
 
+def test_the_interaction_of_runs_and_patients_is_subtracted_once():
+    rng = np.random.default_rng(0)
+    values, draws = np.array([0.7, 0.8, 0.9]), rng.normal(0, 0.1, (3, 40))
+    interaction = 0.0
+    for run in range(3):
+        deviations = [draws[run, b] - draws[:, b].mean() for b in range(40)]
+        interaction += np.mean(np.square(deviations - np.mean(deviations))) / 2
+    found = arm(values, draws)
+    assert found.run_variance == pytest.approx((0.1 ** 2 - interaction) / 3)
+    assert arm([0.8, 0.8, 0.8], draws).run_variance == 0                     # never below
+
+
 def test_the_degrees_of_freedom_are_satterthwaites_with_plenty_for_patients():
     rng = np.random.default_rng(0)
     left, right = rng.normal(0.8, 0.01, 5), rng.normal(0.8, 0.03, 3)
@@ -352,12 +364,30 @@ def test_spreads_are_compared_by_the_log_ratio_over_arms_on_the_same_labels(test
 # ------------------------------------------------------------------------------------ the study's own claims
 
 @pytest.fixture(scope="module")
-def decided(tmp_path_factory):
-    """Verdicts of the published and printed numbers, through the command line."""
+def published(tmp_path_factory):
+    """The tables made of the published and printed numbers, through the command line."""
     folder = tmp_path_factory.mktemp("published")
     with pytest.MonkeyPatch.context() as patch:
         run_here(compare, patch, "--reported", "--out", folder)
-    return pd.read_csv(folder / "verdicts.csv", dtype={"id": str, "rank": str})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decided(published):
+    return pd.read_csv(published / "verdicts.csv", dtype={"id": str, "rank": str})
+
+
+def test_arms_of_the_published_runs_are_their_mean_and_sd(published):
+    runs = pd.read_csv(REPORTED / "raw_runs_auc.csv", dtype=str).astype({"auc": float})
+    runs = runs[runs.auc > 0]                                # 0.0 stands for "no positives"
+    runs["place"] = runs.label.where(runs.label != "mean", runs.classes)
+    runs = runs.drop_duplicates(["exp", "seed", "testset", "place"])         # a label stands in 5 and in 14
+    expected = runs.groupby(["exp", "testset", "place"]).auc.agg(["mean", "std"])
+    arms = pd.read_csv(published / "arms.csv", dtype={"exp": str, "labels": str})
+    arms = arms[arms.metric.isin(["auc", "auc_mean"])]
+    found = arms.set_index(["exp", "dataset", arms.label.fillna(arms.labels)])[["value", "sd"]].sort_index()
+    assert list(found.index) == list(expected.index)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_claims_on_the_published_numbers(decided):
