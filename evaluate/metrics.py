@@ -340,13 +340,12 @@ class Referral:
     """
 
     def __init__(self, y, level, u):
-        self.y, self.level = y, level
+        self.y, self.level, self.answers = y, level[:-2], (y == 1) * level[-1]
         self.turns = np.argsort(np.argsort(u, 0, kind="stable"), 0)
 
     def auc(self, seen, rows=slice(None), spread=False):
         """AUCs, [K], and if `spread` influences on their mean, [n], after the first `seen` were answered."""
-        answers = (self.y == 1) * self.level[-1]
-        answered = np.where(self.turns < seen, answers, self.level[:-2])
+        answered = np.where(self.turns < seen, self.answers, self.level)
         columns = zip(self.y[rows].T, answered[rows].T)
         areas, influences = zip(*(ranked_auc(*column, spread) for column in columns))
         count = np.count_nonzero(~np.isnan(areas))
@@ -644,12 +643,13 @@ def read_predictions(path):
 
 
 def people_of(frame):
-    """Sex, age band and race of every row, blank if unknown; "White, non-Hispanic" and the like are White."""
-    people = frame.reindex(columns=["sex", "age", "race"], fill_value="").astype(str)
-    ages = pd.to_numeric(people["age"], errors="coerce")
-    bands = pd.cut(ages, [-np.inf, *AGES.values()], labels=list(AGES))
-    people["age"] = bands.astype(object).fillna("")
-    for race in ("White", "Black", "Asian"):
+    """Sex, age band and race, those that there are, "" if unknown; "White, non-Hispanic" is White."""
+    people = frame.filter(["sex", "age", "race"]).astype(str)
+    if "age" in people:
+        ages = pd.to_numeric(people["age"], errors="coerce")
+        bands = pd.cut(ages, [-np.inf, *AGES.values()], labels=list(AGES))
+        people["age"] = bands.astype(object).fillna("")
+    for race in ("White", "Black", "Asian") if "race" in people else ():
         people.loc[people["race"].str.contains(race), "race"] = race
     return people
 
@@ -842,19 +842,19 @@ def score_file(test, dataset, resamples, validation=None):
 
 def digest(test):
     """What must be the same in all runs on a test set: labels, images, patients, truths, in any order."""
-    truth = pd.DataFrame(test.y, [test.path, test.patient], test.labels)
-    truth = truth.sort_index(axis=1)
-    return list(truth), pd.util.hash_pandas_object(truth).sum()
+    truth = pd.DataFrame(test.y, test.path, test.labels).sort_index(axis=1)
+    truth["patient"] = test.patient
+    return list(truth), pd.util.hash_pandas_object(truth, categorize=False).sum()
 
 
 def read_mean(paths):
-    """Predictions of one file, or with the mean probability of several on the same images."""
+    """Predictions of one file, or the mean probability of several on the same images; and their digest."""
     first, *others = map(read_predictions, paths)
-    total = pd.DataFrame(first.p, first.path, first.labels)
+    total, expected = pd.DataFrame(first.p, first.path, first.labels), digest(first)
     for path, other in zip(paths[1:], others):
-        check_same(path, digest(other), paths[0], digest(first))
+        check_same(path, digest(other), paths[0], expected)
         total += pd.DataFrame(other.p, other.path, other.labels)        # by image and label
-    return first._replace(p=total.to_numpy() / len(paths))
+    return first._replace(p=total.to_numpy() / len(paths)), expected
 
 
 def check_same(path, found, other, expected):
@@ -865,14 +865,14 @@ def check_same(path, found, other, expected):
 
 def score_run(job, paths, manifests, resamples):
     """score_file() of a run, or of the ensemble of several, its mark of stand-ins and its digest."""
-    test, validation = read_mean(paths), None
+    (test, found), validation = read_mean(paths), None
     beside = [path.with_name("nih_val.csv") for path in paths]
     if beside != paths and all(path.is_file() for path in beside):
-        validation = read_mean(beside)
+        validation, _ = read_mean(beside)
     if manifests:
         test = find_people(test, paths[0], manifests)
     mark = " ".join(sorted({read_mark(path) for path in paths})).strip()
-    return score_file(test, job[-1], resamples, validation), mark, digest(test)
+    return score_file(test, job[-1], resamples, validation), mark, found
 
 
 # ------------------------------------------------------------------------------------------------------- main
