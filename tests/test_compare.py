@@ -377,17 +377,31 @@ def decided(published):
     return pd.read_csv(published / "verdicts.csv", dtype={"id": str, "rank": str})
 
 
+def published_runs():
+    return pd.read_csv(REPORTED / "raw_runs_auc.csv", dtype=str).astype({"auc": float})
+
+
 def test_arms_of_the_published_runs_are_their_mean_and_sd(published):
-    runs = pd.read_csv(REPORTED / "raw_runs_auc.csv", dtype=str).astype({"auc": float})
-    runs = runs[runs.auc > 0]                                # 0.0 stands for "no positives"
+    runs = published_runs()
+    runs = runs[(runs.auc > 0) & ((runs.label == "mean") | (runs.classes == "5"))]    # 0.0: "no positives"
     runs["place"] = runs.label.where(runs.label != "mean", runs.classes)
-    runs = runs.drop_duplicates(["exp", "seed", "testset", "place"])         # a label stands in 5 and in 14
     expected = runs.groupby(["exp", "testset", "place"]).auc.agg(["mean", "std"])
     arms = pd.read_csv(published / "arms.csv", dtype={"exp": str, "labels": str})
     arms = arms[arms.metric.isin(["auc", "auc_mean"])]
     found = arms.set_index(["exp", "dataset", arms.label.fillna(arms.labels)])[["value", "sd"]].sort_index()
     assert list(found.index) == list(expected.index)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_labels_of_the_published_14_class_runs_are_misnamed_for_vits():
+    """Why they are left out: what stands under NIH's k-th label is the AUC of the k-th in the alphabet."""
+    nih = published_runs().query("testset == 'nih_test' and label != 'mean'")
+    five, fourteen = (nih[nih.classes == classes].pivot(index=["exp", "seed"], columns="label", values="auc")
+                      for classes in ("5", "14"))
+    renamed = fourteen[list(metrics.NIH14)].set_axis(sorted(metrics.NIH14), axis=1)
+    resnet = five.index.get_level_values("exp").isin(["1.1", "1.2"])
+    assert (five == fourteen[five.columns]).all(axis=1).tolist() == resnet.tolist()
+    assert (five == renamed[five.columns]).all(axis=1).tolist() == (~resnet).tolist()
 
 
 def test_claims_on_the_published_numbers(decided):
@@ -538,7 +552,7 @@ def test_without_resamples_the_interval_is_welchs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change, said", [
     (dict(draws=None), "draws.npz is not there"), (dict(draws=b"PK\x03\x04 cut short"), "or unreadable"),
-    (dict(flags=["--arms", "a", "z"]), "both 'a' and 'z'; choose from a"),
+    (dict(flags=["--arms", "a", "z"]), "both 'a' and 'z'; known: a"),
     (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,a b,c,"), "claim 1: 'auc_mean5' of 'a b' cannot"),
     (dict(claim="1,A,,0,s,greater,auc_mean5@x,nih_test,a,c,"), "claim 1: 'auc_mean5@x' of 'a' cannot"),
     (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,,c,"), "claim 1: 'auc_mean5' of '' cannot"),
