@@ -8,7 +8,7 @@ sense?" (Krones 2026, arXiv:2605.08819).
     python evaluate/report.py --metrics results/metrics.csv --out results --runs runs --predictions runs \\
         --verdicts results/verdicts.csv results/published/verdicts.csv
 
-Reads   metrics.csv; report.yaml (what stands where), report.template.html, report.css, reported/ beside this
+Reads   metrics.csv; report.yaml (what stands where), report.*.html, report.css and reported/ beside this
         script; what the options name, with arms.csv, comparisons.csv and detectable.csv beside verdicts.csv
 Writes  OUT/report.html, OUT/printed.html (the paper's tables), OUT/tables/*.csv and *.tex, OUT/figures/*.svg
         and *.png; the table of test sets on the terminal
@@ -156,6 +156,7 @@ class Results:
         self.frame = frame
         self.exps = list(frame.exp.unique())
         self.arms = [exp for exp in self.exps if not exp.endswith("-ensemble")]
+        self.runs = frame.query("exp in @self.arms").groupby("exp").seed.nunique().sum()
         names = list(frame.dataset.unique())
         names = [name for name in names if not name.endswith("_val")] or names      # chose thresholds
         names = sorted(names, key=lambda name: [*TEST_SETS, name].index(name))
@@ -303,7 +304,7 @@ def difference_figure(found, results, names, baseline, path, narrow):
     shown = exps if narrow else [f"{exp} {names[exp]}" for exp in exps]
     axis.set_yticks(range(len(exps)), shown)
     axis.set_ylim(len(exps) - .5, -.5)                  # the first on top
-    figure.supxlabel(f"difference in AUC to {baseline}, 95 % interval")
+    axes[0, panels // 2].set_xlabel(f"difference in AUC to {baseline}, 95 % interval")
     return save(figure, path, legend=3 * narrow)
 
 
@@ -525,7 +526,7 @@ def compose(args):
         "set_names": results.datasets,
         "tables": [(spec, grid.query("number == @spec['number']")) for spec in specs],
         "study": list(read_csv(REPORTED / "table1.csv").exp),
-        "headlines": SHOWN["headlines"],
+        "shown": SHOWN,
         "claims": [read_claims(path) for path in args.verdicts],
         "overlaps": read_tables(args.overlaps, ["pack", "other", "images"], ["equal", "near"]),
         "errata": read_csv(REPORTED / "errata.csv").rename(columns=str.capitalize),

@@ -269,13 +269,16 @@ def test_the_first_figure_is_the_difference_to_the_baseline(folder):
     (effect, low, high), = found[["effect", "ci_low", "ci_high"]].to_numpy()
     assert effect == pytest.approx(means["3.4"] - means["2.2"], abs=1e-5) and low < effect < high
     turned = report.differences(pairs, "3.4", {"nih_test": "5"}).query("exp == '2.2'")
-    assert turned[["effect", "ci_low", "ci_high"]].to_numpy() == pytest.approx(np.array([[-effect, -high, -low]]))
+    turned = turned[["effect", "ci_low", "ci_high"]].to_numpy()
+    assert turned == pytest.approx(np.array([[-effect, -high, -low]]))
 
 
 def test_the_page_is_whole_and_a_screen_reader_finds_its_headers(made):
     _, page = made
     assert page.open == []
     tags = [tag for tag, _ in page.tags]
+    assert tags.count("h1") == tags.count("main") == 1 and ("html", {"lang": "en"}) in page.tags
+    assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
     assert tags.count("table") == tags.count("caption") > 8
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
     links = {
@@ -283,10 +286,8 @@ def test_the_page_is_whole_and_a_screen_reader_finds_its_headers(made):
     }
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert links <= set(ids) and len(set(ids)) == len(ids)
-    order = (
-        "sites claims diseases thresholds calibration groups size learning errata overlap detectable sources".split()
-    )
-    assert ids == order
+    assert ids == ["sites", "claims", "diseases", "thresholds", "calibration", "groups", "size", "learning", "errata",
+                   "overlap", "detectable", "sources"]
     outside = [
         value
         for _, attributes in page.tags
@@ -375,7 +376,8 @@ def test_reliability_bins_are_pooled_over_labels_and_runs(folder):
     inside = (p > 7 / 15) & (p <= 8 / 15)
     row = bins.iloc[np.argmin(np.abs(bins.index - 7 / 15))]
     assert len(frames) == 4 and row.images == inside.sum()
-    assert row.predicted == pytest.approx(p[inside].mean()) and row.observed == pytest.approx(y[inside].mean())
+    assert row.predicted == pytest.approx(p[inside].mean())
+    assert row.observed == pytest.approx(y[inside].mean())
 
 
 def test_somebody_elses_labels_and_test_set_make_a_page_too(tmp_path, monkeypatch):
@@ -390,6 +392,61 @@ def test_somebody_elses_labels_and_test_set_make_a_page_too(tmp_path, monkeypatc
     run_here(report, monkeypatch, "--metrics", tmp_path / "metrics.csv", "--out", tmp_path / "out")
     text = " ".join(Page((tmp_path / "out/report.html").read_text()).text)
     assert "Lesion" in text and "No verdicts: run evaluate/compare.py" in text
+
+
+def test_published_aucs_alone_make_a_page(published, tmp_path, monkeypatch):
+    run_here(report, monkeypatch, "--metrics", published, "--out", tmp_path)
+    assert "GMML on OCT from random" in (tmp_path / "report.html").read_text()
+    assert not (tmp_path / "figures/reliability.svg").exists()
+
+
+def test_images_that_pretraining_and_test_packs_share_are_named(folder, tmp_path, monkeypatch):
+    def page(**files):
+        for name, rows in files.items():
+            (tmp_path / name).write_text("pack,other,images,other_images,equal,near\n" + rows)
+        run_here(report, monkeypatch, "--metrics", folder / "metrics.csv", "--out", tmp_path, "--overlaps",
+                 *(tmp_path / name for name in files))
+        text = Page((tmp_path / "report.html").read_text()).text
+        return " ".join(" ".join(text).split()).split("Test sets Claims")
+    mimic = "data/mimic_cxr,data/nih:test,250000,25596,1200,34\ndata/mimic_cxr,data/chexpert:val,250000,202,0,0\n"
+    oct_ = "data/oct,data/nih:test,100000,25596,0,0\n"
+    first, rest = page(a=mimic, b=oct_)
+    sentence = "among the pre-training images: 1,234 of data/mimic_cxr are in data/nih:test. Which arms"
+    assert sentence in first and "data/oct" not in first and "chexpert" not in first
+    assert "data/mimic_cxr 250000 data/nih:test 1200 34 3.4 data" in rest       # 3.4 alone was pre-trained on it
+    assert "data/oct 100000 data/nih:test 0 0" in rest
+    assert "among the pre-training images" not in page(b=oct_)[0]
+    with pytest.raises(SystemExit) as stop:
+        page(b="data/oct,data/nih:test,100000,25596,some,0\n")
+    assert stop.value.code == 2
+
+
+def test_an_arm_fine_tuned_from_another_rows_weights_has_its_data():
+    expected = {"3.4": "mimic_cxr", "3.1b": "nih_pretrain", "2.2": "", "4.1.1-50k": "mimic_cxr", "mine": ""}
+    names, packs = report.read_experiments(ROOT / "experiments.yaml", expected)
+    assert packs == expected
+    assert names["3.4"] == "GMML on MIMIC from ImageNet" and names["mine"] == ""
+
+
+def luminance(colour):
+    """Relative luminance of #rgb or #rrggbb (WCAG 2.2)."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = np.array([int(digits[i:i + 2], 16) / 255 for i in (0, 2, 4)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
+def test_colours_contrast_in_light_dark_and_print():
+    css = (ROOT / "evaluate/report.css").read_text()
+    blocks = re.findall(r":root\{.*?\}", css, re.S)
+    light, dark, printed = [dict(re.findall(r"--(\w+):(#\w+)", block)) for block in blocks]
+    words = {"ink", "soft", "link", "holds", "contradicted", "undecided"}
+    assert words | {"paper", "tint", "line"} == set(light) == set(dark)
+    for colours in (light, dark, light | printed):
+        for name in words:
+            for ground in ("paper", "tint"):
+                darker, lighter = sorted(luminance(colours[key]) for key in (name, ground))
+                assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (name, ground)
 
 
 def test_mistakes_are_one_sentence(tmp_path):
