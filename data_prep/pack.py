@@ -360,9 +360,12 @@ def check_index(args, splits):
 def read_json(path):
     """The object in a JSON file, {} if it is absent."""
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError):
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
         fail(f"{path}: not a JSON object; remove it or choose another folder")
+    return found
 
 
 def stand_in(raw):

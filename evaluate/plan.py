@@ -162,9 +162,9 @@ def measured(path):
         found = json.loads(Path(path).read_text())
         rows = [row for row in found["parts"]["fast"].values() if "loop" in row]
         rates = {(row["script"], row["arch"], row["img_size"]): row["loop"]["median"] for row in rows}
-        return rates, found["card"]
+        return rates, found.get("card", "a card of which a run was cut short")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
-        fail(f"--rates {path}: not a whole gpu.json of tests/bench/gpu.py ({problem!r}); measure again")
+        fail(f"--rates {path}: not a gpu.json of tests/bench/gpu.py ({problem!r}); measure again")
 
 
 def main():

@@ -102,8 +102,8 @@ def test_hours_by_measured_rates_stand_beside_the_estimate(capsys, monkeypatch, 
     ({**TABLE, 5.1: {}}, [], "the key 5.1 is read as a number; write it in quotes"),
     (TABLE, ["--exp", "3.11"], "no experiment '3.11'; nearest: 3.1"),
     (TABLE, ["--exp", "miniature"], "no experiment 'miniature'"),
-    (TABLE, ["--rates", "absent.json"], "--rates absent.json: not a whole gpu.json"),
-    (TABLE, ["--rates", ROOT / "experiments.yaml"], "experiments.yaml: not a whole gpu.json")])
+    (TABLE, ["--rates", "absent.json"], "--rates absent.json: not a gpu.json"),
+    (TABLE, ["--rates", ROOT / "experiments.yaml"], "experiments.yaml: not a gpu.json")])
 def test_mistakes_are_one_sentence(capsys, monkeypatch, tmp_path, table, flags, said):
     with pytest.raises(SystemExit) as stop:
         lines(capsys, monkeypatch, tmp_path, table, *flags)
