@@ -218,7 +218,7 @@ def read_runs(path):
     return arms, {}, counts.pivot_table("value", "dataset", "metric", "first")
 
 
-# A file, of its rows exp, test set, key and value, and the seed of a published run or sd of a printed mean
+# File; of its rows: exp, test set, key, value, seed of a run or sd of a printed mean; the first mean counts
 PUBLISHED = """
 raw_runs_auc,{exp},{testset},|auc|{label}|,{auc},{seed}
 raw_runs_threshold,{exp},{testset},5|{metric}||{threshold},{value},{seed}
@@ -234,8 +234,8 @@ table6,{exp}-{pretraining_images},nih_test,14|auc_mean||,{auc_mean},{auc_sd}
 table7,{exp},chexpert_valid,5|{metric}||{threshold},{value},nan
 table8,{exp},chexpert_valid,5|oracle_auc||{referred},{oracle_auc},nan
 """
-METRIC_NAMES = {"Mean accuracy": "mean_accuracy", "mean_acc": "mean_accuracy", "FNR": "fnr", "subset_acc":
-                "subset_accuracy", "Subset accuracy": "subset_accuracy", "underdiagnosis_mean": "fnr"}
+METRIC_NAMES = {"Mean accuracy": "mean_accuracy", "mean_acc": "mean_accuracy", "underdiagnosis_mean": "fnr",
+                "Subset accuracy": "subset_accuracy", "subset_acc": "subset_accuracy", "FNR": "fnr"}
 
 
 def read_reported():
