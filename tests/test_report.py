@@ -286,8 +286,8 @@ def test_the_page_is_whole_and_a_screen_reader_finds_its_headers(made):
     }
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert links <= set(ids) and len(set(ids)) == len(ids)
-    assert ids == ["sites", "claims", "diseases", "thresholds", "calibration", "groups", "size", "learning", "errata",
-                   "overlap", "detectable", "sources"]
+    assert ids == ["sites", "claims", "diseases", "thresholds", "calibration", "groups", "size", "learning",
+                   "errata", "overlap", "detectable", "sources"]
     outside = [
         value
         for _, attributes in page.tags
@@ -400,20 +400,24 @@ def test_published_aucs_alone_make_a_page(published, tmp_path, monkeypatch):
     assert not (tmp_path / "figures/reliability.svg").exists()
 
 
-def test_images_that_pretraining_and_test_packs_share_are_named(folder, tmp_path, monkeypatch):
+def test_images_that_pretraining_and_test_packs_share_are_named(tmp_path, monkeypatch):
+    metrics_csv = small(tmp_path, *((exp, 0, "nih_test", 5, "auc_mean", "corrected", "", "", 0.8)
+                                    for exp in ("2.2", "3.4", "3.1")))
+
     def page(**files):
         for name, rows in files.items():
             (tmp_path / name).write_text("pack,other,images,other_images,equal,near\n" + rows)
-        run_here(report, monkeypatch, "--metrics", folder / "metrics.csv", "--out", tmp_path, "--overlaps",
+        run_here(report, monkeypatch, "--metrics", metrics_csv, "--out", tmp_path, "--overlaps",
                  *(tmp_path / name for name in files))
         text = Page((tmp_path / "report.html").read_text()).text
         return " ".join(" ".join(text).split()).split("Test sets Claims")
-    mimic = "data/mimic_cxr,data/nih:test,250000,25596,1200,34\ndata/mimic_cxr,data/chexpert:val,250000,202,0,0\n"
+    mimic = ("data/mimic_cxr,data/nih:test,250000,25596,1200,34\n"
+             "data/mimic_cxr,data/chexpert:val,250000,202,0,0\n")
     oct_ = "data/oct,data/nih:test,100000,25596,0,0\n"
     first, rest = page(a=mimic, b=oct_)
     sentence = "among the pre-training images: 1,234 of data/mimic_cxr are in data/nih:test. Which arms"
     assert sentence in first and "data/oct" not in first and "chexpert" not in first
-    assert "data/mimic_cxr 250000 data/nih:test 1200 34 3.4 data" in rest       # 3.4 alone was pre-trained on it
+    assert "data/mimic_cxr 250000 data/nih:test 1200 34 3.4 data" in rest        # 3.4 alone was made from it
     assert "data/oct 100000 data/nih:test 0 0" in rest
     assert "among the pre-training images" not in page(b=oct_)[0]
     with pytest.raises(SystemExit) as stop:
