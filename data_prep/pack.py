@@ -189,7 +189,8 @@ def read_image(file, channels=1, variant="corrected", dicom="display"):
         if tags.get(262) == 0:                                              # WhiteIsZero
             values = top - values
         image = Image.fromarray(to_grey8(values, variant, top))
-    return image.convert("L" if channels == 1 else "RGB"), facts
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode), facts          # convert would copy
 
 
 # ---- rows: in worker processes, which write parts ----
