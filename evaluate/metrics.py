@@ -228,16 +228,16 @@ def draw_patients(patient, resamples, seed=0):
 
 
 @np.errstate(invalid="ignore")
-def auc_draws(y, p, patient, counts, chunk=64):
+def auc_draws(y, p, patient, counts, chunk=128):
     """AUC per label of every resample, float [B, K], by weighted ranks; patient and counts of draw_patients.
 
     Positives of one score share a row. A row of `steps` holds the negatives between its positives and those
     before, by patient (twice; a tie: once here, once in the next), a row of `drawn` its positives. A resample
     costs two sparse products and a cumulative sum over rows, by blocks of 32 rows times a triangle of ones:
-    twice as fast as np.cumsum. Exact in float32 up to 2^22 images.
+    twice as fast as np.cumsum. Exact in 16 bits where a row's counts fit, else in float32 up to 2^22 images.
     """
     values = np.full((len(counts), y.shape[1]), np.nan)
-    triangle, maps = np.tri(32, dtype=np.float32), []
+    triangle, most, maps = np.tri(32, dtype=np.float32), int(counts.max(initial=0)), []
     for truth, score in zip(y.T, p.T):
         high, low = truth == 1, truth == 0
         leaders, at = np.unique(score[high], return_inverse=True)
@@ -245,11 +245,13 @@ def auc_draws(y, p, patient, counts, chunk=64):
         shape = (len(leaders) // 32 + 1) * 32, counts.shape[1]
         negatives = np.concatenate(between), np.tile(patient[low], 2)
         for rows, owners in (negatives, (at, patient[high])):
-            ones = np.ones(len(rows), np.float32)
+            fits = np.bincount(rows).max(initial=0) * most < 2 ** 16
+            ones = np.ones(len(rows), np.uint16 if fits else np.float32)
             maps.append(csr_matrix((ones, (rows, owners)), shape))
     for start in range(0, len(counts), chunk):
-        weights = counts[start:start + chunk].T.astype(np.float32, order="C")       # [P, b]
-        products = (rows @ weights for rows in maps)
+        block = counts[start:start + chunk].T                                       # [P, b]
+        weights = {kind: block.astype(kind, order="C") for kind in {rows.dtype for rows in maps}}
+        products = ((rows @ weights[rows.dtype]).astype(np.float32, copy=False) for rows in maps)
         for k, (steps, drawn) in enumerate(zip(products, products)):                # [rows, b]
             below = triangle @ steps.reshape(-1, 32, steps.shape[1])
             below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                      # of the blocks before
