@@ -12,7 +12,8 @@ Reads   metrics.csv; report.yaml (what stands where), report.*.html, report.css 
         script; what the options name, with arms.csv, comparisons.csv and detectable.csv beside verdicts.csv
 Writes  OUT/report.html, OUT/printed.html (the paper's tables), OUT/tables/*.csv and *.tex, OUT/figures/*.svg
         and *.png; the table of test sets on the terminal
-Numbers of stand-in data carry a mark. Pictures of MIMIC and VinDr, which must not be passed on, are left out.
+Numbers of stand-in data carry a mark. Pictures of MIMIC, VinDr and unknown data, which must not be passed on,
+are left out unless asked for.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def options():
     add("--predictions", type=Path, help="curves: <exp>/predictions/seed<k>/<test set>.csv")
     add("--baseline", default="2.2", help="arm that the first figure subtracts (2.2)")
     add("--arm", default="3.4", help="arm of the ROC, precision-recall and decision curves (3.4)")
-    add("--with-pictures", action="store_true", help="embed MIMIC and VinDr; do not pass the page on")
+    add("--with-pictures", action="store_true", help="embed them all; do not pass the page on")
     add("--experiments", type=Path, help="experiments.yaml, for what each arm is (default: this project's)")
     add("--title", default="Does domain-specific pre-training make sense?")
     parser.error = fail                 # one sentence, like every other mistake
@@ -57,7 +58,6 @@ def options():
 
 if __name__ == "__main__":      # help and mistakes are answered before the imports below, which take a second
     options()
-
 import jinja2  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
@@ -138,7 +138,8 @@ def printed_numbers():
             place = {name: place.get(name, "").format(**row) for name in KEY}
             place["exp"] = re.sub("000$", "k", place["exp"])                # 4.1.1-50k
             place["metric"] = place["metric"].lower().replace(" ", "_")
-            text, sd = row[spec["mean"]], row.get(spec.get("sd"))
+            text = row[spec["mean"]]
+            sd = row.get(spec.get("sd"))
             if sd:
                 text = f"{text} ({sd})"
             if text:
@@ -158,7 +159,7 @@ class Results:
         self.arms = [exp for exp in self.exps if not exp.endswith("-ensemble")]
         self.runs = frame.query("exp in @self.arms").groupby("exp").seed.nunique().sum()
         names = list(frame.dataset.unique())
-        names = [name for name in names if not name.endswith("_val")] or names      # chose thresholds
+        names = [name for name in names if not name.endswith("_val")] or names      # for thresholds
         names = sorted(names, key=lambda name: [*TEST_SETS, name].index(name))
         self.datasets = {name: TEST_SETS.get(name, name) for name in names}
         self.main = "chexpert_valid" if "chexpert_valid" in names else names[0]
@@ -362,8 +363,7 @@ def reliability_figure(results, path):
         return None
     bins = pooled_bins(results)
     rows = -(-len(results.arms) // 5)
-    size = (11.4, 2.3 * rows + .3)
-    figure, axes = plt.subplots(rows, 5, figsize=size, sharex=True, sharey=True)
+    figure, axes = plt.subplots(rows, 5, figsize=(11.4, 2.3 * rows), sharex=True, sharey=True)
     for axis, exp in zip(axes.flat, results.arms):
         curve = bins.query("exp == @exp")
         size = 60 * np.sqrt(curve.images / curve.images.sum())
@@ -404,6 +404,8 @@ def decision_figure(folder, exp, dataset, path):
             recalls.plot(recall, precision, marker="")
             everybody = net_benefit(y, np.ones(len(y)), thresholds)
             benefits.append([net_benefit(y, p, thresholds), everybody])
+    if not benefits:
+        return plt.close(figure)
     model, everybody = np.mean(benefits, 0)
     decision.plot(thresholds, model, "-", color=INK, label="model")
     decision.plot(thresholds, everybody, ":", color=INK, label="treat all")
@@ -445,13 +447,13 @@ def learning_figure(logs, path):
 
 
 def pictures(runs, drawn, packs, allowed):
-    """([(caption, data URI)], arms left out): the last picture of each kind; drawn: arms on stand-in data."""
+    """([(caption, data URI)], arms left out): the last picture of each kind; drawn: arms on stand-ins."""
     last, shown, left_out = {}, [], []
     for path in sorted(runs.glob("*/pretrain/*.png")):
         last[path.parts[-3], path.stem.rpartition("_")[0]] = path
     for (exp, kind), path in last.items():
-        secret = re.search("mimic|vindr", packs.get(exp, "")) and exp not in drawn
-        if secret and not allowed:
+        data = "drawn" if exp in drawn else packs.get(exp)
+        if not allowed and (not data or re.search("mimic|vindr", data)):
             left_out.append(exp)
         else:
             shown.append((f"{exp}: {kind}", data_uri("png", path.read_bytes())))
@@ -459,13 +461,13 @@ def pictures(runs, drawn, packs, allowed):
 
 
 def read_experiments(path, arms):
-    """({arm: what it is in a few words}, {arm: dataset of its pre-training}), from experiments.yaml."""
+    """({arm: what it is in a few words}, {arm: data of its pre-training or ""}) by experiments.yaml."""
     try:
         grid = dict(yaml.safe_load(path.read_text()))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read as YAML ({' '.join(str(error).split())})") from None
     names, packs = {}, {}
-    for arm in arms:
+    for arm in (*grid, *arms):
         row = grid.get(arm) or {}
         names[arm] = row.get("about", "")
         while "pretrain" not in row and str(row.get("init")).startswith("exp:"):
@@ -516,11 +518,9 @@ def compose(args):
     names, packs = read_experiments(args.experiments or HERE.parent / "experiments.yaml", results.arms)
     specs = list(table_specs(results))
     grid = fill_tables(results, specs)
-    drawn = results.frame.query("stand_in != ''")
     page = {
         **vars(args),
         "results": results,
-        "drawn": drawn,
         "names": names,
         "packs": packs,
         "set_names": results.datasets,
@@ -543,7 +543,9 @@ def compose(args):
         page["curves"] = decision_figure(args.predictions, args.arm, results.main, folder / "curves")
     if args.runs:
         page["learning"] = learning_figure(logs, folder / "learning")
-        page["pictures"] = pictures(args.runs, set(drawn.exp), packs, args.with_pictures)
+        real = results.frame.query("stand_in == ''")
+        drawn = set(results.arms) - set(real.exp)
+        page["pictures"] = pictures(args.runs, drawn, packs, args.with_pictures)
     if pairs is not None:
         found = differences(pairs, args.baseline, results.labels)
         for kind in ("wide", "narrow"):

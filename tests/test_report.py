@@ -201,7 +201,9 @@ def folder(tmp_path_factory):
         (root / f"runs/{exp}/{part}").mkdir(parents=True)
         lines = "".join(json.dumps(line) + "\n" for line in log)
         (root / f"runs/{exp}/{part}/log.jsonl").write_text(lines)
-    Image.new("L", (8, 8), 90).save(root / "runs/3.4/pretrain/recon_0004.png")
+    for exp in ("3.4", "3.6", "4.1.1-50k", "mine"):         # on MIMIC, OCT, MIMIC and unknown data
+        (root / f"runs/{exp}/pretrain").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 90).save(root / f"runs/{exp}/pretrain/recon_0004.png")
     context = pytest.MonkeyPatch()
     run_here(metrics, context, *files, "--out", root / "metrics.csv", "--bootstrap", 200, "--workers", 1)
     run_here(compare, context, "--metrics", root / "metrics.csv", "--out", root)
@@ -329,8 +331,13 @@ def test_stand_ins_are_marked_at_every_number_and_have_no_printed_one(folder, tm
     for name in ("verdicts", "arms", "comparisons", "detectable"):
         (tmp_path / f"{name}.csv").write_bytes((folder / f"{name}.csv").read_bytes())
     run_here(report, monkeypatch, "--metrics", tmp_path / "metrics.csv", "--out", tmp_path / "out",
-             "--verdicts", tmp_path / "verdicts.csv")
+             "--verdicts", tmp_path / "verdicts.csv", "--runs", folder / "runs")
     html = (tmp_path / "out/report.html").read_text()
+    assert "3.6: recon" in html and "3.4: recon" not in html        # of 3.4 one test set is drawn, not all
+    packs = {"4.1.1-50k": "mimic_cxr", "3.6": "oct"}
+    shown, left_out = report.pictures(folder / "runs", {"3.4"}, packs, False)
+    assert [caption for caption, _ in shown] == ["3.4: recon", "3.6: recon"]
+    assert left_out == ["4.1.1-50k", "mine"]
     text = " ".join(" ".join(Page(html).text).split())
     assert "° Stand-in data: drawn by data_prep/demo.py" in text and "Verdicts on our runs°" in text
     answers = re.findall(r"<li>(.*?)</li>", html, re.S)
@@ -348,8 +355,10 @@ def test_pictures_of_credentialed_data_only_if_asked_for_and_titles_are_text(
     for page, shown in ((made[1], False), (asked, True)):
         alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
         text = " ".join(" ".join(page.text).split())
-        assert ("3.4: recon" in alts) == shown
-        assert ("must not be passed on: 3.4; --with-pictures embeds them" in text) != shown
+        assert "3.6: recon" in alts
+        for exp in ("3.4", "4.1.1-50k", "mine"):
+            assert (f"{exp}: recon" in alts) == shown
+        assert ("must not be passed on: 3.4, 4.1.1-50k, mine; --with-pictures embeds them" in text) != shown
 
 
 def test_tables_are_written_for_spreadsheets_and_latex(made):
@@ -428,7 +437,7 @@ def test_images_that_pretraining_and_test_packs_share_are_named(tmp_path, monkey
 def test_an_arm_fine_tuned_from_another_rows_weights_has_its_data():
     expected = {"3.4": "mimic_cxr", "3.1b": "nih_pretrain", "2.2": "", "4.1.1-50k": "mimic_cxr", "mine": ""}
     names, packs = report.read_experiments(ROOT / "experiments.yaml", expected)
-    assert packs == expected
+    assert {name: packs[name] for name in expected} == expected
     assert names["3.4"] == "GMML on MIMIC from ImageNet" and names["mine"] == ""
 
 
