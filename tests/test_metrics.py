@@ -510,7 +510,17 @@ def test_nih_is_scored_with_14_and_with_5_labels_and_the_path_tells_the_run(monk
         for variant in ("paper", "corrected"):
             found = cell(table, "auc_mean", variant, labels=str(len(labels)))
             assert found == pytest.approx(mean)
+        y, p = (frame[[f"{kind}_{label}" for label in labels]].to_numpy() for kind in ("true", "prob"))
+        assert cell(table, "subset_accuracy", labels=str(len(labels)), threshold="0.5") == pytest.approx(
+            sk.accuracy_score(y, p > 0.5))
+        oracle = np.mean(oracle_by_hand(y, p, [0.1], False)[0])
+        assert cell(table, "oracle_auc", labels=str(len(labels)), threshold="0.1") == pytest.approx(oracle)
     assert set(table.labels[table.label == ""]) == {"", "14", "5"}         # all are the 14
+    keys = [key.split("|") for key in read_draws(tmp_path, "3.4/11/nih_test")]
+    assert {metric for labels, metric, *_ in keys if labels == "14"} == {"auc_mean"}      # as compare.py asks
+    assert {(metric, t) for labels, metric, _, t in keys if labels == "5"} >= {
+        ("auc_mean", ""), ("fnr", "0.1"), ("subset_accuracy", "0.3"), ("mean_accuracy", "0.5"),
+        ("oracle_auc", "0.25"), ("random_referral_auc", "0.1"), ("always_negative_accuracy", "")}
     assert not table.duplicated(["labels", "metric", "variant", "label", "threshold"]).any()
 
 
