@@ -623,12 +623,13 @@ def read_predictions(path):
     truths, scores = frame.filter(regex="^true_"), frame.filter(regex="^prob_")
     names = truths.columns.str[5:]
     for name in names.symmetric_difference(scores.columns.str[5:]):
-        raise InputError(f"{path} has only one of true_{name} and prob_{name}; add the other or drop both")
+        has, lacks = ("true", "prob") if name in names else ("prob", "true")
+        raise InputError(f"{path} has a column {has}_{name} but no {lacks}_{name}; add it or drop both")
     labels = names.map(nih_name)
     for label in labels[labels.duplicated()]:
         raise InputError(f"{path} has label {label} under two spellings; keep one")
-    for image in frame["path"][frame["path"].duplicated()]:
-        raise InputError(f"{path}: image '{image}' is there twice; keep one row")
+    for row in np.flatnonzero(frame["path"].duplicated()):
+        raise InputError(f"{path} row {row + 1}: image '{frame['path'][row]}' is there twice; keep one row")
     truths, scores = truths.replace("", -1), scores["prob_" + names]
     y = read_cells(path, truths, lambda cells: np.isin(cells, (-1, 0, 1)), "1, 0 or blank (unknown)")
     p = read_cells(path, scores, lambda cells: (cells >= 0) & (cells <= 1), "a probability from 0 to 1")
@@ -665,6 +666,8 @@ def read_manifests(manifests):
     for path in people.index[people.index.duplicated()][:1]:
         raise InputError(f"the manifests know two people for image '{path}'; give the one that the "
                          "predictions were made from")
+    if (people == "").all(axis=None):
+        raise InputError(f"{manifests[0]} knows no sex, age or race of any image; leave --manifest out")
     return people
 
 
@@ -865,11 +868,11 @@ def check_same(path, found, other, expected):
                          "true labels; predict the same images with both, or give each its own --dataset")
 
 
-def score_run(job, paths, manifests, resamples):
+def score_run(job, paths, manifests, val, resamples):
     """score_file() of a run, or of the ensemble of several, its mark of stand-ins and its digest."""
     (test, found), validation = read_mean(paths), None
-    beside = [path.with_name("nih_val.csv") for path in paths]
-    if beside != paths and all(path.is_file() for path in beside):
+    beside = [val or path.with_name("nih_val.csv") for path in paths]
+    if val or beside != paths and all(path.is_file() for path in beside):
         validation, _ = read_mean(beside)
     if manifests:
         test = find_people(test, paths[0], manifests)
@@ -903,11 +906,14 @@ def run(args):
     """Score all runs, several at a time, and write their rows and resamples."""
     if args.bootstrap < 0 or args.workers < 1:
         raise InputError("--bootstrap must be 0 or more, --workers 1 or more")
+    if args.validation and len({path.parent for path in args.predictions}) > 1:
+        raise InputError(f"--validation {args.validation} belongs to one run; "
+                         "put nih_val.csv beside the files")
     rows, resamples, first = [], {}, {}
-    jobs, manifests = jobs_of(args), repeat(tuple(args.manifest))
+    jobs, given = jobs_of(args), (tuple(args.manifest), args.validation, args.bootstrap)
     with ProcessPoolExecutor(args.workers, initializer=threadpool_limits, initargs=(1,)) as pool:
         apply = pool.map if args.workers > 1 else map
-        results = apply(score_run, jobs, jobs.values(), manifests, repeat(args.bootstrap))
+        results = apply(score_run, jobs, jobs.values(), *map(repeat, given))
         for (job, paths), (scored, mark, found) in zip(jobs.items(), results):
             lines, names, draws = scored
             other, expected = first.setdefault(job[-1], (paths[0], found))
@@ -936,6 +942,7 @@ def main():
     add("--seed", help="seed of the run, in place of the path's")
     add("--dataset", help="name of the test set, in place of the path's")
     add("--bootstrap", type=int, default=2000, help="resamples of patients (2000); 0: none")
+    add("--validation", type=Path, help="validation predictions (default: nih_val.csv beside a file)")
     add("--manifest", nargs="+", type=Path, default=[], help="manifests with sex, age and race of the images")
     add("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
     parser.error = fail                 # one sentence, like every other mistake

@@ -762,7 +762,9 @@ def test_thresholds_and_temperature_come_from_the_validation_file(monkeypatch, t
     tempered = m.temper(test[["prob_Edema"]].to_numpy(), m.fit_temperature(y, p))
     assert cell(table, "ece_temperature", label="Edema", dataset="padchest") == pytest.approx(
         m.ece(test[["true_Edema"]].to_numpy(), tempered)[0])
-    (folder / "nih_val.csv").unlink()
+    (folder / "nih_val.csv").rename(tmp_path / "val.csv")
+    given = command(monkeypatch, tmp_path, folder / "padchest.csv", "--validation", tmp_path / "val.csv")
+    pd.testing.assert_frame_equal(given, table[table.dataset == "padchest"].reset_index(drop=True))
     assert not command(monkeypatch, tmp_path, folder / "padchest.csv").metric.str.contains("youden").any()
 
 
@@ -918,14 +920,14 @@ BASE = "path,patient,true_Edema,prob_Edema\na,1,1,0.9\nb,2,0,0.2\n"
     ("patient,true_Edema,prob_Edema\n1,1,0.9\n", ["no column 'path'"]),
     ("path,true_Edema,prob_Edema\na,1,0.9\n", ["no column 'patient'"]),
     ("path,patient\na,1\n", ["true_<label>"]),
-    (BASE.replace(",prob_Edema", ",prob_Mass"), ["only one of true_Edema and prob_Edema"]),
-    ("path,patient,true_Edema,prob_Edema,prob_Mass\na,1,1,0.9,0.1\n", ["only one of true_Mass and prob_Mass"]),
+    (BASE.replace(",prob_Edema", ",prob_Mass"), ["true_Edema but no prob_Edema"]),
+    ("path,patient,true_Edema,prob_Edema,prob_Mass\na,1,1,0.9,0.1\n", ["prob_Mass but no true_Mass"]),
     (BASE.replace("0.9", "nan"), ["row 1", "prob_Edema is 'nan'", "0 to 1"]),
     (BASE.replace("0.2", ""), ["row 2", "prob_Edema is ''"]),
     (BASE.replace("0.2", "1.2"), ["row 2", "prob_Edema is '1.2'"]),
     (BASE.replace("b,2,0", "b,2,2"), ["row 2", "true_Edema is '2'", "1, 0 or blank"]),
     (BASE.replace("b,2,0", "b,2,yes"), ["row 2", "true_Edema is 'yes'"]),
-    (BASE.replace("b,2", "a,2"), ["image 'a' is there twice"]),
+    (BASE.replace("b,2", "a,2"), ["row 2", "image 'a'", "twice"]),
     (BASE.replace("b,2,0", "b,2,1"), ["both positives and negatives"]),
     ("path,patient,true_Edema,prob_Edema\na,1,1,0.9\n", ["both positives and negatives"]),
     ("path,patient,true_Effusion,true_Pleural Effusion,prob_Effusion,prob_Pleural Effusion\na,1,1,1,1,1\n",
@@ -952,12 +954,15 @@ def test_a_mistake_in_the_call_is_one_sentence(monkeypatch, tmp_path, capsys):
     here, there = run_folder(tmp_path) / "padchest.csv", run_folder(tmp_path, "2.2") / "padchest.csv"
     predictions(here), predictions(there)
     pd.DataFrame({"path": ["images/0001.png"], "sex": ["F"]}).to_csv(tmp_path / "manifest.csv", index=False)
+    pd.DataFrame({"path": ["images/0001.png"], "age": [""]}).to_csv(tmp_path / "blank.csv", index=False)
     (tmp_path / "file").write_text("")
     (tmp_path / "marked.csv").write_text(BASE)
     (tmp_path / "marked.json").write_text("[]")
     for args, said in [
             ([tmp_path / "absent.csv"], "does not exist"),
             ([here, here], "is a second file of exp 3.4, seed 0, padchest"),
+            ([here, there, "--validation", here], "belongs to one run"),
+            ([here, "--manifest", tmp_path / "blank.csv"], "knows no sex, age or race"),
             ([here, "--manifest", tmp_path / "manifest.csv"], "image 'images/0000.png' is in no manifest"),
             ([here, "--bootstrap", "-1"], "--bootstrap must be 0 or more"),
             ([here, "--manifest", tmp_path / "none.csv"], "none.csv does not exist"),
