@@ -153,7 +153,9 @@ def test_a_row_of_another_strategy_is_refused(strategy, monkeypatch, capsys):
     with pytest.raises(SystemExit) as leaving:
         run_here(load_script(f"pretrain/{strategy}.py"), monkeypatch, "--exp", exp)
     assert leaving.value.code == 2
-    assert f"row {exp}: pre-trained by {other}, this script does {strategy}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert all(part in said for part in (f"row {exp}:", "strategy", f"'{other}'", f"'{strategy}'"))
 
 
 def test_every_row_of_the_study_is_there():
