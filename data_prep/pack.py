@@ -361,12 +361,9 @@ def check_index(args, splits):
 def read_json(path):
     """The object in a JSON file, {} if it is absent."""
     try:
-        found = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        return {**json.loads(path.read_text())} if path.exists() else {}
+    except (ValueError, TypeError):
         fail(f"{path}: not a JSON object; remove it or choose another folder")
-    return found
 
 
 def stand_in(raw):
@@ -376,7 +373,6 @@ def stand_in(raw):
         drawn = read_json(folder / "demo.json").get("images", {})
         if drawn and (raw == folder or raw.relative_to(folder).parts[0] in drawn):
             return "drawn by data_prep/demo.py"
-    return None
 
 
 def is_finished(out, config):
