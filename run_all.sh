@@ -52,7 +52,7 @@ for test in ${tests//,/ }; do [[ ,nih_val,$all, = *",$test,"* ]] || usage "--tes
 train=("$PYTHON")
 [ "$nproc" = 1 ] || train+=(-m torch.distributed.run --standalone "--nproc_per_node=$nproc")
 rows=$("$PYTHON" evaluate/plan.py --list --exp "${exp:-[0-9]*}" ${demo:+--miniature})   # exp strategy data parent seeds
-[ -z "$slurm" ] || exec bash slurm.sh "$slurm" "${given[@]}" <<<"$rows"
+[ -z "$slurm" ] || exec bash evaluate/slurm.sh "$slurm" "${given[@]}" <<<"$rows"
 
 stopping=""
 trap 'stopping=1; kill -TERM $(jobs -p) 2>/dev/null || true' TERM INT HUP
@@ -106,6 +106,7 @@ row() {         # EXP STRATEGY DATA PARENT SEEDS: pre-train, fine-tune, predict
   [ "$4" = - ] || start="$runs/$4/pretrain/backbone.pt"
   if [ "$2" != - ]; then
     prepare "$3"
+    [[ $3 = *_original || " ${seen[*]} " = *" $data/$3:pretrain "* ]] || seen+=("$data/$3:pretrain")
     step rows "$here/pretrain/backbone.pt" experiments.yaml "$data/$3/manifest.csv" ${start:+"$start"} -- \
       "${train[@]}" "pretrain/$2.py" "${common[@]}" --out "$here/pretrain" ${start:+--init "$start"}
     start="$here/pretrain/backbone.pt"
@@ -122,7 +123,7 @@ row() {         # EXP STRATEGY DATA PARENT SEEDS: pre-train, fine-tune, predict
   done
 }
 
-packs=() sets=() predictions=()
+packs=() seen=() tested=() sets=() predictions=()
 if [ "$demo" ]; then                            # at another scale: drawn anew
   same=$(grep -lsE "\"scale\": $scale[.0]*(,|}|\$)" "$raw/demo.json" || echo "none of scale $scale")
   step data "$raw/demo.json" "$same" -- "$PYTHON" data_prep/demo.py --out "$raw" --scale "$scale" --keep
@@ -132,6 +133,7 @@ declare -A split=([nih_val]=nih:val [nih_test]=nih:test [vindr_test]=vindr_cxr:t
 for test in nih_val ${tests//,/ }; do
   prepare "${split[$test]%:*}"
   sets+=(--set "$test=$data/${split[$test]/:/\/manifest.csv:}")
+  [ "$test" = nih_val ] || tested+=("$data/${split[$test]}")
 done
 manifests=("${packs[@]/%//manifest.csv}")       # of the test sets
 while read -r -a fields <&3; do row "${fields[@]}"; done 3<<<"$rows"
@@ -144,7 +146,9 @@ step results "$results/published/verdicts.csv" evaluate/reported/claims.csv -- \
   "$PYTHON" evaluate/compare.py --reported --out "$results/published"
 step results "$results/figures/figure1.svg" "${packs[@]/%//manifest.csv}" -- \
   "$PYTHON" data_prep/describe.py --index "${packs[@]/%//index.csv}" --packs "${packs[@]}" --out "$results/figures"
+[ ${#seen[@]} = 0 ] || step results "$results/overlaps.csv" "${packs[@]/%//manifest.csv}" -- \
+  "$PYTHON" data_prep/describe.py --overlap "${seen[@]}" --against "${tested[@]}" --out "$results"
 step results "$results/report.html" "$results/verdicts.csv" -- \
   "$PYTHON" evaluate/report.py --metrics "$results/metrics.csv" --out "$results" --runs "$runs" --predictions "$runs" \
-  --verdicts "$results/verdicts.csv" "$results/published/verdicts.csv"
+  --verdicts "$results/verdicts.csv" "$results/published/verdicts.csv" ${seen:+--overlaps "$results/overlaps.csv"}
 [ "$dry_run$only" ] || echo "complete; the report is $results/report.html"

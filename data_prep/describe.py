@@ -11,8 +11,8 @@ Reads   index.csv files (or a pack's manifest.csv) with index.json beside them, 
 Writes  distributions.csv; figure1.png and figure1.svg if packs are given (images of MIMIC-CXR and VinDr-CXR
         must not be passed on); overlap.csv, a line a shared image, and overlaps.csv, a line a pair of packs
 --check exits with 1 if an index misses its exact counts or a patient is in two splits, and says which.
---overlap compares the first pack, or one split of it, with each of the others. Equal: every pixel. Near: the
-16 x 16 thumbnails correlate by NEAR or more.
+--overlap compares the first pack, or one split of it, with each of the others; with --against all of them with
+each of these. Equal: every pixel. Near: the 16 x 16 thumbnails correlate by NEAR or more.
 """
 
 import argparse
@@ -297,16 +297,18 @@ def overlap(first, other):
     return pd.DataFrame(found, columns=["path", "other_path", "kind", "correlation"])
 
 
-def write_overlaps(packs, out):
+def write_overlaps(packs, others, out):
     """Write overlap.csv, and overlaps.csv, which is printed."""
-    first, images, numbers = fingerprints(packs[0]), [], []
-    for pack in packs[1:]:
-        other = fingerprints(pack)
-        found = overlap(first, other)
-        images.append(found.assign(pack=packs[0], other=pack))
-        equal = (found.kind == "equal").sum()
-        numbers.append({"pack": packs[0], "other": pack, "images": len(first[0]),
-                        "other_images": len(other[0]), "equal": equal, "near": len(found) - equal})
+    images, numbers = [], []
+    others = {name: fingerprints(name) for name in others}
+    for pack in packs:
+        first = fingerprints(pack)
+        for name, other in others.items():
+            found = overlap(first, other)
+            images.append(found.assign(pack=pack, other=name))
+            equal = (found.kind == "equal").sum()
+            numbers.append({"pack": pack, "other": name, "images": len(first[0]),
+                            "other_images": len(other[0]), "equal": equal, "near": len(found) - equal})
     pd.concat(images).to_csv(out / "overlap.csv", index=False)
     numbers = pd.DataFrame(numbers)
     numbers.to_csv(out / "overlaps.csv", index=False)
@@ -336,10 +338,11 @@ def main():
     option("--out", type=Path, required=True, help="folder to write to")
     option("--packs", type=Path, nargs="+", default=[], help="packed folders, for Figure 1")
     option("--overlap", nargs="+", default=[], metavar="PACK[:SPLIT]", help="the first against the others")
+    option("--against", nargs="+", default=[], metavar="PACK[:SPLIT]", help="all of --overlap against these")
     option("--check", action="store_true", help="exit 1 on a missed count or shared patient")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-    if not (args.index or args.packs or args.overlap) or len(args.overlap) == 1:
+    if not (args.index or args.packs or args.overlap) or len(args.overlap + args.against) == 1:
         fail("give --index, --packs or --overlap with two packs or more")
     indexes = [read_index(path) for path in args.index]
     missed = []
@@ -348,7 +351,8 @@ def main():
         if args.packs:
             figure1(args.packs, args.out)
         if args.overlap:
-            write_overlaps(args.overlap, args.out)
+            first, *rest = args.overlap
+            write_overlaps(args.overlap if args.against else [first], args.against or rest, args.out)
         if indexes:
             missed = write_audit(indexes, args.out)
     except OSError as problem:

@@ -29,7 +29,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pro ject #1's")
     for name in ("data_prep", "pretrain", "finetune", "evaluate", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("run_all.sh", "slurm.sh", "experiments.yaml", "requirements.txt"):
+    for name in ("run_all.sh", "experiments.yaml", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
     # the miniature's miniature
     text = (folder / "experiments.yaml").read_text()

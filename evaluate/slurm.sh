@@ -2,9 +2,9 @@
 # Writes DIR/job.sh and DIR/submit.sh, which hand the rows to SLURM: a job for the data, one a row after that of its
 # parent, one for the results. Called by run_all.sh --slurm DIR.
 #
-#   python evaluate/plan.py --list | bash slurm.sh DIR [options of run_all.sh]
+#   python evaluate/plan.py --list | bash evaluate/slurm.sh DIR [options of run_all.sh]
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 folder=$1; shift
 mkdir -p "$folder"
 cat > "$folder/job.sh" <<END
@@ -21,7 +21,7 @@ exec 3> "$folder/submit.sh"
 cat >&3 <<'END'
 #!/bin/bash
 set -e
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 declare -A job
 data=$(sbatch --parsable "$@" job.sh --only data)
 END
