@@ -5,7 +5,7 @@ what it meets (tissue, bone, air) gives the grey value. Every finding moves a bo
 pattern of its own, visible at 64 pixels. Patients keep their anatomy from film to film; each site has a look,
 a case mix and labelling errors of its own. CT, OCT and natural images are drawn in the same way.
 
-    python data_prep/demo.py --out data/demo/raw                     # half a minute on 2 cores, 90 MB
+    python data_prep/demo.py --out data/demo/raw                     # half a minute on 2 cores, 160 MB
     python data_prep/demo.py --out /tmp/tiny --scale 0.05 --seed 1   # a twentieth of it, other patients
     python data_prep/demo.py --out raw --keep                        # only of datasets raw/ does not have
 
@@ -455,7 +455,7 @@ def write_csv(path, header, rows):
 def nih(root, key, count):
     """Kaggle's folders, 8-bit PNG; official lists without a common patient."""
     rows, tasks, lists = [], [], {"train": [], "val": [], "test": []}
-    sizes = {"train": count(900), "val": count(180), "test": count(400)}
+    sizes = {"train": count(300), "val": count(100), "test": count(1000)}
     for i, film in enumerate(cohort("nih", key, sizes)):
         name = f"{film.patient:08d}_{film.study - 1:03d}.png"
         rows.append({
@@ -497,7 +497,7 @@ def report_labels(film, certain=False):
 def mimic_cxr(root, key, count):
     """JPEG below patient and study; labels mined from reports, one row a study; lateral films too."""
     metadata, studies, splits, tasks = [], {}, [], []
-    sizes = {"train": count(1080), "validate": count(40), "test": count(80)}
+    sizes = {"train": count(3000), "validate": count(40), "test": count(80)}
     for film in cohort("mimic_cxr", key, sizes):
         subject = 10_000_032 + 1237 * film.patient
         study = 50_000_414 + 23 * film.patient + film.study
@@ -615,7 +615,7 @@ def covidx_ct(root, key, count):
 def oct(root, key, count):
     """Scans as JPEG of two widths below the class folders of release v3."""
     tasks = []
-    for split, size in {"train": count(190), "test": count(10)}.items():
+    for split, size in {"train": count(750), "test": count(10)}.items():
         for number, disease in enumerate(("CNV", "DME", "DRUSEN", "NORMAL")):
             for i in range(size):                               # three scans a patient
                 patient = 1_000_000 * (number + 1) + 31 * (i // 3) + 500_000 * (split == "test")
@@ -629,7 +629,7 @@ def imagenet(root, key, count):
     """ILSVRC as on Kaggle: training images by class, validation images flat, a table names their classes."""
     data, save = root / "ILSVRC" / "Data" / "CLS-LOC", partial(save_picture, mode="RGB")
     order = np.random.default_rng(key).permutation(sorted(CLASSES) * count(10)).tolist()
-    paths = [(wnid, f"train/{wnid}/{wnid}_{1 + 37 * i}.JPEG") for wnid in CLASSES for i in range(count(80))]
+    paths = [(wnid, f"train/{wnid}/{wnid}_{1 + 37 * i}.JPEG") for wnid in CLASSES for i in range(count(300))]
     paths += [(wnid, f"val/ILSVRC2012_val_{i:08d}.JPEG") for i, wnid in enumerate(order, 1)]
     write_csv(root / "LOC_val_solution.csv", "ImageId,PredictionString", [
         {"ImageId": Path(path).stem, "PredictionString": f"{wnid} 20 20 80 80 "}
@@ -676,7 +676,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write <dataset>/ into")
     parser.add_argument("--seed", type=int, default=0, help="other patients, other pictures (default 0)")
-    parser.add_argument("--scale", type=float, default=1.0, help="1 is 6,251 images, 0.1 a tenth (default 1)")
+    parser.add_argument("--scale", type=float, default=1.0, help="1 is 12,531 images, 0.1 a tenth (default 1)")
     parser.add_argument("--keep", action="store_true", help="draw no dataset whose folder is there already")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
@@ -693,7 +693,7 @@ def main():
         print(f"kept as they are: {', '.join(kept) or 'no folders'}")
         generate(args.out, settings)
     except OSError as error:
-        fail(f"{error.filename or args.out}: {error.strerror}; choose a writable --out with room for 90 MB")
+        fail(f"{error.filename or args.out}: {error.strerror}; choose a writable --out with room for 160 MB")
 
 
 if __name__ == "__main__":

@@ -212,4 +212,4 @@ def test_the_miniature_is_laid_over_a_row(exp, monkeypatch):
             wanted |= {k: v for k, v in part.items() if k not in ("pretrain", "finetune")} | part.get(section, {})
         wanted |= {"lr": 0.5} | ({"seeds": str(wanted["seeds"])} if section == "finetune" else {})
         assert {key: config[key] for key in wanted if key in config} == {key: wanted[key] for key in wanted if key in config}
-        assert config["exp"] == exp and config["model_args"]["embed_dim"] == 96
+        assert config["exp"] == exp and config["model_args"]["embed_dim"] == 64
