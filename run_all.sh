@@ -15,12 +15,11 @@
 #
 # A step is skipped when its output is newer than its inputs. Stopped or killed, the same command goes on; SIGTERM is
 # passed on, the exit code is then 75. PYTHON=python bash run_all.sh uses an environment that has the packages.
-set -euo pipefail
-cd "$(dirname "$0")"
+set -euo pipefail; cd "$(dirname "$0")"
 usage() { echo "error: $1; bash run_all.sh --help lists the options" >&2; exit 2; }
 
 demo="" open="" dry_run="" plan="" exp="" raw="" data="" out="" nproc="" tests="" only="" scale=1.0 slurm="" rates=""
-given=()
+stopping="" given=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --demo | --open | --plan | --dry-run) option=${1#--}; declare "${option/-/_}=1"; given+=("$1") ;;
@@ -29,8 +28,7 @@ while [ $# -gt 0 ]; do
       declare "${1#--}=$2"; [ "$1" = --slurm ] || given+=("$1" "$2"); shift ;;
     -h | --help) sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "$0"; exit ;;
     *) usage "unknown option $1" ;;
-  esac
-  shift
+  esac; shift
 done
 . tests/setup_env.sh
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
@@ -49,12 +47,10 @@ for test in ${tests//,/ }; do [[ ,nih_val,$all, = *",$test,"* ]] || usage "--tes
 [[ $only =~ ^(data|rows|results)?$ ]] || usage "--only is $only, not data, rows or results"
 [ "$nproc" -ge 1 ] 2>/dev/null || usage "--nproc is $nproc, not a number of processes"
 [ -z "$plan" ] || exec "$PYTHON" evaluate/plan.py --data "$data" ${exp:+--exp "$exp"} ${rates:+--rates "$rates"}
-train=("$PYTHON")
-[ "$nproc" = 1 ] || train+=(-m torch.distributed.run --standalone "--nproc_per_node=$nproc")
+train=("$PYTHON"); [ "$nproc" = 1 ] || train+=(-m torch.distributed.run --standalone "--nproc_per_node=$nproc")
 rows=$("$PYTHON" evaluate/plan.py --list --exp "${exp:-[0-9]*}" ${demo:+--miniature})   # exp strategy data parent seeds
 [ -z "$slurm" ] || exec bash evaluate/slurm.sh "$slurm" "${given[@]}" <<<"$rows"
 
-stopping=""
 trap 'stopping=1; kill -TERM $(jobs -p) 2>/dev/null || true' TERM INT HUP
 step() {        # PART OUTPUT INPUT... -- COMMAND...: run the command unless an earlier run is newer than every input
   local part=$1 output=$2 fresh=1 code=0; shift 2
@@ -106,7 +102,7 @@ row() {         # EXP STRATEGY DATA PARENT SEEDS: pre-train, fine-tune, predict
   [ "$4" = - ] || start="$runs/$4/pretrain/backbone.pt"
   if [ "$2" != - ]; then
     prepare "$3"
-    [[ $3 = *_original || " ${seen[*]} " = *" $data/$3:pretrain "* ]] || seen+=("$data/$3:pretrain")
+    [[ $3 = *_original ]] || seen["$data/$3:pretrain"]=1                    # packed in pre-training
     step rows "$here/pretrain/backbone.pt" experiments.yaml "$data/$3/manifest.csv" ${start:+"$start"} -- \
       "${train[@]}" "pretrain/$2.py" "${common[@]}" --out "$here/pretrain" ${start:+--init "$start"}
     start="$here/pretrain/backbone.pt"
@@ -123,13 +119,13 @@ row() {         # EXP STRATEGY DATA PARENT SEEDS: pre-train, fine-tune, predict
   done
 }
 
-packs=() seen=() tested=() sets=() predictions=()
+packs=() tested=() sets=() predictions=()
 if [ "$demo" ]; then                            # at another scale: drawn anew
   same=$(grep -lsE "\"scale\": $scale[.0]*(,|}|\$)" "$raw/demo.json" || echo "none of scale $scale")
   step data "$raw/demo.json" "$same" -- "$PYTHON" data_prep/demo.py --out "$raw" --scale "$scale" --keep
 fi
-declare -A split=([nih_val]=nih:val [nih_test]=nih:test [vindr_test]=vindr_cxr:test [padchest]=padchest:test
-                  [chexpert_test]=chexpert:test [chexpert_valid]=chexpert:val [pneumonia_test]=pneumonia:test)
+declare -A seen=() split=([nih_val]=nih:val [nih_test]=nih:test [vindr_test]=vindr_cxr:test [padchest]=padchest:test
+          [chexpert_test]=chexpert:test [chexpert_valid]=chexpert:val [pneumonia_test]=pneumonia:test)
 for test in nih_val ${tests//,/ }; do
   prepare "${split[$test]%:*}"
   sets+=(--set "$test=$data/${split[$test]/:/\/manifest.csv:}")
@@ -145,10 +141,10 @@ step results "$results/verdicts.csv" "$results/metrics.csv" -- \
 step results "$results/published/verdicts.csv" evaluate/reported/claims.csv -- \
   "$PYTHON" evaluate/compare.py --reported --out "$results/published"
 step results "$results/figures/figure1.svg" "${packs[@]/%//manifest.csv}" -- \
-  "$PYTHON" data_prep/describe.py --index "${packs[@]/%//index.csv}" --packs "${packs[@]}" --out "$results/figures"
-[ ${#seen[@]} = 0 ] || step results "$results/overlaps.csv" "${packs[@]/%//manifest.csv}" -- \
-  "$PYTHON" data_prep/describe.py --overlap "${seen[@]}" --against "${tested[@]}" --out "$results"
+  "$PYTHON" data_prep/describe.py --index "${packs[@]/%//index.csv}" --packs "${packs[@]}" --out "$results/figures" \
+  --overlap "${!seen[@]}" --against "${tested[@]}"
 step results "$results/report.html" "$results/verdicts.csv" -- \
   "$PYTHON" evaluate/report.py --metrics "$results/metrics.csv" --out "$results" --runs "$runs" --predictions "$runs" \
-  --verdicts "$results/verdicts.csv" "$results/published/verdicts.csv" ${seen:+--overlaps "$results/overlaps.csv"}
+  --verdicts "$results/verdicts.csv" "$results/published/verdicts.csv" \
+  --overlaps "$results/figures/overlaps.csv"
 [ "$dry_run$only" ] || echo "complete; the report is $results/report.html"

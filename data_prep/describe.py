@@ -309,8 +309,9 @@ def write_overlaps(packs, others, out):
             equal = (found.kind == "equal").sum()
             numbers.append({"pack": pack, "other": name, "images": len(first[0]),
                             "other_images": len(other[0]), "equal": equal, "near": len(found) - equal})
-    pd.concat(images).to_csv(out / "overlap.csv", index=False)
-    numbers = pd.DataFrame(numbers)
+    images = pd.concat(images) if images else pd.DataFrame(columns=["path", "other_path", "pack", "other"])
+    images.to_csv(out / "overlap.csv", index=False)
+    numbers = pd.DataFrame(numbers, columns=["pack", "other", "images", "other_images", "equal", "near"])
     numbers.to_csv(out / "overlaps.csv", index=False)
     print(numbers.to_string(index=False))
 
@@ -337,12 +338,15 @@ def main():
     option("--index", type=Path, nargs="+", default=[], help="index.csv files")
     option("--out", type=Path, required=True, help="folder to write to")
     option("--packs", type=Path, nargs="+", default=[], help="packed folders, for Figure 1")
-    option("--overlap", nargs="+", default=[], metavar="PACK[:SPLIT]", help="the first against the others")
+    option("--overlap", nargs="*", default=[], metavar="PACK[:SPLIT]", help="the first against the others")
     option("--against", nargs="+", default=[], metavar="PACK[:SPLIT]", help="all of --overlap against these")
     option("--check", action="store_true", help="exit 1 on a missed count or shared patient")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-    if not (args.index or args.packs or args.overlap) or len(args.overlap + args.against) == 1:
+    packs, others = args.overlap, args.against
+    if packs and not others:
+        packs, others = packs[:1], packs[1:]
+    if not (args.index or args.packs or others) or packs and not others:
         fail("give --index, --packs or --overlap with two packs or more")
     indexes = [read_index(path) for path in args.index]
     missed = []
@@ -350,9 +354,8 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
         if args.packs:
             figure1(args.packs, args.out)
-        if args.overlap:
-            first, *rest = args.overlap
-            write_overlaps(args.overlap if args.against else [first], args.against or rest, args.out)
+        if others:
+            write_overlaps(packs, others, args.out)
         if indexes:
             missed = write_audit(indexes, args.out)
     except OSError as problem:
