@@ -28,6 +28,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import yaml
@@ -108,9 +109,7 @@ def typed(default):
             value = kind(text) if kind in (str, float) else yaml.safe_load(text)
         except yaml.YAMLError as problem:
             raise ValueError from problem                                   # which argparse knows
-        negative = isinstance(value, (int, float)) and value < 0
-        short = kind is list and len(value) != len(default)
-        if negative or short or default is not None and type(value) is not kind:
+        if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
         return value
     read.__name__ = kind.__name__
@@ -176,6 +175,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import distributed as dist, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 
 def mlp(*sizes):
@@ -534,7 +534,8 @@ def mixed_precision(device):
 def read_manifest(manifest, split, samples=0):
     """The first `samples` rows of some splits (names with commas, or all) of a manifest.csv: {column: texts}.
 
-    "row" holds their numbers from 0, which are those of images.npy, "n_rows" how many the file has.
+    Two more entries: "row", their numbers from 0, which are those of images.npy, int64 [N]; "n_rows", the
+    number of rows in the file.
     """
     with or_fail(f"read {manifest}, the --manifest that data_prep/pack.py makes"):
         with open(manifest, newline="", encoding="utf-8-sig") as file:
@@ -543,13 +544,14 @@ def read_manifest(manifest, split, samples=0):
             if len(row) != len(header):
                 raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
         if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
-            raise ValueError(f"columns need names that differ, one path, none row, not {', '.join(header)}")
-        splits = [row[header.index("split")] if "split" in header else split for row in rows]
+            raise ValueError(f"columns need different names, one of them path, not {', '.join(header)}")
+        columns = dict(zip(header, zip(*rows)))
+        splits = columns.get("split", [split] * len(rows))
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted(set(splits)))}")
+            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted({*splits}))}")
     kept = kept[:samples or None]
-    columns = {name: [rows[number][place] for number in kept] for place, name in enumerate(header)}
+    columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
 # --- end copy: manifest ---
 
@@ -558,8 +560,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, in GPU memory where the rows fit, else mapped. Without it
-    8-bit PNG and JPEG files named in `path` are decoded by threads; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without images.npy the 8-bit
+    PNG and JPEG files named in `path` are decoded; as they may differ in size, into a list.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():
@@ -570,13 +572,12 @@ def open_images(manifest, rows, in_chans, device):
         def read(place):
             path = root / rows["path"][place]
             try:
-                with Image.open(path) as image:
-                    if image.format not in ("PNG", "JPEG") or image.mode[0] in "IF":
-                        raise ValueError(f"it is {image.format} {image.mode}")
-                    pixels = np.array(image.convert(mode))
+                image = Image.open(path, formats=["PNG", "JPEG"])
+                if image.mode[0] in "IF":
+                    raise ValueError(f"its mode is {image.mode}")
+                return pil_to_tensor(image.convert(mode)).to(device)
             except Exception as problem:
                 raise ValueError(f"{path}: {problem}") from problem
-            return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1).to(device)
 
         def read_all(places):
             with or_fail("read an 8-bit PNG or JPEG (data_prep/pack.py packs others)"):
@@ -592,8 +593,8 @@ def open_images(manifest, rows, in_chans, device):
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
-    rows_at = lambda places: numbers[places].to(packed.device, non_blocking=True)
-    return lambda places: packed[rows_at(places)].to(device, non_blocking=True)
+    rows_of = lambda places: numbers[places].to(packed.device, non_blocking=True)
+    return lambda places: packed[rows_of(places)].to(device, non_blocking=True)
 
 
 def step_generator(*numbers, device="cpu"):
@@ -608,42 +609,43 @@ N_CROP = 23     # uniforms of a random resized crop: 10 areas, 10 aspect ratios,
 
 
 def crop_boxes(u, height, width, scale):
-    """Boxes of a random resized crop: of ten tries the first that fits, else the first one cut to the image.
+    """Boxes of a random resized crop: the first of ten tries that fits, else the first try cut to the image.
 
-    u uniform [B, >= 22]; scale: range of the area as fractions -> (top, height), (left, width), each [B],
-    pixels. torchvision takes a central box after ten tries in vain.
+    Args: u uniform [B, >= 22]; scale: least and largest area as fractions.
+    Returns: (top, height) and (left, width), each [B], in pixels. torchvision differs after ten tries that do
+    not fit: it takes a central box.
     """
     area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
-    aspect = (4 / 3) ** (1 - 2 * u[:, 10:20])                               # log-uniform in 3/4..4/3
-    tall = (area * aspect).sqrt().round().clamp_min(1)
-    wide = (area / aspect).sqrt().round().clamp_min(1)
-    first = ((tall <= height) & (wide <= width)).int().argmax(1, keepdim=True)
-    tall, wide = tall.gather(1, first)[:, 0].clamp_max(height), wide.gather(1, first)[:, 0].clamp_max(width)
-    top, left = ((height - tall + 1) * u[:, 20]).floor(), ((width - wide + 1) * u[:, 21]).floor()
-    return (top, tall), (left, wide)
+    ratio = (4 / 3) ** (1 - 2 * u[:, 10:20])                                # height / width, 3/4 to 4/3
+    heights, widths = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    first = ((heights <= height) & (widths <= width)).int().argmax(1, keepdim=True)
+    box = []
+    for tries, side, place in zip((heights, widths), (height, width), u[:, 20:22].T):
+        length = tries.gather(1, first)[:, 0].clamp(1, side)
+        box.append((((side - length + 1) * place).floor(), length))
+    return box
 
 
 def resample_matrix(begin, length, in_size, out_size, cubic):
     """Pillow's antialiased resampling of [begin, begin + length), both [B], as a matrix [B, out, in]."""
     begin, length = begin[:, None, None], length[:, None, None]
     scale = length / out_size                                               # source pixels a target pixel
-    reach = scale.clamp_min(1)
-    target = torch.arange(out_size, device=begin.device)[:, None] + 0.5
-    centre = begin + scale * target
-    n_taps = math.ceil(4 * max(1, in_size / out_size)) + 1
-    taps = (centre - 2 * reach).floor() + torch.arange(n_taps, device=begin.device)
-    t = ((taps + 0.5 - centre) / reach).abs().clamp_max(2)
-    cube = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
-    weights = (cube if cubic else (1 - t).clamp_min(0)) * ((taps >= begin) & (taps < begin + length))
-    matrix = torch.zeros(len(begin), out_size, in_size, device=begin.device)
-    matrix.scatter_add_(2, taps.long().clamp(0, in_size - 1), weights)
-    return matrix / matrix.sum(2, keepdim=True)
+    pixels = torch.arange(in_size, device=begin.device)
+    targets = torch.arange(out_size, device=begin.device)[:, None]
+    distance = pixels + 0.5 - begin - scale * (targets + 0.5)
+    t = (distance / scale.clamp_min(1)).abs().clamp_max(2)                  # [B, out, in]
+    weights = (1 - t).clamp_min(0)
+    if cubic:
+        weights = (1 - t) * (2 - t) ** 2 / 2 + weights ** 2 * (2 * t - 1)   # Keys' kernel with a = -0.5
+    weights = weights * ((pixels >= begin) & (pixels < begin + length))
+    return weights / weights.sum(2, keepdim=True)
 
 
 def random_resized_crop(images, u, scale, size, cubic=True):
-    """Cut, stretch to size x size and mirror each image, as torchvision does, by a matrix an axis.
+    """Cut, resize to size x size and mirror each image as torchvision does, by one matrix per axis.
 
-    images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, N_CROP] -> float [B, C, S, S], 0-255.
+    Args: images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, >= N_CROP]; scale: see crop_boxes.
+    Returns: float [B, C, size, size], 0-255.
     """
     if isinstance(images, list):
         return torch.cat([random_resized_crop(image[None], row[None], scale, size, cubic)
@@ -658,41 +660,42 @@ def random_resized_crop(images, u, scale, size, cubic=True):
 
 
 # --- begin copy: colour and blur ---
-N_COLOUR = 7    # uniforms: apply jitter, 4 strengths, apply blur, its width
+N_COLOUR = 7    # uniforms: jitter or not, its 4 strengths, blur or not, its width
 
 
 def shift_hue(rgb, turn):
-    """Turn the hue of RGB images [B, 3, H, W] in 0..1 by `turn` [B, 1, 1] of a full circle (HSV)."""
-    value, chroma = rgb.amax(1), rgb.amax(1) - rgb.amin(1)
-    r, g, b = rgb.unbind(1)
+    """Turn the hue of RGB images [B, 3, H, W] in 0..1 by `turn` [B, 1, 1, 1] of a full circle (HSV)."""
+    r, g, b = rgb.split(1, 1)
+    value = rgb.amax(1, keepdim=True)
+    chroma = value - rgb.amin(1, keepdim=True)
     safe = chroma.clamp_min(1e-8)
     sixth = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
     sixth = torch.where(value == r, (g - b) / safe, sixth)
-    k = (5 - 2 * torch.arange(3, device=rgb.device).view(1, 3, 1, 1) + (sixth + 6 * turn)[:, None]) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = (5 - 2 * torch.arange(3, device=rgb.device).view(1, 3, 1, 1) + sixth + 6 * turn) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def colour_jitter(x, u, strength, p):
     """Brightness, contrast, saturation, hue, in this order, of a share p of the images; the others stay.
 
-    x float [B, C, H, W], 0-255; u uniform [B, >= 5]; strength: of the four. Grey has no colour to change.
+    Args: x float [B, 1 or 3, H, W], 0-255; u uniform [B, >= 5]; strength: the four largest changes.
     """
-    amount = (2 * u[:, 1:5] - 1) * (u[:, :1] < p)                           # U(-1, 1), or 0
-    amounts = amount.T.reshape(4, -1, 1, 1, 1).unbind()
-    brightness, contrast, saturation, hue = (most * share for most, share in zip(strength, amounts))
+    amounts = (2 * u[:, 1:5] - 1) * (u[:, :1] < p)                          # in -1..1, or 0
+    brightness, contrast, saturation, hue = (
+        largest * amount.view(-1, 1, 1, 1) for largest, amount in zip(strength, amounts.T))
     x = (x * (1 + brightness)).clamp_(0, 255)
-    x = torch.lerp(luminance(x).mean((2, 3), keepdim=True), x, 1 + contrast).clamp_(0, 255)
+    x = torch.lerp(rgb_to_grayscale(x).mean((2, 3), keepdim=True), x, 1 + contrast).clamp_(0, 255)
     if x.shape[1] == 1:
-        return x
-    x = torch.lerp(luminance(x), x, 1 + saturation).clamp_(0, 255)
-    return shift_hue(x / 255, hue[:, 0]) * 255
+        return x                                                            # grey has no colour to change
+    x = torch.lerp(rgb_to_grayscale(x), x, 1 + saturation).clamp_(0, 255)
+    return shift_hue(x / 255, hue) * 255
 
 
 def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
-    """Blur a share p of the images x [B, C, S, S] with width U(sigma) pixels; u uniform [B, 2]."""
-    width = torch.where(u[:, 0] < p, sigma[0] + u[:, 1] * (sigma[1] - sigma[0]), 0.01)      # 0.01: none
-    place = torch.arange(x.shape[3], device=x.device)
-    distance = (place - place[:, None]) / width[:, None, None]
+    """Blur a share p of the images x [B, C, S, S] with sd U(sigma) pixels; u uniform [B, >= 2]."""
+    sd = torch.where(u[:, 0] < p, sigma[0] + u[:, 1] * (sigma[1] - sigma[0]), 0.01)     # 0.01: no blur
+    pixels = torch.arange(x.shape[3], device=x.device)
+    distance = (pixels - pixels[:, None]) / sd[:, None, None]
     weights = torch.exp((-0.5 * distance ** 2).clamp_min(-80))[:, None]     # denormal numbers are slow
     matrix = weights / weights.sum(-1, keepdim=True)
     return matrix @ x @ matrix.mT
@@ -701,29 +704,22 @@ def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
 
 # --- begin copy: normalise ---
 def fill_defaults(config):
-    """The config with one mean and deviation a channel; an image size among model_args counts."""
+    """The config with one mean and sd a channel; an image size among model_args replaces img_size."""
     n, size = config["in_chans"], config["model_args"].get("img_size", config["img_size"])
     config = {**config, "img_size": size}
-    for key, imagenet in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
+    imagenet = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
+    for key, default in imagenet.items():
         with or_fail(f"use {key} {config[key]}, one number or {n}"):
-            config[key] = np.broadcast_to(config[key] or imagenet[:n], n).astype(float).tolist()
+            config[key] = np.broadcast_to(config[key] or default[:n], n).astype(float).tolist()
     return config
-
-
-def luminance(x):
-    """Grey value [B, 1, H, W] of images [B, 1 or 3, H, W]."""
-    if x.shape[1] == 1:
-        return x
-    red, green, blue = x.split(1, 1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def normalise(x, config):
     """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey is repeated."""
     stats = torch.tensor([config["mean"], config["std"]]).to(x.device, non_blocking=True)
     mean, std = stats[..., None, None]
-    x = luminance(x) if config["in_chans"] == 1 else x
-    return torch.addcmul(-mean / std, x, 1 / (255 * std))                   # in one pass
+    x = rgb_to_grayscale(x) if config["in_chans"] == 1 else x
+    return (x / 255 - mean) / std
 # --- end copy: normalise ---
 
 
@@ -739,7 +735,7 @@ def strong_view(images, u, scale, size, blur, solarise, config, cubic=True):
     """
     x = random_resized_crop(images, u[:, :N_CROP], scale, size, cubic)
     x = colour_jitter(x, u[:, N_CROP:], strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
-    x = torch.where(u[:, -2].view(-1, 1, 1, 1) < 0.2, luminance(x), x)
+    x = torch.where(u[:, -2].view(-1, 1, 1, 1) < 0.2, rgb_to_grayscale(x), x)
     x = gaussian_blur(x, u[:, N_CROP + 5:], blur)
     solarised = u[:, -1].view(-1, 1, 1, 1) < solarise
     return normalise(torch.where(solarised & (x >= 128), 255 - x, x), config)
@@ -749,23 +745,23 @@ def strong_view(images, u, scale, size, blur, solarise, config, cubic=True):
 # --- begin copy: model ---
 def make_model(config, num_classes, drop_path=0.0):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
-    arch, kwargs = config["arch"], dict(config["model_args"])
-    with or_fail(f"make {arch} with {kwargs}"):
-        if getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False):
-            kwargs.setdefault("img_size", config["img_size"])
+    arch = config["arch"]
+    with or_fail(f"make {arch} with {config['model_args']}"):
+        fixed = getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False)
+        size = {"img_size": config["img_size"]} if fixed else {}
         return timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
-                                 drop_path_rate=drop_path, **kwargs)
+                                 drop_path_rate=drop_path, **{**size, **config["model_args"]})
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382) that is told whom to skip: the same in any number of processes."""
+    """Stochastic depth (arXiv:1603.09382) from given draws: the same on any number of processes."""
 
     def forward(self, x):
         return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
 
 
 def replace_drop_path(model):
-    """Replace timm's DropPath in a model; returns the replacements."""
+    """Make timm's DropPath modules in a model ours; returns them."""
     modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
     for module in modules:
         module.__class__ = DropPath
@@ -789,17 +785,17 @@ RENAMED = {r"blocks\.\d+\.(\d+\.(norm|attn|ls|mlp))": r"blocks.\1",          # D
 
 
 def read_weights(init, arch):
-    """The checkpoint that `init` stands for, of any maker; timm's with the mean and deviation of its card."""
+    """The content of the checkpoint that `init` names; timm's with the mean and sd of its model card."""
     from collections import OrderedDict
     from safetensors.torch import load_file
     source, _, name = init.partition(":")
     name = name or arch
     file = Path(f"runs/{name}/pretrain/backbone.pt" if source == "exp" else init)
     if source in ("timm", "torchvision"):
-        files = [Path(f"weights/{name}.pth"), Path(f"weights/{name}.safetensors")]
-        file = next((file for file in files if file.is_file()), None)
+        folder = Path("weights")
+        file = [*folder.glob(f"{name}.pth"), *folder.glob(f"{name}.safetensors"), None][0]
     known = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]      # in files of DINO, MoCo, SimMIM
-    with or_fail(f"read {file or init} (plain tensors; without a network weights/{name}.pth)"):
+    with or_fail(f"read {file or init} (tensors; without a network connection weights/{name}.pth)"):
         if file is None and source == "timm":
             content = timm.create_model(name, pretrained=True).state_dict()
         elif file is None:
@@ -830,22 +826,23 @@ def flatten(content, path=""):
 def timm_names(state, wanted):
     """The tensors below the prefix where most wanted names are, under timm's names; and that prefix.
 
-    Of two networks alike: the average (DINO's teacher, an EMA), but not MoCo's momentum encoder.
+    Of two networks with as many of them the average is taken (DINO's teacher, an EMA), but not MoCo's
+    momentum encoder.
     """
     for old, new in RENAMED.items():
-        if not any(re.search(old, name) for name in wanted):                # as of MobileNetV4
+        if not any(re.search(old, name) for name in wanted):                # MobileNetV4 has such names
             state = {re.sub(old, new, name): value for name, value in state.items()}
     for name, q in list(state.items()):
-        if ".attention.query." in name:                                     # Hugging Face's three layers
+        if ".attention.query." in name:                                     # Hugging Face: three layers
             k, v = state[name.replace("query", "key")], state[name.replace("query", "value")]
             state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat([q, k, v])
         if name.endswith("q_bias"):                                         # SimMIM's ViT: keys have no bias
             v = state[name.replace("q_bias", "v_bias")]
             state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    last, preferred = list(wanted)[-1], re.compile("ema|teacher|base_encoder|encoder_q")
+    last, preferred = list(wanted)[-1], "ema|teacher|base_encoder|encoder_q"
     prefixes = [name.removesuffix(last) for name in state if name.endswith(last)]
-    found = lambda prefix: (sum(prefix + name in state for name in wanted), bool(preferred.search(prefix)))
-    best = max(prefixes, default="", key=found)
+    n_found = lambda prefix: sum(prefix + name in state for name in wanted)
+    best = max(prefixes, default="", key=lambda prefix: (n_found(prefix), bool(re.search(preferred, prefix))))
     return {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}, best
 
 
@@ -853,50 +850,50 @@ def fit_channels(kernel, in_chans, how):
     """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
     if kernel.shape[1] == in_chans:
         return kernel
-    if in_chans == 1:
-        return kernel.sum(1, keepdim=True) / (1 if how == "sum" else kernel.shape[1])
-    return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
+    divisors = {"average": kernel.shape[1], "duplicate_mean": in_chans}
+    return kernel.sum(1, keepdim=True).repeat(1, in_chans, 1, 1) / divisors.get(how, 1)
 
 
-def mismatches(content, prefix, config, n_heads):
-    """Where a checkpoint says of itself what the row does not: heads (MoCo-v3's ViT-S has 12), mean, sd."""
-    args = content.get("model_args")
-    heads = args.get("num_heads", n_heads) if isinstance(args, dict) else n_heads
-    theirs = {**content, "heads": 12 if "base_encoder" in prefix and n_heads else heads}
-    ours = {"heads": n_heads, "mean": config["mean"], "std": config["std"]}
-    return [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
-            for key, value in ours.items() if theirs.get(key, value) != value]
+def loading_note(content, prefix, given, loaded, config, n_heads):
+    """A line about an initialisation: tensors loaded, adapted and left out, differences from its checkpoint.
+
+    Args: content: the checkpoint; given {name: tensor}: those below the prefix; loaded: those that the model
+    has taken, adapted where need be; n_heads: of the model, as weights do not show them.
+    """
+    adapted = [name for name, x in loaded.items() if x.shape != given[name].shape]
+    left_out = [name for name in given if name not in loaded]
+    notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)",
+             f"{len(adapted)} adapted: {', '.join(adapted[:3])}",
+             f"{len(left_out)} left out: {', '.join(left_out[:3])}"]
+    theirs = {**content, **content.get("model_args", {})}
+    if "base_encoder" in prefix and n_heads:
+        theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
+    ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}
+    notes += [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
+              for key, value in ours.items() if theirs.get(key, value) != value]
+    return "; ".join(notes)
 # --- end copy: timm names ---
 
 
 # --- begin copy: load transformer ---
 def load_backbone(model, config):
-    """Fill all of a timm vision transformer but its head from `init`, or fail; returns a line about it."""
+    """Fill all of a timm vision transformer without a head from `init`, or fail; returns a line about it."""
     init, arch = config["init"], config["arch"]
     if init == "random":
         return "random initialisation"
-    content, grid = read_weights(init, arch), model.patch_embed.grid_size
+    content, kernel = read_weights(init, arch), "patch_embed.proj.weight"
     named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"] or "")}
-    head = {name: x for name, x in model.state_dict().items() if name.startswith("head.")}
-    wanted = [name for name in model.state_dict() if name not in head]
-    state, prefix = timm_names(named, wanted)
-    loaded = {name: state[name].detach().float() for name in wanted if name in state}
+    given, prefix = timm_names(named, model.state_dict())
+    loaded = {name: given[name].detach().float() for name in model.state_dict() if name in given}
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
-        for name, x in loaded.items():
-            if name == "patch_embed.proj.weight":
-                loaded[name] = fit_channels(x, config["in_chans"], config["channel_adapt"])
-            if name == "pos_embed":
-                loaded[name] = timm.layers.resample_abs_pos_embed(
-                    x, grid, num_prefix_tokens=model.num_prefix_tokens, antialias=False)
-        misplaced = {name: x for name, x in state.items() if name not in loaded and "gamma" in name}
-        model.load_state_dict(head | loaded | misplaced)                    # all of it, no layer scale lost
+        loaded[kernel] = fit_channels(loaded[kernel], config["in_chans"], config["channel_adapt"])
+        loaded["pos_embed"] = timm.layers.resample_abs_pos_embed(
+            loaded["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens,
+            antialias=False)
+        scales = {name: x for name, x in given.items() if "gamma" in name}
+        model.load_state_dict(scales | loaded)          # refuses absent tensors, a layer scale it has not
     config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
-    others = [name for name in state if name not in loaded]
-    notes = [f"{len(loaded)} tensors of {init} ({prefix}*)"]
-    notes += [f"{name} {tuple(state[name].shape)} made {tuple(x.shape)}" for name, x in loaded.items()
-              if x.shape != state[name].shape]
-    notes += [f"left out {', '.join(others[:3])}{' ...' * (len(others) > 3)}"] if others else []
-    return "; ".join(notes + mismatches(content, prefix, config, model.blocks[0].attn.num_heads))
+    return loading_note(content, prefix, given, loaded, config, model.blocks[0].attn.num_heads)
 # --- end copy: load transformer ---
 
 
@@ -905,13 +902,14 @@ def cosine(step, n_steps, start, end, n_warm=0):
     """Value at `step`: linear warm-up 0 to start (reached in its last step), then a cosine to end."""
     if step < n_warm:
         return start * step / max(1, n_warm - 1)
-    return end + (start - end) * (1 + math.cos(math.pi * (step - n_warm) / max(1, n_steps - n_warm))) / 2
+    return end + (start - end) * (1 + math.cos(math.pi * (step - n_warm) / (n_steps - n_warm))) / 2
 
 
 def decay_groups(model):
     """Two parameter groups: tensors of two or more dimensions (weight decay), biases and norms (none)."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [dict(params=[p for p in trained if p.ndim > 1]), dict(params=[p for p in trained if p.ndim <= 1])]
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    spared = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
 
 
 def clip_each(parameters, largest):
@@ -938,7 +936,7 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    Refused is a last.pt of another row, start or data: the config gets the hashes of manifests and pack.json.
+    A last.pt of another config is refused. Manifests and pack.json count: their hashes go into the config.
     """
     inputs = [*map(Path, manifests), *(Path(manifest).with_name("pack.json") for manifest in manifests)]
     config["data"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in inputs if file.is_file()]
@@ -946,30 +944,26 @@ def open_run(out, manifests, config, parts, resume, rank):
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
             Path(out).mkdir(parents=True, exist_ok=True)
-            open_run.lock = None                                            # of the run before: another seed
-            open_run.lock = open(Path(out, ".lock"), "w")                   # goes with the process
+            open_run.lock = open(Path(out, ".lock"), "w")                   # ends with the process
             try:
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 fail(f"{out} is in use by another run; wait for it or choose another --out")
             except OSError:                                                 # a file system without locks
-                print(f"warning: {out} cannot be locked; start no second run in it", file=sys.stderr)
+                pass
     if resume == "never" or not last.is_file():
         if rank == 0:
-            for file in (last, log, Path(out, "backbone.pt")):              # first what is gone on from
+            for file in (last, log, Path(out, "backbone.pt")):              # first what a resume would read
                 file.unlink(missing_ok=True)
         return 0
-    with or_fail(f"go on from {last} (--resume never starts anew, another --out keeps both)"):
+    with or_fail(f"resume from {last} (--resume never starts anew, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)
         for key, value in state["config"].items():
             if config.get(key) != value:
                 raise ValueError(f"it was made with {key}={value!r}, now it is {config.get(key)!r}")
         for name, part in parts.items():
-            if isinstance(part, torch.Tensor):
-                part.copy_(state[name])
-            elif state[name]:                                               # empty: a scaler not needed there
-                part.load_state_dict(state[name])
-        if rank == 0 and log.is_file():                                     # later lines come again
+            part.copy_(state[name]) if isinstance(part, torch.Tensor) else part.load_state_dict(state[name])
+        if rank == 0 and log.is_file():                                     # later lines will come again
             lines = [line for line in log.read_text().splitlines(True)
                      if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
             write_atomic(log, lambda file: file.write("".join(lines).encode()))
@@ -977,16 +971,15 @@ def open_run(out, manifests, config, parts, resume, rank):
 
 
 def save_run(out, step, config, parts, weights=None, **values):
-    """Write last.pt, and before it `weights` as backbone.pt; what is not finite ends the run instead."""
+    """Write last.pt and, if given, `weights` as backbone.pt; NaN in the state ends the run instead."""
     values.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
-    state = {}
-    for name, part in parts.items():
-        state[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
+    state = {name: part if isinstance(part, torch.Tensor) else part.state_dict()
+             for name, part in parts.items()}
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
         card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
-        weights = {"model": {name: value.cpu() for name, value in weights.items()}}
-        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**weights, **card, **values}, file))
+        card["model"] = {name: value.cpu() for name, value in weights.items()}
+        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**card, **values}, file))
     write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
 # --- end copy: run folder ---
 
@@ -1000,13 +993,12 @@ def stop_if_nan(values, step, out):
 
 
 def log_line(out, rank, left, **values):
-    """A line of log.jsonl, and for people with the `left` seconds."""
+    """A line of log.jsonl, and one for people that ends with the `left` seconds."""
     stop_if_nan([values["loss"]], values["step"], out)
     if rank == 0:
-        left = int(left)
         for name, value in values.items():
             print(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}", end="  ")
-        print(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
+        print(f"eta {timedelta(seconds=int(left))}", flush=True)
         with or_fail(f"write {out}/log.jsonl"), open(f"{out}/log.jsonl", "a") as log:
             log.write(json.dumps({**values, "time": time.time()}) + "\n")
 # --- end copy: log ---
