@@ -9,8 +9,8 @@ Reads   classifier.pt of finetune/classify.py; manifest.csv and images.npy besid
 Writes  --out: path, patient, true_<label> (1, 0, blank: unknown) and prob_<label> of the labels that the
         manifest has under any of their spellings ("Pleural Effusion" is Effusion), if not blank in every row,
         in the order of the classifier; prob_<label> of all where it has none. Beside it, under its name,
-        .json: checkpoint, exp, seed, manifest (or folder), split, n, test_crops, and stand_in: who drew the
-            images, those of this set or of the training, null if they are real;
+        .json: checkpoint, exp, seed, manifest (or folder), split, n, test_crops, and stand_in: which program
+            drew the images of this set or of training, null if they are real;
         .npy (--features): float32 [n, D], the last layer's input, timm's forward_head(pre_logits=True);
         .csv.rejected.csv (--images): path and reason of every file that pack.py could not read.
 Computed in fp32; any number of processes writes the same bytes. Exit code 3: some files of --images were
@@ -42,7 +42,7 @@ def fail(message):
 
 @contextlib.contextmanager
 def or_fail(doing):
-    """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
     try:
         yield
     except Exception as problem:
@@ -132,7 +132,7 @@ def forward_all(model, images, n, facts, batch, crops, device):
         for view in views(images(places), facts["img_size"], crops):
             maps = model.forward_features(normalise(view.to(device), facts))
             features = model.forward_head(maps, pre_logits=True)
-            logits = model.forward_head(maps)[:, :n_labels].double()        # a backbone has none
+            logits = model.forward_head(maps)[:, :n_labels].double()        # none in a backbone
             probabilities = logits.sigmoid().where(logits.isfinite(), torch.nan)
             outputs[begin:begin + batch] += torch.cat([probabilities, features], 1) / crops
     outputs = outputs.cpu()
@@ -296,8 +296,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, held in GPU memory if they fit. Without images.npy the 8-bit
-    PNG and JPEG files named in `path` are decoded; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
+    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():

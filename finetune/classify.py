@@ -1,4 +1,7 @@
-"""Fine-tuning: a network from any start learns the labels of radiographs by one of the study's recipes.
+"""Fine-tuning: a network from any initialisation learns the labels of radiographs by a recipe of the study.
+
+The loss is the binary cross-entropy of the known labels (label_loss); the epoch that is best on the validation
+images is kept (Best).
 
 Recipes a and b: Ma et al., "Benchmarking and boosting transformers for medical image classification", 2022;
 deit: Marikkar et al., "LT-ViT", 2023; resnet: Hosseinzadeh Taher et al., DART 2021.
@@ -9,9 +12,10 @@ deit: Marikkar et al., "LT-ViT", 2023; resnet: Hosseinzadeh Taher et al., DART 2
     python finetune/classify.py --exp 3.4 --probe                     a linear probe of the frozen backbone
 
 Reads   manifest.csv with split train and val (images as in pre-training) and the weights that `init` names.
-        Flags and row beat a recipe, and what a checkpoint of ours says of its network, size, mean and sd.
+        Flags and row of --exp beat what a checkpoint of ours says of its network, size, mean and sd, and the
+        recipe.
 Writes  --out/seed<k>: classifier.pt (best epoch, weights for timm and labels), last.pt, log.jsonl, run.json.
-The same command goes on where a run was killed and repeats no finished seed; SIGTERM saves and exits with 75.
+The same command resumes a run that was killed and repeats no finished seed; SIGTERM saves and exits with 75.
 """
 
 import argparse
@@ -37,57 +41,57 @@ import yaml
 DEFAULTS = dict(                    # keys of a row; the comments are the help
     arch="vit_small_patch16_224",   # any timm model with a linear head
     model_args={},                  # further arguments of timm.create_model, as in {"global_pool": "avg"}
-    in_chans=1,                     # 1 | 3; grey images are repeated to 3
-    img_size=224,                   # pixels
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: 0.485, RGB ImageNet's
-    std=None,                       # likewise; none: 0.229, RGB ImageNet's
+    in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
+    img_size=224,                   # side of the network's input in pixels
+    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # which weights of the file, as in student; none: the averaged ones
+    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih",                  # folder below --data with the packed images
     label_names=None,               # columns to learn, in this order, as in A,C; none: NIH's 14, or else all
     labels=1.0,                     # share of the training patients whose labels are used
-    uncertain="zeros",              # zeros | ones | ignore; what label cells of -1 count as
-    blank="zero",                   # zero | ignore; what blank label cells count as
-    pos_weight=None,                # of positives in the loss: a number, one a label, or balanced; none: 1
-    recipe="deit",                  # a | b | deit | resnet; deit's are the values below, see RECIPES
+    uncertain="zeros",              # zeros | ones | ignore; what -1 in a label column counts as
+    blank="zero",                   # zero | ignore; what a blank label cell counts as
+    pos_weight=None,                # weight of positives in the loss: one, one a label, or balanced; none: 1
+    recipe="deit",                  # a | b | deit | resnet; deit has these defaults, others change some: RECIPES
     optimizer="adamw",              # adamw | adam | sgd; sgd has Nesterov's momentum, 0.9
     lr=6.25e-5,                     # peak of the learning rate, whatever the batch
-    warmup_lr=1e-6,                 # where the warm-up begins
-    warmup_epochs=5,                # of a line to the peak
-    min_lr=1e-5,                    # end of the cosine, which spans all epochs
-    schedule="cosine",              # cosine | plateau; plateau halves after more than 5 epochs, see patience
+    warmup_lr=1e-6,                 # learning rate at the start of the warm-up
+    warmup_epochs=5,                # of linear warm-up to the peak
+    min_lr=1e-5,                    # learning rate at the end of the cosine, which spans all epochs
+    schedule="cosine",              # cosine | plateau; plateau: halved after > 5 epochs without a lower loss
     wd=0.05,                        # weight decay
     drop_path=0.1,                  # stochastic depth of the last block, linear from 0
-    select="auc",                   # auc | loss; the best epoch: highest mean validation AUC, or lowest loss
-    crop_pct=0.875,                 # central share of the side of a validation image that is seen, 224 of 256
+    select="auc",                   # auc | loss; best epoch by highest mean validation AUC or lowest loss
+    crop_pct=0.875,                 # share of a validation image's side in its central crop, as 224 of 256
     epochs=30,                      # passes over the images
-    batch=64,                       # images an optimiser step, over all processes together
+    batch=64,                       # images per optimiser step, all processes together
     patience=10,                    # stop after more than so many epochs without a lower validation loss
     crop_scale=[0.08, 1.0],         # area of the random resized crop
     rotation=7.0,                   # degrees, either way
-    seed=0,                         # of the row's pre-training; those of fine-tuning are
-    seeds="0,11,21,42,100",         # runs, one after the other
-    variant="corrected",            # corrected | paper; paper steps the cosine of a and b by the loss
+    seed=0,                         # seed of the row's pre-training; for fine-tuning see seeds
+    seeds="0,11,21,42,100",         # one fine-tuning run each, one after the other
+    variant="corrected",            # corrected | paper; paper steps the cosine of recipes a and b by the loss
 )
-FLAGS = dict(                       # of the command line alone
-    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults below
+FLAGS = dict(                       # of the command line only, not of a row
+    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults
     experiments="",                 # file of the rows; none: the experiments.yaml above this script
-    miniature=False,                # lay the block `miniature` of that file over the row
+    miniature=False,                # override the row by the block `miniature` of that file
     data="data",                    # folder of the packed datasets
-    train="",                       # manifest.csv to learn from; none: <data>/<dataset>/manifest.csv
+    train="",                       # manifest.csv to train on; none: <data>/<dataset>/manifest.csv
     val="",                         # manifest.csv to choose the best epoch on; none: that of --train
     train_split="train",            # splits to use, comma-separated, or all
     val_split="val",                # likewise
     out="",                         # folder of the seeds; none: runs/<exp>/finetune, runs/<exp>/probe
     device="",                      # cpu | cuda; default cuda where there is one
     steps=0,                        # stop each seed after so many steps of the schedule; 0: all
-    resume="auto",                  # auto | never; go on from last.pt or start anew
-    micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
-    save_minutes=10.0,              # last.pt every so many minutes
-    compile=False,                  # torch.compile the network, a minute or two at first
-    probe=False,                    # no fine-tuning: a linear probe of the frozen backbone
+    resume="auto",                  # auto | never; resume from last.pt if it is there, or start anew
+    micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
+    log_steps=50,                   # steps between two lines of the log; 0: only a last line
+    save_minutes=10.0,              # minutes between two writes of last.pt
+    compile=False,                  # torch.compile the network; the first step takes minutes
+    probe=False,                    # instead of fine-tuning, a linear probe of the frozen backbone
 )
 
 # --- begin copy: error ---
@@ -101,12 +105,12 @@ def fail(message):
 # --- begin copy: flags ---
 @contextlib.contextmanager
 def or_fail(doing):
-    """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
     try:
         yield
     except Exception as problem:
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                                          # torch.load, at length
+        if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
             text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
@@ -223,7 +227,7 @@ def positive_weight(wanted, values, known):
         return None if wanted is None else values.new_tensor(wanted).expand(values.shape[1])
 
 
-RECIPES = dict(                     # what they change in the defaults, unless flags or row say the key
+RECIPES = dict(                     # what they change in the defaults, unless flags or row state the key
     deit=dict(),
     a=dict(lr=2.5e-6, min_lr=5e-7, drop_path=0.0, select="loss"),
     b=dict(optimizer="sgd", lr=0.01, warmup_epochs=0, wd=0.0, drop_path=0.0, select="loss"),
@@ -233,7 +237,7 @@ RECIPES = dict(                     # what they change in the defaults, unless f
 
 
 def learning_rate(epoch, config):
-    """Rate of an epoch (from 0; a fraction counts): a line from warmup_lr to lr, then the rest of a cosine.
+    """Learning rate at an epoch, from 0 and maybe fractional: linear from warmup_lr to lr, then a cosine.
 
     The cosine spans all epochs, warm-up included. Source: timm's CosineLRScheduler, stepped once an epoch.
     """
@@ -244,7 +248,7 @@ def learning_rate(epoch, config):
 
 
 def make_optimizer(model, config):
-    """AdamW, Adam or Nesterov SGD; decay spares biases, norms and what timm's no_weight_decay() names."""
+    """AdamW, Adam or Nesterov SGD, without decay of biases, norms and what timm's no_weight_decay() names."""
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups = param_groups_weight_decay(model, config["wd"], no_weight_decay_list=spared)
     lr = config["lr"] if config["schedule"] == "plateau" else learning_rate(0, config)
@@ -255,13 +259,14 @@ def make_optimizer(model, config):
 
 
 def patient_subset(rows, values, share, seed):
-    """Places of the rows of `share` of the patients: the same share of those with each finding.
+    """Places of the rows of a share of the patients, stratified by finding.
 
-    A patient belongs to his rarest finding, or to none; of each such group the first of a seeded order are
-    taken, rounded up: every finding keeps a patient, a smaller share lies within a larger one, and the order
-    of the rows does not matter.
+    A patient belongs to the stratum of his rarest finding, or of none. Of each the first patients in a seeded
+    order are taken, their number rounded up: every finding keeps a patient, a smaller share is a subset of a
+    larger one, and the order of the rows does not matter.
 
-    Args: rows {column: texts}, a blank patient is each image's own; values float [N, K], 1 = finding.
+    Args: rows {column: texts}, where an image with a blank patient is its own patient; values float [N, K],
+    1 = finding.
     """
     patients = [patient or path for patient, path in zip(rows.get("patient", rows["path"]), rows["path"])]
     names, number = np.unique(patients, return_inverse=True)                # sorted
@@ -336,7 +341,7 @@ def open_labelled(manifest, split, config, device):
 
 
 def start(config):
-    """The network of a seed with a new head, and a line on where its weights come from."""
+    """The network of a seed with a new head, and a line on its initial weights."""
     torch.manual_seed(config["seed"])
     model = make_model(config, len(config["label_names"]), config["drop_path"])
     head = model.get_classifier()
@@ -344,15 +349,15 @@ def start(config):
         fail(f"arch {config['arch']} has no linear head to learn labels with; choose another")
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
-    before = config.get("start")                        # what the seed before this one started from
+    before = config.get("start")                        # hash of the weights that the last seed began with
     note = load_backbone(model, config)
     if before not in (None, config.get("start")):
-        fail(f"the weights of {config['init']} have changed since the seed before")
+        fail(f"the weights of {config['init']} have changed since the previous seed")
     return model, note
 
 
 def outputs_of(forward, data, n_outputs, config, rank, world_size):
-    """forward(validation view) of all images of a set, unrounded, float32 [N, n_outputs] on the CPU."""
+    """forward(validation view) of all images of a set in fp32: [N, n_outputs] on the CPU."""
     return forward_all(lambda images: forward(validation_view(images, config)), data.images,
                        len(data.values), n_outputs, config["batch"], rank, world_size)
 
@@ -380,9 +385,9 @@ def train(config, chosen, data, val, args, rank, world_size, device):
 
     model, note = start(config)
     drop_paths = replace_drop_path(model)
-    model.to(device, memory_format=torch.channels_last)                     # the faster one for convolutions
+    model.to(device, memory_format=torch.channels_last)                     # faster for convolutions
     if device.type == "cuda" and world_size > 1:
-        model = timm.layers.convert_sync_batchnorm(model)                   # on CPUs each process has its own
+        model = timm.layers.convert_sync_batchnorm(model)                   # on CPUs: of each process's share
     if args.compile:
         model.compile()
     optimizer = make_optimizer(model, config)
@@ -419,7 +424,7 @@ def train(config, chosen, data, val, args, rank, world_size, device):
         generator = step_generator(config["seed"], step)
         u = torch.rand(batch, N_CROP + 1 + len(drop_paths), generator=generator)[local]
         u = u.to(device, non_blocking=True)
-        torch.manual_seed(generator.initial_seed() + rank)                  # dropout, if any
+        torch.manual_seed(generator.initial_seed() + rank)                  # for dropout, if any
         views = augment(data.images(chosen[places[local]]), u, config)
         depth = u[:, N_CROP + 1:]
 
@@ -428,10 +433,10 @@ def train(config, chosen, data, val, args, rank, world_size, device):
         for begin in range(0, local_batch, micro):
             part = slice(begin, begin + micro)
             set_drop_path(drop_paths, depth[part])
-            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: after the last pass alone
+            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: only after the last pass
             with amp:
                 part_loss = label_loss(net(views[part]), truth[part], counts[part], pos_weight) / n_known
-            scaler.scale(part_loss * world_size).backward()             # DDP takes the mean over processes
+            scaler.scale(part_loss * world_size).backward()             # DDP averages over processes
             loss += part_loss.detach()
         scaler.step(optimizer)
         scaler.update()
@@ -449,7 +454,7 @@ def train(config, chosen, data, val, args, rank, world_size, device):
                 export(model, config, done, epoch + 1, out)
             if config["schedule"] == "plateau":
                 plateau.step(scores["val_loss"])
-            else:                       # the paper face has the loss where the epoch belongs (divergence 14)
+            else:                       # variant paper passes the loss in place of the epoch (divergence 14)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(scores["val_loss"] if slipped else epoch + 1, config)
             ending = ending or best.stale > config["patience"]
@@ -469,7 +474,7 @@ def train(config, chosen, data, val, args, rank, world_size, device):
             sys.exit(75)                # EX_TEMPFAIL: run the same command again
 
 
-PROBE_C = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]     # inverse penalties of the probe, of which validation AUC chooses
+PROBE_C = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]     # inverse penalties of the probe, chosen by validation AUC
 
 
 @torch.no_grad()
@@ -497,12 +502,12 @@ def probe(config, chosen, data, val, args, rank, world_size, device):
     for k, label in enumerate(labels):
         seen, best = known[:, k] > 0, -1
         y = values[seen, k]
-        bias[k] = 10 if y.any() else -10                # of one class only: a constant far on its side
+        bias[k] = 10 if y.any() else -10                # for a label of one class: a constant logit
         for strength in PROBE_C if len(y.unique()) > 1 else ():
             regression = LogisticRegression(C=strength, max_iter=1000).fit(x[seen], y)
             logits = torch.tensor(regression.decision_function(val_x))[:, None]
             scores = scores_of(logits, val.values[:, [k]], val.known[:, [k]], [label])
-            if scores.get("val_auc", 0) > best:         # the strongest penalty where no AUC can choose
+            if scores.get("val_auc", 0) > best:         # without an AUC: the strongest penalty
                 best, bias[k] = scores.get("val_auc", 0), regression.intercept_[0]
                 weight[k] = torch.tensor(regression.coef_[0])
     loss = scores_of(x @ weight.T + bias, values, known, labels)["val_loss"]
@@ -515,36 +520,46 @@ def probe(config, chosen, data, val, args, rank, world_size, device):
     save_run(out, 1, config, {}, epoch=0)
 
 
-def resolve(args, config):
-    """The whole config, below flags and row what a checkpoint of ours and the recipe say; and the seeds."""
-    said = {word[2:].partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+def stated_keys(args):
+    """The keys that command line, row of --exp or miniature state; `pretrain` if the row has pre-training."""
+    words = [word[2:].partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    stated = {word.replace("-", "_") for word in words}
     if args.exp:
         file = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml"
         table = yaml.safe_load(Path(file).read_text())
-        if "pretrain" in table[args.exp] and "init" not in said:
-            config["init"] = f"exp:{args.exp}"
-        for part in [args.exp, "miniature"][:2 if args.miniature else 1]:
-            said |= {*table[part], *(table[part].get("finetune") or {})}
-    content = {}
-    if config["init"].partition(":")[0] not in ("random", "timm", "torchvision"):
-        content = read_weights(config["init"], config["arch"])
-    ours = {"arch", "model_args", "in_chans", "img_size"}
-    if isinstance(content, dict) and ours <= content.keys():
-        if "img_size" in said:
-            content["model_args"].pop("img_size", None)
-        for key in ours - said:
-            config[key] = content[key]
-        for key in ("mean", "std"):
-            if key not in said and content["in_chans"] == config["in_chans"]:
-                config[key] = content[key]
-    for key, value in RECIPES[config["recipe"]].items():
-        if key not in said:
+        stated |= {*table[args.exp], *table[args.exp].get("finetune", {})}
+        if args.miniature:
+            stated |= {*table["miniature"], *table["miniature"].get("finetune", {})} - {"pretrain"}
+    return stated
+
+
+def checkpoint_facts(config):
+    """What a checkpoint of this project, named by `init`, says of its network and pixels; else nothing."""
+    if config["init"].partition(":")[0] in ("random", "timm", "torchvision"):
+        return {}
+    content = read_weights(config["init"], config["arch"])
+    keys = {"arch", "model_args", "in_chans", "img_size", "mean", "std"}
+    return {key: content[key] for key in keys} if isinstance(content, dict) and keys <= content.keys() else {}
+
+
+def resolve(args, config):
+    """The config of a run and its seeds: stated keys beat the checkpoint's, then recipe and defaults follow."""
+    stated = stated_keys(args)
+    if "pretrain" in stated and "init" not in stated:
+        config["init"] = f"exp:{args.exp}"              # the row's own pre-training
+    facts = checkpoint_facts(config)
+    if facts and "img_size" in stated:
+        facts["model_args"].pop("img_size", None)
+    if facts and "in_chans" in stated and config["in_chans"] != facts["in_chans"]:
+        stated |= {"mean", "std"}                       # the checkpoint's are of other channels
+    for key, value in {**RECIPES[config["recipe"]], **facts}.items():
+        if key not in stated:
             config[key] = value
     for key in ("labels", "crop_pct"):
         if not 0 < config[key] <= 1:
             fail(f"{key} is {config[key]}, not a share above 0 and up to 1")
     if args.probe:
-        config["crop_pct"] = 1.0                        # learns from the whole images that it is tested on
+        config["crop_pct"] = 1.0                        # it learns from whole images, as they are tested
     if isinstance(config["label_names"], str):
         config["label_names"] = config["label_names"].split(",")
     seeds = config.pop("seeds").strip("[]").split(",")
@@ -554,7 +569,7 @@ def resolve(args, config):
 
 
 def check_split(args, data, val):
-    """Refuse to validate unknowingly on the images of training; point out those on both sides."""
+    """Refuse to validate on the training images unless told to; warn of paths and patients in both sets."""
     same = Path(args.train).resolve() == Path(args.val).resolve()
     if same and "split" not in data.rows and args.val_split != "all":
         fail(f"{args.train} has no column split: give --val another manifest, or validate on the images of "
@@ -570,7 +585,7 @@ def main():
     config, seeds = resolve(args, config)
     args.train = args.train or f"{args.data}/{config['dataset']}/manifest.csv"
     args.val = args.val or args.train
-    config["splits"] = [args.train_split, args.val_split]       # a resumed run has to agree in them
+    config["splits"] = [args.train_split, args.val_split]       # compared on resume, as all of it
     args.out = args.out or Path("runs", args.exp, "probe" if args.probe else "finetune")
     rank, world_size, device = init_processes(args.device)
     try:
@@ -581,7 +596,7 @@ def main():
             check_split(args, data, val)
             print(json.dumps(config))
             if config["schedule"] == "cosine" and config["warmup_epochs"] >= config["epochs"]:
-                print(f"warning: the warm-up takes all {config['epochs']} epochs", file=sys.stderr)
+                print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
         run = probe if args.probe else train
         for seed in seeds:
             config["seed"] = seed
@@ -589,7 +604,7 @@ def main():
             run(config, chosen, data, val, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"the GPU's memory is too small for {micro} images a pass; try --micro-batch {micro // 2 or 1}")
+        fail(f"GPU memory is too small for {micro} images per pass; try --micro-batch {max(1, micro // 2)}")
     finally:
         end_processes()
 
@@ -606,13 +621,13 @@ def init_processes(device):
             torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
-    # a kernel of one channel has strides of its own, at which DDP wonders
+    # DDP warns about the strides of a kernel of one channel, harmlessly
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart by torchrun --max-restarts the store still holds the addresses of before
+        # after a restart (torchrun --max-restarts) the store still holds the old addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"         # to agree, no GPU waits
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size, device
 
@@ -625,7 +640,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function, alike in all processes: has one of them got SIGTERM, or has their torchrun been killed?"""
+    """A function that says, in all processes alike, whether one has got SIGTERM or its torchrun is gone."""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -637,7 +652,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
+        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
@@ -685,8 +700,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, held in GPU memory if they fit. Without images.npy the 8-bit
-    PNG and JPEG files named in `path` are decoded; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
+    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():

@@ -1,7 +1,8 @@
 """DINO: self-distillation with no labels (Caron et al., arXiv:2104.14294).
 
-A student sees ten crops of an image, its teacher (the student's moving average) the two large ones; from each
-crop the student predicts the teacher's output for another one, a distribution over 65,536 dimensions.
+A student sees ten crops of an image, its teacher (the student's moving average) the two large ones. From each
+crop the student predicts the teacher's output for another crop, a softmax over 65,536 dimensions: the loss is
+the cross-entropy between the two (dino_loss).
 
     torchrun --nproc_per_node=4 pretrain/dino.py --exp 4.1.1-100k     one row of experiments.yaml on 4 GPUs
     python pretrain/dino.py --manifest my/manifest.csv --out my/run   your own images, one process
@@ -9,7 +10,7 @@ crop the student predicts the teacher's output for another one, a distribution o
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (the teacher's, for timm), last.pt (to resume), log.jsonl, attention_<epoch>.png.
-The same command goes on where a run was killed; SIGTERM saves and exits with code 75.
+The same command resumes a run that was killed; SIGTERM saves and exits with code 75.
 """
 
 import argparse
@@ -34,28 +35,28 @@ from pathlib import Path
 import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
-    strategy="dino",                # what this script does; a row of another strategy is refused
-    arch="vit_small_patch16_224",   # any timm vision transformer with a CLS token
+    strategy="dino",                # the method of this script; a row of another strategy is refused
+    arch="vit_small_patch16_224",   # any timm vision transformer with a class token
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
-    in_chans=1,                     # 1 | 3; grey images are repeated to 3
+    in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # pixels of a global crop; a local one is 96 / 224 of it, in whole patches
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: 0.485, RGB ImageNet's
-    std=None,                       # likewise; none: 0.229, RGB ImageNet's
+    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # which weights of the file, as in student; none: the averaged ones
+    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="mimic_cxr",            # folder below --data with the packed images
-    samples=0,                      # the first so many images of the split; 0: all
+    samples=0,                      # use only the first images of the split, this many; 0: all
     epochs=300,                     # passes over the images
-    warmup_epochs=10,               # of the learning rate, linear from 0
-    batch=256,                      # images an optimiser step, over all processes together
+    warmup_epochs=10,               # of linear warm-up of the learning rate from 0
+    batch=256,                      # images per optimiser step, all processes together
     lr=1e-4,                        # peak for a batch of 256, scaled by batch / 256
-    min_lr=1e-6,                    # end of the cosine, scaled alike
+    min_lr=1e-6,                    # learning rate at the end of the cosine, scaled likewise
     wd=0.04,                        # weight decay at the start
-    wd_end=0.4,                     # and by a cosine at the end
+    wd_end=0.4,                     # weight decay at the end, by a cosine
     clip=3.0,                       # largest gradient norm of each parameter tensor
     drop_path=0.1,                  # stochastic depth of the student's last block, linear from 0
-    seed=0,                         # of everything random
+    seed=0,                         # of all random numbers
     variant="corrected",            # corrected | paper; positions of local crops by size, by a scale factor
     global_crop_scale=[0.4, 1.0],   # area of the two global crops
     local_crop_scale=[0.05, 0.4],   # area of the local crops
@@ -72,22 +73,22 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     centre_momentum=0.9,            # of the mean teacher output
     ema=0.996,                      # momentum of the teacher, by a cosine to 1
 )
-FLAGS = dict(                       # of the command line alone
-    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults below
+FLAGS = dict(                       # of the command line only, not of a row
+    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults
     experiments="",                 # file of the rows; none: the experiments.yaml above this script
-    miniature=False,                # lay the block `miniature` of that file over the row
+    miniature=False,                # override the row by the block `miniature` of that file
     data="data",                    # folder of the packed datasets
     manifest="",                    # manifest.csv of the images; none: <data>/<dataset>/manifest.csv
     split="pretrain",               # splits to use, comma-separated, or all
     out="",                         # run folder; none: runs/<exp>/pretrain or runs/<strategy>
     device="",                      # cpu | cuda; default cuda where there is one
-    steps=0,                        # stop after so many steps of the schedule; 0: all
-    resume="auto",                  # auto | never; go on from last.pt or start anew
-    micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
-    save_minutes=10.0,              # last.pt every so many minutes
-    compile=False,                  # torch.compile the blocks of the network, a minute or two at first
-    picture_epochs=10,              # a picture every so many epochs; 0: at the end alone
+    steps=0,                        # stop after this many steps of the schedule; 0: at its end
+    resume="auto",                  # auto | never; resume from last.pt if it is there, or start anew
+    micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
+    log_steps=50,                   # steps between two lines of the log; 0: only a last line
+    save_minutes=10.0,              # minutes between two writes of last.pt
+    compile=False,                  # torch.compile the blocks of the network; the first step takes minutes
+    picture_epochs=10,              # epochs between two pictures; 0: only a last one
 )
 
 # --- begin copy: error ---
@@ -101,12 +102,12 @@ def fail(message):
 # --- begin copy: flags ---
 @contextlib.contextmanager
 def or_fail(doing):
-    """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
     try:
         yield
     except Exception as problem:
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                                          # torch.load, at length
+        if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
             text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
@@ -190,13 +191,17 @@ from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 
 class DINO(nn.Module):
-    """Student or teacher: a timm vision transformer and the head on its CLS token."""
+    """Student or teacher: a timm vision transformer and the head on its class token.
+
+    The model needs `cls_token`, `pos_embed` of the class token and a square of patches, `patch_embed`,
+    `norm_pre`, `blocks`, `norm` and `embed_dim`.
+    """
 
     def __init__(self, backbone, out_dim=65536, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True,
                  by_scale=False):
         super().__init__()
         if backbone.pos_embed.shape[1] != 1 + backbone.patch_embed.num_patches:
-            raise ValueError("its positions are not those of the patches and a CLS token")
+            raise ValueError("its positions are not those of the patches and a class token")
         backbone.patch_embed.strict_img_size = False                        # local crops are smaller
         self.backbone, self.by_scale = backbone, by_scale
         self.drop_paths = replace_drop_path(backbone)
@@ -221,7 +226,7 @@ class DINO(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """Three linear layers, unit length, then a linear layer whose rows have a length of their own (1)."""
+    """Three linear layers, normalised to unit length, then a weight-normalised linear layer without bias."""
 
     def __init__(self, in_dim, out_dim, hidden_dim, bottleneck_dim, norm_last_layer):
         super().__init__()
@@ -250,9 +255,9 @@ def embed(vit, x, by_scale=False):
 
 
 def fit_to_grid(pos_embed, side, by_scale=False):
-    """Position embeddings [1, 1 + h * h, D] on a grid side x side, bicubic; the CLS token's is untouched.
+    """Position embeddings [1, 1 + h * h, D] on a grid side x side, bicubic; the class token's is untouched.
 
-    by_scale: as DINO's released code does, whose scale factor (side + 0.1) / h samples other points.
+    by_scale: as DINO's released code does, whose scale factor (side + 0.1) / h samples slightly other points.
     """
     h = math.isqrt(pos_embed.shape[1] - 1)
     if side == h:
@@ -325,11 +330,11 @@ def make_crops(images, uniforms, local_size, config):
 
 @torch.no_grad()
 def cls_attention(vit, x):
-    """Attention of the CLS token to the patches in the last block: x [B, C, S, S] -> [B, heads, h, w]."""
+    """Attention of the class token to the patches in the last block: x [B, C, S, S] -> [B, heads, h, w]."""
     attention, seen = vit.blocks[-1].attn, []
     hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    fused, attention.fused_attn = attention.fused_attn, False               # the fused kernel shows none
-    with torch.compiler.set_stance("force_eager"):                          # nor does a compiled one
+    fused, attention.fused_attn = attention.fused_attn, False               # which computes no attention map
+    with torch.compiler.set_stance("force_eager"):                          # hooks see no compiled blocks
         vit(x)
     attention.fused_attn = fused
     hook.remove()
@@ -337,7 +342,7 @@ def cls_attention(vit, x):
 
 
 def attention_picture(vit, images, config, path):
-    """A row an image: the image, then a map a head of the last block, white where its CLS token looks most.
+    """A row an image: the image, then a map a head of the last block, white where its class token looks most.
 
     Args: images uint8 [B, C, H, W] or a list of [C, H, W].
     """
@@ -353,10 +358,10 @@ def attention_picture(vit, images, config, path):
 
 
 def train(config, args, rank, world_size, device):
-    """Pre-train. What is random in a step depends on (seed, step) alone: a resumed run is the same run."""
+    """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
     torch.manual_seed(config["seed"])
     backbone = make_model(config, 0, config["drop_path"])
-    with or_fail(f"use {config['arch']}, which has to be a vision transformer with a CLS token"):
+    with or_fail(f"use {config['arch']}, which has to be a vision transformer with a class token"):
         student = DINO(backbone, config["out_dim"], config["hidden_dim"], config["bottleneck_dim"],
                        config["norm_last_layer"], by_scale=config["variant"] == "paper")
     note = load_backbone(backbone, config)
@@ -364,9 +369,9 @@ def train(config, args, rank, world_size, device):
     teacher = copy.deepcopy(student).requires_grad_(False).eval()           # no stochastic depth
     if args.compile:
         for block in [*backbone.blocks, *teacher.backbone.blocks]:
-            block.compile()                                                 # one compilation serves them all
+            block.compile()                                                 # compiled once for all blocks
     centre = torch.zeros(config["out_dim"], device=device)                  # mean teacher output
-    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # rate and decay: set every step
+    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # rates: set in each step
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(5, device=device)                                   # sums of the logged terms, steps
     state = dict(student=student, teacher=teacher, centre=centre, optimizer=optimizer, scaler=scaler,
@@ -387,7 +392,7 @@ def train(config, args, rank, world_size, device):
         print(f"{note}; {sum(p.numel() for p in student.parameters()):,} parameters; {n_images:,} images; "
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
-            print(f"warning: the warm-up is no shorter than the {config['epochs']} epochs", file=sys.stderr)
+            print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
     net = student
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
@@ -414,17 +419,17 @@ def train(config, args, rank, world_size, device):
         draws = torch.rand(n_crops, batch, N_VIEW + n_drop_paths, generator=generator)[:, local]
         uniforms, depth = draws.to(device, non_blocking=True).split([N_VIEW, n_drop_paths], 2)
         crops = make_crops(chosen, uniforms, local_size, config)
-        torch.manual_seed(generator.initial_seed())                         # of dropout in model_args
+        torch.manual_seed(generator.initial_seed())                         # for dropout, if any
 
         sums = torch.zeros(2 + 2 * len(centre), device=device)
         features = []
         optimizer.zero_grad()
         for begin in range(0, local_batch, micro):
             part = [views[:, begin:begin + micro] for views in crops]
-            more = world_size > 1 and begin + micro < local_batch
+            net.require_backward_grad_sync = begin + micro >= local_batch   # DDP: only after the last pass
             with torch.no_grad(), amp:
                 teacher_logits, teacher_features = teacher(part[:1])
-            with net.no_sync() if more else contextlib.nullcontext(), amp:
+            with amp:
                 logits, _ = net(part, depth[:, begin:begin + micro])
             targets = teacher_targets(teacher_logits, centre, teacher_temp)
             loss = dino_loss(logits, targets, config["student_temp"])
@@ -437,7 +442,7 @@ def train(config, args, rank, world_size, device):
         scaler.unscale_(optimizer)
         clip_each(student.parameters(), config["clip"])
         if epoch < config["freeze_last_layer"]:
-            student.head.last_layer.zero_grad()                             # none: neither moved nor decayed
+            student.head.last_layer.zero_grad()                             # to None: AdamW skips it
         scaler.step(optimizer)
         scaler.update()
         update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
@@ -470,7 +475,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # a resumed run has to agree in it
+    config = {**fill_defaults(config), "split": args.split}                 # compared on resume, as all of it
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -478,7 +483,7 @@ def main():
         train(config, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
+        fail(f"GPU memory is too small for {micro} images per pass; try --micro-batch {max(1, micro // 2)} "
              "or a smaller --batch")
     finally:
         end_processes()
@@ -496,13 +501,13 @@ def init_processes(device):
             torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
-    # a kernel of one channel has strides of its own, at which DDP wonders
+    # DDP warns about the strides of a kernel of one channel, harmlessly
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart by torchrun --max-restarts the store still holds the addresses of before
+        # after a restart (torchrun --max-restarts) the store still holds the old addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"         # to agree, no GPU waits
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size, device
 
@@ -515,7 +520,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function, alike in all processes: has one of them got SIGTERM, or has their torchrun been killed?"""
+    """A function that says, in all processes alike, whether one has got SIGTERM or its torchrun is gone."""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -527,7 +532,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
+        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
@@ -575,8 +580,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, held in GPU memory if they fit. Without images.npy the 8-bit
-    PNG and JPEG files named in `path` are decoded; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
+    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():

@@ -1,7 +1,8 @@
 """GMML: group masked model learning (Atito, Awais, Kittler, "GMML is all you need", arXiv:2205.14986).
 
-Blocks of an image are overwritten with noise, or with the same place of another image, and a vision
-transformer learns to restore the clean image; the loss is the mean absolute difference over those blocks.
+Blocks of an image are overwritten with noise, or with the same place of another image (function corrupt), and
+a vision transformer learns to restore them: the loss is the mean absolute difference to the clean image over
+the overwritten pixels (masked_l1).
 
     torchrun --nproc_per_node=4 pretrain/gmml.py --exp 3.4            one row of experiments.yaml on 4 GPUs
     python pretrain/gmml.py --manifest my/manifest.csv --out my/run   your own images, one process
@@ -9,7 +10,7 @@ transformer learns to restore the clean image; the loss is the mean absolute dif
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.
-The same command goes on where a run was killed; SIGTERM saves and exits with code 75.
+The same command resumes a run that was killed; SIGTERM saves and exits with code 75.
 """
 
 import argparse
@@ -33,51 +34,51 @@ from pathlib import Path
 import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
-    strategy="gmml",                # what this script does; a row of another strategy is refused
+    strategy="gmml",                # the method of this script; a row of another strategy is refused
     arch="vit_small_patch16_224",   # any timm vision transformer
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
-    in_chans=1,                     # 1 | 3; grey images are repeated to 3
-    img_size=224,                   # pixels
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: 0.485, RGB ImageNet's
-    std=None,                       # likewise; none: 0.229, RGB ImageNet's
+    in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
+    img_size=224,                   # side of the network's input in pixels
+    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # which weights of the file, as in student; none: the averaged ones
+    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih_pretrain",         # folder below --data with the packed images
-    samples=0,                      # the first so many images of the split; 0: all
+    samples=0,                      # use only the first images of the split, this many; 0: all
     epochs=1000,                    # passes over the images
-    warmup_epochs=10,               # of the learning rate, linear from 0
-    batch=256,                      # images an optimiser step, over all processes together
+    warmup_epochs=10,               # of linear warm-up of the learning rate from 0
+    batch=256,                      # images per optimiser step, all processes together
     lr=1e-4,                        # peak for a batch of 256, scaled by batch / 256
-    min_lr=1e-6,                    # end of the cosine, scaled alike
+    min_lr=1e-6,                    # learning rate at the end of the cosine, scaled likewise
     wd=0.04,                        # weight decay at the start
-    wd_end=0.04,                    # and by a cosine at the end; the released code goes to 0.4
+    wd_end=0.04,                    # weight decay at the end, by a cosine; the released code goes to 0.4
     clip=3.0,                       # largest gradient norm of each parameter tensor
     drop_path=0.1,                  # stochastic depth of the last block, linear from 0
-    seed=0,                         # of everything random
-    variant="corrected",            # corrected | paper; stored with the weights, alike in this script
+    seed=0,                         # of all random numbers
+    variant="corrected",            # corrected | paper; the same in this script, only stored with the weights
     drop=0.75,                      # noise covers a fraction U(min(0.5, drop), drop) of the image
     replace=0.3,                    # in half of the images another image covers this fraction instead
-    align=1,                        # pixels; blocks start and end on multiples
-    recon_blocks=None,              # blocks, from 1, whose mean is decoded; none: 6, 8, 10, 12 of 12
+    align=1,                        # blocks begin and end at multiples of this many pixels
+    recon_blocks=None,              # numbers of the blocks whose mean is decoded; none: 6, 8, 10, 12 of 12
     crop_scale=[0.05, 1.0],         # area of the random resized crop
 )
-FLAGS = dict(                       # of the command line alone
-    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults below
+FLAGS = dict(                       # of the command line only, not of a row
+    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults
     experiments="",                 # file of the rows; none: the experiments.yaml above this script
-    miniature=False,                # lay the block `miniature` of that file over the row
+    miniature=False,                # override the row by the block `miniature` of that file
     data="data",                    # folder of the packed datasets
     manifest="",                    # manifest.csv of the images; none: <data>/<dataset>/manifest.csv
     split="pretrain",               # splits to use, comma-separated, or all
     out="",                         # run folder; none: runs/<exp>/pretrain or runs/<strategy>
     device="",                      # cpu | cuda; default cuda where there is one
-    steps=0,                        # stop after so many steps of the schedule; 0: all
-    resume="auto",                  # auto | never; go on from last.pt or start anew
-    micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
-    save_minutes=10.0,              # last.pt every so many minutes
-    compile=False,                  # torch.compile the blocks of the network, a minute or two at first
-    picture_epochs=10,              # a picture every so many epochs; 0: at the end alone
+    steps=0,                        # stop after this many steps of the schedule; 0: at its end
+    resume="auto",                  # auto | never; resume from last.pt if it is there, or start anew
+    micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
+    log_steps=50,                   # steps between two lines of the log; 0: only a last line
+    save_minutes=10.0,              # minutes between two writes of last.pt
+    compile=False,                  # torch.compile the blocks of the network; the first step takes minutes
+    picture_epochs=10,              # epochs between two pictures; 0: only a last one
 )
 
 # --- begin copy: error ---
@@ -91,12 +92,12 @@ def fail(message):
 # --- begin copy: flags ---
 @contextlib.contextmanager
 def or_fail(doing):
-    """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
     try:
         yield
     except Exception as problem:
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                                          # torch.load, at length
+        if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
             text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
@@ -179,18 +180,23 @@ from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 
 class GMML(nn.Module):
-    """A timm vision transformer whose token features, the mean over some blocks, are decoded to pixels."""
+    """A timm vision transformer whose patch tokens, the mean over some blocks, are decoded to pixels.
+
+    The model needs `blocks`, each with `attn`, a final `norm` of the tokens, `embed_dim`, `patch_embed` with
+    `patch_size` and `grid_size`, and `forward_intermediates`; for initial weights also `pos_embed` and
+    `num_prefix_tokens`. timm's VisionTransformer, with any size and global_pool="token", has them.
+    """
 
     def __init__(self, backbone, in_chans, recon_blocks=None):
         super().__init__()
-        # the study's 6, 8, 10, 12 of 12; in other depths the same shares
+        # 6, 8, 10 and 12 of 12, as in the study; the same shares of other depths
         depth, shares = len(backbone.blocks), (1 / 2, 2 / 3, 5 / 6, 1)
         numbers = recon_blocks or {round(share * depth) for share in shares}
         if not {*numbers} <= {*range(1, 1 + depth)} or isinstance(backbone.norm, nn.Identity):
             raise ValueError(f"recon_blocks {numbers} of {depth} and a final norm are needed")
         self.recon_blocks = sorted(number - 1 for number in numbers)
         for block in backbone.blocks[max(numbers):]:
-            block.requires_grad_(False)                     # nothing that is decoded passes them
+            block.requires_grad_(False)                     # their output is not decoded
         self.backbone = backbone
         self.rec_head = ReconstructionHead(backbone.embed_dim, in_chans, backbone.patch_embed.patch_size[0])
 
@@ -198,7 +204,7 @@ class GMML(nn.Module):
         """x [B, C, S, S] -> reconstruction [B, C, S, S]: mean over the blocks, the norm, the head."""
         features = self.backbone.forward_intermediates(
             x, indices=self.recon_blocks, output_fmt="NLC", intermediates_only=True)
-        tokens = self.backbone.norm(torch.stack(features).mean(0))          # [B, N, D], without CLS
+        tokens = self.backbone.norm(torch.stack(features).mean(0))          # [B, N, D], patches only
         return self.rec_head(tokens, self.backbone.patch_embed.grid_size)
 
 
@@ -280,18 +286,19 @@ def masked_l1(recon, clean, masks):
 
 
 def draw_step(config, step, places, n_drop_paths, device):
-    """The random numbers of a step, drawn for the global batch and kept for the images at some places of it.
+    """The random numbers of a step for the images at some places of the global batch.
 
-    Returns, for both views of each image: uniforms of crop, colour and stochastic depth [2, b, n], masks bool
-    [2, b, S, S] and whether the view is replaced, bool [2, b].
+    They are drawn for the whole batch: any number of processes draws the same. Returns, for two views of each
+    image: uniforms of crop, colour and stochastic depth [2, b, n], masks bool [2, b, S, S] and whether the
+    view is replaced, bool [2, b].
     """
+    sizes = [N_CROP, N_COLOUR, n_drop_paths, 2, 4 * N_BLOCKS]
     generator = step_generator(config["seed"], step)
-    shapes = [N_CROP], [N_COLOUR], [n_drop_paths], [2], [N_BLOCKS, 4]
-    draws = [torch.rand(2, config["batch"], *shape, generator=generator)[:, places] for shape in shapes]
-    draws = [draw.to(device, non_blocking=True) for draw in draws]
-    crop, colour, depth, corruption, blocks = draws
-    masks, replaced = draw_masks(corruption.flatten(0, 1), blocks.flatten(0, 1), config["img_size"],
-                                 config["drop"], config["replace"], config["align"])
+    draws = torch.rand(2, config["batch"], sum(sizes), generator=generator)[:, places]
+    crop, colour, depth, corruption, blocks = draws.to(device, non_blocking=True).split(sizes, 2)
+    blocks = blocks.flatten(0, 1).unflatten(1, (N_BLOCKS, 4))
+    masks, replaced = draw_masks(corruption.flatten(0, 1), blocks, config["img_size"], config["drop"],
+                                 config["replace"], config["align"])
     return crop, colour, depth, masks.unflatten(0, (2, -1)), replaced.view(2, -1)
 
 
@@ -305,8 +312,8 @@ def augment(images, crop, colour, config):
 def make_views(images, crop, colour, masks, replaced, noise, config):
     """Two views of b images, clean and corrupted, float [2b, C, S, S], from b + 1 images.
 
-    masks bool and noise float [2, b, ...]: masked pixels show noise or, in replaced views, the next image of
-    the batch, which in random order is any other of the set.
+    Masked pixels, masks bool [2, b, S, S], show noise, float [2, b, C, S, S], or, in replaced views, the next
+    image of the batch; as the order is random, it may be any other image.
     """
     views = torch.stack([augment(images, *uniforms, config) for uniforms in zip(crop, colour)])
     clean, donors = views[:, :-1], views[:, 1:]
@@ -315,7 +322,7 @@ def make_views(images, crop, colour, masks, replaced, noise, config):
 
 
 def train(config, args, rank, world_size, device):
-    """Pre-train. What is random in a step depends on (seed, step) alone: a resumed run is the same run."""
+    """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
     rows = read_manifest(args.manifest, args.split, config["samples"])
     images = open_images(args.manifest, rows, config["in_chans"], device)
     n_images, batch = len(rows["row"]), config["batch"]
@@ -334,8 +341,8 @@ def train(config, args, rank, world_size, device):
     model.to(device)
     if args.compile:
         for block in backbone.blocks:
-            block.compile()                                                 # one compilation serves them all
-    optimizer = torch.optim.AdamW(decay_groups(model), fused=True)          # rate and decay: set every step
+            block.compile()                                                 # compiled once for all blocks
+    optimizer = torch.optim.AdamW(decay_groups(model), fused=True)          # rates: set in each step
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
@@ -345,13 +352,13 @@ def train(config, args, rank, world_size, device):
         print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {n_images:,} images; "
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
-            print(f"warning: the warm-up is no shorter than the {config['epochs']} epochs", file=sys.stderr)
+            print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     local_batch = batch // world_size
     micro = 2 * (args.micro_batch or local_batch)                           # two views an image
-    # places in the batch of this process's images and of the next one, only a donor
+    # places of this process's images in the batch, and of the next, which only replaces pixels of the last
     local = torch.arange(rank * local_batch, (rank + 1) * local_batch + 1) % batch
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
@@ -381,7 +388,7 @@ def train(config, args, rank, world_size, device):
         for begin in range(0, len(clean), micro):
             part = slice(begin, begin + micro)
             set_drop_path(drop_paths, depth[part])
-            net.require_backward_grad_sync = begin + micro >= len(clean)    # DDP: after the last pass alone
+            net.require_backward_grad_sync = begin + micro >= len(clean)    # DDP: only after the last pass
             with amp:
                 part_loss = masked_l1(net(corrupted[part]), clean[part], masks[part]) / n_masked
             scaler.scale(part_loss * world_size).backward()                 # DDP averages over processes
@@ -416,7 +423,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # a resumed run has to agree in it
+    config = {**fill_defaults(config), "split": args.split}                 # compared on resume, as all of it
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -424,7 +431,7 @@ def main():
         train(config, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
+        fail(f"GPU memory is too small for {micro} images per pass; try --micro-batch {max(1, micro // 2)} "
              "or a smaller --batch")
     finally:
         end_processes()
@@ -442,13 +449,13 @@ def init_processes(device):
             torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
-    # a kernel of one channel has strides of its own, at which DDP wonders
+    # DDP warns about the strides of a kernel of one channel, harmlessly
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart by torchrun --max-restarts the store still holds the addresses of before
+        # after a restart (torchrun --max-restarts) the store still holds the old addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"         # to agree, no GPU waits
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size, device
 
@@ -461,7 +468,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function, alike in all processes: has one of them got SIGTERM, or has their torchrun been killed?"""
+    """A function that says, in all processes alike, whether one has got SIGTERM or its torchrun is gone."""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -473,7 +480,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
+        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
@@ -521,8 +528,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, held in GPU memory if they fit. Without images.npy the 8-bit
-    PNG and JPEG files named in `path` are decoded; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
+    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():

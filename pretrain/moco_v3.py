@@ -1,7 +1,7 @@
 """MoCo-v3: momentum contrast for vision transformers (Chen, Xie, He, arXiv:2104.02057).
 
-Two views of an image go through an encoder and through its momentum average; each query has to find the key
-of its own image's other view among the keys of the whole batch.
+Two views of an image go through an encoder, which gives queries, and through its moving average, which gives
+keys; each query has to match the key of its image's other view among the keys of the batch (symmetric_loss).
 
     torchrun --nproc_per_node=4 pretrain/moco_v3.py --exp c.10-moco      one row of experiments.yaml on 4 GPUs
     python pretrain/moco_v3.py --manifest my/manifest.csv --out my/run   your own images, one process
@@ -9,7 +9,7 @@ of its own image's other view among the keys of the whole batch.
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl.
-The same command goes on where a run was killed; SIGTERM saves and exits with code 75.
+The same command resumes a run that was killed; SIGTERM saves and exits with code 75.
 """
 
 import argparse
@@ -34,25 +34,25 @@ from pathlib import Path
 import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
-    strategy="moco_v3",             # what this script does; a row of another strategy is refused
+    strategy="moco_v3",             # the method of this script; a row of another strategy is refused
     arch="vit_small_patch16_224",   # any timm vision transformer with a class token
     model_args={"num_heads": 12},   # of timm.create_model; the publication's ViT-S has 12 heads, timm's 6
-    in_chans=1,                     # 1 | 3; grey images are repeated to 3
-    img_size=224,                   # pixels
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: 0.485, RGB ImageNet's
-    std=None,                       # likewise; none: 0.229, RGB ImageNet's
+    in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
+    img_size=224,                   # side of the network's input in pixels
+    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # which weights of the file, as in student; none: the averaged ones
+    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih_pretrain",         # folder below --data with the packed images
-    samples=0,                      # the first so many images of the split; 0: all
+    samples=0,                      # use only the first images of the split, this many; 0: all
     epochs=300,                     # passes over the images
-    warmup_epochs=10,               # of the learning rate, linear from 0
-    batch=256,                      # images an optimiser step, over all processes together
+    warmup_epochs=10,               # of linear warm-up of the learning rate from 0
+    batch=256,                      # images per optimiser step, all processes together
     lr=5e-4,                        # peak for a batch of 256, scaled by batch / 256
-    min_lr=0.0,                     # end of the cosine, scaled alike
+    min_lr=0.0,                     # learning rate at the end of the cosine, scaled likewise
     wd=0.04,                        # weight decay of all parameters, biases and norms too
-    seed=0,                         # of everything random
+    seed=0,                         # of all random numbers
     variant="corrected",            # corrected | paper; paper: temperature 1, the released fork's default
     temperature=None,               # of the softmax; none: 0.2 as published, 1 in the paper variant
     ema=0.99,                       # momentum of the key encoder, by a cosine to 1
@@ -61,21 +61,21 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     stop_grad_conv1=True,           # the patch projection stays as it was initialised
     crop_scale=[0.08, 1.0],         # area of the random resized crops
 )
-FLAGS = dict(                       # of the command line alone
-    exp="",                         # row of experiments.yaml, as in c.10-moco; none: the defaults below
+FLAGS = dict(                       # of the command line only, not of a row
+    exp="",                         # row of experiments.yaml, as in c.10-moco; none: the defaults
     experiments="",                 # file of the rows; none: the experiments.yaml above this script
-    miniature=False,                # lay the block `miniature` of that file over the row
+    miniature=False,                # override the row by the block `miniature` of that file
     data="data",                    # folder of the packed datasets
     manifest="",                    # manifest.csv of the images; none: <data>/<dataset>/manifest.csv
     split="pretrain",               # splits to use, comma-separated, or all
     out="",                         # run folder; none: runs/<exp>/pretrain or runs/<strategy>
     device="",                      # cpu | cuda; default cuda where there is one
-    steps=0,                        # stop after so many steps of the schedule; 0: all
-    resume="auto",                  # auto | never; go on from last.pt or start anew
-    micro_batch=0,                  # images a pass and process, made again for its gradients; 0: all at once
-    log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
-    save_minutes=10.0,              # last.pt every so many minutes
-    compile=False,                  # torch.compile the blocks of the network, a minute or two at first
+    steps=0,                        # stop after this many steps of the schedule; 0: at its end
+    resume="auto",                  # auto | never; resume from last.pt if it is there, or start anew
+    micro_batch=0,                  # images per pass and process, recomputed for gradients; 0: all at once
+    log_steps=50,                   # steps between two lines of the log; 0: only a last line
+    save_minutes=10.0,              # minutes between two writes of last.pt
+    compile=False,                  # torch.compile the blocks of the network; the first step takes minutes
 )
 
 # --- begin copy: error ---
@@ -89,12 +89,12 @@ def fail(message):
 # --- begin copy: flags ---
 @contextlib.contextmanager
 def or_fail(doing):
-    """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
     try:
         yield
     except Exception as problem:
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                                          # torch.load, at length
+        if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
             text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
@@ -222,15 +222,16 @@ class MoCo(nn.Module):
 def in_passes(backbone, x, micro=None, drop_paths=(), u=None):
     """Tokens [B, 1 + N, D] of images x [B, C, S, S], with `micro` < B so many at a time.
 
-    Each such pass is made again for its gradients, so memory holds but one, and yet batch norm after the
-    backbone and the loss see all images. drop_paths and u [B, len(drop_paths)]: see set_drop_path.
+    The activations of a pass are recomputed for its gradients, so that memory holds one pass at a time, while
+    the loss and the batch norm of the heads see all images. drop_paths and u [B, len(drop_paths)]: see
+    set_drop_path.
     """
     def one_pass(x, u):
         set_drop_path(drop_paths, u)
         return backbone.forward_features(x)
 
     micro = micro or len(x)
-    u = x.new_zeros(len(x), 0) if u is None else u                          # none: nothing is skipped
+    u = x.new_zeros(len(x), 0) if u is None else u                          # none: no stochastic depth
     if micro >= len(x):
         return one_pass(x, u)
     passes = zip(x.split(micro), u.split(micro))
@@ -251,9 +252,9 @@ def sincos_positions(rows, columns, dim):
 
 
 def make_backbone(config):
-    """The vision transformer of MoCo-v3: fixed positions, patch projection frozen at its random start.
+    """The vision transformer of MoCo-v3: fixed sine-cosine positions, frozen random patch projection.
 
-    Weights of `init` take the place of both; they stay fixed all the same. Returns: backbone, a note on them.
+    With `init` both come from the checkpoint and stay fixed as well. Returns: backbone, a line on them.
     """
     vit = make_model(config, 0)
     with or_fail(f"use {config['arch']}, which has to be a vision transformer with a class token"):
@@ -262,7 +263,7 @@ def make_backbone(config):
             raise ValueError("it needs 4n channels and a position for the class token and each patch")
     vit.init_weights("moco")                        # Xavier, with q, k and v as three layers
     projection = vit.patch_embed.proj
-    # three channels in the formula whatever their number, as released
+    # the formula has three channels whatever in_chans is, as in the released code
     bound = math.sqrt(6 / (3 * math.prod(projection.kernel_size) + vit.embed_dim))
     nn.init.uniform_(projection.weight, -bound, bound)
     nn.init.zeros_(projection.bias)
@@ -296,7 +297,7 @@ def info_nce(queries, keys, positives, temperature):
 
 @torch.no_grad()
 def retrieval(queries, keys, positives, temperature):
-    """How view 1 finds its keys: entropy of the softmax over them (log B at chance) and top-1 accuracy."""
+    """For the log: entropy of the queries' softmax over keys (log B at chance) and top-1 accuracy."""
     logits = similarities(queries, keys, temperature)
     entropy = torch.special.entr(logits.softmax(1)).sum(1).mean()
     return entropy, (logits.argmax(1) == positives).float().mean()
@@ -317,16 +318,15 @@ def make_views(images, uniforms, config):
 
 
 def train(config, args, rank, world_size, device):
-    """Pre-train. What is random in a step depends on (seed, step) alone: a resumed run is the same run."""
+    """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
     torch.manual_seed(config["seed"])
     backbone, note = make_backbone(config)
     model = MoCo(backbone, config["hidden_dim"], config["out_dim"]).to(device)
     momentum_encoder = copy.deepcopy(model.base_encoder).requires_grad_(False)
     if args.compile:
         for block in [*backbone.blocks, *momentum_encoder.backbone.blocks]:
-            block.compile()                                                 # one compilation serves them all
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=config["wd"], fused=True)
+            block.compile()                                                 # compiled once for all blocks
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config["wd"], fused=True)
     temperature = config["temperature"] or (1.0 if config["variant"] == "paper" else 0.2)
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(5, device=device)               # sums of loss, entropy, accuracy, feature_std; steps
@@ -347,7 +347,7 @@ def train(config, args, rank, world_size, device):
         print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {n_images:,} images; "
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
-            print(f"warning: the warm-up is no shorter than the {config['epochs']} epochs", file=sys.stderr)
+            print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -369,8 +369,8 @@ def train(config, args, rank, world_size, device):
         uniforms = torch.rand(2, batch, N_VIEW, generator=step_generator(config["seed"], step))[:, local]
         views = make_views(chosen, uniforms.to(device, non_blocking=True), config)
 
-        # The publication passes the queries first. They do not depend on the momentum encoder; what counts is
-        # that it averages weights from before the optimiser's step.
+        # The publication computes the queries first; as they do not depend on the momentum encoder, what
+        # counts is that it averages the weights from before the optimiser's step.
         update_teacher(momentum_encoder, model.base_encoder, ema)
         with torch.no_grad(), amp:
             keys, features = momentum_encoder(views, micro)
@@ -403,7 +403,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # a resumed run has to agree in it
+    config = {**fill_defaults(config), "split": args.split}                 # compared on resume, as all of it
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -411,7 +411,7 @@ def main():
         train(config, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
+        fail(f"GPU memory is too small for {micro} images per pass; try --micro-batch {max(1, micro // 2)} "
              "or a smaller --batch")
     finally:
         end_processes()
@@ -421,7 +421,7 @@ def main():
 
 # --- begin copy: sync batch norm ---
 class GatherRows(torch.autograd.Function):
-    """Rows [b, D] to those of all processes [B, D], in the order of the batch."""
+    """Rows [b, D] of each process -> the rows of all processes [B, D], in the order of the batch."""
 
     @staticmethod
     def forward(ctx, x):
@@ -432,7 +432,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return own_rows(sum_over_processes(gradient.clone()))               # all processes have used the rows
+        return own_rows(sum_over_processes(gradient.clone()))               # all processes used the rows
 
 
 def gather_rows(x):
@@ -441,12 +441,12 @@ def gather_rows(x):
 
 
 def own_rows(x):
-    """What gather_rows has made longer, cut to the own share."""
+    """This process's share of rows made by gather_rows."""
     return x.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else x
 
 
 class SyncBatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d over the batch of all processes: each normalises all rows and keeps its own."""
+    """BatchNorm1d over the batch of all processes: each normalises all rows and keeps its share."""
 
     def forward(self, x):
         return own_rows(super().forward(gather_rows(x))) if self.training else super().forward(x)
@@ -481,13 +481,13 @@ def init_processes(device):
             torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
-    # a kernel of one channel has strides of its own, at which DDP wonders
+    # DDP warns about the strides of a kernel of one channel, harmlessly
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart by torchrun --max-restarts the store still holds the addresses of before
+        # after a restart (torchrun --max-restarts) the store still holds the old addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"         # to agree, no GPU waits
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size, device
 
@@ -500,7 +500,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function, alike in all processes: has one of them got SIGTERM, or has their torchrun been killed?"""
+    """A function that says, in all processes alike, whether one has got SIGTERM or its torchrun is gone."""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -512,7 +512,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
+        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
@@ -560,8 +560,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, held in GPU memory if they fit. Without images.npy the 8-bit
-    PNG and JPEG files named in `path` are decoded; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
+    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():

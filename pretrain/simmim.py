@@ -1,7 +1,8 @@
 """SimMIM: a simple framework for masked image modelling (Xie et al., arXiv:2111.09886).
 
-Of every image 60 % of the 32-pixel squares are hidden: their patch embeddings become one learnt token, and
-a single linear layer on the encoder's output predicts their pixels, under a mean absolute error.
+60 % of the 32-pixel squares of every image are hidden (function unit_masks): their patch embeddings are
+replaced by one learnt token. A linear layer on the encoder's output predicts their pixels; the loss is the
+mean absolute error over the hidden pixels (masked_l1).
 
     torchrun --nproc_per_node=4 pretrain/simmim.py --exp 0.1.5        one row of experiments.yaml on 4 GPUs
     python pretrain/simmim.py --manifest my/manifest.csv --out my/run   your own images, one process
@@ -9,7 +10,7 @@ a single linear layer on the encoder's output predicts their pixels, under a mea
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.
-The same command goes on where a run was killed; SIGTERM saves and exits with code 75.
+The same command resumes a run that was killed; SIGTERM saves and exits with code 75.
 
 The publication's encoders are, with their model_args,
 - swin_base_patch4_window7_224 at 192 pixels with {"window_size": 6}; where it is loaded for 224 pixels and
@@ -40,51 +41,51 @@ from pathlib import Path
 import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
-    strategy="simmim",              # what this script does; a row of another strategy is refused
+    strategy="simmim",              # the method of this script; a row of another strategy is refused
     arch="vit_small_patch16_224",   # any ViT, Swin or BEiT of timm, see above
     model_args={},                  # further arguments of timm.create_model, as in {"window_size": 6}
-    in_chans=1,                     # 1 | 3; grey images are repeated to 3
+    in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # pixels; published for Swin-B: 192, with windows of 6
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: 0.485, RGB ImageNet's
-    std=None,                       # likewise; none: 0.229, RGB ImageNet's
+    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # which weights of the file, as in student; none: the averaged ones
+    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih_pretrain",         # folder below --data with the packed images
-    samples=0,                      # the first so many images of the split; 0: all
+    samples=0,                      # use only the first images of the split, this many; 0: all
     epochs=100,                     # passes over the images
     warmup_epochs=10,               # of the learning rate, linear from warmup_lr
-    batch=256,                      # images an optimiser step, over all processes together
-    lr=2e-4,                        # peak; it and the next two are for a batch of 512, scaled by batch / 512
-    warmup_lr=1e-6,                 # where the warm-up starts
-    min_lr=1e-5,                    # where the cosine ends
+    batch=256,                      # images per optimiser step, all processes together
+    lr=2e-4,                        # peak; this and the next two for a batch of 512, scaled by batch / 512
+    warmup_lr=1e-6,                 # learning rate at the start of the warm-up
+    min_lr=1e-5,                    # learning rate at the end of the cosine
     schedule="cosine",              # cosine | step; published with step: 800 epochs, lr 1e-4, warmup_lr 5e-7
     step_epoch=700,                 # the step schedule divides the rate by 10 after so many epochs
     wd=0.05,                        # weight decay
     clip=5.0,                       # largest norm of all gradients together
     drop_path=0.0,                  # stochastic depth of the last block, linear from 0; published ViT-B: 0.1
-    seed=0,                         # of everything random
-    variant="corrected",            # corrected | paper; rate a step late, cosine from step 0, decayed tables
+    seed=0,                         # of all random numbers
+    variant="corrected",            # corrected | paper; paper: see learning_rate and decay_groups
     mask_unit=32,                   # pixels of a side of the squares that are hidden or shown as a whole
     mask_ratio=0.6,                 # share of the squares that is hidden
     crop_scale=[0.67, 1.0],         # area of the random resized crop
 )
-FLAGS = dict(                       # of the command line alone
-    exp="",                         # row of experiments.yaml, as in 0.1.5; none: the defaults below
+FLAGS = dict(                       # of the command line only, not of a row
+    exp="",                         # row of experiments.yaml, as in 0.1.5; none: the defaults
     experiments="",                 # file of the rows; none: the experiments.yaml above this script
-    miniature=False,                # lay the block `miniature` of that file over the row
+    miniature=False,                # override the row by the block `miniature` of that file
     data="data",                    # folder of the packed datasets
     manifest="",                    # manifest.csv of the images; none: <data>/<dataset>/manifest.csv
     split="pretrain",               # splits to use, comma-separated, or all
     out="",                         # run folder; none: runs/<exp>/pretrain or runs/<strategy>
     device="",                      # cpu | cuda; default cuda where there is one
-    steps=0,                        # stop after so many steps of the schedule; 0: all
-    resume="auto",                  # auto | never; go on from last.pt or start anew
-    micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
-    save_minutes=10.0,              # last.pt every so many minutes
-    compile=False,                  # torch.compile the blocks of the network, a minute or two at first
-    picture_epochs=10,              # a picture every so many epochs; 0: at the end alone
+    steps=0,                        # stop after this many steps of the schedule; 0: at its end
+    resume="auto",                  # auto | never; resume from last.pt if it is there, or start anew
+    micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
+    log_steps=50,                   # steps between two lines of the log; 0: only a last line
+    save_minutes=10.0,              # minutes between two writes of last.pt
+    compile=False,                  # torch.compile the blocks of the network; the first step takes minutes
+    picture_epochs=10,              # epochs between two pictures; 0: only a last one
 )
 
 # --- begin copy: error ---
@@ -98,12 +99,12 @@ def fail(message):
 # --- begin copy: flags ---
 @contextlib.contextmanager
 def or_fail(doing):
-    """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
     try:
         yield
     except Exception as problem:
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                                          # torch.load, at length
+        if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
             text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
@@ -191,7 +192,7 @@ class SimMIM(nn.Module):
 
     def __init__(self, encoder, in_chans, img_size):
         super().__init__()
-        if isinstance(encoder.norm, nn.Identity):           # BEiT by default, which norms the pooled tokens
+        if isinstance(encoder.norm, nn.Identity):           # as BEiT's is by default
             raise ValueError('no norm of the tokens; try model_args {"global_pool": "token"}')
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
@@ -211,7 +212,7 @@ class SimMIM(nn.Module):
 
         with self.encoder.patch_embed.register_forward_hook(hide):          # before positions are added
             tokens = self.encoder.forward_features(x)
-        if tokens.ndim == 3:                                # of a ViT: without the CLS token
+        if tokens.ndim == 3:                                # of a ViT: without the class token
             tokens = tokens[:, self.encoder.num_prefix_tokens:].unflatten(1, (self.grid_size, self.grid_size))
         return self.decoder(tokens.permute(0, 3, 1, 2))
 
@@ -238,9 +239,9 @@ def masked_l1(recon, clean, masks):
 
 
 def learning_rate(step, config, steps_an_epoch):
-    """Rate of an optimiser step: linear warm-up from warmup_lr, then cosine to min_lr or one division by 10.
+    """Learning rate of a step: linear warm-up from warmup_lr, then cosine to min_lr or one division by 10.
 
-    In the paper face it is that of the step before, and the cosine counts from step 0, not from the warm-up.
+    variant paper: the rate of the step before; the cosine counts from step 0, not from the warm-up's end.
     """
     paper = config["variant"] == "paper"
     step = max(0, step - 1) if paper else step
@@ -256,10 +257,10 @@ def learning_rate(step, config, steps_an_epoch):
 
 
 def decay_groups(model, variant):
-    """Two parameter groups: weight decay, and none for vectors, cls_token, pos_embed and bias tables.
+    """Two parameter groups: with weight decay; without it vectors, cls_token, pos_embed and bias tables.
 
-    The released code means to spare the tables of relative position bias but misses their names: paper face.
-    It spares the mask token of Swin, not that of the ViT.
+    The released code intends no decay for the tables of relative position bias but misses their names; so
+    does variant paper. The mask token of a ViT is decayed, that of a Swin is not, as in the released code.
     """
     spared = ("cls_token", "pos_embed") + (("relative_position_bias_table",) if variant != "paper" else ())
     spared += () if hasattr(model.encoder, "blocks") else ("mask_token",)
@@ -278,7 +279,7 @@ def make_views(images, u, config):
 
 
 def train(config, args, rank, world_size, device):
-    """Pre-train. What is random in a step depends on (seed, step) alone: a resumed run is the same run."""
+    """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
     torch.manual_seed(config["seed"])
     encoder = make_model(config, 0, config["drop_path"])
     drop_paths, note = replace_drop_path(encoder), load_backbone(encoder, config)
@@ -289,7 +290,7 @@ def train(config, args, rank, world_size, device):
         fail(f"img_size {size}, mask_unit {unit}, patch {model.patch_size}: expected multiples of the next")
     if args.compile:
         for part in encoder.blocks if hasattr(encoder, "blocks") else encoder.layers:
-            part.compile()                                                  # of a ViT one serves them all
+            part.compile()                                                  # of a ViT once for all
     groups = decay_groups(model, config["variant"])
     optimizer = torch.optim.AdamW(groups, weight_decay=config["wd"], fused=True)
     amp, scaler = mixed_precision(device)
@@ -311,7 +312,7 @@ def train(config, args, rank, world_size, device):
         print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {n_images:,} images; "
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if config["warmup_epochs"] >= config["epochs"]:
-            print(f"warning: the warm-up is no shorter than the {config['epochs']} epochs", file=sys.stderr)
+            print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -333,7 +334,7 @@ def train(config, args, rank, world_size, device):
         u = torch.rand(batch, N_CROP + (size // unit) ** 2, generator=generator)[local]
         depth = torch.rand(batch, len(drop_paths), generator=generator)[local]
         u, depth = u.to(device, non_blocking=True), depth.to(device, non_blocking=True)
-        torch.manual_seed(generator.initial_seed())                         # of dropout, if there is any
+        torch.manual_seed(generator.initial_seed())                         # for dropout, if any
         clean, masks = make_views(chosen, u, config)
 
         loss = torch.zeros((), device=device)
@@ -341,10 +342,10 @@ def train(config, args, rank, world_size, device):
         for begin in range(0, local_batch, micro):
             part = slice(begin, begin + micro)
             set_drop_path(drop_paths, depth[part])
-            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: after the last pass alone
+            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: only after the last pass
             with amp:
                 recon = net(clean[part], masks[part])
-            # every image hides as many pixels: the mean over images is the mean over hidden pixels
+            # all images have equally many hidden pixels: the mean over images is the mean over pixels
             part_loss = masked_l1(recon.float(), clean[part], masks[part]) * len(recon) / batch
             scaler.scale(part_loss * world_size).backward()                 # DDP averages over processes
             loss += part_loss.detach()
@@ -379,7 +380,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # a resumed run has to agree in it
+    config = {**fill_defaults(config), "split": args.split}                 # compared on resume, as all of it
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -387,7 +388,7 @@ def main():
         train(config, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
+        fail(f"GPU memory is too small for {micro} images per pass; try --micro-batch {max(1, micro // 2)} "
              "or a smaller --batch")
     finally:
         end_processes()
@@ -405,13 +406,13 @@ def init_processes(device):
             torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
-    # a kernel of one channel has strides of its own, at which DDP wonders
+    # DDP warns about the strides of a kernel of one channel, harmlessly
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart by torchrun --max-restarts the store still holds the addresses of before
+        # after a restart (torchrun --max-restarts) the store still holds the old addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"         # to agree, no GPU waits
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size, device
 
@@ -424,7 +425,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function, alike in all processes: has one of them got SIGTERM, or has their torchrun been killed?"""
+    """A function that says, in all processes alike, whether one has got SIGTERM or its torchrun is gone."""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -436,7 +437,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
+        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
@@ -484,8 +485,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, held in GPU memory if they fit. Without images.npy the 8-bit
-    PNG and JPEG files named in `path` are decoded; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
+    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():

@@ -1,7 +1,8 @@
 """SiT: self-supervised vision transformer (Atito, Awais, Kittler, arXiv:2104.03602, as released later).
 
-A student sees images with blocks emptied or replaced. It restores them, as in GMML, and from its class token
-finds, among all images of the batch, the one whose other, clean view its teacher, a moving average, has seen.
+A student sees images with blocks emptied or replaced (function corrupt) and has two tasks: to restore them,
+as in GMML (masked_l1), and to find by its class token, among all images of the batch, the same image as seen
+clean in its other view by the teacher, the student's moving average (contrast).
 
     torchrun --nproc_per_node=4 pretrain/sit.py --exp 4.3.1-100k     one row of experiments.yaml on 4 GPUs
     python pretrain/sit.py --manifest my/manifest.csv --out my/run   your own images, one process
@@ -9,7 +10,7 @@ finds, among all images of the batch, the one whose other, clean view its teache
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.
-The same command goes on where a run was killed; SIGTERM saves and exits with code 75.
+The same command resumes a run that was killed; SIGTERM saves and exits with code 75.
 """
 
 import argparse
@@ -34,32 +35,32 @@ from pathlib import Path
 import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
-    strategy="sit",                 # what this script does; a row of another strategy is refused
+    strategy="sit",                 # the method of this script; a row of another strategy is refused
     arch="vit_small_patch16_224",   # any timm vision transformer with a class token
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
-    in_chans=1,                     # 1 | 3; grey images are repeated to 3
-    img_size=224,                   # pixels
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: 0.485, RGB ImageNet's
-    std=None,                       # likewise; none: 0.229, RGB ImageNet's
+    in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
+    img_size=224,                   # side of the network's input in pixels
+    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # which weights of the file, as in student; none: the averaged ones
+    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="mimic_cxr",            # folder below --data with the packed images
-    samples=None,                   # the first so many images of the split; none: all
+    samples=0,                      # use only the first images of the split, this many; 0: all
     epochs=300,                     # passes over the images
-    warmup_epochs=10,               # of the learning rate, linear from 0
-    batch=256,                      # images an optimiser step, over all processes together
+    warmup_epochs=10,               # of linear warm-up of the learning rate from 0
+    batch=256,                      # images per optimiser step, all processes together
     lr=1e-4,                        # peak for a batch of 256, scaled by batch / 256; the released fork: 5e-4
-    min_lr=1e-6,                    # end of the cosine, scaled alike
+    min_lr=1e-6,                    # learning rate at the end of the cosine, scaled likewise
     wd=0.04,                        # weight decay at the start
-    wd_end=0.04,                    # and by a cosine at the end; the released fork goes to 0.1
+    wd_end=0.04,                    # weight decay at the end, by a cosine; the released fork goes to 0.1
     clip=3.0,                       # largest gradient norm of each parameter tensor
     drop_path=0.1,                  # stochastic depth of the student's last block, linear from 0
-    seed=0,                         # of everything random
-    variant="corrected",            # corrected | paper; stored with the weights, alike in this script
+    seed=0,                         # of all random numbers
+    variant="corrected",            # corrected | paper; the same in this script, only stored with the weights
     drop=0.5,                       # empty blocks cover a fraction U(min(0.5, drop), drop) of the image
     replace=0.3,                    # in half of the images another image covers this fraction instead
-    align=1,                        # pixels; blocks start and end on multiples
+    align=1,                        # blocks begin and end at multiples of this many pixels
     crop_scale=[0.2, 1.0],          # area of the random resized crop
     hidden_dim=4096,                # width of the contrastive head
     out_dim=256,                    # length of an embedding
@@ -68,22 +69,22 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     ema=0.996,                      # momentum of the teacher, by a cosine to 1
     export="teacher",               # teacher | student; whose backbone becomes backbone.pt
 )
-FLAGS = dict(                       # of the command line alone
-    exp="",                         # row of experiments.yaml, as in 4.3.1-100k; none: the defaults below
+FLAGS = dict(                       # of the command line only, not of a row
+    exp="",                         # row of experiments.yaml, as in 4.3.1-100k; none: the defaults
     experiments="",                 # file of the rows; none: the experiments.yaml above this script
-    miniature=False,                # lay the block `miniature` of that file over the row
+    miniature=False,                # override the row by the block `miniature` of that file
     data="data",                    # folder of the packed datasets
     manifest="",                    # manifest.csv of the images; none: <data>/<dataset>/manifest.csv
     split="pretrain",               # splits to use, comma-separated, or all
     out="",                         # run folder; none: runs/<exp>/pretrain or runs/<strategy>
     device="",                      # cpu | cuda; default cuda where there is one
-    steps=0,                        # stop after so many steps of the schedule; 0: all
-    resume="auto",                  # auto | never; go on from last.pt or start anew
-    micro_batch=0,                  # images a pass and process, made again for its gradients; 0: all at once
-    log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
-    save_minutes=10.0,              # last.pt every so many minutes
-    compile=False,                  # torch.compile the blocks of the network, a minute or two at first
-    picture_epochs=10,              # a picture every so many epochs; 0: at the end alone
+    steps=0,                        # stop after this many steps of the schedule; 0: at its end
+    resume="auto",                  # auto | never; resume from last.pt if it is there, or start anew
+    micro_batch=0,                  # images per pass and process, recomputed for gradients; 0: all at once
+    log_steps=50,                   # steps between two lines of the log; 0: only a last line
+    save_minutes=10.0,              # minutes between two writes of last.pt
+    compile=False,                  # torch.compile the blocks of the network; the first step takes minutes
+    picture_epochs=10,              # epochs between two pictures; 0: only a last one
 )
 
 # --- begin copy: error ---
@@ -97,12 +98,12 @@ def fail(message):
 # --- begin copy: flags ---
 @contextlib.contextmanager
 def or_fail(doing):
-    """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
     try:
         yield
     except Exception as problem:
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                                          # torch.load, at length
+        if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
             text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
@@ -200,7 +201,11 @@ class ContrastiveHead(nn.Sequential):
 
 
 class SiT(nn.Module):
-    """Student or teacher: a timm vision transformer, a head on the class token, one on the others."""
+    """Student or teacher: a timm vision transformer, a head on the class token, one on the patch tokens.
+
+    The model needs `cls_token`, `embed_dim`, `num_prefix_tokens`, `forward_features` to normalised tokens,
+    and `patch_embed` with `patch_size` and `grid_size`.
+    """
 
     def __init__(self, backbone, in_chans, hidden_dim=4096, out_dim=256):
         super().__init__()
@@ -229,15 +234,16 @@ class SiT(nn.Module):
 def in_passes(backbone, x, micro=None, drop_paths=(), u=None):
     """Tokens [B, 1 + N, D] of images x [B, C, S, S], with `micro` < B so many at a time.
 
-    Each such pass is made again for its gradients, so memory holds but one, and yet batch norm after the
-    backbone and the loss see all images. drop_paths and u [B, len(drop_paths)]: see set_drop_path.
+    The activations of a pass are recomputed for its gradients, so that memory holds one pass at a time, while
+    the loss and the batch norm of the heads see all images. drop_paths and u [B, len(drop_paths)]: see
+    set_drop_path.
     """
     def one_pass(x, u):
         set_drop_path(drop_paths, u)
         return backbone.forward_features(x)
 
     micro = micro or len(x)
-    u = x.new_zeros(len(x), 0) if u is None else u                          # none: nothing is skipped
+    u = x.new_zeros(len(x), 0) if u is None else u                          # none: no stochastic depth
     if micro >= len(x):
         return one_pass(x, u)
     passes = zip(x.split(micro), u.split(micro))
@@ -265,10 +271,10 @@ class ReconstructionHead(nn.Module):
 
 
 def contrast(student, keys, positives, temperature):
-    """Symmetric InfoNCE: each view's student embedding finds the teacher's of the other view; both summed.
+    """Symmetric InfoNCE: each view's student embedding against the teacher's of the other view, both summed.
 
     Args: student [2b, D], view 1 before view 2; keys: the teacher's of the whole batch, for each view [B, D];
-    positives: rows of the student's images in them, int64 [b]. No gradient goes to the keys.
+    positives: rows of the student's images among them, int64 [b]. No gradient goes to the keys.
     """
     first, second = student.chunk(2)
     pairs = (first, keys[1]), (second, keys[0])
@@ -350,27 +356,28 @@ def masked_l1(recon, clean, masks):
 
 
 def draw_step(config, step, places, n_drop_paths, device):
-    """The random numbers of a step, drawn for the global batch and kept for the images at some places of it.
+    """The random numbers of a step for the images at some places of the global batch.
 
-    Returns, for both views of each image: uniforms of the view and of stochastic depth [2, b, n], masks bool
-    [2, b, S, S] and whether the view is replaced, bool [2, b].
+    They are drawn for the whole batch: any number of processes draws the same. Returns, for two views of each
+    image: uniforms of the view and of stochastic depth [2, b, n], masks bool [2, b, S, S] and whether
+    the view is replaced, bool [2, b].
     """
+    sizes = [N_VIEW, n_drop_paths, 2, 4 * N_BLOCKS]
     generator = step_generator(config["seed"], step)
-    shapes = [N_VIEW], [n_drop_paths], [2], [N_BLOCKS, 4]
-    draws = [torch.rand(2, config["batch"], *shape, generator=generator)[:, places] for shape in shapes]
-    draws = [draw.to(device, non_blocking=True) for draw in draws]
-    uniforms, depth, corruption, blocks = draws
-    masks, replaced = draw_masks(corruption.flatten(0, 1), blocks.flatten(0, 1), config["img_size"],
-                                 config["drop"], config["replace"], config["align"])
+    draws = torch.rand(2, config["batch"], sum(sizes), generator=generator)[:, places]
+    uniforms, depth, corruption, blocks = draws.to(device, non_blocking=True).split(sizes, 2)
+    blocks = blocks.flatten(0, 1).unflatten(1, (N_BLOCKS, 4))
+    masks, replaced = draw_masks(corruption.flatten(0, 1), blocks, config["img_size"], config["drop"],
+                                 config["replace"], config["align"])
     return uniforms, depth, masks.unflatten(0, (2, -1)), replaced.view(2, -1)
 
 
 def make_views(images, uniforms, masks, replaced, config):
     """Two views of b images, clean and corrupted, float [2b, C, S, S], from b + 1 images.
 
-    The first view is always blurred; the second rarely, but sometimes solarised. Where masks [2, b, S, S] are
-    True pixels become 0, the mean grey, or in views that are replaced, [2, b], those of the next image of the
-    batch, which in random order is any other of the set.
+    The first view is always blurred; the second rarely, but sometimes solarised. Masked pixels, masks bool
+    [2, b, S, S], become 0, the mean grey, or, in replaced views, bool [2, b], those of the next image of the
+    batch; as the order is random, it may be any other image.
     """
     views = torch.stack([
         strong_view(images, u, config["crop_scale"], config["img_size"], blur, solarise, config)
@@ -381,18 +388,18 @@ def make_views(images, uniforms, masks, replaced, config):
 
 
 def train(config, args, rank, world_size, device):
-    """Pre-train. What is random in a step depends on (seed, step) alone: a resumed run is the same run."""
+    """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
     torch.manual_seed(config["seed"])
     backbone = make_model(config, 0, config["drop_path"])
     drop_paths, note = replace_drop_path(backbone), load_backbone(backbone, config)
     with or_fail(f"use {config['arch']}, which has to be a vision transformer with a class token"):
         student = SiT(backbone, config["in_chans"], config["hidden_dim"], config["out_dim"]).to(device)
-    teacher = copy.deepcopy(student).requires_grad_(False)                  # its batch norm: as the student's
+    teacher = copy.deepcopy(student).requires_grad_(False)                  # its batch norm stays in training
     teacher.backbone.eval()                                                 # no stochastic depth
     if args.compile:
         for block in [*backbone.blocks, *teacher.backbone.blocks]:
-            block.compile()                                                 # one compilation serves them all
-    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # rate and decay: each step
+            block.compile()                                                 # compiled once for all blocks
+    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # rates: set in each step
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(4, device=device)               # sums of contrast, recon and feature_std; steps
     state = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler, meter=meter)
@@ -412,13 +419,13 @@ def train(config, args, rank, world_size, device):
         print(f"{note}; {sum(p.numel() for p in student.parameters()):,} parameters; {n_images:,} images; "
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
-            print(f"warning: the warm-up is no shorter than the {config['epochs']} epochs", file=sys.stderr)
+            print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
     net = student
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     local_batch = batch // world_size
     micro = 2 * (args.micro_batch or local_batch)                           # two views an image
-    # places in the batch; the last is only a donor
+    # places of this process's images in the batch, and of the next, which only replaces pixels of the last
     local = torch.arange(rank * local_batch, (rank + 1) * local_batch + 1) % batch
     positives = local[:-1].to(device)
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
@@ -485,7 +492,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # a resumed run has to agree in it
+    config = {**fill_defaults(config), "split": args.split}                 # compared on resume, as all of it
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -493,7 +500,7 @@ def main():
         train(config, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
+        fail(f"GPU memory is too small for {micro} images per pass; try --micro-batch {max(1, micro // 2)} "
              "or a smaller --batch")
     finally:
         end_processes()
@@ -503,7 +510,7 @@ def main():
 
 # --- begin copy: sync batch norm ---
 class GatherRows(torch.autograd.Function):
-    """Rows [b, D] to those of all processes [B, D], in the order of the batch."""
+    """Rows [b, D] of each process -> the rows of all processes [B, D], in the order of the batch."""
 
     @staticmethod
     def forward(ctx, x):
@@ -514,7 +521,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return own_rows(sum_over_processes(gradient.clone()))               # all processes have used the rows
+        return own_rows(sum_over_processes(gradient.clone()))               # all processes used the rows
 
 
 def gather_rows(x):
@@ -523,12 +530,12 @@ def gather_rows(x):
 
 
 def own_rows(x):
-    """What gather_rows has made longer, cut to the own share."""
+    """This process's share of rows made by gather_rows."""
     return x.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else x
 
 
 class SyncBatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d over the batch of all processes: each normalises all rows and keeps its own."""
+    """BatchNorm1d over the batch of all processes: each normalises all rows and keeps its share."""
 
     def forward(self, x):
         return own_rows(super().forward(gather_rows(x))) if self.training else super().forward(x)
@@ -563,13 +570,13 @@ def init_processes(device):
             torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
-    # a kernel of one channel has strides of its own, at which DDP wonders
+    # DDP warns about the strides of a kernel of one channel, harmlessly
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart by torchrun --max-restarts the store still holds the addresses of before
+        # after a restart (torchrun --max-restarts) the store still holds the old addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"         # to agree, no GPU waits
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size, device
 
@@ -582,7 +589,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function, alike in all processes: has one of them got SIGTERM, or has their torchrun been killed?"""
+    """A function that says, in all processes alike, whether one has got SIGTERM or its torchrun is gone."""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -594,7 +601,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
+        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
@@ -642,8 +649,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, held in GPU memory if they fit. Without images.npy the 8-bit
-    PNG and JPEG files named in `path` are decoded; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
+    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():

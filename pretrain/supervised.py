@@ -2,8 +2,8 @@
 
 With one column a label (MIMIC-CXR's 14 findings) it minimises binary cross-entropy, uncertain and blank cells
 counting as negative ("U-zeros" of Irvin et al., "CheXpert", arXiv:1901.07031); where every image has exactly
-one class (ImageNet) it minimises cross-entropy. The study's optimiser and augmentation are not published:
-those of its self-supervised arms and of its fine-tuning stand here.
+one class (ImageNet) it minimises cross-entropy. The study does not state its optimiser and augmentation: here
+the optimiser is that of its self-supervised arms, the augmentation that of its fine-tuning.
 
     torchrun --nproc_per_node=4 pretrain/supervised.py --exp 2.4      one row of experiments.yaml on 4 GPUs
     python pretrain/supervised.py --manifest my/manifest.csv --out my/run   your own images, one process
@@ -11,7 +11,7 @@ those of its self-supervised arms and of its fine-tuning stand here.
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl.
-The same command goes on where a run was killed; SIGTERM saves and exits with code 75.
+The same command resumes a run that was killed; SIGTERM saves and exits with code 75.
 """
 
 import argparse
@@ -35,50 +35,50 @@ from pathlib import Path
 import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
-    strategy="supervised",          # what this script does; a row of another strategy is refused
+    strategy="supervised",          # the method of this script; a row of another strategy is refused
     arch="vit_small_patch16_224",   # any timm model, resnet50 too
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
-    in_chans=1,                     # 1 | 3; grey images are repeated to 3
-    img_size=224,                   # pixels
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: 0.485, RGB ImageNet's
-    std=None,                       # likewise; none: 0.229, RGB ImageNet's
+    in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
+    img_size=224,                   # side of the network's input in pixels
+    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # which weights of the file, as in student; none: the averaged ones
+    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="mimic_cxr",            # folder below --data with the packed images
-    samples=0,                      # the first so many images of the split; 0: all
+    samples=0,                      # use only the first images of the split, this many; 0: all
     task="auto",                    # auto | multilabel | classes; auto: classes if each row has exactly one
     epochs=1000,                    # passes over the images
-    warmup_epochs=10,               # of the learning rate, linear from 0
-    batch=256,                      # images an optimiser step, over all processes together
+    warmup_epochs=10,               # of linear warm-up of the learning rate from 0
+    batch=256,                      # images per optimiser step, all processes together
     lr=1e-4,                        # peak for a batch of 256, scaled by batch / 256
-    min_lr=1e-6,                    # end of the cosine, scaled alike
+    min_lr=1e-6,                    # learning rate at the end of the cosine, scaled likewise
     wd=0.04,                        # weight decay at the start
-    wd_end=0.04,                    # and by a cosine at the end
+    wd_end=0.04,                    # weight decay at the end, by a cosine
     clip=3.0,                       # largest gradient norm of each parameter tensor
     drop_path=0.1,                  # stochastic depth of the last block, linear from 0
-    seed=0,                         # of everything random
-    variant="corrected",            # corrected | paper; paper validates on the first of the training images
+    seed=0,                         # of all random numbers
+    variant="corrected",            # corrected | paper; paper validates on the first training images
     crop_scale=[0.08, 1.0],         # area of the random resized crop
     rotation=7.0,                   # degrees, either way
     val_samples=5000,               # validation images, the first of split val; none there: no validation
     val_epochs=10,                  # validate every so many epochs; the last epoch's weights are exported
 )
-FLAGS = dict(                       # of the command line alone
-    exp="",                         # row of experiments.yaml, as in 2.4; none: the defaults below
+FLAGS = dict(                       # of the command line only, not of a row
+    exp="",                         # row of experiments.yaml, as in 2.4; none: the defaults
     experiments="",                 # file of the rows; none: the experiments.yaml above this script
-    miniature=False,                # lay the block `miniature` of that file over the row
+    miniature=False,                # override the row by the block `miniature` of that file
     data="data",                    # folder of the packed datasets
     manifest="",                    # manifest.csv of the images; none: <data>/<dataset>/manifest.csv
     split="pretrain",               # splits to use, comma-separated, or all
     out="",                         # run folder; none: runs/<exp>/pretrain or runs/<strategy>
     device="",                      # cpu | cuda; default cuda where there is one
-    steps=0,                        # stop after so many steps of the schedule; 0: all
-    resume="auto",                  # auto | never; go on from last.pt or start anew
-    micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
-    save_minutes=10.0,              # last.pt every so many minutes
-    compile=False,                  # torch.compile the network, a minute or two at first
+    steps=0,                        # stop after this many steps of the schedule; 0: at its end
+    resume="auto",                  # auto | never; resume from last.pt if it is there, or start anew
+    micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
+    log_steps=50,                   # steps between two lines of the log; 0: only a last line
+    save_minutes=10.0,              # minutes between two writes of last.pt
+    compile=False,                  # torch.compile the network; the first step takes minutes
 )
 
 # --- begin copy: error ---
@@ -92,12 +92,12 @@ def fail(message):
 # --- begin copy: flags ---
 @contextlib.contextmanager
 def or_fail(doing):
-    """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
     try:
         yield
     except Exception as problem:
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                                          # torch.load, at length
+        if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
             text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
@@ -181,7 +181,7 @@ from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 
 def read_targets(manifest, rows, task):
-    """What the images of manifest rows show, and the names of the labels or classes.
+    """The targets of manifest rows, and the names of the labels or classes.
 
     A single label column holds the class; several hold 1, 0, -1 (uncertain) or blank. Task "auto" takes
     columns with exactly one 1 in every row for classes.
@@ -218,11 +218,11 @@ def augment(images, u, config):
     """The views of fine-tuning: bilinear crop of area 0.08-1, flip, rotation within 7 degrees, normalised."""
     x = random_resized_crop(images, u, config["crop_scale"], config["img_size"], cubic=False)
     x = normalise(rotate(x, u[:, N_CROP], config["rotation"]), config)
-    return x.contiguous(memory_format=torch.channels_last)                  # a convolution's faster layout
+    return x.contiguous(memory_format=torch.channels_last)    # the faster layout for convolutions
 
 
 def validation_rows(manifest, rows, config):
-    """The first of split `val`; paper face: of the training images themselves, as in the released loader."""
+    """The first rows of split `val`; variant paper: of the training images, as in the released loader."""
     paper = config["variant"] == "paper"
     rows = rows if paper else read_manifest(manifest, "all")
     splits = rows.get("split", [""] * len(rows["row"]))
@@ -242,7 +242,7 @@ def scores(logits, targets):
 
 
 def train(config, args, rank, world_size, device):
-    """Pre-train. What is random in a step depends on (seed, step) alone: a resumed run is the same run."""
+    """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
     rows = read_manifest(args.manifest, args.split, config["samples"])
     val_rows = validation_rows(args.manifest, rows, config)
     both = {name: [*rows[name], *val_rows[name]] for name in rows if name != "n_rows"}
@@ -256,7 +256,7 @@ def train(config, args, rank, world_size, device):
     model = make_model(config, len(labels), config["drop_path"])
     drop_paths, note = replace_drop_path(model), load_backbone(model, config)
     model.to(device, memory_format=torch.channels_last)
-    if world_size > 1 and device.type == "cuda":    # a CPU process norms by its own share of the batch alone
+    if world_size > 1 and device.type == "cuda":    # on CPUs each process normalises by its own share
         model = timm.layers.convert_sync_batchnorm(model)
     if args.compile:
         model.compile()
@@ -278,7 +278,7 @@ def train(config, args, rank, world_size, device):
               f"{n_images:,} images, {n_val:,} to validate; "
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
-            print(f"warning: the warm-up is no shorter than the {config['epochs']} epochs", file=sys.stderr)
+            print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -302,7 +302,7 @@ def train(config, args, rank, world_size, device):
         u = torch.rand(batch, N_CROP + 1, generator=generator)[local]
         depth = torch.rand(batch, len(drop_paths), generator=generator)[local]
         u, depth = u.to(device, non_blocking=True), depth.to(device, non_blocking=True)
-        torch.manual_seed(generator.initial_seed())                         # of dropout, if there is any
+        torch.manual_seed(generator.initial_seed())                         # for dropout, if any
         views = augment(images(chosen), u, config)
         truth = targets[torch.from_numpy(chosen).to(device, non_blocking=True)]
 
@@ -311,7 +311,7 @@ def train(config, args, rank, world_size, device):
         for begin in range(0, local_batch, micro):
             part = slice(begin, begin + micro)
             set_drop_path(drop_paths, depth[part])
-            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: after the last pass alone
+            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: only after the last pass
             with amp:
                 logits = net(views[part])
             part_loss = label_loss(logits.float(), truth[part]) * len(logits) / batch       # its share
@@ -348,7 +348,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # a resumed run has to agree in it
+    config = {**fill_defaults(config), "split": args.split}                 # compared on resume, as all of it
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -356,7 +356,7 @@ def main():
         train(config, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
+        fail(f"GPU memory is too small for {micro} images per pass; try --micro-batch {max(1, micro // 2)} "
              "or a smaller --batch")
     finally:
         end_processes()
@@ -374,13 +374,13 @@ def init_processes(device):
             torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
-    # a kernel of one channel has strides of its own, at which DDP wonders
+    # DDP warns about the strides of a kernel of one channel, harmlessly
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart by torchrun --max-restarts the store still holds the addresses of before
+        # after a restart (torchrun --max-restarts) the store still holds the old addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"         # to agree, no GPU waits
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size, device
 
@@ -393,7 +393,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function, alike in all processes: has one of them got SIGTERM, or has their torchrun been killed?"""
+    """A function that says, in all processes alike, whether one has got SIGTERM or its torchrun is gone."""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -405,7 +405,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
+        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
@@ -453,8 +453,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, held in GPU memory if they fit. Without images.npy the 8-bit
-    PNG and JPEG files named in `path` are decoded; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
+    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():

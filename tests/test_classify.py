@@ -708,4 +708,4 @@ def test_a_full_gpu_is_told_with_the_passes_that_would_fit(pack, tmp_path, monke
     monkeypatch.setattr(classify, "label_loss", full)
     flags = ["--train", pack, *SMALL, "--out", tmp_path, "--batch", 24, "--micro-batch", 12]
     said = mistake(monkeypatch, capsys, *flags)
-    assert "12 images a pass; try --micro-batch 6" in said
+    assert "12 images per pass; try --micro-batch 6" in said
