@@ -1,7 +1,7 @@
 """Fine-tuning: a network from any initialisation learns the labels of radiographs by a recipe of the study.
 
-The loss is the binary cross-entropy of the known labels (label_loss); the epoch that is best on the validation
-images is kept (Best).
+The loss is the binary cross-entropy of the known labels (label_loss); the epoch that is best on the
+validation images is kept (Best).
 
 Recipes a and b: Ma et al., "Benchmarking and boosting transformers for medical image classification", 2022;
 deit: Marikkar et al., "LT-ViT", 2023; resnet: Hosseinzadeh Taher et al., DART 2021.
@@ -54,7 +54,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     uncertain="zeros",              # zeros | ones | ignore; what -1 in a label column counts as
     blank="zero",                   # zero | ignore; what a blank label cell counts as
     pos_weight=None,                # weight of positives in the loss: one, one a label, or balanced; none: 1
-    recipe="deit",                  # a | b | deit | resnet; deit has these defaults, others change some: RECIPES
+    recipe="deit",                  # a | b | deit | resnet; deit: these defaults, others change some of them
     optimizer="adamw",              # adamw | adam | sgd; sgd has Nesterov's momentum, 0.9
     lr=6.25e-5,                     # peak of the learning rate, whatever the batch
     warmup_lr=1e-6,                 # learning rate at the start of the warm-up
@@ -86,7 +86,7 @@ FLAGS = dict(                       # of the command line only, not of a row
     out="",                         # folder of the seeds; none: runs/<exp>/finetune, runs/<exp>/probe
     device="",                      # cpu | cuda; default cuda where there is one
     steps=0,                        # stop each seed after so many steps of the schedule; 0: all
-    resume="auto",                  # auto | never; resume from last.pt if it is there, or start anew
+    resume="auto",                  # auto | never; resume from last.pt if there is one, or never do
     micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
     log_steps=50,                   # steps between two lines of the log; 0: only a last line
     save_minutes=10.0,              # minutes between two writes of last.pt
@@ -112,7 +112,7 @@ def or_fail(doing):
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
         if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
-            text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
+            text = f"{what or 'its content'} is not a tensor; torch.save only the state_dict"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 
 
@@ -543,7 +543,7 @@ def checkpoint_facts(config):
 
 
 def resolve(args, config):
-    """The config of a run and its seeds: stated keys beat the checkpoint's, then recipe and defaults follow."""
+    """The config of a run and its seeds: stated keys, then those of the checkpoint, the recipe, DEFAULTS."""
     stated = stated_keys(args)
     if "pretrain" in stated and "init" not in stated:
         config["init"] = f"exp:{args.exp}"              # the row's own pre-training
@@ -569,7 +569,7 @@ def resolve(args, config):
 
 
 def check_split(args, data, val):
-    """Refuse to validate on the training images unless told to; warn of paths and patients in both sets."""
+    """Refuse to validate on the training images, save by --val_split all; warn of paths, patients in both."""
     same = Path(args.train).resolve() == Path(args.val).resolve()
     if same and "split" not in data.rows and args.val_split != "all":
         fail(f"{args.train} has no column split: give --val another manifest, or validate on the images of "
@@ -640,7 +640,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function that says, in all processes alike, whether one has got SIGTERM or its torchrun is gone."""
+    """A function, to call in all processes: has any of them got SIGTERM or lost its torchrun? -> bool"""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -997,7 +997,7 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
 def fit_positions(value, shape):
     """Position embeddings [1, 1 + h * h, D] or a bias table [(2 w - 1)^2, heads] on another grid, bicubic.
 
-    What is no grid stays: the CLS row in front, BEiT's three further biases at the end of its table.
+    Other rows stay as they are: the class token's in front, BEiT's three further biases at the table's end.
     """
     table = value.ndim == 2
     rows = value if table else value[0].flip(0)                             # the grid first, then the others
@@ -1036,7 +1036,7 @@ def load_backbone(model, config):
                  for name, x in given.items()}
     rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if rename and wanted.keys() - given.keys() and not any("pos" in name for name in wanted):
-        with or_fail(f"rename the tensors of {init} for {arch}"):       # positions it resamples its own way
+        with or_fail(f"rename the tensors of {init} for {arch}"):       # it would resample positions
             given = rename(content, model)
     stand_ins = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()
                  for old, new in STAND_INS.items() if re.sub(old, new, name) in given}
@@ -1065,8 +1065,8 @@ def load_backbone(model, config):
 def forward_all(forward, images, n_images, n_outputs, batch, rank, world_size):
     """Outputs of all images, float32 [n_images, n_outputs], on the CPU of every process.
 
-    Batch b is done by process b mod world_size: an image stands in the same batch with any number of
-    processes, counts once, and gets the same bits. forward: images of a batch -> [B, n_outputs].
+    Batch b is computed by process b mod world_size: batches, and so all bits of the outputs, are the same with
+    any number of processes. forward: images of a batch -> [B, n_outputs].
     """
     outputs = torch.zeros(n_images, n_outputs)
     for begin in range(rank * batch, n_images, world_size * batch):
@@ -1112,7 +1112,7 @@ def open_run(out, manifests, config, parts, resume, rank):
             for file in (last, log, Path(out, "backbone.pt")):              # first what a resume would read
                 file.unlink(missing_ok=True)
         return 0
-    with or_fail(f"resume from {last} (--resume never starts anew, another --out keeps both)"):
+    with or_fail(f"resume from {last} (--resume never begins a new run, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)
         for key, value in state["config"].items():
             if config.get(key) != value:

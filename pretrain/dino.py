@@ -83,7 +83,7 @@ FLAGS = dict(                       # of the command line only, not of a row
     out="",                         # run folder; none: runs/<exp>/pretrain or runs/<strategy>
     device="",                      # cpu | cuda; default cuda where there is one
     steps=0,                        # stop after this many steps of the schedule; 0: at its end
-    resume="auto",                  # auto | never; resume from last.pt if it is there, or start anew
+    resume="auto",                  # auto | never; resume from last.pt if there is one, or never do
     micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
     log_steps=50,                   # steps between two lines of the log; 0: only a last line
     save_minutes=10.0,              # minutes between two writes of last.pt
@@ -109,7 +109,7 @@ def or_fail(doing):
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
         if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
-            text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
+            text = f"{what or 'its content'} is not a tensor; torch.save only the state_dict"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 
 
@@ -294,7 +294,7 @@ def teacher_temperature(config, epoch):
 # --- begin copy: teacher ---
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
-    """teacher <- momentum * teacher + (1 - momentum) * student, every parameter; buffers stay its own."""
+    """teacher <- momentum * teacher + (1 - momentum) * student, every parameter, no buffer."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
@@ -520,7 +520,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function that says, in all processes alike, whether one has got SIGTERM or its torchrun is gone."""
+    """A function, to call in all processes: has any of them got SIGTERM or lost its torchrun? -> bool"""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -933,7 +933,7 @@ def decay_groups(model):
 
 
 def clip_each(parameters, largest):
-    """Scale down the gradient of each parameter tensor whose norm exceeds `largest` (each its own)."""
+    """Clip the norm of the gradient of each parameter tensor, one by one, to `largest`."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     factors = (largest / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)).clamp(max=1)
     torch._foreach_mul_(gradients, factors.unbind())
@@ -976,7 +976,7 @@ def open_run(out, manifests, config, parts, resume, rank):
             for file in (last, log, Path(out, "backbone.pt")):              # first what a resume would read
                 file.unlink(missing_ok=True)
         return 0
-    with or_fail(f"resume from {last} (--resume never starts anew, another --out keeps both)"):
+    with or_fail(f"resume from {last} (--resume never begins a new run, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)
         for key, value in state["config"].items():
             if config.get(key) != value:

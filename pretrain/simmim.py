@@ -80,7 +80,7 @@ FLAGS = dict(                       # of the command line only, not of a row
     out="",                         # run folder; none: runs/<exp>/pretrain or runs/<strategy>
     device="",                      # cpu | cuda; default cuda where there is one
     steps=0,                        # stop after this many steps of the schedule; 0: at its end
-    resume="auto",                  # auto | never; resume from last.pt if it is there, or start anew
+    resume="auto",                  # auto | never; resume from last.pt if there is one, or never do
     micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
     log_steps=50,                   # steps between two lines of the log; 0: only a last line
     save_minutes=10.0,              # minutes between two writes of last.pt
@@ -106,7 +106,7 @@ def or_fail(doing):
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
         if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
-            text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
+            text = f"{what or 'its content'} is not a tensor; torch.save only the state_dict"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 
 
@@ -425,7 +425,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function that says, in all processes alike, whether one has got SIGTERM or its torchrun is gone."""
+    """A function, to call in all processes: has any of them got SIGTERM or lost its torchrun? -> bool"""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -742,7 +742,7 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
 def fit_positions(value, shape):
     """Position embeddings [1, 1 + h * h, D] or a bias table [(2 w - 1)^2, heads] on another grid, bicubic.
 
-    What is no grid stays: the CLS row in front, BEiT's three further biases at the end of its table.
+    Other rows stay as they are: the class token's in front, BEiT's three further biases at the table's end.
     """
     table = value.ndim == 2
     rows = value if table else value[0].flip(0)                             # the grid first, then the others
@@ -781,7 +781,7 @@ def load_backbone(model, config):
                  for name, x in given.items()}
     rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if rename and wanted.keys() - given.keys() and not any("pos" in name for name in wanted):
-        with or_fail(f"rename the tensors of {init} for {arch}"):       # positions it resamples its own way
+        with or_fail(f"rename the tensors of {init} for {arch}"):       # it would resample positions
             given = rename(content, model)
     stand_ins = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()
                  for old, new in STAND_INS.items() if re.sub(old, new, name) in given}
@@ -841,7 +841,7 @@ def open_run(out, manifests, config, parts, resume, rank):
             for file in (last, log, Path(out, "backbone.pt")):              # first what a resume would read
                 file.unlink(missing_ok=True)
         return 0
-    with or_fail(f"resume from {last} (--resume never starts anew, another --out keeps both)"):
+    with or_fail(f"resume from {last} (--resume never begins a new run, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)
         for key, value in state["config"].items():
             if config.get(key) != value:
