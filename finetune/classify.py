@@ -14,7 +14,7 @@ deit: Marikkar et al., "LT-ViT", 2023; resnet: Hosseinzadeh Taher et al., DART 2
 Reads   manifest.csv with split train and val (images as in pre-training) and the weights that `init` names.
         Flags and row of --exp beat what a checkpoint of ours says of its network, size, mean and sd, and the
         recipe.
-Writes  --out/seed<k>: classifier.pt (best epoch, weights for timm and labels), last.pt, log.jsonl, run.json.
+Writes  --out/seed<k>: classifier.pt (best epoch, weights for timm and labels), last.pt, log.jsonl.
 The same command resumes a run that was killed and repeats no finished seed; SIGTERM saves and exits with 75.
 """
 
@@ -363,15 +363,13 @@ def outputs_of(forward, data, n_outputs, config, rank, world_size):
 
 
 def export(model, config, step, epoch, out):
-    """Write classifier.pt, weights under timm's names and labels in the order trained, and run.json."""
+    """Write classifier.pt: weights under timm's names and the labels in the order of the outputs."""
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     stop_if_nan(weights.values(), step, out)
-    content = dict(model=weights, labels=config["label_names"], step=step, epoch=epoch, config=config)
-    for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed"):
-        content[key] = config[key]
+    keys = ("arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed")
+    content = {key: config[key] for key in keys}
+    content |= dict(model=weights, labels=config["label_names"], step=step, epoch=epoch, config=config)
     write_atomic(f"{out}/classifier.pt", lambda file: torch.save(content, file))
-    record = json.dumps({"command": sys.argv, "config": config})
-    write_atomic(f"{out}/run.json", lambda file: file.write(record.encode()))
 
 
 def train(config, chosen, data, val, args, rank, world_size, device):
@@ -1065,8 +1063,8 @@ def load_backbone(model, config):
 def forward_all(forward, images, n_images, n_outputs, batch, rank, world_size):
     """Outputs of all images, float32 [n_images, n_outputs], on the CPU of every process.
 
-    Batch b is computed by process b mod world_size: batches, and so all bits of the outputs, are the same with
-    any number of processes. forward: images of a batch -> [B, n_outputs].
+    Batch b is computed by process b mod world_size: the batches, and so all bits of the outputs, are the same
+    with any number of processes. forward: images of a batch -> [B, n_outputs].
     """
     outputs = torch.zeros(n_images, n_outputs)
     for begin in range(rank * batch, n_images, world_size * batch):

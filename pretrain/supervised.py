@@ -841,8 +841,8 @@ def clip_each(parameters, largest):
 def forward_all(forward, images, n_images, n_outputs, batch, rank, world_size):
     """Outputs of all images, float32 [n_images, n_outputs], on the CPU of every process.
 
-    Batch b is computed by process b mod world_size: batches, and so all bits of the outputs, are the same with
-    any number of processes. forward: images of a batch -> [B, n_outputs].
+    Batch b is computed by process b mod world_size: the batches, and so all bits of the outputs, are the same
+    with any number of processes. forward: images of a batch -> [B, n_outputs].
     """
     outputs = torch.zeros(n_images, n_outputs)
     for begin in range(rank * batch, n_images, world_size * batch):

@@ -142,7 +142,7 @@ def plain(value):
 
 
 def content(place):
-    """{file name: what a rerun has to reproduce}: bytes, but of logs no times and of run.json no command."""
+    """{file name: what a rerun has to reproduce}: bytes, but of logs no times."""
     found = {}
     for path in sorted(path for path in place.rglob("*") if path.is_file()):
         value = path.read_bytes()
@@ -150,8 +150,6 @@ def content(place):
             lines = log_of(path.parent)
             value = [{key: cell for key, cell in line.items() if key not in ("time", "img_per_s")}
                      for line in lines]
-        elif path.name == "run.json":
-            value = {key: cell for key, cell in json.loads(value).items() if key != "command"}
         elif path.name == "last.pt":
             value = plain(torch.load(path, weights_only=True))
         found[str(path.relative_to(place))] = value
