@@ -357,6 +357,10 @@ def attention_picture(vit, images, config, path):
     write_atomic(path, lambda file: image.save(file, format="png"))
 
 
+# collapse shows as an entropy near log(out_dim), or a batch_entropy or feature_std near 0
+LOGGED = "loss", "entropy", "batch_entropy", "feature_std"
+
+
 def train(config, args, rank, world_size, device):
     """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
     torch.manual_seed(config["seed"])
@@ -376,7 +380,6 @@ def train(config, args, rank, world_size, device):
     meter = torch.zeros(5, device=device)                                   # sums of the logged terms, steps
     state = dict(student=student, teacher=teacher, centre=centre, optimizer=optimizer, scaler=scaler,
                  meter=meter)
-
     rows = read_manifest(args.manifest, args.split, config["samples"])
     images = open_images(args.manifest, rows, config["in_chans"], device)
     n_images, batch = len(rows["row"]), config["batch"]
@@ -421,8 +424,7 @@ def train(config, args, rank, world_size, device):
         crops = make_crops(chosen, uniforms, local_size, config)
         torch.manual_seed(generator.initial_seed())                         # for dropout, if any
 
-        sums = torch.zeros(2 + 2 * len(centre), device=device)
-        features = []
+        sums, features = torch.zeros(2 + 2 * len(centre), device=device), []
         optimizer.zero_grad()
         for begin in range(0, local_batch, micro):
             part = [views[:, begin:begin + micro] for views in crops]
@@ -448,7 +450,6 @@ def train(config, args, rank, world_size, device):
         update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
         terms, mean_target, mean_logits = sum_over_processes(sums).split([2, len(centre), len(centre)])
         centre.lerp_(mean_logits, 1 - config["centre_momentum"])
-        # collapse shows as an entropy near log(out_dim), or a batch_entropy or feature_std near 0
         batch_entropy = torch.special.entr(mean_target).sum()
         spread = feature_std(torch.cat(features))
         meter += torch.cat([terms, torch.stack([batch_entropy, spread, torch.ones_like(spread)])])
@@ -456,10 +457,9 @@ def train(config, args, rank, world_size, device):
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
             rate = (done - first_step) * batch / (time.monotonic() - started)
-            loss, entropy, batch_entropy, spread = (meter[:4] / meter[4]).tolist()
-            log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1, loss=loss,
-                     entropy=entropy, batch_entropy=batch_entropy, feature_std=spread, lr=lr, wd=wd,
-                     teacher_temp=teacher_temp, img_per_s=round(rate, 1))
+            terms = dict(zip(LOGGED, (meter[:4] / meter[4]).tolist()))
+            log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1, **terms,
+                     lr=lr, wd=wd, teacher_temp=teacher_temp, img_per_s=round(rate, 1))
             meter.zero_()
         picture_steps = args.picture_epochs * steps_an_epoch
         if rank == 0 and (done == last_step or picture_steps and done % picture_steps == 0):
@@ -969,8 +969,8 @@ def open_run(out, manifests, config, parts, resume, rank):
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 fail(f"{out} is in use by another run; wait for it or choose another --out")
-            except OSError:                                                 # a file system without locks
-                pass
+            except OSError:
+                pass                                                        # a file system without locks
     if resume == "never" or not last.is_file():
         if rank == 0:
             for file in (last, log, Path(out, "backbone.pt")):              # first what a resume would read
@@ -982,7 +982,10 @@ def open_run(out, manifests, config, parts, resume, rank):
             if config.get(key) != value:
                 raise ValueError(f"it was made with {key}={value!r}, now it is {config.get(key)!r}")
         for name, part in parts.items():
-            part.copy_(state[name]) if isinstance(part, torch.Tensor) else part.load_state_dict(state[name])
+            if isinstance(part, torch.Tensor):
+                part.copy_(state[name])
+            else:
+                part.load_state_dict(state[name])
         if rank == 0 and log.is_file():                                     # later lines will come again
             lines = [line for line in log.read_text().splitlines(True)
                      if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]

@@ -1038,8 +1038,8 @@ def open_run(out, manifests, config, parts, resume, rank):
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 fail(f"{out} is in use by another run; wait for it or choose another --out")
-            except OSError:                                                 # a file system without locks
-                pass
+            except OSError:
+                pass                                                        # a file system without locks
     if resume == "never" or not last.is_file():
         if rank == 0:
             for file in (last, log, Path(out, "backbone.pt")):              # first what a resume would read
@@ -1051,7 +1051,10 @@ def open_run(out, manifests, config, parts, resume, rank):
             if config.get(key) != value:
                 raise ValueError(f"it was made with {key}={value!r}, now it is {config.get(key)!r}")
         for name, part in parts.items():
-            part.copy_(state[name]) if isinstance(part, torch.Tensor) else part.load_state_dict(state[name])
+            if isinstance(part, torch.Tensor):
+                part.copy_(state[name])
+            else:
+                part.load_state_dict(state[name])
         if rank == 0 and log.is_file():                                     # later lines will come again
             lines = [line for line in log.read_text().splitlines(True)
                      if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
