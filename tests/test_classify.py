@@ -582,7 +582,7 @@ def test_weights_of_timm_that_change_between_two_seeds_stop_the_run(pack, tmp_pa
     assert "made with start=" in mistake(monkeypatch, capsys, *flags, "--out", "one")
     export = classify.export
     monkeypatch.setattr(classify, "export", lambda *args: (export(*args), put(2)))
-    assert "have changed since the seed before" in mistake(monkeypatch, capsys, *flags, "--out", "two")
+    assert "have changed since the previous seed" in mistake(monkeypatch, capsys, *flags, "--out", "two")
     assert (tmp_path / "two/seed0/last.pt").exists() and not (tmp_path / "two/seed11/last.pt").exists()
 
 
