@@ -43,12 +43,12 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     model_args={},                  # further arguments of timm.create_model, as in {"global_pool": "avg"}
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # side of the network's input in pixels
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
-    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
+    mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
     init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
-    dataset="nih",                  # folder below --data with the packed images
+    dataset="nih",                  # folder below --data with manifest.csv and images.npy
     label_names=None,               # columns to learn, in this order, as in A,C; none: NIH's 14, or else all
     labels=1.0,                     # share of the training patients whose labels are used
     uncertain="zeros",              # zeros | ones | ignore; what -1 in a label column counts as
@@ -58,7 +58,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     optimizer="adamw",              # adamw | adam | sgd; sgd has Nesterov's momentum, 0.9
     lr=6.25e-5,                     # peak of the learning rate, whatever the batch
     warmup_lr=1e-6,                 # learning rate at the start of the warm-up
-    warmup_epochs=5,                # of linear warm-up to the peak
+    warmup_epochs=5,                # epochs of linear warm-up to the peak
     min_lr=1e-5,                    # learning rate at the end of the cosine, which spans all epochs
     schedule="cosine",              # cosine | plateau; plateau: halved after > 5 epochs without a lower loss
     wd=0.05,                        # weight decay
@@ -68,7 +68,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     epochs=30,                      # passes over the images
     batch=64,                       # images per optimiser step, all processes together
     patience=10,                    # stop after more than so many epochs without a lower validation loss
-    crop_scale=[0.08, 1.0],         # area of the random resized crop
+    crop_scale=[0.08, 1.0],         # area of the random resized crop, range of fractions
     rotation=7.0,                   # degrees, either way
     seed=0,                         # seed of the row's pre-training; for fine-tuning see seeds
     seeds="0,11,21,42,100",         # one fine-tuning run each, one after the other
@@ -117,14 +117,14 @@ def or_fail(doing):
 
 
 def typed(default):
-    """The type of a flag for argparse: that of its default, numbers from 0 on; lists and dicts are YAML."""
+    """A type for argparse from a flag's default value: numbers are not negative, the rest is read as YAML."""
     kind = type(default)
 
     def read(text):
         try:
             value = kind(text) if kind in (str, float) else yaml.safe_load(text)
         except yaml.YAMLError as problem:
-            raise ValueError from problem                                   # which argparse knows
+            raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
         return value
@@ -328,7 +328,7 @@ def open_labelled(manifest, split, config, device):
     columns = [name for name in rows if name not in FACTS]
     names = config["label_names"] or (NIH14 if {*NIH14} <= {*columns} else columns)
     if not names or len({*names}) < len(names):
-        fail(f"{manifest} has no label columns, or label_names says one twice")
+        fail(f"{manifest} has no label columns, or label_names has a duplicate")
     for name in names:
         if name not in columns:
             near = difflib.get_close_matches(name, columns, 1) or ["none"]
@@ -583,7 +583,7 @@ def main():
     config, seeds = resolve(args, config)
     args.train = args.train or f"{args.data}/{config['dataset']}/manifest.csv"
     args.val = args.val or args.train
-    config["splits"] = [args.train_split, args.val_split]       # compared on resume, as all of it
+    config["splits"] = [args.train_split, args.val_split]       # part of what a resume compares
     args.out = args.out or Path("runs", args.exp, "probe" if args.probe else "finetune")
     rank, world_size, device = init_processes(args.device)
     try:
@@ -650,7 +650,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
+        sum_over_processes(torch.zeros(1))      # wait for the one that saves: an exit code 75 ends them all
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died

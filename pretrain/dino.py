@@ -40,15 +40,15 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # pixels of a global crop; a local one is 96 / 224 of it, in whole patches
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
-    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
+    mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
     init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
-    dataset="mimic_cxr",            # folder below --data with the packed images
-    samples=0,                      # use only the first images of the split, this many; 0: all
+    dataset="mimic_cxr",            # folder below --data with manifest.csv and images.npy
+    samples=0,                      # use only this many images, the first of the split; 0: all
     epochs=300,                     # passes over the images
-    warmup_epochs=10,               # of linear warm-up of the learning rate from 0
+    warmup_epochs=10,               # epochs of linear warm-up of the learning rate from 0
     batch=256,                      # images per optimiser step, all processes together
     lr=1e-4,                        # peak for a batch of 256, scaled by batch / 256
     min_lr=1e-6,                    # learning rate at the end of the cosine, scaled likewise
@@ -114,14 +114,14 @@ def or_fail(doing):
 
 
 def typed(default):
-    """The type of a flag for argparse: that of its default, numbers from 0 on; lists and dicts are YAML."""
+    """A type for argparse from a flag's default value: numbers are not negative, the rest is read as YAML."""
     kind = type(default)
 
     def read(text):
         try:
             value = kind(text) if kind in (str, float) else yaml.safe_load(text)
         except yaml.YAMLError as problem:
-            raise ValueError from problem                                   # which argparse knows
+            raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
         return value
@@ -248,7 +248,7 @@ class DINOHead(nn.Module):
 
 
 def embed(vit, x, by_scale=False):
-    """Square images [B, C, s, s] of any number of patches -> CLS and patch tokens with their positions."""
+    """Square images [B, C, s, s] of any number of patches -> class and patch tokens with positions."""
     patches = vit.patch_embed(x)                                            # [B, N, D]
     tokens = torch.cat([vit.cls_token.expand(len(x), -1, -1), patches], 1)
     return vit.norm_pre(tokens + fit_to_grid(vit.pos_embed, math.isqrt(patches.shape[1]), by_scale))
@@ -338,11 +338,11 @@ def cls_attention(vit, x):
         vit(x)
     attention.fused_attn = fused
     hook.remove()
-    return seen[0][:, :, 0, 1:].unflatten(2, vit.patch_embed.grid_size)     # row of CLS, columns of patches
+    return seen[0][:, :, 0, 1:].unflatten(2, vit.patch_embed.grid_size)     # its row, patches' columns
 
 
 def attention_picture(vit, images, config, path):
-    """A row an image: the image, then a map a head of the last block, white where its class token looks most.
+    """One row per image: the image, then a map per head of the last block, white where the class token attends.
 
     Args: images uint8 [B, C, H, W] or a list of [C, H, W].
     """
@@ -351,7 +351,7 @@ def attention_picture(vit, images, config, path):
     whole = random_resized_crop(images, middle, (1.0, 1.0), size)           # the middle, not mirrored
     maps = cls_attention(vit, normalise(whole, config))
     maps = F.interpolate(maps / maps.amax((2, 3), keepdim=True), size=(size, size)) * 255
-    columns = torch.cat([rgb_to_grayscale(whole), maps], 1)                        # [B, 1 + heads, S, S]
+    columns = torch.cat([rgb_to_grayscale(whole), maps], 1)                 # [B, 1 + heads, S, S]
     pixels = columns.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).round().byte()
     image = Image.fromarray(pixels.cpu().numpy())
     write_atomic(path, lambda file: image.save(file, format="png"))
@@ -475,7 +475,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # compared on resume, as all of it
+    config = {**fill_defaults(config), "split": args.split}                 # part of what a resume compares
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -532,7 +532,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
+        sum_over_processes(torch.zeros(1))      # wait for the one that saves: an exit code 75 ends them all
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died

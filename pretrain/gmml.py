@@ -39,15 +39,15 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # side of the network's input in pixels
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
-    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
+    mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
     init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
-    dataset="nih_pretrain",         # folder below --data with the packed images
-    samples=0,                      # use only the first images of the split, this many; 0: all
+    dataset="nih_pretrain",         # folder below --data with manifest.csv and images.npy
+    samples=0,                      # use only this many images, the first of the split; 0: all
     epochs=1000,                    # passes over the images
-    warmup_epochs=10,               # of linear warm-up of the learning rate from 0
+    warmup_epochs=10,               # epochs of linear warm-up of the learning rate from 0
     batch=256,                      # images per optimiser step, all processes together
     lr=1e-4,                        # peak for a batch of 256, scaled by batch / 256
     min_lr=1e-6,                    # learning rate at the end of the cosine, scaled likewise
@@ -61,7 +61,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     replace=0.3,                    # in half of the images another image covers this fraction instead
     align=1,                        # blocks begin and end at multiples of this many pixels
     recon_blocks=None,              # numbers of the blocks whose mean is decoded; none: 6, 8, 10, 12 of 12
-    crop_scale=[0.05, 1.0],         # area of the random resized crop
+    crop_scale=[0.05, 1.0],         # area of the random resized crop, range of fractions
 )
 FLAGS = dict(                       # of the command line only, not of a row
     exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults
@@ -104,14 +104,14 @@ def or_fail(doing):
 
 
 def typed(default):
-    """The type of a flag for argparse: that of its default, numbers from 0 on; lists and dicts are YAML."""
+    """A type for argparse from a flag's default value: numbers are not negative, the rest is read as YAML."""
     kind = type(default)
 
     def read(text):
         try:
             value = kind(text) if kind in (str, float) else yaml.safe_load(text)
         except yaml.YAMLError as problem:
-            raise ValueError from problem                                   # which argparse knows
+            raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
         return value
@@ -423,7 +423,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # compared on resume, as all of it
+    config = {**fill_defaults(config), "split": args.split}                 # part of what a resume compares
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -480,7 +480,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
+        sum_over_processes(torch.zeros(1))      # wait for the one that saves: an exit code 75 ends them all
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died

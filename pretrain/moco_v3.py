@@ -39,15 +39,15 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     model_args={"num_heads": 12},   # of timm.create_model; the publication's ViT-S has 12 heads, timm's 6
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # side of the network's input in pixels
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
-    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
+    mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
     init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
-    dataset="nih_pretrain",         # folder below --data with the packed images
-    samples=0,                      # use only the first images of the split, this many; 0: all
+    dataset="nih_pretrain",         # folder below --data with manifest.csv and images.npy
+    samples=0,                      # use only this many images, the first of the split; 0: all
     epochs=300,                     # passes over the images
-    warmup_epochs=10,               # of linear warm-up of the learning rate from 0
+    warmup_epochs=10,               # epochs of linear warm-up of the learning rate from 0
     batch=256,                      # images per optimiser step, all processes together
     lr=5e-4,                        # peak for a batch of 256, scaled by batch / 256
     min_lr=0.0,                     # learning rate at the end of the cosine, scaled likewise
@@ -59,7 +59,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     hidden_dim=4096,                # width of projector and predictor
     out_dim=256,                    # length of queries and keys
     stop_grad_conv1=True,           # the patch projection stays as it was initialised
-    crop_scale=[0.08, 1.0],         # area of the random resized crops
+    crop_scale=[0.08, 1.0],         # area of the random resized crops, range of fractions
 )
 FLAGS = dict(                       # of the command line only, not of a row
     exp="",                         # row of experiments.yaml, as in c.10-moco; none: the defaults
@@ -101,14 +101,14 @@ def or_fail(doing):
 
 
 def typed(default):
-    """The type of a flag for argparse: that of its default, numbers from 0 on; lists and dicts are YAML."""
+    """A type for argparse from a flag's default value: numbers are not negative, the rest is read as YAML."""
     kind = type(default)
 
     def read(text):
         try:
             value = kind(text) if kind in (str, float) else yaml.safe_load(text)
         except yaml.YAMLError as problem:
-            raise ValueError from problem                                   # which argparse knows
+            raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
         return value
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
         self.projector = mlp(backbone.embed_dim, hidden_dim, hidden_dim, out_dim)
 
     def forward(self, views, micro=None):
-        """views [V, B, C, S, S] -> projections [V, B, out_dim], CLS features [V, B, D]; norms see one view.
+        """views [V, B, C, S, S] -> projections [V, B, out_dim], class tokens [V, B, D]; batch norm by view.
 
         micro: see in_passes.
         """
@@ -403,7 +403,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # compared on resume, as all of it
+    config = {**fill_defaults(config), "split": args.split}                 # part of what a resume compares
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -512,7 +512,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
+        sum_over_processes(torch.zeros(1))      # wait for the one that saves: an exit code 75 ends them all
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died

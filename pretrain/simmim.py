@@ -46,13 +46,13 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     model_args={},                  # further arguments of timm.create_model, as in {"window_size": 6}
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # pixels; published for Swin-B: 192, with windows of 6
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
-    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
+    mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
     init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
-    dataset="nih_pretrain",         # folder below --data with the packed images
-    samples=0,                      # use only the first images of the split, this many; 0: all
+    dataset="nih_pretrain",         # folder below --data with manifest.csv and images.npy
+    samples=0,                      # use only this many images, the first of the split; 0: all
     epochs=100,                     # passes over the images
     warmup_epochs=10,               # of the learning rate, linear from warmup_lr
     batch=256,                      # images per optimiser step, all processes together
@@ -68,7 +68,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     variant="corrected",            # corrected | paper; paper: see learning_rate and decay_groups
     mask_unit=32,                   # pixels of a side of the squares that are hidden or shown as a whole
     mask_ratio=0.6,                 # share of the squares that is hidden
-    crop_scale=[0.67, 1.0],         # area of the random resized crop
+    crop_scale=[0.67, 1.0],         # area of the random resized crop, range of fractions
 )
 FLAGS = dict(                       # of the command line only, not of a row
     exp="",                         # row of experiments.yaml, as in 0.1.5; none: the defaults
@@ -111,14 +111,14 @@ def or_fail(doing):
 
 
 def typed(default):
-    """The type of a flag for argparse: that of its default, numbers from 0 on; lists and dicts are YAML."""
+    """A type for argparse from a flag's default value: numbers are not negative, the rest is read as YAML."""
     kind = type(default)
 
     def read(text):
         try:
             value = kind(text) if kind in (str, float) else yaml.safe_load(text)
         except yaml.YAMLError as problem:
-            raise ValueError from problem                                   # which argparse knows
+            raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
         return value
@@ -380,7 +380,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # compared on resume, as all of it
+    config = {**fill_defaults(config), "split": args.split}                 # part of what a resume compares
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -437,7 +437,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
+        sum_over_processes(torch.zeros(1))      # wait for the one that saves: an exit code 75 ends them all
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died

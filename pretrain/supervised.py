@@ -40,16 +40,16 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # side of the network's input in pixels
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: ImageNet's, grey 0.485
-    std=None,                       # standard deviation, likewise; none: ImageNet's, grey 0.229
+    mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
     init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
-    dataset="mimic_cxr",            # folder below --data with the packed images
-    samples=0,                      # use only the first images of the split, this many; 0: all
+    dataset="mimic_cxr",            # folder below --data with manifest.csv and images.npy
+    samples=0,                      # use only this many images, the first of the split; 0: all
     task="auto",                    # auto | multilabel | classes; auto: classes if each row has exactly one
     epochs=1000,                    # passes over the images
-    warmup_epochs=10,               # of linear warm-up of the learning rate from 0
+    warmup_epochs=10,               # epochs of linear warm-up of the learning rate from 0
     batch=256,                      # images per optimiser step, all processes together
     lr=1e-4,                        # peak for a batch of 256, scaled by batch / 256
     min_lr=1e-6,                    # learning rate at the end of the cosine, scaled likewise
@@ -59,7 +59,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     drop_path=0.1,                  # stochastic depth of the last block, linear from 0
     seed=0,                         # of all random numbers
     variant="corrected",            # corrected | paper; paper validates on the first training images
-    crop_scale=[0.08, 1.0],         # area of the random resized crop
+    crop_scale=[0.08, 1.0],         # area of the random resized crop, range of fractions
     rotation=7.0,                   # degrees, either way
     val_samples=5000,               # validation images, the first of split val; none there: no validation
     val_epochs=10,                  # validate every so many epochs; the last epoch's weights are exported
@@ -104,14 +104,14 @@ def or_fail(doing):
 
 
 def typed(default):
-    """The type of a flag for argparse: that of its default, numbers from 0 on; lists and dicts are YAML."""
+    """A type for argparse from a flag's default value: numbers are not negative, the rest is read as YAML."""
     kind = type(default)
 
     def read(text):
         try:
             value = kind(text) if kind in (str, float) else yaml.safe_load(text)
         except yaml.YAMLError as problem:
-            raise ValueError from problem                                   # which argparse knows
+            raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
         return value
@@ -348,7 +348,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # compared on resume, as all of it
+    config = {**fill_defaults(config), "split": args.split}                 # part of what a resume compares
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -405,7 +405,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all after an exit code 75: wait
+        sum_over_processes(torch.zeros(1))      # wait for the one that saves: an exit code 75 ends them all
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
