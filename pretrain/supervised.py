@@ -73,10 +73,10 @@ FLAGS = dict(                       # of the command line only, not of a row
     split="pretrain",               # splits to use, comma-separated, or all
     out="",                         # run folder; none: runs/<exp>/pretrain or runs/<strategy>
     device="",                      # cpu | cuda; default cuda where there is one
-    steps=0,                        # stop after this many steps of the schedule; 0: at its end
-    resume="auto",                  # auto | never; resume from last.pt if there is one, or never do
+    steps=0,                        # stop after this many steps of the schedule; 0: all steps
+    resume="auto",                  # auto | never; auto: resume from last.pt if there is one
     micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # steps between two lines of the log; 0: only a last line
+    log_steps=50,                   # steps between two lines of the log; 0: only one at the end
     save_minutes=10.0,              # minutes between two writes of last.pt
     compile=False,                  # torch.compile the network; the first step takes minutes
 )
