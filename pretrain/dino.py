@@ -342,7 +342,7 @@ def cls_attention(vit, x):
 
 
 def attention_picture(vit, images, config, path):
-    """One row per image: the image, then a map per head of the last block, white where the token attends most.
+    """A row per image: the image and a map per head of the last block, white where the class token attends.
 
     Args: images uint8 [B, C, H, W] or a list of [C, H, W].
     """
