@@ -337,8 +337,8 @@ def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch):
 
     The clip takes gradients near Adam's epsilon: there their scale counts, and rounding noise does not.
     """
-    pack, seen, make_views = write_pack(tmp_path, blobs(50)), [], gmml.make_views
-    monkeypatch.setattr(gmml, "make_views", lambda *args: seen.append(
+    pack, seen, draws, make_views = write_pack(tmp_path, blobs(50)), [], [], gmml.make_views
+    monkeypatch.setattr(gmml, "make_views", lambda *args: draws.append((args[1], args[5])) or seen.append(
         (args[0], *make_views(*args), args[3])) or seen[-1][1:3])
     run_here(gmml, monkeypatch, "--manifest", pack, "--out", tmp_path / "run", "--model_args",
              '{"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}', "--device", "cpu",
@@ -378,6 +378,11 @@ def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch):
     first, second = (order([step[0] for step in steps]) for steps in (seen[:4], seen[4:]))
     assert len(set(first)) == len(set(second)) == 40 and max(first + second) < 42 and first != second
     assert first == list(np.random.default_rng([11, 0]).permutation(42)[:40])
+
+    for step, (crop, noise) in enumerate(draws):        # crops and noise come from seed and step
+        wanted = torch.rand(2, 10, 32 + 4 * gmml.N_BLOCKS, generator=gmml.step_generator(11, step))
+        first = torch.randn(2, 3, 32, 32, generator=gmml.step_generator(11, step, 1))
+        assert torch.equal(crop[:, :10], wanted[..., :23]) and torch.equal(noise[:, 0], first)
 
     picture = np.array(Image.open(tmp_path / "run/recon_0002.png").convert("RGB")).astype(float)
     images, clean, corrupted, masks = seen[-1]
