@@ -505,7 +505,7 @@ def test_a_run_is_the_definition_written_out(pack, tmp_path, monkeypatch):
         assert_close(without_key_biases(saved["model"]), trained, 1e-6)
     fresh = timm.create_model(saved["arch"], in_chans=saved["in_chans"], num_classes=3, **saved["model_args"])
     fresh.load_state_dict(saved["model"], strict=True)
-    assert saved["config"]["select"] == "loss" and saved["config"]["pos_weight"] == "balanced"
+    assert saved["config"]["select"] == "loss" and saved["config"]["pos_weight"] == [3, 1, 0.5]
 
 
 # Whole runs
