@@ -9,8 +9,8 @@ Reads   classifier.pt of finetune/classify.py; manifest.csv and images.npy besid
 Writes  --out: path, patient, true_<label> (1, 0, blank: unknown) and prob_<label> of the labels that the
         manifest has under any of their spellings ("Pleural Effusion" is Effusion), if not blank in every row,
         in the order of the classifier; prob_<label> of all where it has none. Beside it, under its name,
-        .json: checkpoint, exp, seed, manifest (or folder), split, n, test_crops, and stand_in: who drew the
-            images, those of this set or of the training, null if they are real;
+        .json: checkpoint, exp, seed, manifest (or folder), split, n, test_crops, and stand_in: which program
+            drew the images of this set or of training, null if they are real;
         .npy (--features): float32 [n, D], the last layer's input, timm's forward_head(pre_logits=True);
         .csv.rejected.csv (--images): path and reason of every file that pack.py could not read.
 Computed in fp32; any number of processes writes the same bytes. Exit code 3: some files of --images were
@@ -42,12 +42,12 @@ def fail(message):
 
 @contextlib.contextmanager
 def or_fail(doing):
-    """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
     try:
         yield
     except Exception as problem:
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                      # torch.load, at length: the object it refuses, or none
+        if "weights_only" in text:                      # of torch.load: name the object it refuses, if any
             text = text[text.find("GLOBAL"):].split(" w")[0] if "GLOBAL" in text else "no checkpoint"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 
@@ -90,7 +90,7 @@ import timm
 import torch
 from PIL import Image
 from torch import distributed as dist
-from torchvision.transforms.functional import normalize, resize, rgb_to_grayscale, ten_crop
+from torchvision.transforms.functional import normalize, pil_to_tensor, resize, rgb_to_grayscale, ten_crop
 
 
 def load_network(file, features):
@@ -132,7 +132,7 @@ def forward_all(model, images, n, facts, batch, crops, device):
         for view in views(images(places), facts["img_size"], crops):
             maps = model.forward_features(normalise(view.to(device), facts))
             features = model.forward_head(maps, pre_logits=True)
-            logits = model.forward_head(maps)[:, :n_labels].double()        # a backbone has none
+            logits = model.forward_head(maps)[:, :n_labels].double()        # none in a backbone
             probabilities = logits.sigmoid().where(logits.isfinite(), torch.nan)
             outputs[begin:begin + batch] += torch.cat([probabilities, features], 1) / crops
     outputs = outputs.cpu()
@@ -270,7 +270,8 @@ def main():
 def read_manifest(manifest, split, samples=0):
     """The first `samples` rows of some splits (names with commas, or all) of a manifest.csv: {column: texts}.
 
-    "row" holds their numbers from 0, which are those of images.npy, "n_rows" how many the file has.
+    Two more entries: "row", their numbers from 0, which are those of images.npy, int64 [N]; "n_rows", the
+    number of rows in the file.
     """
     with or_fail(f"read {manifest}, the --manifest that data_prep/pack.py makes"):
         with open(manifest, newline="", encoding="utf-8-sig") as file:
@@ -279,13 +280,14 @@ def read_manifest(manifest, split, samples=0):
             if len(row) != len(header):
                 raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
         if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
-            raise ValueError(f"columns need names that differ, one path, none row, not {', '.join(header)}")
-        splits = [row[header.index("split")] if "split" in header else split for row in rows]
+            raise ValueError(f"columns need different names, one of them path, not {', '.join(header)}")
+        columns = dict(zip(header, zip(*rows)))
+        splits = columns.get("split", [split] * len(rows))
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted(set(splits)))}")
+            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted({*splits}))}")
     kept = kept[:samples or None]
-    columns = {name: [rows[number][place] for number in kept] for place, name in enumerate(header)}
+    columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
 # --- end copy: manifest ---
 
@@ -294,8 +296,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, in GPU memory where the rows fit, else mapped. Without it
-    8-bit PNG and JPEG files named in `path` are decoded by threads; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
+    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():
@@ -306,13 +308,12 @@ def open_images(manifest, rows, in_chans, device):
         def read(place):
             path = root / rows["path"][place]
             try:
-                with Image.open(path) as image:
-                    if image.format not in ("PNG", "JPEG") or image.mode[0] in "IF":
-                        raise ValueError(f"it is {image.format} {image.mode}")
-                    pixels = np.array(image.convert(mode))
+                image = Image.open(path, formats=["PNG", "JPEG"])
+                if image.mode[0] in "IF":
+                    raise ValueError(f"its mode is {image.mode}")
+                return pil_to_tensor(image.convert(mode)).to(device)
             except Exception as problem:
                 raise ValueError(f"{path}: {problem}") from problem
-            return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1).to(device)
 
         def read_all(places):
             with or_fail("read an 8-bit PNG or JPEG (data_prep/pack.py packs others)"):
@@ -328,8 +329,8 @@ def open_images(manifest, rows, in_chans, device):
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
-    rows_at = lambda places: numbers[places].to(packed.device, non_blocking=True)
-    return lambda places: packed[rows_at(places)].to(device, non_blocking=True)
+    rows_of = lambda places: numbers[places].to(packed.device, non_blocking=True)
+    return lambda places: packed[rows_of(places)].to(device, non_blocking=True)
 
 
 def step_generator(*numbers, device="cpu"):

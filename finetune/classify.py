@@ -1,4 +1,7 @@
-"""Fine-tuning: a network from any start learns the labels of radiographs by one of the study's recipes.
+"""Fine-tuning: a network from any initialisation learns the labels of radiographs by a recipe of the study.
+
+The loss is the binary cross-entropy of the known labels (label_loss); the epoch that is best on the
+validation images is kept (Best).
 
 Recipes a and b: Ma et al., "Benchmarking and boosting transformers for medical image classification", 2022;
 deit: Marikkar et al., "LT-ViT", 2023; resnet: Hosseinzadeh Taher et al., DART 2021.
@@ -9,9 +12,10 @@ deit: Marikkar et al., "LT-ViT", 2023; resnet: Hosseinzadeh Taher et al., DART 2
     python finetune/classify.py --exp 3.4 --probe                     a linear probe of the frozen backbone
 
 Reads   manifest.csv with split train and val (images as in pre-training) and the weights that `init` names.
-        Flags and row beat a recipe, and what a checkpoint of ours says of its network, size, mean and sd.
-Writes  --out/seed<k>: classifier.pt (best epoch, weights for timm and labels), last.pt, log.jsonl, run.json.
-The same command goes on where a run was killed and repeats no finished seed; SIGTERM saves and exits with 75.
+        Flags and row of --exp beat what a checkpoint of ours says of its network, size, mean and sd, and the
+        recipe.
+Writes  --out/seed<k>: classifier.pt (best epoch, weights for timm and labels), last.pt, log.jsonl.
+The same command resumes a run that was killed and repeats no finished seed; SIGTERM saves and exits with 75.
 """
 
 import argparse
@@ -29,6 +33,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import yaml
@@ -36,57 +41,57 @@ import yaml
 DEFAULTS = dict(                    # keys of a row; the comments are the help
     arch="vit_small_patch16_224",   # any timm model with a linear head
     model_args={},                  # further arguments of timm.create_model, as in {"global_pool": "avg"}
-    in_chans=1,                     # 1 | 3; grey images are repeated to 3
-    img_size=224,                   # pixels
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: 0.485, RGB ImageNet's
-    std=None,                       # likewise; none: 0.229, RGB ImageNet's
+    in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
+    img_size=224,                   # side of the network's input in pixels
+    mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # which weights of the file, as in student; none: the averaged ones
+    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
-    dataset="nih",                  # folder below --data with the packed images
+    dataset="nih",                  # folder below --data with manifest.csv and images.npy
     label_names=None,               # columns to learn, in this order, as in A,C; none: NIH's 14, or else all
     labels=1.0,                     # share of the training patients whose labels are used
-    uncertain="zeros",              # zeros | ones | ignore; what label cells of -1 count as
-    blank="zero",                   # zero | ignore; what blank label cells count as
-    pos_weight=None,                # of positives in the loss: a number, one a label, or balanced; none: 1
-    recipe="deit",                  # a | b | deit | resnet; deit's are the values below, see RECIPES
+    uncertain="zeros",              # zeros | ones | ignore; what -1 in a label column counts as
+    blank="zero",                   # zero | ignore; what a blank label cell counts as
+    pos_weight=None,                # weight of positives in the loss: one, one a label, or balanced; none: 1
+    recipe="deit",                  # a | b | deit | resnet; deit: these defaults, others change some of them
     optimizer="adamw",              # adamw | adam | sgd; sgd has Nesterov's momentum, 0.9
     lr=6.25e-5,                     # peak of the learning rate, whatever the batch
-    warmup_lr=1e-6,                 # where the warm-up begins
-    warmup_epochs=5,                # of a line to the peak
-    min_lr=1e-5,                    # end of the cosine, which spans all epochs
-    schedule="cosine",              # cosine | plateau; plateau halves after more than 5 epochs, see patience
+    warmup_lr=1e-6,                 # learning rate at the start of the warm-up
+    warmup_epochs=5,                # epochs of linear warm-up to the peak
+    min_lr=1e-5,                    # learning rate at the end of the cosine, which spans all epochs
+    schedule="cosine",              # cosine | plateau; plateau: halved after > 5 epochs without a lower loss
     wd=0.05,                        # weight decay
     drop_path=0.1,                  # stochastic depth of the last block, linear from 0
-    select="auc",                   # auc | loss; the best epoch: highest mean validation AUC, or lowest loss
-    crop_pct=0.875,                 # central share of the side of a validation image that is seen, 224 of 256
+    select="auc",                   # auc | loss; best epoch by highest mean validation AUC or lowest loss
+    crop_pct=0.875,                 # share of a validation image's side in its central crop, as 224 of 256
     epochs=30,                      # passes over the images
-    batch=64,                       # images an optimiser step, over all processes together
+    batch=64,                       # images per optimiser step, all processes together
     patience=10,                    # stop after more than so many epochs without a lower validation loss
-    crop_scale=[0.08, 1.0],         # area of the random resized crop
+    crop_scale=[0.08, 1.0],         # area of the random resized crop, range of fractions
     rotation=7.0,                   # degrees, either way
-    seed=0,                         # of the row's pre-training; those of fine-tuning are
-    seeds="0,11,21,42,100",         # runs, one after the other
-    variant="corrected",            # corrected | paper; paper steps the cosine of a and b by the loss
+    seed=0,                         # seed of the row's pre-training; for fine-tuning see seeds
+    seeds="0,11,21,42,100",         # one fine-tuning run each, one after the other
+    variant="corrected",            # corrected | paper; paper steps the cosine of recipes a and b by the loss
 )
-FLAGS = dict(                       # of the command line alone
-    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults below
+FLAGS = dict(                       # of the command line only, not of a row
+    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults
     experiments="",                 # file of the rows; none: the experiments.yaml above this script
-    miniature=False,                # lay the block `miniature` of that file over the row
+    miniature=False,                # override the row by the block `miniature` of that file
     data="data",                    # folder of the packed datasets
-    train="",                       # manifest.csv to learn from; none: <data>/<dataset>/manifest.csv
+    train="",                       # manifest.csv to train on; none: <data>/<dataset>/manifest.csv
     val="",                         # manifest.csv to choose the best epoch on; none: that of --train
     train_split="train",            # splits to use, comma-separated, or all
     val_split="val",                # likewise
     out="",                         # folder of the seeds; none: runs/<exp>/finetune, runs/<exp>/probe
     device="",                      # cpu | cuda; default cuda where there is one
     steps=0,                        # stop each seed after so many steps of the schedule; 0: all
-    resume="auto",                  # auto | never; go on from last.pt or start anew
-    micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
-    save_minutes=10.0,              # last.pt every so many minutes
-    compile=False,                  # torch.compile the network, a minute or two at first
-    probe=False,                    # no fine-tuning: a linear probe of the frozen backbone
+    resume="auto",                  # auto | never; auto: resume from last.pt if there is one
+    micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
+    log_steps=50,                   # steps between two lines of the log; 0: only one at the end
+    save_minutes=10.0,              # minutes between two writes of last.pt
+    compile=False,                  # torch.compile the network; the first step takes minutes
+    probe=False,                    # instead of fine-tuning, a linear probe of the frozen backbone
 )
 
 # --- begin copy: error ---
@@ -100,29 +105,27 @@ def fail(message):
 # --- begin copy: flags ---
 @contextlib.contextmanager
 def or_fail(doing):
-    """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
     try:
         yield
     except Exception as problem:
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                                          # torch.load, at length
+        if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
-            text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
+            text = f"{what or 'its content'} is not a tensor; torch.save only the state_dict"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 
 
 def typed(default):
-    """The type of a flag for argparse: that of its default, numbers from 0 on; lists and dicts are YAML."""
+    """A type for argparse from a flag's default value: numbers are not negative, the rest is read as YAML."""
     kind = type(default)
 
     def read(text):
         try:
             value = kind(text) if kind in (str, float) else yaml.safe_load(text)
         except yaml.YAMLError as problem:
-            raise ValueError from problem                                   # which argparse knows
-        negative = isinstance(value, (int, float)) and value < 0
-        short = kind is list and len(value) != len(default)
-        if negative or short or default is not None and type(value) is not kind:
+            raise ValueError from problem                                   # argparse expects it
+        if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
         return value
     read.__name__ = kind.__name__
@@ -189,6 +192,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from timm.optim import param_groups_weight_decay
 from torch import distributed as dist, nn
+from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 
 def augment(images, u, config):
@@ -223,7 +227,7 @@ def positive_weight(wanted, values, known):
         return None if wanted is None else values.new_tensor(wanted).expand(values.shape[1])
 
 
-RECIPES = dict(                     # what they change in the defaults, unless flags or row say the key
+RECIPES = dict(                     # what they change in the defaults, unless flags or row state the key
     deit=dict(),
     a=dict(lr=2.5e-6, min_lr=5e-7, drop_path=0.0, select="loss"),
     b=dict(optimizer="sgd", lr=0.01, warmup_epochs=0, wd=0.0, drop_path=0.0, select="loss"),
@@ -233,7 +237,7 @@ RECIPES = dict(                     # what they change in the defaults, unless f
 
 
 def learning_rate(epoch, config):
-    """Rate of an epoch (from 0; a fraction counts): a line from warmup_lr to lr, then the rest of a cosine.
+    """Learning rate at an epoch, from 0 and maybe fractional: linear from warmup_lr to lr, then a cosine.
 
     The cosine spans all epochs, warm-up included. Source: timm's CosineLRScheduler, stepped once an epoch.
     """
@@ -244,7 +248,7 @@ def learning_rate(epoch, config):
 
 
 def make_optimizer(model, config):
-    """AdamW, Adam or Nesterov SGD; decay spares biases, norms and what timm's no_weight_decay() names."""
+    """AdamW, Adam or Nesterov SGD, without decay of biases, norms and what timm's no_weight_decay() names."""
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups = param_groups_weight_decay(model, config["wd"], no_weight_decay_list=spared)
     lr = config["lr"] if config["schedule"] == "plateau" else learning_rate(0, config)
@@ -255,13 +259,14 @@ def make_optimizer(model, config):
 
 
 def patient_subset(rows, values, share, seed):
-    """Places of the rows of `share` of the patients: the same share of those with each finding.
+    """Places of the rows of a share of the patients, stratified by finding.
 
-    A patient belongs to his rarest finding, or to none; of each such group the first of a seeded order are
-    taken, rounded up: every finding keeps a patient, a smaller share lies within a larger one, and the order
-    of the rows does not matter.
+    A patient belongs to the stratum of his rarest finding, or of none. Of each the first patients in a seeded
+    order are taken, their number rounded up: every finding keeps a patient, a smaller share is a subset of a
+    larger one, and the order of the rows does not matter.
 
-    Args: rows {column: texts}, a blank patient is each image's own; values float [N, K], 1 = finding.
+    Args: rows {column: texts}, where an image with a blank patient is its own patient; values float [N, K],
+    1 = finding.
     """
     patients = [patient or path for patient, path in zip(rows.get("patient", rows["path"]), rows["path"])]
     names, number = np.unique(patients, return_inverse=True)                # sorted
@@ -323,7 +328,7 @@ def open_labelled(manifest, split, config, device):
     columns = [name for name in rows if name not in FACTS]
     names = config["label_names"] or (NIH14 if {*NIH14} <= {*columns} else columns)
     if not names or len({*names}) < len(names):
-        fail(f"{manifest} has no label columns, or label_names says one twice")
+        fail(f"{manifest} has no label columns, or label_names has a duplicate")
     for name in names:
         if name not in columns:
             near = difflib.get_close_matches(name, columns, 1) or ["none"]
@@ -336,7 +341,7 @@ def open_labelled(manifest, split, config, device):
 
 
 def start(config):
-    """The network of a seed with a new head, and a line on where its weights come from."""
+    """The network of a seed with a new head, and a line on its initial weights."""
     torch.manual_seed(config["seed"])
     model = make_model(config, len(config["label_names"]), config["drop_path"])
     head = model.get_classifier()
@@ -344,29 +349,27 @@ def start(config):
         fail(f"arch {config['arch']} has no linear head to learn labels with; choose another")
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
-    before = config.get("start")                        # what the seed before this one started from
+    before = config.get("start")                        # hash of the weights that the last seed began with
     note = load_backbone(model, config)
     if before not in (None, config.get("start")):
-        fail(f"the weights of {config['init']} have changed since the seed before")
+        fail(f"the weights of {config['init']} have changed since the previous seed")
     return model, note
 
 
 def outputs_of(forward, data, n_outputs, config, rank, world_size):
-    """forward(validation view) of all images of a set, unrounded, float32 [N, n_outputs] on the CPU."""
+    """forward(validation view) of all images of a set in fp32: [N, n_outputs] on the CPU."""
     return forward_all(lambda images: forward(validation_view(images, config)), data.images,
                        len(data.values), n_outputs, config["batch"], rank, world_size)
 
 
 def export(model, config, step, epoch, out):
-    """Write classifier.pt, weights under timm's names and labels in the order trained, and run.json."""
+    """Write classifier.pt: weights under timm's names and the labels in the order of the outputs."""
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     stop_if_nan(weights.values(), step, out)
-    content = dict(model=weights, labels=config["label_names"], step=step, epoch=epoch, config=config)
-    for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed"):
-        content[key] = config[key]
+    keys = ("arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed")
+    content = {key: config[key] for key in keys}
+    content |= dict(model=weights, labels=config["label_names"], step=step, epoch=epoch, config=config)
     write_atomic(f"{out}/classifier.pt", lambda file: torch.save(content, file))
-    record = json.dumps({"command": sys.argv, "config": config})
-    write_atomic(f"{out}/run.json", lambda file: file.write(record.encode()))
 
 
 def train(config, chosen, data, val, args, rank, world_size, device):
@@ -380,9 +383,9 @@ def train(config, chosen, data, val, args, rank, world_size, device):
 
     model, note = start(config)
     drop_paths = replace_drop_path(model)
-    model.to(device, memory_format=torch.channels_last)                     # the faster one for convolutions
+    model.to(device, memory_format=torch.channels_last)                     # faster for convolutions
     if device.type == "cuda" and world_size > 1:
-        model = timm.layers.convert_sync_batchnorm(model)                   # on CPUs each process has its own
+        model = timm.layers.convert_sync_batchnorm(model)                   # on CPUs: of each process's share
     if args.compile:
         model.compile()
     optimizer = make_optimizer(model, config)
@@ -419,7 +422,7 @@ def train(config, chosen, data, val, args, rank, world_size, device):
         generator = step_generator(config["seed"], step)
         u = torch.rand(batch, N_CROP + 1 + len(drop_paths), generator=generator)[local]
         u = u.to(device, non_blocking=True)
-        torch.manual_seed(generator.initial_seed() + rank)                  # dropout, if any
+        torch.manual_seed(generator.initial_seed() + rank)                  # for dropout, if any
         views = augment(data.images(chosen[places[local]]), u, config)
         depth = u[:, N_CROP + 1:]
 
@@ -428,10 +431,10 @@ def train(config, chosen, data, val, args, rank, world_size, device):
         for begin in range(0, local_batch, micro):
             part = slice(begin, begin + micro)
             set_drop_path(drop_paths, depth[part])
-            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: after the last pass alone
+            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: only after the last pass
             with amp:
                 part_loss = label_loss(net(views[part]), truth[part], counts[part], pos_weight) / n_known
-            scaler.scale(part_loss * world_size).backward()             # DDP takes the mean over processes
+            scaler.scale(part_loss * world_size).backward()             # DDP averages over processes
             loss += part_loss.detach()
         scaler.step(optimizer)
         scaler.update()
@@ -449,7 +452,7 @@ def train(config, chosen, data, val, args, rank, world_size, device):
                 export(model, config, done, epoch + 1, out)
             if config["schedule"] == "plateau":
                 plateau.step(scores["val_loss"])
-            else:                       # the paper face has the loss where the epoch belongs (divergence 14)
+            else:                       # variant paper passes the loss in place of the epoch (divergence 14)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(scores["val_loss"] if slipped else epoch + 1, config)
             ending = ending or best.stale > config["patience"]
@@ -469,7 +472,7 @@ def train(config, chosen, data, val, args, rank, world_size, device):
             sys.exit(75)                # EX_TEMPFAIL: run the same command again
 
 
-PROBE_C = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]     # inverse penalties of the probe, of which validation AUC chooses
+PROBE_C = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]     # inverse penalties of the probe, chosen by validation AUC
 
 
 @torch.no_grad()
@@ -497,12 +500,12 @@ def probe(config, chosen, data, val, args, rank, world_size, device):
     for k, label in enumerate(labels):
         seen, best = known[:, k] > 0, -1
         y = values[seen, k]
-        bias[k] = 10 if y.any() else -10                # of one class only: a constant far on its side
+        bias[k] = 10 if y.any() else -10                # for a label of one class: a constant logit
         for strength in PROBE_C if len(y.unique()) > 1 else ():
             regression = LogisticRegression(C=strength, max_iter=1000).fit(x[seen], y)
             logits = torch.tensor(regression.decision_function(val_x))[:, None]
             scores = scores_of(logits, val.values[:, [k]], val.known[:, [k]], [label])
-            if scores.get("val_auc", 0) > best:         # the strongest penalty where no AUC can choose
+            if scores.get("val_auc", 0) > best:         # without an AUC: the strongest penalty
                 best, bias[k] = scores.get("val_auc", 0), regression.intercept_[0]
                 weight[k] = torch.tensor(regression.coef_[0])
     loss = scores_of(x @ weight.T + bias, values, known, labels)["val_loss"]
@@ -515,36 +518,46 @@ def probe(config, chosen, data, val, args, rank, world_size, device):
     save_run(out, 1, config, {}, epoch=0)
 
 
-def resolve(args, config):
-    """The whole config, below flags and row what a checkpoint of ours and the recipe say; and the seeds."""
-    said = {word[2:].partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+def stated_keys(args):
+    """The keys that command line, row of --exp or miniature state; `pretrain` if the row has pre-training."""
+    words = [word[2:].partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    stated = {word.replace("-", "_") for word in words}
     if args.exp:
         file = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml"
         table = yaml.safe_load(Path(file).read_text())
-        if "pretrain" in table[args.exp] and "init" not in said:
-            config["init"] = f"exp:{args.exp}"
-        for part in [args.exp, "miniature"][:2 if args.miniature else 1]:
-            said |= {*table[part], *(table[part].get("finetune") or {})}
-    content = {}
-    if config["init"].partition(":")[0] not in ("random", "timm", "torchvision"):
-        content = read_weights(config["init"], config["arch"])
-    ours = {"arch", "model_args", "in_chans", "img_size"}
-    if isinstance(content, dict) and ours <= content.keys():
-        if "img_size" in said:
-            content["model_args"].pop("img_size", None)
-        for key in ours - said:
-            config[key] = content[key]
-        for key in ("mean", "std"):
-            if key not in said and content["in_chans"] == config["in_chans"]:
-                config[key] = content[key]
-    for key, value in RECIPES[config["recipe"]].items():
-        if key not in said:
+        stated |= {*table[args.exp], *table[args.exp].get("finetune", {})}
+        if args.miniature:
+            stated |= {*table["miniature"], *table["miniature"].get("finetune", {})} - {"pretrain"}
+    return stated
+
+
+def checkpoint_facts(config):
+    """What a checkpoint of this project, named by `init`, says of its network and pixels; else nothing."""
+    if config["init"].partition(":")[0] in ("random", "timm", "torchvision"):
+        return {}
+    content = read_weights(config["init"], config["arch"])
+    keys = {"arch", "model_args", "in_chans", "img_size", "mean", "std"}
+    return {key: content[key] for key in keys} if isinstance(content, dict) and keys <= content.keys() else {}
+
+
+def resolve(args, config):
+    """The config of a run and its seeds: stated keys, then those of the checkpoint, the recipe, DEFAULTS."""
+    stated = stated_keys(args)
+    if "pretrain" in stated and "init" not in stated:
+        config["init"] = f"exp:{args.exp}"              # the row's own pre-training
+    facts = checkpoint_facts(config)
+    if facts and "img_size" in stated:
+        facts["model_args"].pop("img_size", None)
+    if facts and "in_chans" in stated and config["in_chans"] != facts["in_chans"]:
+        stated |= {"mean", "std"}                       # the checkpoint's are of other channels
+    for key, value in {**RECIPES[config["recipe"]], **facts}.items():
+        if key not in stated:
             config[key] = value
     for key in ("labels", "crop_pct"):
         if not 0 < config[key] <= 1:
             fail(f"{key} is {config[key]}, not a share above 0 and up to 1")
     if args.probe:
-        config["crop_pct"] = 1.0                        # learns from the whole images that it is tested on
+        config["crop_pct"] = 1.0                        # it learns from whole images, as they are tested
     if isinstance(config["label_names"], str):
         config["label_names"] = config["label_names"].split(",")
     seeds = config.pop("seeds").strip("[]").split(",")
@@ -554,7 +567,7 @@ def resolve(args, config):
 
 
 def check_split(args, data, val):
-    """Refuse to validate unknowingly on the images of training; point out those on both sides."""
+    """Refuse to validate on the training images, save by --val_split all; warn of paths, patients in both."""
     same = Path(args.train).resolve() == Path(args.val).resolve()
     if same and "split" not in data.rows and args.val_split != "all":
         fail(f"{args.train} has no column split: give --val another manifest, or validate on the images of "
@@ -570,7 +583,7 @@ def main():
     config, seeds = resolve(args, config)
     args.train = args.train or f"{args.data}/{config['dataset']}/manifest.csv"
     args.val = args.val or args.train
-    config["splits"] = [args.train_split, args.val_split]       # a resumed run has to agree in them
+    config["splits"] = [args.train_split, args.val_split]       # part of what a resume compares
     args.out = args.out or Path("runs", args.exp, "probe" if args.probe else "finetune")
     rank, world_size, device = init_processes(args.device)
     try:
@@ -581,7 +594,7 @@ def main():
             check_split(args, data, val)
             print(json.dumps(config))
             if config["schedule"] == "cosine" and config["warmup_epochs"] >= config["epochs"]:
-                print(f"warning: the warm-up takes all {config['epochs']} epochs", file=sys.stderr)
+                print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
         run = probe if args.probe else train
         for seed in seeds:
             config["seed"] = seed
@@ -589,7 +602,7 @@ def main():
             run(config, chosen, data, val, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"the GPU's memory is too small for {micro} images a pass; try --micro-batch {micro // 2 or 1}")
+        fail(f"GPU memory is too small for {micro} images per pass; try --micro-batch {max(1, micro // 2)}")
     finally:
         end_processes()
 
@@ -606,13 +619,13 @@ def init_processes(device):
             torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
-    # a kernel of one channel has strides of its own, at which DDP wonders
+    # DDP warns about the strides of a kernel of one channel, harmlessly
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart by torchrun --max-restarts the store still holds the addresses of before
+        # after a restart (torchrun --max-restarts) the store still holds the old addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"         # to agree, no GPU waits
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size, device
 
@@ -625,7 +638,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function, alike in all processes: has one of them got SIGTERM, or has their torchrun been killed?"""
+    """A function, to call in all processes: has any of them got SIGTERM or lost its torchrun? -> bool"""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -637,7 +650,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
+        sum_over_processes(torch.zeros(1))      # wait for the one that saves: an exit code 75 ends them all
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
@@ -659,7 +672,8 @@ def mixed_precision(device):
 def read_manifest(manifest, split, samples=0):
     """The first `samples` rows of some splits (names with commas, or all) of a manifest.csv: {column: texts}.
 
-    "row" holds their numbers from 0, which are those of images.npy, "n_rows" how many the file has.
+    Two more entries: "row", their numbers from 0, which are those of images.npy, int64 [N]; "n_rows", the
+    number of rows in the file.
     """
     with or_fail(f"read {manifest}, the --manifest that data_prep/pack.py makes"):
         with open(manifest, newline="", encoding="utf-8-sig") as file:
@@ -668,13 +682,14 @@ def read_manifest(manifest, split, samples=0):
             if len(row) != len(header):
                 raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
         if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
-            raise ValueError(f"columns need names that differ, one path, none row, not {', '.join(header)}")
-        splits = [row[header.index("split")] if "split" in header else split for row in rows]
+            raise ValueError(f"columns need different names, one of them path, not {', '.join(header)}")
+        columns = dict(zip(header, zip(*rows)))
+        splits = columns.get("split", [split] * len(rows))
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted(set(splits)))}")
+            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted({*splits}))}")
     kept = kept[:samples or None]
-    columns = {name: [rows[number][place] for number in kept] for place, name in enumerate(header)}
+    columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
 # --- end copy: manifest ---
 
@@ -683,8 +698,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, in GPU memory where the rows fit, else mapped. Without it
-    8-bit PNG and JPEG files named in `path` are decoded by threads; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
+    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():
@@ -695,13 +710,12 @@ def open_images(manifest, rows, in_chans, device):
         def read(place):
             path = root / rows["path"][place]
             try:
-                with Image.open(path) as image:
-                    if image.format not in ("PNG", "JPEG") or image.mode[0] in "IF":
-                        raise ValueError(f"it is {image.format} {image.mode}")
-                    pixels = np.array(image.convert(mode))
+                image = Image.open(path, formats=["PNG", "JPEG"])
+                if image.mode[0] in "IF":
+                    raise ValueError(f"its mode is {image.mode}")
+                return pil_to_tensor(image.convert(mode)).to(device)
             except Exception as problem:
                 raise ValueError(f"{path}: {problem}") from problem
-            return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1).to(device)
 
         def read_all(places):
             with or_fail("read an 8-bit PNG or JPEG (data_prep/pack.py packs others)"):
@@ -717,8 +731,8 @@ def open_images(manifest, rows, in_chans, device):
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
-    rows_at = lambda places: numbers[places].to(packed.device, non_blocking=True)
-    return lambda places: packed[rows_at(places)].to(device, non_blocking=True)
+    rows_of = lambda places: numbers[places].to(packed.device, non_blocking=True)
+    return lambda places: packed[rows_of(places)].to(device, non_blocking=True)
 
 
 def step_generator(*numbers, device="cpu"):
@@ -754,42 +768,43 @@ N_CROP = 23     # uniforms of a random resized crop: 10 areas, 10 aspect ratios,
 
 
 def crop_boxes(u, height, width, scale):
-    """Boxes of a random resized crop: of ten tries the first that fits, else the first one cut to the image.
+    """Boxes of a random resized crop: the first of ten tries that fits, else the first try cut to the image.
 
-    u uniform [B, >= 22]; scale: range of the area as fractions -> (top, height), (left, width), each [B],
-    pixels. torchvision takes a central box after ten tries in vain.
+    Args: u uniform [B, >= 22]; scale: least and largest area as fractions.
+    Returns: (top, height) and (left, width), each [B], in pixels. torchvision differs after ten tries that do
+    not fit: it takes a central box.
     """
     area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
-    aspect = (4 / 3) ** (1 - 2 * u[:, 10:20])                               # log-uniform in 3/4..4/3
-    tall = (area * aspect).sqrt().round().clamp_min(1)
-    wide = (area / aspect).sqrt().round().clamp_min(1)
-    first = ((tall <= height) & (wide <= width)).int().argmax(1, keepdim=True)
-    tall, wide = tall.gather(1, first)[:, 0].clamp_max(height), wide.gather(1, first)[:, 0].clamp_max(width)
-    top, left = ((height - tall + 1) * u[:, 20]).floor(), ((width - wide + 1) * u[:, 21]).floor()
-    return (top, tall), (left, wide)
+    ratio = (4 / 3) ** (1 - 2 * u[:, 10:20])                                # height / width, 3/4 to 4/3
+    heights, widths = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    first = ((heights <= height) & (widths <= width)).int().argmax(1, keepdim=True)
+    box = []
+    for tries, side, place in zip((heights, widths), (height, width), u[:, 20:22].T):
+        length = tries.gather(1, first)[:, 0].clamp(1, side)
+        box.append((((side - length + 1) * place).floor(), length))
+    return box
 
 
 def resample_matrix(begin, length, in_size, out_size, cubic):
     """Pillow's antialiased resampling of [begin, begin + length), both [B], as a matrix [B, out, in]."""
     begin, length = begin[:, None, None], length[:, None, None]
     scale = length / out_size                                               # source pixels a target pixel
-    reach = scale.clamp_min(1)
-    target = torch.arange(out_size, device=begin.device)[:, None] + 0.5
-    centre = begin + scale * target
-    n_taps = math.ceil(4 * max(1, in_size / out_size)) + 1
-    taps = (centre - 2 * reach).floor() + torch.arange(n_taps, device=begin.device)
-    t = ((taps + 0.5 - centre) / reach).abs().clamp_max(2)
-    cube = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
-    weights = (cube if cubic else (1 - t).clamp_min(0)) * ((taps >= begin) & (taps < begin + length))
-    matrix = torch.zeros(len(begin), out_size, in_size, device=begin.device)
-    matrix.scatter_add_(2, taps.long().clamp(0, in_size - 1), weights)
-    return matrix / matrix.sum(2, keepdim=True)
+    pixels = torch.arange(in_size, device=begin.device)
+    targets = torch.arange(out_size, device=begin.device)[:, None]
+    distance = pixels + 0.5 - begin - scale * (targets + 0.5)
+    t = (distance / scale.clamp_min(1)).abs().clamp_max(2)                  # [B, out, in]
+    weights = (1 - t).clamp_min(0)
+    if cubic:
+        weights = (1 - t) * (2 - t) ** 2 / 2 + weights ** 2 * (2 * t - 1)   # Keys' kernel with a = -0.5
+    weights = weights * ((pixels >= begin) & (pixels < begin + length))
+    return weights / weights.sum(2, keepdim=True)
 
 
 def random_resized_crop(images, u, scale, size, cubic=True):
-    """Cut, stretch to size x size and mirror each image, as torchvision does, by a matrix an axis.
+    """Cut, resize to size x size and mirror each image as torchvision does, by one matrix per axis.
 
-    images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, N_CROP] -> float [B, C, S, S], 0-255.
+    Args: images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, >= N_CROP]; scale: see crop_boxes.
+    Returns: float [B, C, size, size], 0-255.
     """
     if isinstance(images, list):
         return torch.cat([random_resized_crop(image[None], row[None], scale, size, cubic)
@@ -824,52 +839,45 @@ def resize(images, size):
 
 # --- begin copy: normalise ---
 def fill_defaults(config):
-    """The config with one mean and deviation a channel; an image size among model_args counts."""
+    """The config with one mean and sd a channel; an image size among model_args replaces img_size."""
     n, size = config["in_chans"], config["model_args"].get("img_size", config["img_size"])
     config = {**config, "img_size": size}
-    for key, imagenet in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
+    imagenet = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
+    for key, default in imagenet.items():
         with or_fail(f"use {key} {config[key]}, one number or {n}"):
-            config[key] = np.broadcast_to(config[key] or imagenet[:n], n).astype(float).tolist()
+            config[key] = np.broadcast_to(config[key] or default[:n], n).astype(float).tolist()
     return config
-
-
-def luminance(x):
-    """Grey value [B, 1, H, W] of images [B, 1 or 3, H, W]."""
-    if x.shape[1] == 1:
-        return x
-    red, green, blue = x.split(1, 1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def normalise(x, config):
     """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey is repeated."""
     stats = torch.tensor([config["mean"], config["std"]]).to(x.device, non_blocking=True)
     mean, std = stats[..., None, None]
-    x = luminance(x) if config["in_chans"] == 1 else x
-    return torch.addcmul(-mean / std, x, 1 / (255 * std))                   # in one pass
+    x = rgb_to_grayscale(x) if config["in_chans"] == 1 else x
+    return (x / 255 - mean) / std
 # --- end copy: normalise ---
 
 
 # --- begin copy: model ---
 def make_model(config, num_classes, drop_path=0.0):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
-    arch, kwargs = config["arch"], dict(config["model_args"])
-    with or_fail(f"make {arch} with {kwargs}"):
-        if getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False):
-            kwargs.setdefault("img_size", config["img_size"])
+    arch = config["arch"]
+    with or_fail(f"make {arch} with {config['model_args']}"):
+        fixed = getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False)
+        size = {"img_size": config["img_size"]} if fixed else {}
         return timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
-                                 drop_path_rate=drop_path, **kwargs)
+                                 drop_path_rate=drop_path, **{**size, **config["model_args"]})
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382) that is told whom to skip: the same in any number of processes."""
+    """Stochastic depth (arXiv:1603.09382) from given draws: the same on any number of processes."""
 
     def forward(self, x):
         return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
 
 
 def replace_drop_path(model):
-    """Replace timm's DropPath in a model; returns the replacements."""
+    """Make timm's DropPath modules in a model ours; returns them."""
     modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
     for module in modules:
         module.__class__ = DropPath
@@ -893,17 +901,17 @@ RENAMED = {r"blocks\.\d+\.(\d+\.(norm|attn|ls|mlp))": r"blocks.\1",          # D
 
 
 def read_weights(init, arch):
-    """The checkpoint that `init` stands for, of any maker; timm's with the mean and deviation of its card."""
+    """The content of the checkpoint that `init` names; timm's with the mean and sd of its model card."""
     from collections import OrderedDict
     from safetensors.torch import load_file
     source, _, name = init.partition(":")
     name = name or arch
     file = Path(f"runs/{name}/pretrain/backbone.pt" if source == "exp" else init)
     if source in ("timm", "torchvision"):
-        files = [Path(f"weights/{name}.pth"), Path(f"weights/{name}.safetensors")]
-        file = next((file for file in files if file.is_file()), None)
+        folder = Path("weights")
+        file = [*folder.glob(f"{name}.pth"), *folder.glob(f"{name}.safetensors"), None][0]
     known = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]      # in files of DINO, MoCo, SimMIM
-    with or_fail(f"read {file or init} (plain tensors; without a network weights/{name}.pth)"):
+    with or_fail(f"read {file or init} (tensors; without a network connection weights/{name}.pth)"):
         if file is None and source == "timm":
             content = timm.create_model(name, pretrained=True).state_dict()
         elif file is None:
@@ -934,22 +942,23 @@ def flatten(content, path=""):
 def timm_names(state, wanted):
     """The tensors below the prefix where most wanted names are, under timm's names; and that prefix.
 
-    Of two networks alike: the average (DINO's teacher, an EMA), but not MoCo's momentum encoder.
+    Of two networks with as many of them the average is taken (DINO's teacher, an EMA), but not MoCo's
+    momentum encoder.
     """
     for old, new in RENAMED.items():
-        if not any(re.search(old, name) for name in wanted):                # as of MobileNetV4
+        if not any(re.search(old, name) for name in wanted):                # MobileNetV4 has such names
             state = {re.sub(old, new, name): value for name, value in state.items()}
     for name, q in list(state.items()):
-        if ".attention.query." in name:                                     # Hugging Face's three layers
+        if ".attention.query." in name:                                     # Hugging Face: three layers
             k, v = state[name.replace("query", "key")], state[name.replace("query", "value")]
             state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat([q, k, v])
         if name.endswith("q_bias"):                                         # SimMIM's ViT: keys have no bias
             v = state[name.replace("q_bias", "v_bias")]
             state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    last, preferred = list(wanted)[-1], re.compile("ema|teacher|base_encoder|encoder_q")
+    last, preferred = list(wanted)[-1], "ema|teacher|base_encoder|encoder_q"
     prefixes = [name.removesuffix(last) for name in state if name.endswith(last)]
-    found = lambda prefix: (sum(prefix + name in state for name in wanted), bool(preferred.search(prefix)))
-    best = max(prefixes, default="", key=found)
+    n_found = lambda prefix: sum(prefix + name in state for name in wanted)
+    best = max(prefixes, default="", key=lambda prefix: (n_found(prefix), bool(re.search(preferred, prefix))))
     return {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}, best
 
 
@@ -957,19 +966,28 @@ def fit_channels(kernel, in_chans, how):
     """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
     if kernel.shape[1] == in_chans:
         return kernel
-    if in_chans == 1:
-        return kernel.sum(1, keepdim=True) / (1 if how == "sum" else kernel.shape[1])
-    return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
+    divisors = {"average": kernel.shape[1], "duplicate_mean": in_chans}
+    return kernel.sum(1, keepdim=True).repeat(1, in_chans, 1, 1) / divisors.get(how, 1)
 
 
-def mismatches(content, prefix, config, n_heads):
-    """Where a checkpoint says of itself what the row does not: heads (MoCo-v3's ViT-S has 12), mean, sd."""
-    args = content.get("model_args")
-    heads = args.get("num_heads", n_heads) if isinstance(args, dict) else n_heads
-    theirs = {**content, "heads": 12 if "base_encoder" in prefix and n_heads else heads}
-    ours = {"heads": n_heads, "mean": config["mean"], "std": config["std"]}
-    return [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
-            for key, value in ours.items() if theirs.get(key, value) != value]
+def loading_note(content, prefix, given, loaded, config, n_heads):
+    """A line about an initialisation: tensors loaded, adapted and left out, differences from its checkpoint.
+
+    Args: content: the checkpoint; given {name: tensor}: those below the prefix; loaded: those that the model
+    has taken, adapted where need be; n_heads: of the model, as weights do not show them.
+    """
+    adapted = [name for name, x in loaded.items() if x.shape != given[name].shape]
+    left_out = [name for name in given if name not in loaded]
+    notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)",
+             f"{len(adapted)} adapted: {', '.join(adapted[:3])}",
+             f"{len(left_out)} left out: {', '.join(left_out[:3])}"]
+    theirs = {**content, **content.get("model_args", {})}
+    if "base_encoder" in prefix and n_heads:
+        theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
+    ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}
+    notes += [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
+              for key, value in ours.items() if theirs.get(key, value) != value]
+    return "; ".join(notes)
 # --- end copy: timm names ---
 
 
@@ -977,7 +995,7 @@ def mismatches(content, prefix, config, n_heads):
 def fit_positions(value, shape):
     """Position embeddings [1, 1 + h * h, D] or a bias table [(2 w - 1)^2, heads] on another grid, bicubic.
 
-    What is no grid stays: the CLS row in front, BEiT's three further biases at the end of its table.
+    Other rows stay as they are: the class token's in front, BEiT's three further biases at the table's end.
     """
     table = value.ndim == 2
     rows = value if table else value[0].flip(0)                             # the grid first, then the others
@@ -1001,7 +1019,7 @@ def prefixes(model, key):
 
 
 def load_backbone(model, config):
-    """Fill all of any timm model but its classifier from `init`, or fail; returns what was done, a line."""
+    """Fill all of any timm model but its classifier from `init`, or fail; returns a line about it."""
     init, arch, first = config["init"], config["arch"], prefixes(model, "first_conv")
     if init == "random":
         return "random initialisation"
@@ -1010,36 +1028,33 @@ def load_backbone(model, config):
     head = {name: x for name, x in model.state_dict().items()
             if name.startswith(prefixes(model, "classifier")) or name.endswith("num_batches_tracked")}
     wanted = {name: x.shape for name, x in model.state_dict().items() if name not in head}
-    state, prefix = timm_names(named, sorted(wanted, key=lambda name: not name.startswith("fc_norm")))
-    if "layers.0.downsample.reduction.weight" in state:                     # Swin's release: a stage earlier
-        state = {re.sub(r"(?<=^layers\.)\d(?=\.downsample)", lambda stage: str(int(stage[0]) + 1), name): x
-                 for name, x in state.items()}
+    given, prefix = timm_names(named, sorted(wanted, key=lambda name: not name.startswith("fc_norm")))
+    if "layers.0.downsample.reduction.weight" in given:                     # Swin's release: a stage earlier
+        given = {re.sub(r"(?<=^layers\.)\d(?=\.downsample)", lambda stage: str(int(stage[0]) + 1), name): x
+                 for name, x in given.items()}
     rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if rename and wanted.keys() - state.keys() and not any("pos" in name for name in wanted):
-        with or_fail(f"rename the tensors of {init} for {arch}"):       # positions it resamples its own way
-            state = rename(content, model)
-    borrowed = {name: re.sub(old, new, name) for name in wanted.keys() - state.keys()
-                for old, new in STAND_INS.items() if re.sub(old, new, name) in state}
-    state |= {name: state[other] for name, other in borrowed.items()}
-    loaded, notes = {}, [f"{len(wanted)} tensors of {init} ({prefix}*)"]
-    for name in [name for name in wanted if name in state]:
-        x, shape = state[name].detach().float(), wanted[name]
-        if name.startswith(first) and x.shape[1:2] != shape[1:2]:
+    if rename and wanted.keys() - given.keys() and not any("pos" in name for name in wanted):
+        with or_fail(f"rename the tensors of {init} for {arch}"):       # it would resample positions
+            given = rename(content, model)
+    stand_ins = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()
+                 for old, new in STAND_INS.items() if re.sub(old, new, name) in given}
+    found = {name: given[other] for name, other in stand_ins.items()}
+    given = {name: x for name, x in given.items() if name not in stand_ins.values()} | found
+    loaded = {}
+    for name in [name for name in wanted if name in given]:
+        x, shape = given[name].detach().float(), wanted[name]
+        if name.startswith(first) and x.ndim == 4:
             x = fit_channels(x, shape[1], config["channel_adapt"])
         if name.endswith(("pos_embed", "bias_table")) and x.shape != shape and x.ndim in (2, 3):
             x = fit_positions(x, shape)
-        if x.shape != state[name].shape:
-            notes.append(f"{name} {tuple(state[name].shape)} made {tuple(x.shape)}")
         loaded[name] = x
-    others = [name for name in state if name not in wanted and name not in borrowed.values()]
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
-        misplaced = {name: 0 for name in others if re.search("gamma|bias_table", name)}     # layer scale
-        model.load_state_dict(head | loaded | misplaced)                    # refuses these and what is absent
+        unused = {name: x for name, x in given.items() if re.search("gamma|bias_table", name)}
+        model.load_state_dict(unused | head | loaded)   # refuses absent tensors, scales and biases it has not
     config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
-    notes += [f"left out {', '.join(others[:3])}{' ...' * (len(others) > 3)}"] if others else []
     heads = next((module.num_heads for module in model.modules() if hasattr(module, "num_heads")), None)
-    heads = config["model_args"].get("num_heads", heads)
-    return "; ".join(notes + mismatches(content, prefix, config, heads))
+    heads = config["model_args"].get("num_heads", heads)                    # Swin's differ by stage
+    return loading_note(content, prefix, given, loaded, config, heads)
 # --- end copy: load backbone ---
 
 
@@ -1048,8 +1063,8 @@ def load_backbone(model, config):
 def forward_all(forward, images, n_images, n_outputs, batch, rank, world_size):
     """Outputs of all images, float32 [n_images, n_outputs], on the CPU of every process.
 
-    Batch b is done by process b mod world_size: an image stands in the same batch with any number of
-    processes, counts once, and gets the same bits. forward: images of a batch -> [B, n_outputs].
+    Batch b is computed by process b mod world_size: the batches, and so all bits of the outputs, are the same
+    with any number of processes. forward: images of a batch -> [B, n_outputs].
     """
     outputs = torch.zeros(n_images, n_outputs)
     for begin in range(rank * batch, n_images, world_size * batch):
@@ -1075,7 +1090,7 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    Refused is a last.pt of another row, start or data: the config gets the hashes of manifests and pack.json.
+    A last.pt of another config is refused. Manifests and pack.json count: their hashes go into the config.
     """
     inputs = [*map(Path, manifests), *(Path(manifest).with_name("pack.json") for manifest in manifests)]
     config["data"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in inputs if file.is_file()]
@@ -1083,20 +1098,19 @@ def open_run(out, manifests, config, parts, resume, rank):
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
             Path(out).mkdir(parents=True, exist_ok=True)
-            open_run.lock = None                                            # of the run before: another seed
-            open_run.lock = open(Path(out, ".lock"), "w")                   # goes with the process
+            open_run.lock = open(Path(out, ".lock"), "w")                   # ends with the process
             try:
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 fail(f"{out} is in use by another run; wait for it or choose another --out")
-            except OSError:                                                 # a file system without locks
-                print(f"warning: {out} cannot be locked; start no second run in it", file=sys.stderr)
+            except OSError:
+                pass                                                        # a file system without locks
     if resume == "never" or not last.is_file():
         if rank == 0:
-            for file in (last, log, Path(out, "backbone.pt")):              # first what is gone on from
+            for file in (last, log, Path(out, "backbone.pt")):              # first what a resume would read
                 file.unlink(missing_ok=True)
         return 0
-    with or_fail(f"go on from {last} (--resume never starts anew, another --out keeps both)"):
+    with or_fail(f"resume from {last} (--resume never begins a new run, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)
         for key, value in state["config"].items():
             if config.get(key) != value:
@@ -1104,9 +1118,9 @@ def open_run(out, manifests, config, parts, resume, rank):
         for name, part in parts.items():
             if isinstance(part, torch.Tensor):
                 part.copy_(state[name])
-            elif state[name]:                                               # empty: a scaler not needed there
+            else:
                 part.load_state_dict(state[name])
-        if rank == 0 and log.is_file():                                     # later lines come again
+        if rank == 0 and log.is_file():                                     # later lines will come again
             lines = [line for line in log.read_text().splitlines(True)
                      if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
             write_atomic(log, lambda file: file.write("".join(lines).encode()))
@@ -1114,16 +1128,15 @@ def open_run(out, manifests, config, parts, resume, rank):
 
 
 def save_run(out, step, config, parts, weights=None, **values):
-    """Write last.pt, and before it `weights` as backbone.pt; what is not finite ends the run instead."""
+    """Write last.pt and, if given, `weights` as backbone.pt; NaN in the state ends the run instead."""
     values.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
-    state = {}
-    for name, part in parts.items():
-        state[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
+    state = {name: part if isinstance(part, torch.Tensor) else part.state_dict()
+             for name, part in parts.items()}
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
         card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
-        weights = {"model": {name: value.cpu() for name, value in weights.items()}}
-        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**weights, **card, **values}, file))
+        card["model"] = {name: value.cpu() for name, value in weights.items()}
+        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**card, **values}, file))
     write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
 # --- end copy: run folder ---
 
@@ -1137,13 +1150,12 @@ def stop_if_nan(values, step, out):
 
 
 def log_line(out, rank, left, **values):
-    """A line of log.jsonl, and for people with the `left` seconds."""
+    """A line of log.jsonl, and one for people that ends with the `left` seconds."""
     stop_if_nan([values["loss"]], values["step"], out)
     if rank == 0:
-        left = int(left)
         for name, value in values.items():
             print(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}", end="  ")
-        print(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
+        print(f"eta {timedelta(seconds=int(left))}", flush=True)
         with or_fail(f"write {out}/log.jsonl"), open(f"{out}/log.jsonl", "a") as log:
             log.write(json.dumps({**values, "time": time.time()}) + "\n")
 # --- end copy: log ---

@@ -1,7 +1,8 @@
 """DINO: self-distillation with no labels (Caron et al., arXiv:2104.14294).
 
-A student sees ten crops of an image, its teacher (the student's moving average) the two large ones; from each
-crop the student predicts the teacher's output for another one, a distribution over 65,536 dimensions.
+A student sees ten crops of an image, its teacher (the student's moving average) the two large ones. From each
+crop the student predicts the teacher's output for another crop, a softmax over 65,536 dimensions: the loss is
+the cross-entropy between the two (dino_loss).
 
     torchrun --nproc_per_node=4 pretrain/dino.py --exp 4.1.1-100k     one row of experiments.yaml on 4 GPUs
     python pretrain/dino.py --manifest my/manifest.csv --out my/run   your own images, one process
@@ -9,7 +10,7 @@ crop the student predicts the teacher's output for another one, a distribution o
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (the teacher's, for timm), last.pt (to resume), log.jsonl, attention_<epoch>.png.
-The same command goes on where a run was killed; SIGTERM saves and exits with code 75.
+The same command resumes a run that was killed; SIGTERM saves and exits with code 75.
 """
 
 import argparse
@@ -28,33 +29,34 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
-    strategy="dino",                # what this script does; a row of another strategy is refused
-    arch="vit_small_patch16_224",   # any timm vision transformer with a CLS token
+    strategy="dino",                # the method of this script; a row of another strategy is refused
+    arch="vit_small_patch16_224",   # any timm vision transformer with a class token
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
-    in_chans=1,                     # 1 | 3; grey images are repeated to 3
+    in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # pixels of a global crop; a local one is 96 / 224 of it, in whole patches
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: 0.485, RGB ImageNet's
-    std=None,                       # likewise; none: 0.229, RGB ImageNet's
+    mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # which weights of the file, as in student; none: the averaged ones
+    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
-    dataset="mimic_cxr",            # folder below --data with the packed images
-    samples=0,                      # the first so many images of the split; 0: all
+    dataset="mimic_cxr",            # folder below --data with manifest.csv and images.npy
+    samples=0,                      # use only this many images, the first of the split; 0: all
     epochs=300,                     # passes over the images
-    warmup_epochs=10,               # of the learning rate, linear from 0
-    batch=256,                      # images an optimiser step, over all processes together
+    warmup_epochs=10,               # epochs of linear warm-up of the learning rate from 0
+    batch=256,                      # images per optimiser step, all processes together
     lr=1e-4,                        # peak for a batch of 256, scaled by batch / 256
-    min_lr=1e-6,                    # end of the cosine, scaled alike
+    min_lr=1e-6,                    # learning rate at the end of the cosine, scaled likewise
     wd=0.04,                        # weight decay at the start
-    wd_end=0.4,                     # and by a cosine at the end
+    wd_end=0.4,                     # weight decay at the end, by a cosine
     clip=3.0,                       # largest gradient norm of each parameter tensor
     drop_path=0.1,                  # stochastic depth of the student's last block, linear from 0
-    seed=0,                         # of everything random
+    seed=0,                         # of all random numbers
     variant="corrected",            # corrected | paper; positions of local crops by size, by a scale factor
     global_crop_scale=[0.4, 1.0],   # area of the two global crops
     local_crop_scale=[0.05, 0.4],   # area of the local crops
@@ -71,22 +73,22 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     centre_momentum=0.9,            # of the mean teacher output
     ema=0.996,                      # momentum of the teacher, by a cosine to 1
 )
-FLAGS = dict(                       # of the command line alone
-    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults below
+FLAGS = dict(                       # of the command line only, not of a row
+    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults
     experiments="",                 # file of the rows; none: the experiments.yaml above this script
-    miniature=False,                # lay the block `miniature` of that file over the row
+    miniature=False,                # override the row by the block `miniature` of that file
     data="data",                    # folder of the packed datasets
     manifest="",                    # manifest.csv of the images; none: <data>/<dataset>/manifest.csv
     split="pretrain",               # splits to use, comma-separated, or all
     out="",                         # run folder; none: runs/<exp>/pretrain or runs/<strategy>
     device="",                      # cpu | cuda; default cuda where there is one
-    steps=0,                        # stop after so many steps of the schedule; 0: all
-    resume="auto",                  # auto | never; go on from last.pt or start anew
-    micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
-    save_minutes=10.0,              # last.pt every so many minutes
-    compile=False,                  # torch.compile the blocks of the network, a minute or two at first
-    picture_epochs=10,              # a picture every so many epochs; 0: at the end alone
+    steps=0,                        # stop after this many steps of the schedule; 0: all steps
+    resume="auto",                  # auto | never; auto: resume from last.pt if there is one
+    micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
+    log_steps=50,                   # steps between two lines of the log; 0: only one at the end
+    save_minutes=10.0,              # minutes between two writes of last.pt
+    compile=False,                  # torch.compile the blocks of the network; the first step takes minutes
+    picture_epochs=10,              # epochs between two pictures; 0: only one at the end
 )
 
 # --- begin copy: error ---
@@ -100,29 +102,27 @@ def fail(message):
 # --- begin copy: flags ---
 @contextlib.contextmanager
 def or_fail(doing):
-    """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
     try:
         yield
     except Exception as problem:
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                                          # torch.load, at length
+        if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
-            text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
+            text = f"{what or 'its content'} is not a tensor; torch.save only the state_dict"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 
 
 def typed(default):
-    """The type of a flag for argparse: that of its default, numbers from 0 on; lists and dicts are YAML."""
+    """A type for argparse from a flag's default value: numbers are not negative, the rest is read as YAML."""
     kind = type(default)
 
     def read(text):
         try:
             value = kind(text) if kind in (str, float) else yaml.safe_load(text)
         except yaml.YAMLError as problem:
-            raise ValueError from problem                                   # which argparse knows
-        negative = isinstance(value, (int, float)) and value < 0
-        short = kind is list and len(value) != len(default)
-        if negative or short or default is not None and type(value) is not kind:
+            raise ValueError from problem                                   # argparse expects it
+        if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
         return value
     read.__name__ = kind.__name__
@@ -187,16 +187,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import distributed as dist, nn
+from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 
 class DINO(nn.Module):
-    """Student or teacher: a timm vision transformer and the head on its CLS token."""
+    """Student or teacher: a timm vision transformer and the head on its class token.
+
+    The model needs `cls_token`, `pos_embed` of the class token and a square of patches, `patch_embed`,
+    `norm_pre`, `blocks`, `norm` and `embed_dim`.
+    """
 
     def __init__(self, backbone, out_dim=65536, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True,
                  by_scale=False):
         super().__init__()
         if backbone.pos_embed.shape[1] != 1 + backbone.patch_embed.num_patches:
-            raise ValueError("its positions are not those of the patches and a CLS token")
+            raise ValueError("its positions are not those of the patches and a class token")
         backbone.patch_embed.strict_img_size = False                        # local crops are smaller
         self.backbone, self.by_scale = backbone, by_scale
         self.drop_paths = replace_drop_path(backbone)
@@ -221,7 +226,7 @@ class DINO(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """Three linear layers, unit length, then a linear layer whose rows have a length of their own (1)."""
+    """Three linear layers, normalised to unit length, then a weight-normalised linear layer without bias."""
 
     def __init__(self, in_dim, out_dim, hidden_dim, bottleneck_dim, norm_last_layer):
         super().__init__()
@@ -243,16 +248,16 @@ class DINOHead(nn.Module):
 
 
 def embed(vit, x, by_scale=False):
-    """Square images [B, C, s, s] of any number of patches -> CLS and patch tokens with their positions."""
+    """Square images [B, C, s, s] of any number of patches -> class and patch tokens with positions."""
     patches = vit.patch_embed(x)                                            # [B, N, D]
     tokens = torch.cat([vit.cls_token.expand(len(x), -1, -1), patches], 1)
     return vit.norm_pre(tokens + fit_to_grid(vit.pos_embed, math.isqrt(patches.shape[1]), by_scale))
 
 
 def fit_to_grid(pos_embed, side, by_scale=False):
-    """Position embeddings [1, 1 + h * h, D] on a grid side x side, bicubic; the CLS token's is untouched.
+    """Position embeddings [1, 1 + h * h, D] on a grid side x side, bicubic; the class token's is untouched.
 
-    by_scale: as DINO's released code does, whose scale factor (side + 0.1) / h samples other points.
+    by_scale: as DINO's released code does, whose scale factor (side + 0.1) / h samples slightly other points.
     """
     h = math.isqrt(pos_embed.shape[1] - 1)
     if side == h:
@@ -289,7 +294,7 @@ def teacher_temperature(config, epoch):
 # --- begin copy: teacher ---
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
-    """teacher <- momentum * teacher + (1 - momentum) * student, every parameter; buffers stay its own."""
+    """teacher <- momentum * teacher + (1 - momentum) * student, every parameter, no buffer."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
@@ -325,19 +330,19 @@ def make_crops(images, uniforms, local_size, config):
 
 @torch.no_grad()
 def cls_attention(vit, x):
-    """Attention of the CLS token to the patches in the last block: x [B, C, S, S] -> [B, heads, h, w]."""
+    """Attention of the class token to the patches in the last block: x [B, C, S, S] -> [B, heads, h, w]."""
     attention, seen = vit.blocks[-1].attn, []
     hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    fused, attention.fused_attn = attention.fused_attn, False               # the fused kernel shows none
-    with torch.compiler.set_stance("force_eager"):                          # nor does a compiled one
+    fused, attention.fused_attn = attention.fused_attn, False               # which computes no attention map
+    with torch.compiler.set_stance("force_eager"):                          # hooks see no compiled blocks
         vit(x)
     attention.fused_attn = fused
     hook.remove()
-    return seen[0][:, :, 0, 1:].unflatten(2, vit.patch_embed.grid_size)     # row of CLS, columns of patches
+    return seen[0][:, :, 0, 1:].unflatten(2, vit.patch_embed.grid_size)     # its row, patches' columns
 
 
 def attention_picture(vit, images, config, path):
-    """A row an image: the image, then a map a head of the last block, white where its CLS token looks most.
+    """A row per image: the image and a map per head of the last block, white where the class token attends.
 
     Args: images uint8 [B, C, H, W] or a list of [C, H, W].
     """
@@ -346,17 +351,21 @@ def attention_picture(vit, images, config, path):
     whole = random_resized_crop(images, middle, (1.0, 1.0), size)           # the middle, not mirrored
     maps = cls_attention(vit, normalise(whole, config))
     maps = F.interpolate(maps / maps.amax((2, 3), keepdim=True), size=(size, size)) * 255
-    columns = torch.cat([luminance(whole), maps], 1)                        # [B, 1 + heads, S, S]
+    columns = torch.cat([rgb_to_grayscale(whole), maps], 1)                 # [B, 1 + heads, S, S]
     pixels = columns.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).round().byte()
     image = Image.fromarray(pixels.cpu().numpy())
     write_atomic(path, lambda file: image.save(file, format="png"))
 
 
+# collapse shows as an entropy near log(out_dim), or a batch_entropy or feature_std near 0
+LOGGED = "loss", "entropy", "batch_entropy", "feature_std"
+
+
 def train(config, args, rank, world_size, device):
-    """Pre-train. What is random in a step depends on (seed, step) alone: a resumed run is the same run."""
+    """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
     torch.manual_seed(config["seed"])
     backbone = make_model(config, 0, config["drop_path"])
-    with or_fail(f"use {config['arch']}, which has to be a vision transformer with a CLS token"):
+    with or_fail(f"use {config['arch']}, which has to be a vision transformer with a class token"):
         student = DINO(backbone, config["out_dim"], config["hidden_dim"], config["bottleneck_dim"],
                        config["norm_last_layer"], by_scale=config["variant"] == "paper")
     note = load_backbone(backbone, config)
@@ -364,14 +373,13 @@ def train(config, args, rank, world_size, device):
     teacher = copy.deepcopy(student).requires_grad_(False).eval()           # no stochastic depth
     if args.compile:
         for block in [*backbone.blocks, *teacher.backbone.blocks]:
-            block.compile()                                                 # one compilation serves them all
+            block.compile()                                                 # compiled once for all blocks
     centre = torch.zeros(config["out_dim"], device=device)                  # mean teacher output
-    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # rate and decay: set every step
+    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # rates: set in each step
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(5, device=device)                                   # sums of the logged terms, steps
     state = dict(student=student, teacher=teacher, centre=centre, optimizer=optimizer, scaler=scaler,
                  meter=meter)
-
     rows = read_manifest(args.manifest, args.split, config["samples"])
     images = open_images(args.manifest, rows, config["in_chans"], device)
     n_images, batch = len(rows["row"]), config["batch"]
@@ -387,7 +395,7 @@ def train(config, args, rank, world_size, device):
         print(f"{note}; {sum(p.numel() for p in student.parameters()):,} parameters; {n_images:,} images; "
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
-            print(f"warning: the warm-up is no shorter than the {config['epochs']} epochs", file=sys.stderr)
+            print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
     net = student
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
@@ -402,8 +410,9 @@ def train(config, args, rank, world_size, device):
         epoch, number = divmod(step, steps_an_epoch)
         lr = cosine(step, n_steps, config["lr"], config["min_lr"], n_warm) * batch / 256
         wd = cosine(step, n_steps, config["wd"], config["wd_end"])
-        optimizer.param_groups[0].update(lr=lr, weight_decay=wd)
-        optimizer.param_groups[1].update(lr=lr, weight_decay=0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.param_groups[0]["weight_decay"] = wd
         teacher_temp = teacher_temperature(config, epoch)
 
         if number == 0 or step == first_step:
@@ -413,17 +422,16 @@ def train(config, args, rank, world_size, device):
         draws = torch.rand(n_crops, batch, N_VIEW + n_drop_paths, generator=generator)[:, local]
         uniforms, depth = draws.to(device, non_blocking=True).split([N_VIEW, n_drop_paths], 2)
         crops = make_crops(chosen, uniforms, local_size, config)
-        torch.manual_seed(generator.initial_seed())                         # of dropout in model_args
+        torch.manual_seed(generator.initial_seed())                         # for dropout, if any
 
-        sums = torch.zeros(2 + 2 * len(centre), device=device)
-        features = []
+        sums, features = torch.zeros(2 + 2 * len(centre), device=device), []
         optimizer.zero_grad()
         for begin in range(0, local_batch, micro):
             part = [views[:, begin:begin + micro] for views in crops]
-            more = world_size > 1 and begin + micro < local_batch
+            net.require_backward_grad_sync = begin + micro >= local_batch   # DDP: only after the last pass
             with torch.no_grad(), amp:
                 teacher_logits, teacher_features = teacher(part[:1])
-            with net.no_sync() if more else contextlib.nullcontext(), amp:
+            with amp:
                 logits, _ = net(part, depth[:, begin:begin + micro])
             targets = teacher_targets(teacher_logits, centre, teacher_temp)
             loss = dino_loss(logits, targets, config["student_temp"])
@@ -436,13 +444,12 @@ def train(config, args, rank, world_size, device):
         scaler.unscale_(optimizer)
         clip_each(student.parameters(), config["clip"])
         if epoch < config["freeze_last_layer"]:
-            student.head.last_layer.zero_grad()                             # none: neither moved nor decayed
+            student.head.last_layer.zero_grad()                             # to None: AdamW skips it
         scaler.step(optimizer)
         scaler.update()
         update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
         terms, mean_target, mean_logits = sum_over_processes(sums).split([2, len(centre), len(centre)])
         centre.lerp_(mean_logits, 1 - config["centre_momentum"])
-        # collapse shows as an entropy near log(out_dim), or a batch_entropy or feature_std near 0
         batch_entropy = torch.special.entr(mean_target).sum()
         spread = feature_std(torch.cat(features))
         meter += torch.cat([terms, torch.stack([batch_entropy, spread, torch.ones_like(spread)])])
@@ -450,10 +457,9 @@ def train(config, args, rank, world_size, device):
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
             rate = (done - first_step) * batch / (time.monotonic() - started)
-            loss, entropy, batch_entropy, spread = (meter[:4] / meter[4]).tolist()
-            log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1, loss=loss,
-                     entropy=entropy, batch_entropy=batch_entropy, feature_std=spread, lr=lr, wd=wd,
-                     teacher_temp=teacher_temp, img_per_s=round(rate, 1))
+            terms = dict(zip(LOGGED, (meter[:4] / meter[4]).tolist()))
+            log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1, **terms,
+                     lr=lr, wd=wd, teacher_temp=teacher_temp, img_per_s=round(rate, 1))
             meter.zero_()
         picture_steps = args.picture_epochs * steps_an_epoch
         if rank == 0 and (done == last_step or picture_steps and done % picture_steps == 0):
@@ -469,7 +475,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # a resumed run has to agree in it
+    config = {**fill_defaults(config), "split": args.split}                 # part of what a resume compares
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -477,7 +483,7 @@ def main():
         train(config, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
+        fail(f"GPU memory is too small for {micro} images per pass; try --micro-batch {max(1, micro // 2)} "
              "or a smaller --batch")
     finally:
         end_processes()
@@ -495,13 +501,13 @@ def init_processes(device):
             torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
-    # a kernel of one channel has strides of its own, at which DDP wonders
+    # DDP warns about the strides of a kernel of one channel, harmlessly
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart by torchrun --max-restarts the store still holds the addresses of before
+        # after a restart (torchrun --max-restarts) the store still holds the old addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"         # to agree, no GPU waits
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size, device
 
@@ -514,7 +520,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function, alike in all processes: has one of them got SIGTERM, or has their torchrun been killed?"""
+    """A function, to call in all processes: has any of them got SIGTERM or lost its torchrun? -> bool"""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -526,7 +532,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
+        sum_over_processes(torch.zeros(1))      # wait for the one that saves: an exit code 75 ends them all
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
@@ -548,7 +554,8 @@ def mixed_precision(device):
 def read_manifest(manifest, split, samples=0):
     """The first `samples` rows of some splits (names with commas, or all) of a manifest.csv: {column: texts}.
 
-    "row" holds their numbers from 0, which are those of images.npy, "n_rows" how many the file has.
+    Two more entries: "row", their numbers from 0, which are those of images.npy, int64 [N]; "n_rows", the
+    number of rows in the file.
     """
     with or_fail(f"read {manifest}, the --manifest that data_prep/pack.py makes"):
         with open(manifest, newline="", encoding="utf-8-sig") as file:
@@ -557,13 +564,14 @@ def read_manifest(manifest, split, samples=0):
             if len(row) != len(header):
                 raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
         if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
-            raise ValueError(f"columns need names that differ, one path, none row, not {', '.join(header)}")
-        splits = [row[header.index("split")] if "split" in header else split for row in rows]
+            raise ValueError(f"columns need different names, one of them path, not {', '.join(header)}")
+        columns = dict(zip(header, zip(*rows)))
+        splits = columns.get("split", [split] * len(rows))
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted(set(splits)))}")
+            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted({*splits}))}")
     kept = kept[:samples or None]
-    columns = {name: [rows[number][place] for number in kept] for place, name in enumerate(header)}
+    columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
 # --- end copy: manifest ---
 
@@ -572,8 +580,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, in GPU memory where the rows fit, else mapped. Without it
-    8-bit PNG and JPEG files named in `path` are decoded by threads; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
+    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():
@@ -584,13 +592,12 @@ def open_images(manifest, rows, in_chans, device):
         def read(place):
             path = root / rows["path"][place]
             try:
-                with Image.open(path) as image:
-                    if image.format not in ("PNG", "JPEG") or image.mode[0] in "IF":
-                        raise ValueError(f"it is {image.format} {image.mode}")
-                    pixels = np.array(image.convert(mode))
+                image = Image.open(path, formats=["PNG", "JPEG"])
+                if image.mode[0] in "IF":
+                    raise ValueError(f"its mode is {image.mode}")
+                return pil_to_tensor(image.convert(mode)).to(device)
             except Exception as problem:
                 raise ValueError(f"{path}: {problem}") from problem
-            return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1).to(device)
 
         def read_all(places):
             with or_fail("read an 8-bit PNG or JPEG (data_prep/pack.py packs others)"):
@@ -606,8 +613,8 @@ def open_images(manifest, rows, in_chans, device):
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
-    rows_at = lambda places: numbers[places].to(packed.device, non_blocking=True)
-    return lambda places: packed[rows_at(places)].to(device, non_blocking=True)
+    rows_of = lambda places: numbers[places].to(packed.device, non_blocking=True)
+    return lambda places: packed[rows_of(places)].to(device, non_blocking=True)
 
 
 def step_generator(*numbers, device="cpu"):
@@ -622,42 +629,43 @@ N_CROP = 23     # uniforms of a random resized crop: 10 areas, 10 aspect ratios,
 
 
 def crop_boxes(u, height, width, scale):
-    """Boxes of a random resized crop: of ten tries the first that fits, else the first one cut to the image.
+    """Boxes of a random resized crop: the first of ten tries that fits, else the first try cut to the image.
 
-    u uniform [B, >= 22]; scale: range of the area as fractions -> (top, height), (left, width), each [B],
-    pixels. torchvision takes a central box after ten tries in vain.
+    Args: u uniform [B, >= 22]; scale: least and largest area as fractions.
+    Returns: (top, height) and (left, width), each [B], in pixels. torchvision differs after ten tries that do
+    not fit: it takes a central box.
     """
     area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
-    aspect = (4 / 3) ** (1 - 2 * u[:, 10:20])                               # log-uniform in 3/4..4/3
-    tall = (area * aspect).sqrt().round().clamp_min(1)
-    wide = (area / aspect).sqrt().round().clamp_min(1)
-    first = ((tall <= height) & (wide <= width)).int().argmax(1, keepdim=True)
-    tall, wide = tall.gather(1, first)[:, 0].clamp_max(height), wide.gather(1, first)[:, 0].clamp_max(width)
-    top, left = ((height - tall + 1) * u[:, 20]).floor(), ((width - wide + 1) * u[:, 21]).floor()
-    return (top, tall), (left, wide)
+    ratio = (4 / 3) ** (1 - 2 * u[:, 10:20])                                # height / width, 3/4 to 4/3
+    heights, widths = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    first = ((heights <= height) & (widths <= width)).int().argmax(1, keepdim=True)
+    box = []
+    for tries, side, place in zip((heights, widths), (height, width), u[:, 20:22].T):
+        length = tries.gather(1, first)[:, 0].clamp(1, side)
+        box.append((((side - length + 1) * place).floor(), length))
+    return box
 
 
 def resample_matrix(begin, length, in_size, out_size, cubic):
     """Pillow's antialiased resampling of [begin, begin + length), both [B], as a matrix [B, out, in]."""
     begin, length = begin[:, None, None], length[:, None, None]
     scale = length / out_size                                               # source pixels a target pixel
-    reach = scale.clamp_min(1)
-    target = torch.arange(out_size, device=begin.device)[:, None] + 0.5
-    centre = begin + scale * target
-    n_taps = math.ceil(4 * max(1, in_size / out_size)) + 1
-    taps = (centre - 2 * reach).floor() + torch.arange(n_taps, device=begin.device)
-    t = ((taps + 0.5 - centre) / reach).abs().clamp_max(2)
-    cube = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
-    weights = (cube if cubic else (1 - t).clamp_min(0)) * ((taps >= begin) & (taps < begin + length))
-    matrix = torch.zeros(len(begin), out_size, in_size, device=begin.device)
-    matrix.scatter_add_(2, taps.long().clamp(0, in_size - 1), weights)
-    return matrix / matrix.sum(2, keepdim=True)
+    pixels = torch.arange(in_size, device=begin.device)
+    targets = torch.arange(out_size, device=begin.device)[:, None]
+    distance = pixels + 0.5 - begin - scale * (targets + 0.5)
+    t = (distance / scale.clamp_min(1)).abs().clamp_max(2)                  # [B, out, in]
+    weights = (1 - t).clamp_min(0)
+    if cubic:
+        weights = (1 - t) * (2 - t) ** 2 / 2 + weights ** 2 * (2 * t - 1)   # Keys' kernel with a = -0.5
+    weights = weights * ((pixels >= begin) & (pixels < begin + length))
+    return weights / weights.sum(2, keepdim=True)
 
 
 def random_resized_crop(images, u, scale, size, cubic=True):
-    """Cut, stretch to size x size and mirror each image, as torchvision does, by a matrix an axis.
+    """Cut, resize to size x size and mirror each image as torchvision does, by one matrix per axis.
 
-    images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, N_CROP] -> float [B, C, S, S], 0-255.
+    Args: images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, >= N_CROP]; scale: see crop_boxes.
+    Returns: float [B, C, size, size], 0-255.
     """
     if isinstance(images, list):
         return torch.cat([random_resized_crop(image[None], row[None], scale, size, cubic)
@@ -672,41 +680,42 @@ def random_resized_crop(images, u, scale, size, cubic=True):
 
 
 # --- begin copy: colour and blur ---
-N_COLOUR = 7    # uniforms: apply jitter, 4 strengths, apply blur, its width
+N_COLOUR = 7    # uniforms: jitter or not, its 4 strengths, blur or not, its width
 
 
 def shift_hue(rgb, turn):
-    """Turn the hue of RGB images [B, 3, H, W] in 0..1 by `turn` [B, 1, 1] of a full circle (HSV)."""
-    value, chroma = rgb.amax(1), rgb.amax(1) - rgb.amin(1)
-    r, g, b = rgb.unbind(1)
+    """Turn the hue of RGB images [B, 3, H, W] in 0..1 by `turn` [B, 1, 1, 1] of a full circle (HSV)."""
+    r, g, b = rgb.split(1, 1)
+    value = rgb.amax(1, keepdim=True)
+    chroma = value - rgb.amin(1, keepdim=True)
     safe = chroma.clamp_min(1e-8)
     sixth = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
     sixth = torch.where(value == r, (g - b) / safe, sixth)
-    k = (5 - 2 * torch.arange(3, device=rgb.device).view(1, 3, 1, 1) + (sixth + 6 * turn)[:, None]) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = (5 - 2 * torch.arange(3, device=rgb.device).view(1, 3, 1, 1) + sixth + 6 * turn) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def colour_jitter(x, u, strength, p):
     """Brightness, contrast, saturation, hue, in this order, of a share p of the images; the others stay.
 
-    x float [B, C, H, W], 0-255; u uniform [B, >= 5]; strength: of the four. Grey has no colour to change.
+    Args: x float [B, 1 or 3, H, W], 0-255; u uniform [B, >= 5]; strength: the four largest changes.
     """
-    amount = (2 * u[:, 1:5] - 1) * (u[:, :1] < p)                           # U(-1, 1), or 0
-    amounts = amount.T.reshape(4, -1, 1, 1, 1).unbind()
-    brightness, contrast, saturation, hue = (most * share for most, share in zip(strength, amounts))
+    amounts = (2 * u[:, 1:5] - 1) * (u[:, :1] < p)                          # in -1..1, or 0
+    brightness, contrast, saturation, hue = (
+        largest * amount.view(-1, 1, 1, 1) for largest, amount in zip(strength, amounts.T))
     x = (x * (1 + brightness)).clamp_(0, 255)
-    x = torch.lerp(luminance(x).mean((2, 3), keepdim=True), x, 1 + contrast).clamp_(0, 255)
+    x = torch.lerp(rgb_to_grayscale(x).mean((2, 3), keepdim=True), x, 1 + contrast).clamp_(0, 255)
     if x.shape[1] == 1:
-        return x
-    x = torch.lerp(luminance(x), x, 1 + saturation).clamp_(0, 255)
-    return shift_hue(x / 255, hue[:, 0]) * 255
+        return x                                                            # grey has no colour to change
+    x = torch.lerp(rgb_to_grayscale(x), x, 1 + saturation).clamp_(0, 255)
+    return shift_hue(x / 255, hue) * 255
 
 
 def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
-    """Blur a share p of the images x [B, C, S, S] with width U(sigma) pixels; u uniform [B, 2]."""
-    width = torch.where(u[:, 0] < p, sigma[0] + u[:, 1] * (sigma[1] - sigma[0]), 0.01)      # 0.01: none
-    place = torch.arange(x.shape[3], device=x.device)
-    distance = (place - place[:, None]) / width[:, None, None]
+    """Blur a share p of the images x [B, C, S, S] with sd U(sigma) pixels; u uniform [B, >= 2]."""
+    sd = torch.where(u[:, 0] < p, sigma[0] + u[:, 1] * (sigma[1] - sigma[0]), 0.01)     # 0.01: no blur
+    pixels = torch.arange(x.shape[3], device=x.device)
+    distance = (pixels - pixels[:, None]) / sd[:, None, None]
     weights = torch.exp((-0.5 * distance ** 2).clamp_min(-80))[:, None]     # denormal numbers are slow
     matrix = weights / weights.sum(-1, keepdim=True)
     return matrix @ x @ matrix.mT
@@ -715,29 +724,22 @@ def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
 
 # --- begin copy: normalise ---
 def fill_defaults(config):
-    """The config with one mean and deviation a channel; an image size among model_args counts."""
+    """The config with one mean and sd a channel; an image size among model_args replaces img_size."""
     n, size = config["in_chans"], config["model_args"].get("img_size", config["img_size"])
     config = {**config, "img_size": size}
-    for key, imagenet in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
+    imagenet = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
+    for key, default in imagenet.items():
         with or_fail(f"use {key} {config[key]}, one number or {n}"):
-            config[key] = np.broadcast_to(config[key] or imagenet[:n], n).astype(float).tolist()
+            config[key] = np.broadcast_to(config[key] or default[:n], n).astype(float).tolist()
     return config
-
-
-def luminance(x):
-    """Grey value [B, 1, H, W] of images [B, 1 or 3, H, W]."""
-    if x.shape[1] == 1:
-        return x
-    red, green, blue = x.split(1, 1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def normalise(x, config):
     """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey is repeated."""
     stats = torch.tensor([config["mean"], config["std"]]).to(x.device, non_blocking=True)
     mean, std = stats[..., None, None]
-    x = luminance(x) if config["in_chans"] == 1 else x
-    return torch.addcmul(-mean / std, x, 1 / (255 * std))                   # in one pass
+    x = rgb_to_grayscale(x) if config["in_chans"] == 1 else x
+    return (x / 255 - mean) / std
 # --- end copy: normalise ---
 
 
@@ -753,7 +755,7 @@ def strong_view(images, u, scale, size, blur, solarise, config, cubic=True):
     """
     x = random_resized_crop(images, u[:, :N_CROP], scale, size, cubic)
     x = colour_jitter(x, u[:, N_CROP:], strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
-    x = torch.where(u[:, -2].view(-1, 1, 1, 1) < 0.2, luminance(x), x)
+    x = torch.where(u[:, -2].view(-1, 1, 1, 1) < 0.2, rgb_to_grayscale(x), x)
     x = gaussian_blur(x, u[:, N_CROP + 5:], blur)
     solarised = u[:, -1].view(-1, 1, 1, 1) < solarise
     return normalise(torch.where(solarised & (x >= 128), 255 - x, x), config)
@@ -763,23 +765,23 @@ def strong_view(images, u, scale, size, blur, solarise, config, cubic=True):
 # --- begin copy: model ---
 def make_model(config, num_classes, drop_path=0.0):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
-    arch, kwargs = config["arch"], dict(config["model_args"])
-    with or_fail(f"make {arch} with {kwargs}"):
-        if getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False):
-            kwargs.setdefault("img_size", config["img_size"])
+    arch = config["arch"]
+    with or_fail(f"make {arch} with {config['model_args']}"):
+        fixed = getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False)
+        size = {"img_size": config["img_size"]} if fixed else {}
         return timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
-                                 drop_path_rate=drop_path, **kwargs)
+                                 drop_path_rate=drop_path, **{**size, **config["model_args"]})
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382) that is told whom to skip: the same in any number of processes."""
+    """Stochastic depth (arXiv:1603.09382) from given draws: the same on any number of processes."""
 
     def forward(self, x):
         return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
 
 
 def replace_drop_path(model):
-    """Replace timm's DropPath in a model; returns the replacements."""
+    """Make timm's DropPath modules in a model ours; returns them."""
     modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
     for module in modules:
         module.__class__ = DropPath
@@ -803,17 +805,17 @@ RENAMED = {r"blocks\.\d+\.(\d+\.(norm|attn|ls|mlp))": r"blocks.\1",          # D
 
 
 def read_weights(init, arch):
-    """The checkpoint that `init` stands for, of any maker; timm's with the mean and deviation of its card."""
+    """The content of the checkpoint that `init` names; timm's with the mean and sd of its model card."""
     from collections import OrderedDict
     from safetensors.torch import load_file
     source, _, name = init.partition(":")
     name = name or arch
     file = Path(f"runs/{name}/pretrain/backbone.pt" if source == "exp" else init)
     if source in ("timm", "torchvision"):
-        files = [Path(f"weights/{name}.pth"), Path(f"weights/{name}.safetensors")]
-        file = next((file for file in files if file.is_file()), None)
+        folder = Path("weights")
+        file = [*folder.glob(f"{name}.pth"), *folder.glob(f"{name}.safetensors"), None][0]
     known = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]      # in files of DINO, MoCo, SimMIM
-    with or_fail(f"read {file or init} (plain tensors; without a network weights/{name}.pth)"):
+    with or_fail(f"read {file or init} (tensors; without a network connection weights/{name}.pth)"):
         if file is None and source == "timm":
             content = timm.create_model(name, pretrained=True).state_dict()
         elif file is None:
@@ -844,22 +846,23 @@ def flatten(content, path=""):
 def timm_names(state, wanted):
     """The tensors below the prefix where most wanted names are, under timm's names; and that prefix.
 
-    Of two networks alike: the average (DINO's teacher, an EMA), but not MoCo's momentum encoder.
+    Of two networks with as many of them the average is taken (DINO's teacher, an EMA), but not MoCo's
+    momentum encoder.
     """
     for old, new in RENAMED.items():
-        if not any(re.search(old, name) for name in wanted):                # as of MobileNetV4
+        if not any(re.search(old, name) for name in wanted):                # MobileNetV4 has such names
             state = {re.sub(old, new, name): value for name, value in state.items()}
     for name, q in list(state.items()):
-        if ".attention.query." in name:                                     # Hugging Face's three layers
+        if ".attention.query." in name:                                     # Hugging Face: three layers
             k, v = state[name.replace("query", "key")], state[name.replace("query", "value")]
             state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat([q, k, v])
         if name.endswith("q_bias"):                                         # SimMIM's ViT: keys have no bias
             v = state[name.replace("q_bias", "v_bias")]
             state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    last, preferred = list(wanted)[-1], re.compile("ema|teacher|base_encoder|encoder_q")
+    last, preferred = list(wanted)[-1], "ema|teacher|base_encoder|encoder_q"
     prefixes = [name.removesuffix(last) for name in state if name.endswith(last)]
-    found = lambda prefix: (sum(prefix + name in state for name in wanted), bool(preferred.search(prefix)))
-    best = max(prefixes, default="", key=found)
+    n_found = lambda prefix: sum(prefix + name in state for name in wanted)
+    best = max(prefixes, default="", key=lambda prefix: (n_found(prefix), bool(re.search(preferred, prefix))))
     return {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}, best
 
 
@@ -867,50 +870,50 @@ def fit_channels(kernel, in_chans, how):
     """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
     if kernel.shape[1] == in_chans:
         return kernel
-    if in_chans == 1:
-        return kernel.sum(1, keepdim=True) / (1 if how == "sum" else kernel.shape[1])
-    return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
+    divisors = {"average": kernel.shape[1], "duplicate_mean": in_chans}
+    return kernel.sum(1, keepdim=True).repeat(1, in_chans, 1, 1) / divisors.get(how, 1)
 
 
-def mismatches(content, prefix, config, n_heads):
-    """Where a checkpoint says of itself what the row does not: heads (MoCo-v3's ViT-S has 12), mean, sd."""
-    args = content.get("model_args")
-    heads = args.get("num_heads", n_heads) if isinstance(args, dict) else n_heads
-    theirs = {**content, "heads": 12 if "base_encoder" in prefix and n_heads else heads}
-    ours = {"heads": n_heads, "mean": config["mean"], "std": config["std"]}
-    return [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
-            for key, value in ours.items() if theirs.get(key, value) != value]
+def loading_note(content, prefix, given, loaded, config, n_heads):
+    """A line about an initialisation: tensors loaded, adapted and left out, differences from its checkpoint.
+
+    Args: content: the checkpoint; given {name: tensor}: those below the prefix; loaded: those that the model
+    has taken, adapted where need be; n_heads: of the model, as weights do not show them.
+    """
+    adapted = [name for name, x in loaded.items() if x.shape != given[name].shape]
+    left_out = [name for name in given if name not in loaded]
+    notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)",
+             f"{len(adapted)} adapted: {', '.join(adapted[:3])}",
+             f"{len(left_out)} left out: {', '.join(left_out[:3])}"]
+    theirs = {**content, **content.get("model_args", {})}
+    if "base_encoder" in prefix and n_heads:
+        theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
+    ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}
+    notes += [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
+              for key, value in ours.items() if theirs.get(key, value) != value]
+    return "; ".join(notes)
 # --- end copy: timm names ---
 
 
 # --- begin copy: load transformer ---
 def load_backbone(model, config):
-    """Fill all of a timm vision transformer but its head from `init`, or fail; returns a line about it."""
+    """Fill all of a timm vision transformer without a head from `init`, or fail; returns a line about it."""
     init, arch = config["init"], config["arch"]
     if init == "random":
         return "random initialisation"
-    content, grid = read_weights(init, arch), model.patch_embed.grid_size
+    content, kernel = read_weights(init, arch), "patch_embed.proj.weight"
     named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"] or "")}
-    head = {name: x for name, x in model.state_dict().items() if name.startswith("head.")}
-    wanted = [name for name in model.state_dict() if name not in head]
-    state, prefix = timm_names(named, wanted)
-    loaded = {name: state[name].detach().float() for name in wanted if name in state}
+    given, prefix = timm_names(named, model.state_dict())
+    loaded = {name: given[name].detach().float() for name in model.state_dict() if name in given}
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
-        for name, x in loaded.items():
-            if name == "patch_embed.proj.weight":
-                loaded[name] = fit_channels(x, config["in_chans"], config["channel_adapt"])
-            if name == "pos_embed":
-                loaded[name] = timm.layers.resample_abs_pos_embed(
-                    x, grid, num_prefix_tokens=model.num_prefix_tokens, antialias=False)
-        misplaced = {name: x for name, x in state.items() if name not in loaded and "gamma" in name}
-        model.load_state_dict(head | loaded | misplaced)                    # all of it, no layer scale lost
+        loaded[kernel] = fit_channels(loaded[kernel], config["in_chans"], config["channel_adapt"])
+        loaded["pos_embed"] = timm.layers.resample_abs_pos_embed(
+            loaded["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens,
+            antialias=False)
+        scales = {name: x for name, x in given.items() if "gamma" in name}
+        model.load_state_dict(scales | loaded)          # refuses absent tensors, a layer scale it has not
     config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
-    others = [name for name in state if name not in loaded]
-    notes = [f"{len(loaded)} tensors of {init} ({prefix}*)"]
-    notes += [f"{name} {tuple(state[name].shape)} made {tuple(x.shape)}" for name, x in loaded.items()
-              if x.shape != state[name].shape]
-    notes += [f"left out {', '.join(others[:3])}{' ...' * (len(others) > 3)}"] if others else []
-    return "; ".join(notes + mismatches(content, prefix, config, model.blocks[0].attn.num_heads))
+    return loading_note(content, prefix, given, loaded, config, model.blocks[0].attn.num_heads)
 # --- end copy: load transformer ---
 
 
@@ -919,17 +922,18 @@ def cosine(step, n_steps, start, end, n_warm=0):
     """Value at `step`: linear warm-up 0 to start (reached in its last step), then a cosine to end."""
     if step < n_warm:
         return start * step / max(1, n_warm - 1)
-    return end + (start - end) * (1 + math.cos(math.pi * (step - n_warm) / max(1, n_steps - n_warm))) / 2
+    return end + (start - end) * (1 + math.cos(math.pi * (step - n_warm) / (n_steps - n_warm))) / 2
 
 
 def decay_groups(model):
     """Two parameter groups: tensors of two or more dimensions (weight decay), biases and norms (none)."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [dict(params=[p for p in trained if p.ndim > 1]), dict(params=[p for p in trained if p.ndim <= 1])]
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    spared = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
 
 
 def clip_each(parameters, largest):
-    """Scale down the gradient of each parameter tensor whose norm exceeds `largest` (each its own)."""
+    """Clip the norm of the gradient of each parameter tensor, one by one, to `largest`."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     factors = (largest / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)).clamp(max=1)
     torch._foreach_mul_(gradients, factors.unbind())
@@ -952,7 +956,7 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    Refused is a last.pt of another row, start or data: the config gets the hashes of manifests and pack.json.
+    A last.pt of another config is refused. Manifests and pack.json count: their hashes go into the config.
     """
     inputs = [*map(Path, manifests), *(Path(manifest).with_name("pack.json") for manifest in manifests)]
     config["data"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in inputs if file.is_file()]
@@ -960,20 +964,19 @@ def open_run(out, manifests, config, parts, resume, rank):
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
             Path(out).mkdir(parents=True, exist_ok=True)
-            open_run.lock = None                                            # of the run before: another seed
-            open_run.lock = open(Path(out, ".lock"), "w")                   # goes with the process
+            open_run.lock = open(Path(out, ".lock"), "w")                   # ends with the process
             try:
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 fail(f"{out} is in use by another run; wait for it or choose another --out")
-            except OSError:                                                 # a file system without locks
-                print(f"warning: {out} cannot be locked; start no second run in it", file=sys.stderr)
+            except OSError:
+                pass                                                        # a file system without locks
     if resume == "never" or not last.is_file():
         if rank == 0:
-            for file in (last, log, Path(out, "backbone.pt")):              # first what is gone on from
+            for file in (last, log, Path(out, "backbone.pt")):              # first what a resume would read
                 file.unlink(missing_ok=True)
         return 0
-    with or_fail(f"go on from {last} (--resume never starts anew, another --out keeps both)"):
+    with or_fail(f"resume from {last} (--resume never begins a new run, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)
         for key, value in state["config"].items():
             if config.get(key) != value:
@@ -981,9 +984,9 @@ def open_run(out, manifests, config, parts, resume, rank):
         for name, part in parts.items():
             if isinstance(part, torch.Tensor):
                 part.copy_(state[name])
-            elif state[name]:                                               # empty: a scaler not needed there
+            else:
                 part.load_state_dict(state[name])
-        if rank == 0 and log.is_file():                                     # later lines come again
+        if rank == 0 and log.is_file():                                     # later lines will come again
             lines = [line for line in log.read_text().splitlines(True)
                      if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
             write_atomic(log, lambda file: file.write("".join(lines).encode()))
@@ -991,16 +994,15 @@ def open_run(out, manifests, config, parts, resume, rank):
 
 
 def save_run(out, step, config, parts, weights=None, **values):
-    """Write last.pt, and before it `weights` as backbone.pt; what is not finite ends the run instead."""
+    """Write last.pt and, if given, `weights` as backbone.pt; NaN in the state ends the run instead."""
     values.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
-    state = {}
-    for name, part in parts.items():
-        state[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
+    state = {name: part if isinstance(part, torch.Tensor) else part.state_dict()
+             for name, part in parts.items()}
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
         card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
-        weights = {"model": {name: value.cpu() for name, value in weights.items()}}
-        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**weights, **card, **values}, file))
+        card["model"] = {name: value.cpu() for name, value in weights.items()}
+        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**card, **values}, file))
     write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
 # --- end copy: run folder ---
 
@@ -1014,13 +1016,12 @@ def stop_if_nan(values, step, out):
 
 
 def log_line(out, rank, left, **values):
-    """A line of log.jsonl, and for people with the `left` seconds."""
+    """A line of log.jsonl, and one for people that ends with the `left` seconds."""
     stop_if_nan([values["loss"]], values["step"], out)
     if rank == 0:
-        left = int(left)
         for name, value in values.items():
             print(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}", end="  ")
-        print(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
+        print(f"eta {timedelta(seconds=int(left))}", flush=True)
         with or_fail(f"write {out}/log.jsonl"), open(f"{out}/log.jsonl", "a") as log:
             log.write(json.dumps({**values, "time": time.time()}) + "\n")
 # --- end copy: log ---

@@ -1,7 +1,8 @@
 """GMML: group masked model learning (Atito, Awais, Kittler, "GMML is all you need", arXiv:2205.14986).
 
-Blocks of an image are overwritten with noise, or with the same place of another image, and a vision
-transformer learns to restore the clean image; the loss is the mean absolute difference over those blocks.
+Blocks of an image are overwritten with noise, or with the same place of another image (function corrupt), and
+a vision transformer learns to restore them: the loss is the mean absolute difference to the clean image over
+the overwritten pixels (masked_l1).
 
     torchrun --nproc_per_node=4 pretrain/gmml.py --exp 3.4            one row of experiments.yaml on 4 GPUs
     python pretrain/gmml.py --manifest my/manifest.csv --out my/run   your own images, one process
@@ -9,7 +10,7 @@ transformer learns to restore the clean image; the loss is the mean absolute dif
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.
-The same command goes on where a run was killed; SIGTERM saves and exits with code 75.
+The same command resumes a run that was killed; SIGTERM saves and exits with code 75.
 """
 
 import argparse
@@ -27,56 +28,57 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
-    strategy="gmml",                # what this script does; a row of another strategy is refused
+    strategy="gmml",                # the method of this script; a row of another strategy is refused
     arch="vit_small_patch16_224",   # any timm vision transformer
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
-    in_chans=1,                     # 1 | 3; grey images are repeated to 3
-    img_size=224,                   # pixels
-    mean=None,                      # of pixels in 0..1, one or one a channel; none: 0.485, RGB ImageNet's
-    std=None,                       # likewise; none: 0.229, RGB ImageNet's
+    in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
+    img_size=224,                   # side of the network's input in pixels
+    mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
+    std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # which weights of the file, as in student; none: the averaged ones
+    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
-    dataset="nih_pretrain",         # folder below --data with the packed images
-    samples=0,                      # the first so many images of the split; 0: all
+    dataset="nih_pretrain",         # folder below --data with manifest.csv and images.npy
+    samples=0,                      # use only this many images, the first of the split; 0: all
     epochs=1000,                    # passes over the images
-    warmup_epochs=10,               # of the learning rate, linear from 0
-    batch=256,                      # images an optimiser step, over all processes together
+    warmup_epochs=10,               # epochs of linear warm-up of the learning rate from 0
+    batch=256,                      # images per optimiser step, all processes together
     lr=1e-4,                        # peak for a batch of 256, scaled by batch / 256
-    min_lr=1e-6,                    # end of the cosine, scaled alike
+    min_lr=1e-6,                    # learning rate at the end of the cosine, scaled likewise
     wd=0.04,                        # weight decay at the start
-    wd_end=0.04,                    # and by a cosine at the end; the released code goes to 0.4
+    wd_end=0.04,                    # weight decay at the end, by a cosine; the released code goes to 0.4
     clip=3.0,                       # largest gradient norm of each parameter tensor
     drop_path=0.1,                  # stochastic depth of the last block, linear from 0
-    seed=0,                         # of everything random
-    variant="corrected",            # corrected | paper; stored with the weights, alike in this script
-    drop=0.75,                      # noise covers a fraction U(min(0.5, drop), drop) of the image
+    seed=0,                         # of all random numbers
+    variant="corrected",            # corrected | paper; the same in this script, only stored with the weights
+    drop=0.75,                      # noise covers a fraction U(min(0.5, drop), drop) of it; at most 0.85
     replace=0.3,                    # in half of the images another image covers this fraction instead
-    align=1,                        # pixels; blocks start and end on multiples
-    recon_blocks=None,              # blocks, from 1, whose mean is decoded; none: 6, 8, 10, 12 of 12
-    crop_scale=[0.05, 1.0],         # area of the random resized crop
+    align=1,                        # blocks begin and end at multiples of this many pixels
+    recon_blocks=None,              # numbers of the blocks whose mean is decoded; none: 6, 8, 10, 12 of 12
+    crop_scale=[0.05, 1.0],         # area of the random resized crop, range of fractions
 )
-FLAGS = dict(                       # of the command line alone
-    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults below
+FLAGS = dict(                       # of the command line only, not of a row
+    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults
     experiments="",                 # file of the rows; none: the experiments.yaml above this script
-    miniature=False,                # lay the block `miniature` of that file over the row
+    miniature=False,                # override the row by the block `miniature` of that file
     data="data",                    # folder of the packed datasets
     manifest="",                    # manifest.csv of the images; none: <data>/<dataset>/manifest.csv
     split="pretrain",               # splits to use, comma-separated, or all
     out="",                         # run folder; none: runs/<exp>/pretrain or runs/<strategy>
     device="",                      # cpu | cuda; default cuda where there is one
-    steps=0,                        # stop after so many steps of the schedule; 0: all
-    resume="auto",                  # auto | never; go on from last.pt or start anew
-    micro_batch=0,                  # images a pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # a line of the log every so many steps; 0: at the end alone
-    save_minutes=10.0,              # last.pt every so many minutes
-    compile=False,                  # torch.compile the blocks of the network, a minute or two at first
-    picture_epochs=10,              # a picture every so many epochs; 0: at the end alone
+    steps=0,                        # stop after this many steps of the schedule; 0: all steps
+    resume="auto",                  # auto | never; auto: resume from last.pt if there is one
+    micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
+    log_steps=50,                   # steps between two lines of the log; 0: only one at the end
+    save_minutes=10.0,              # minutes between two writes of last.pt
+    compile=False,                  # torch.compile the blocks of the network; the first step takes minutes
+    picture_epochs=10,              # epochs between two pictures; 0: only one at the end
 )
 
 # --- begin copy: error ---
@@ -90,29 +92,27 @@ def fail(message):
 # --- begin copy: flags ---
 @contextlib.contextmanager
 def or_fail(doing):
-    """What a library raises over a user's file or value becomes one sentence: cannot <doing>: <reason>."""
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
     try:
         yield
     except Exception as problem:
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                                          # torch.load, at length
+        if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
-            text = f"{what or 'this'} is no plain tensor; torch.save the state_dict alone"
+            text = f"{what or 'its content'} is not a tensor; torch.save only the state_dict"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 
 
 def typed(default):
-    """The type of a flag for argparse: that of its default, numbers from 0 on; lists and dicts are YAML."""
+    """A type for argparse from a flag's default value: numbers are not negative, the rest is read as YAML."""
     kind = type(default)
 
     def read(text):
         try:
             value = kind(text) if kind in (str, float) else yaml.safe_load(text)
         except yaml.YAMLError as problem:
-            raise ValueError from problem                                   # which argparse knows
-        negative = isinstance(value, (int, float)) and value < 0
-        short = kind is list and len(value) != len(default)
-        if negative or short or default is not None and type(value) is not kind:
+            raise ValueError from problem                                   # argparse expects it
+        if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
         return value
     read.__name__ = kind.__name__
@@ -176,21 +176,27 @@ import timm
 import torch
 from PIL import Image
 from torch import distributed as dist, nn
+from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 
 class GMML(nn.Module):
-    """A timm vision transformer whose token features, the mean over some blocks, are decoded to pixels."""
+    """A timm vision transformer whose patch tokens, the mean over some blocks, are decoded to pixels.
+
+    The model needs `blocks`, each with `attn`, a final `norm` of the tokens, `embed_dim`, `patch_embed` with
+    `patch_size` and `grid_size`, and `forward_intermediates`; for initial weights also `pos_embed` and
+    `num_prefix_tokens`. timm's VisionTransformer, with any size and global_pool="token", has them.
+    """
 
     def __init__(self, backbone, in_chans, recon_blocks=None):
         super().__init__()
-        # the study's 6, 8, 10, 12 of 12; in other depths the same shares
+        # 6, 8, 10 and 12 of 12, as in the study; the same shares of other depths
         depth, shares = len(backbone.blocks), (1 / 2, 2 / 3, 5 / 6, 1)
-        numbers = recon_blocks or {max(1, round(share * depth)) for share in shares}
+        numbers = recon_blocks or {round(share * depth) for share in shares}
         if not {*numbers} <= {*range(1, 1 + depth)} or isinstance(backbone.norm, nn.Identity):
             raise ValueError(f"recon_blocks {numbers} of {depth} and a final norm are needed")
         self.recon_blocks = sorted(number - 1 for number in numbers)
         for block in backbone.blocks[max(numbers):]:
-            block.requires_grad_(False)                     # nothing that is decoded passes them
+            block.requires_grad_(False)                     # their output is not decoded
         self.backbone = backbone
         self.rec_head = ReconstructionHead(backbone.embed_dim, in_chans, backbone.patch_embed.patch_size[0])
 
@@ -198,7 +204,7 @@ class GMML(nn.Module):
         """x [B, C, S, S] -> reconstruction [B, C, S, S]: mean over the blocks, the norm, the head."""
         features = self.backbone.forward_intermediates(
             x, indices=self.recon_blocks, output_fmt="NLC", intermediates_only=True)
-        tokens = self.backbone.norm(torch.stack(features).mean(0))          # [B, N, D], without CLS
+        tokens = self.backbone.norm(torch.stack(features).mean(0))          # [B, N, D], patches only
         return self.rec_head(tokens, self.backbone.patch_embed.grid_size)
 
 
@@ -222,9 +228,7 @@ class ReconstructionHead(nn.Module):
 
 
 # --- begin copy: group masking ---
-def n_blocks_for(fraction):
-    """Blocks to draw so that `fraction` is reached: some 61 * -log(1 - fraction) do, this is 7 sd more."""
-    return 62 * math.ceil((100 * -math.log(1 - fraction) + 25) / 62)
+N_BLOCKS = 248      # drawn for every image: enough to mask 0.85 of it, but not always more
 
 
 def block_masks(u, fraction, side, align=1):
@@ -235,10 +239,9 @@ def block_masks(u, fraction, side, align=1):
     Args: u uniform [B, K, 4], K at most 1000; fraction: target of each image [B]; side, align: in pixels.
     Returns: bool [B, side, side], True = corrupted. Source: GMML (arXiv:2205.14986) and its released code.
     """
-    begin = (u[..., :2] * (side - align)).floor()
+    begin = (u[..., :2] * (side - align) / align).floor() * align
     size = align + (u[..., 2:] * (int(0.3 * side) - align)).floor()
-    if align > 1:
-        begin, size = (begin / align).floor() * align, (size / align).round() * align
+    size = (size / align).round() * align
     pixels = torch.arange(side, device=u.device)
     inside = (pixels >= begin[..., None]) & (pixels < (begin + size)[..., None])
     rows, columns = inside.double().unbind(2)                               # [B, K, side]
@@ -246,18 +249,18 @@ def block_masks(u, fraction, side, align=1):
     powers = 2.0 ** -torch.arange(u.shape[1], device=u.device, dtype=torch.double)
     total = (rows * powers[:, None]).mT @ columns + powers[-1] / 2
     first = 1 - torch.frexp(total).exponent.long()                          # [B, side, side]; K: none does
-    first_by = torch.zeros(len(u), u.shape[1] + 1, dtype=torch.long, device=u.device)
-    first_by.scatter_add_(1, first.flatten(1), torch.ones_like(first).flatten(1))          # pixels a block
-    last = (first_by.cumsum(1) < fraction[:, None] * side * side).sum(1)
+    flat = first.flatten(1)
+    n_pixels = flat.new_zeros(len(u), 1 + len(powers)).scatter_add_(1, flat, torch.ones_like(flat))
+    last = (n_pixels.cumsum(1) < fraction[:, None] * side * side).sum(1)    # the one that reaches the target
     return first <= last[:, None, None]
 
 
 def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
-    """Masks of GMML's two corruptions: every image is either dropped into or replaced, with equal chance.
+    """Masks of GMML's two corruptions: in each image pixels are dropped or replaced, with equal chance.
 
     Args:
         u: uniform [B, 2]: replace if u[:, 0] < 0.5; u[:, 1]: where in min(0.5, drop)..drop the fraction lies.
-        blocks: uniform [B, K, 4], K = n_blocks_for(the larger of drop and replace).
+        blocks: uniform [B, K, 4].
     Returns: masks bool [B, side, side], True = corrupted, and replaced bool [B].
     """
     replaced, least = u[:, 0] < 0.5, min(0.5, drop)
@@ -283,19 +286,19 @@ def masked_l1(recon, clean, masks):
 
 
 def draw_step(config, step, places, n_drop_paths, device):
-    """The random numbers of a step, drawn for the global batch and kept for the images at some places of it.
+    """The random numbers of a step for the images at some places of the global batch.
 
-    Returns, for both views of each image: uniforms of crop, colour and stochastic depth [2, b, n], masks bool
-    [2, b, S, S] and whether the view is replaced, bool [2, b].
+    They are drawn for the whole batch: any number of processes draws the same. Returns, for two views of each
+    image: uniforms of crop, colour and stochastic depth [2, b, n], masks bool [2, b, S, S] and whether the
+    view is replaced, bool [2, b].
     """
+    sizes = [N_CROP, N_COLOUR, n_drop_paths, 2, 4 * N_BLOCKS]
     generator = step_generator(config["seed"], step)
-    n_blocks = n_blocks_for(max(config["drop"], config["replace"]))
-    shapes = [N_CROP], [N_COLOUR], [n_drop_paths], [2], [n_blocks, 4]
-    draws = [torch.rand(2, config["batch"], *shape, generator=generator)[:, places] for shape in shapes]
-    draws = [draw.to(device, non_blocking=True) for draw in draws]
-    crop, colour, depth, corruption, blocks = draws
-    masks, replaced = draw_masks(corruption.flatten(0, 1), blocks.flatten(0, 1), config["img_size"],
-                                 config["drop"], config["replace"], config["align"])
+    draws = torch.rand(2, config["batch"], sum(sizes), generator=generator)[:, places]
+    crop, colour, depth, corruption, blocks = draws.to(device, non_blocking=True).split(sizes, 2)
+    blocks = blocks.flatten(0, 1).unflatten(1, (N_BLOCKS, 4))
+    masks, replaced = draw_masks(corruption.flatten(0, 1), blocks, config["img_size"], config["drop"],
+                                 config["replace"], config["align"])
     return crop, colour, depth, masks.unflatten(0, (2, -1)), replaced.view(2, -1)
 
 
@@ -309,8 +312,8 @@ def augment(images, crop, colour, config):
 def make_views(images, crop, colour, masks, replaced, noise, config):
     """Two views of b images, clean and corrupted, float [2b, C, S, S], from b + 1 images.
 
-    masks bool and noise float [2, b, ...]: masked pixels show noise or, in replaced views, the next image of
-    the batch, which in random order is any other of the set.
+    Masked pixels, masks bool [2, b, S, S], show noise, float [2, b, C, S, S], or, in replaced views, the next
+    image of the batch; as the order is random, it may be any other image.
     """
     views = torch.stack([augment(images, *uniforms, config) for uniforms in zip(crop, colour)])
     clean, donors = views[:, :-1], views[:, 1:]
@@ -319,7 +322,7 @@ def make_views(images, crop, colour, masks, replaced, noise, config):
 
 
 def train(config, args, rank, world_size, device):
-    """Pre-train. What is random in a step depends on (seed, step) alone: a resumed run is the same run."""
+    """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
     rows = read_manifest(args.manifest, args.split, config["samples"])
     images = open_images(args.manifest, rows, config["in_chans"], device)
     n_images, batch = len(rows["row"]), config["batch"]
@@ -327,8 +330,6 @@ def train(config, args, rank, world_size, device):
     if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
         fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
              "images, --epochs at least 1")
-    if not 0 < max(config["drop"], config["replace"]) < 1:
-        fail(f"--drop {config['drop']} and --replace {config['replace']} are shares below 1, not both 0")
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     last_step = min(n_steps, args.steps or n_steps)
 
@@ -340,8 +341,8 @@ def train(config, args, rank, world_size, device):
     model.to(device)
     if args.compile:
         for block in backbone.blocks:
-            block.compile()                                                 # one compilation serves them all
-    optimizer = torch.optim.AdamW(decay_groups(model), lr=config["lr"], weight_decay=config["wd"], fused=True)
+            block.compile()                                                 # compiled once for all blocks
+    optimizer = torch.optim.AdamW(decay_groups(model), fused=True)          # rates: set in each step
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
@@ -351,13 +352,13 @@ def train(config, args, rank, world_size, device):
         print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {n_images:,} images; "
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
-            print(f"warning: the warm-up is no shorter than the {config['epochs']} epochs", file=sys.stderr)
+            print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     local_batch = batch // world_size
     micro = 2 * (args.micro_batch or local_batch)                           # two views an image
-    # places in the batch; the last is only a donor
+    # places of this process's images in the batch, and of the next, which only replaces pixels of the last
     local = torch.arange(rank * local_batch, (rank + 1) * local_batch + 1) % batch
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
@@ -365,19 +366,19 @@ def train(config, args, rank, world_size, device):
         epoch, number = divmod(step, steps_an_epoch)
         lr = cosine(step, n_steps, config["lr"], config["min_lr"], n_warm) * batch / 256
         wd = cosine(step, n_steps, config["wd"], config["wd_end"])
-        optimizer.param_groups[0].update(lr=lr, weight_decay=wd)
-        optimizer.param_groups[1].update(lr=lr, weight_decay=0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.param_groups[0]["weight_decay"] = wd
 
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
         crop, colour, *draws = draw_step(config, step, local, len(drop_paths), device)
         depth, masks, replaced = (part[:, :-1] for part in draws)
-        shape, noise = (2, config["in_chans"], *masks.shape[2:]), []
-        for place in local[:-1].tolist():                                   # those of this process alone
-            generator = step_generator(config["seed"], step, 1 + place, device=device)
-            noise.append(torch.randn(shape, generator=generator, device=device))
-        noise = torch.stack(noise, 1)                                       # [2, b, C, S, S]
+        shape = 2, config["in_chans"], *masks.shape[2:]
+        generators = [step_generator(config["seed"], step, 1 + place, device=device)
+                      for place in local[:-1].tolist()]                     # no other process needs these
+        noise = torch.stack([torch.randn(shape, generator=g, device=device) for g in generators], 1)
         clean, corrupted = make_views(chosen, crop, colour, masks, replaced, noise, config)
         masks, depth = masks.flatten(0, 1), depth.flatten(0, 1)
         n_masked = sum_over_processes(masks.sum()) * clean.shape[1]
@@ -387,7 +388,7 @@ def train(config, args, rank, world_size, device):
         for begin in range(0, len(clean), micro):
             part = slice(begin, begin + micro)
             set_drop_path(drop_paths, depth[part])
-            net.require_backward_grad_sync = begin + micro >= len(clean)    # DDP: after the last pass alone
+            net.require_backward_grad_sync = begin + micro >= len(clean)    # DDP: only after the last pass
             with amp:
                 part_loss = masked_l1(net(corrupted[part]), clean[part], masks[part]) / n_masked
             scaler.scale(part_loss * world_size).backward()                 # DDP averages over processes
@@ -410,7 +411,7 @@ def train(config, args, rank, world_size, device):
             with torch.no_grad():
                 recon = model(corrupted[:8])
             model.train()
-            restored = torch.where(masks[:8, None], recon, clean[:8])
+            restored = corrupt(clean[:8], recon, masks[:8])
             picture(f"{args.out}/recon_{epoch + 1:04}.png", config, clean[:8], corrupted[:8], recon, restored)
         if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
             weights = backbone.state_dict() if done == last_step else None
@@ -422,7 +423,7 @@ def train(config, args, rank, world_size, device):
 
 def main():
     args, config = options("pretrain")
-    config = {**fill_defaults(config), "split": args.split}                 # a resumed run has to agree in it
+    config = {**fill_defaults(config), "split": args.split}                 # part of what a resume compares
     args.manifest = args.manifest or f"{args.data}/{config['dataset']}/manifest.csv"
     args.out = args.out or f"runs/{args.exp + '/pretrain' if args.exp else config['strategy']}"
     rank, world_size, device = init_processes(args.device)
@@ -430,7 +431,7 @@ def main():
         train(config, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
-        fail(f"GPU memory is too small for {micro} images a pass; try --micro-batch {max(1, micro // 2)} "
+        fail(f"GPU memory is too small for {micro} images per pass; try --micro-batch {max(1, micro // 2)} "
              "or a smaller --batch")
     finally:
         end_processes()
@@ -448,13 +449,13 @@ def init_processes(device):
             torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
-    # a kernel of one channel has strides of its own, at which DDP wonders
+    # DDP warns about the strides of a kernel of one channel, harmlessly
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart by torchrun --max-restarts the store still holds the addresses of before
+        # after a restart (torchrun --max-restarts) the store still holds the old addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"         # to agree, no GPU waits
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return rank, world_size, device
 
@@ -467,7 +468,7 @@ def sum_over_processes(x):
 
 
 def catch_sigterm():
-    """A function, alike in all processes: has one of them got SIGTERM, or has their torchrun been killed?"""
+    """A function, to call in all processes: has any of them got SIGTERM or lost its torchrun? -> bool"""
     asked, launcher = [], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     orphan = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
@@ -479,7 +480,7 @@ def end_processes():
     kind, error, _ = sys.exc_info()
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
-        sum_over_processes(torch.zeros(1))      # torchrun ends all when one has left: wait for who saves
+        sum_over_processes(torch.zeros(1))      # wait for the one that saves: an exit code 75 ends them all
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
@@ -501,7 +502,8 @@ def mixed_precision(device):
 def read_manifest(manifest, split, samples=0):
     """The first `samples` rows of some splits (names with commas, or all) of a manifest.csv: {column: texts}.
 
-    "row" holds their numbers from 0, which are those of images.npy, "n_rows" how many the file has.
+    Two more entries: "row", their numbers from 0, which are those of images.npy, int64 [N]; "n_rows", the
+    number of rows in the file.
     """
     with or_fail(f"read {manifest}, the --manifest that data_prep/pack.py makes"):
         with open(manifest, newline="", encoding="utf-8-sig") as file:
@@ -510,13 +512,14 @@ def read_manifest(manifest, split, samples=0):
             if len(row) != len(header):
                 raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
         if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
-            raise ValueError(f"columns need names that differ, one path, none row, not {', '.join(header)}")
-        splits = [row[header.index("split")] if "split" in header else split for row in rows]
+            raise ValueError(f"columns need different names, one of them path, not {', '.join(header)}")
+        columns = dict(zip(header, zip(*rows)))
+        splits = columns.get("split", [split] * len(rows))
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted(set(splits)))}")
+            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted({*splits}))}")
     kept = kept[:samples or None]
-    columns = {name: [rows[number][place] for number in kept] for place, name in enumerate(header)}
+    columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
 # --- end copy: manifest ---
 
@@ -525,8 +528,8 @@ def read_manifest(manifest, split, samples=0):
 def open_images(manifest, rows, in_chans, device):
     """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, in GPU memory where the rows fit, else mapped. Without it
-    8-bit PNG and JPEG files named in `path` are decoded by threads; as they may differ in size, into a list.
+    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
+    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
     """
     file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
     if not file.is_file():
@@ -537,13 +540,12 @@ def open_images(manifest, rows, in_chans, device):
         def read(place):
             path = root / rows["path"][place]
             try:
-                with Image.open(path) as image:
-                    if image.format not in ("PNG", "JPEG") or image.mode[0] in "IF":
-                        raise ValueError(f"it is {image.format} {image.mode}")
-                    pixels = np.array(image.convert(mode))
+                image = Image.open(path, formats=["PNG", "JPEG"])
+                if image.mode[0] in "IF":
+                    raise ValueError(f"its mode is {image.mode}")
+                return pil_to_tensor(image.convert(mode)).to(device)
             except Exception as problem:
                 raise ValueError(f"{path}: {problem}") from problem
-            return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1).to(device)
 
         def read_all(places):
             with or_fail("read an 8-bit PNG or JPEG (data_prep/pack.py packs others)"):
@@ -559,8 +561,8 @@ def open_images(manifest, rows, in_chans, device):
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
-    rows_at = lambda places: numbers[places].to(packed.device, non_blocking=True)
-    return lambda places: packed[rows_at(places)].to(device, non_blocking=True)
+    rows_of = lambda places: numbers[places].to(packed.device, non_blocking=True)
+    return lambda places: packed[rows_of(places)].to(device, non_blocking=True)
 
 
 def step_generator(*numbers, device="cpu"):
@@ -575,42 +577,43 @@ N_CROP = 23     # uniforms of a random resized crop: 10 areas, 10 aspect ratios,
 
 
 def crop_boxes(u, height, width, scale):
-    """Boxes of a random resized crop: of ten tries the first that fits, else the first one cut to the image.
+    """Boxes of a random resized crop: the first of ten tries that fits, else the first try cut to the image.
 
-    u uniform [B, >= 22]; scale: range of the area as fractions -> (top, height), (left, width), each [B],
-    pixels. torchvision takes a central box after ten tries in vain.
+    Args: u uniform [B, >= 22]; scale: least and largest area as fractions.
+    Returns: (top, height) and (left, width), each [B], in pixels. torchvision differs after ten tries that do
+    not fit: it takes a central box.
     """
     area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
-    aspect = (4 / 3) ** (1 - 2 * u[:, 10:20])                               # log-uniform in 3/4..4/3
-    tall = (area * aspect).sqrt().round().clamp_min(1)
-    wide = (area / aspect).sqrt().round().clamp_min(1)
-    first = ((tall <= height) & (wide <= width)).int().argmax(1, keepdim=True)
-    tall, wide = tall.gather(1, first)[:, 0].clamp_max(height), wide.gather(1, first)[:, 0].clamp_max(width)
-    top, left = ((height - tall + 1) * u[:, 20]).floor(), ((width - wide + 1) * u[:, 21]).floor()
-    return (top, tall), (left, wide)
+    ratio = (4 / 3) ** (1 - 2 * u[:, 10:20])                                # height / width, 3/4 to 4/3
+    heights, widths = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    first = ((heights <= height) & (widths <= width)).int().argmax(1, keepdim=True)
+    box = []
+    for tries, side, place in zip((heights, widths), (height, width), u[:, 20:22].T):
+        length = tries.gather(1, first)[:, 0].clamp(1, side)
+        box.append((((side - length + 1) * place).floor(), length))
+    return box
 
 
 def resample_matrix(begin, length, in_size, out_size, cubic):
     """Pillow's antialiased resampling of [begin, begin + length), both [B], as a matrix [B, out, in]."""
     begin, length = begin[:, None, None], length[:, None, None]
     scale = length / out_size                                               # source pixels a target pixel
-    reach = scale.clamp_min(1)
-    target = torch.arange(out_size, device=begin.device)[:, None] + 0.5
-    centre = begin + scale * target
-    n_taps = math.ceil(4 * max(1, in_size / out_size)) + 1
-    taps = (centre - 2 * reach).floor() + torch.arange(n_taps, device=begin.device)
-    t = ((taps + 0.5 - centre) / reach).abs().clamp_max(2)
-    cube = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
-    weights = (cube if cubic else (1 - t).clamp_min(0)) * ((taps >= begin) & (taps < begin + length))
-    matrix = torch.zeros(len(begin), out_size, in_size, device=begin.device)
-    matrix.scatter_add_(2, taps.long().clamp(0, in_size - 1), weights)
-    return matrix / matrix.sum(2, keepdim=True)
+    pixels = torch.arange(in_size, device=begin.device)
+    targets = torch.arange(out_size, device=begin.device)[:, None]
+    distance = pixels + 0.5 - begin - scale * (targets + 0.5)
+    t = (distance / scale.clamp_min(1)).abs().clamp_max(2)                  # [B, out, in]
+    weights = (1 - t).clamp_min(0)
+    if cubic:
+        weights = (1 - t) * (2 - t) ** 2 / 2 + weights ** 2 * (2 * t - 1)   # Keys' kernel with a = -0.5
+    weights = weights * ((pixels >= begin) & (pixels < begin + length))
+    return weights / weights.sum(2, keepdim=True)
 
 
 def random_resized_crop(images, u, scale, size, cubic=True):
-    """Cut, stretch to size x size and mirror each image, as torchvision does, by a matrix an axis.
+    """Cut, resize to size x size and mirror each image as torchvision does, by one matrix per axis.
 
-    images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, N_CROP] -> float [B, C, S, S], 0-255.
+    Args: images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, >= N_CROP]; scale: see crop_boxes.
+    Returns: float [B, C, size, size], 0-255.
     """
     if isinstance(images, list):
         return torch.cat([random_resized_crop(image[None], row[None], scale, size, cubic)
@@ -625,41 +628,42 @@ def random_resized_crop(images, u, scale, size, cubic=True):
 
 
 # --- begin copy: colour and blur ---
-N_COLOUR = 7    # uniforms: apply jitter, 4 strengths, apply blur, its width
+N_COLOUR = 7    # uniforms: jitter or not, its 4 strengths, blur or not, its width
 
 
 def shift_hue(rgb, turn):
-    """Turn the hue of RGB images [B, 3, H, W] in 0..1 by `turn` [B, 1, 1] of a full circle (HSV)."""
-    value, chroma = rgb.amax(1), rgb.amax(1) - rgb.amin(1)
-    r, g, b = rgb.unbind(1)
+    """Turn the hue of RGB images [B, 3, H, W] in 0..1 by `turn` [B, 1, 1, 1] of a full circle (HSV)."""
+    r, g, b = rgb.split(1, 1)
+    value = rgb.amax(1, keepdim=True)
+    chroma = value - rgb.amin(1, keepdim=True)
     safe = chroma.clamp_min(1e-8)
     sixth = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
     sixth = torch.where(value == r, (g - b) / safe, sixth)
-    k = (5 - 2 * torch.arange(3, device=rgb.device).view(1, 3, 1, 1) + (sixth + 6 * turn)[:, None]) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = (5 - 2 * torch.arange(3, device=rgb.device).view(1, 3, 1, 1) + sixth + 6 * turn) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def colour_jitter(x, u, strength, p):
     """Brightness, contrast, saturation, hue, in this order, of a share p of the images; the others stay.
 
-    x float [B, C, H, W], 0-255; u uniform [B, >= 5]; strength: of the four. Grey has no colour to change.
+    Args: x float [B, 1 or 3, H, W], 0-255; u uniform [B, >= 5]; strength: the four largest changes.
     """
-    amount = (2 * u[:, 1:5] - 1) * (u[:, :1] < p)                           # U(-1, 1), or 0
-    amounts = amount.T.reshape(4, -1, 1, 1, 1).unbind()
-    brightness, contrast, saturation, hue = (most * share for most, share in zip(strength, amounts))
+    amounts = (2 * u[:, 1:5] - 1) * (u[:, :1] < p)                          # in -1..1, or 0
+    brightness, contrast, saturation, hue = (
+        largest * amount.view(-1, 1, 1, 1) for largest, amount in zip(strength, amounts.T))
     x = (x * (1 + brightness)).clamp_(0, 255)
-    x = torch.lerp(luminance(x).mean((2, 3), keepdim=True), x, 1 + contrast).clamp_(0, 255)
+    x = torch.lerp(rgb_to_grayscale(x).mean((2, 3), keepdim=True), x, 1 + contrast).clamp_(0, 255)
     if x.shape[1] == 1:
-        return x
-    x = torch.lerp(luminance(x), x, 1 + saturation).clamp_(0, 255)
-    return shift_hue(x / 255, hue[:, 0]) * 255
+        return x                                                            # grey has no colour to change
+    x = torch.lerp(rgb_to_grayscale(x), x, 1 + saturation).clamp_(0, 255)
+    return shift_hue(x / 255, hue) * 255
 
 
 def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
-    """Blur a share p of the images x [B, C, S, S] with width U(sigma) pixels; u uniform [B, 2]."""
-    width = torch.where(u[:, 0] < p, sigma[0] + u[:, 1] * (sigma[1] - sigma[0]), 0.01)      # 0.01: none
-    place = torch.arange(x.shape[3], device=x.device)
-    distance = (place - place[:, None]) / width[:, None, None]
+    """Blur a share p of the images x [B, C, S, S] with sd U(sigma) pixels; u uniform [B, >= 2]."""
+    sd = torch.where(u[:, 0] < p, sigma[0] + u[:, 1] * (sigma[1] - sigma[0]), 0.01)     # 0.01: no blur
+    pixels = torch.arange(x.shape[3], device=x.device)
+    distance = (pixels - pixels[:, None]) / sd[:, None, None]
     weights = torch.exp((-0.5 * distance ** 2).clamp_min(-80))[:, None]     # denormal numbers are slow
     matrix = weights / weights.sum(-1, keepdim=True)
     return matrix @ x @ matrix.mT
@@ -668,52 +672,45 @@ def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
 
 # --- begin copy: normalise ---
 def fill_defaults(config):
-    """The config with one mean and deviation a channel; an image size among model_args counts."""
+    """The config with one mean and sd a channel; an image size among model_args replaces img_size."""
     n, size = config["in_chans"], config["model_args"].get("img_size", config["img_size"])
     config = {**config, "img_size": size}
-    for key, imagenet in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
+    imagenet = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
+    for key, default in imagenet.items():
         with or_fail(f"use {key} {config[key]}, one number or {n}"):
-            config[key] = np.broadcast_to(config[key] or imagenet[:n], n).astype(float).tolist()
+            config[key] = np.broadcast_to(config[key] or default[:n], n).astype(float).tolist()
     return config
-
-
-def luminance(x):
-    """Grey value [B, 1, H, W] of images [B, 1 or 3, H, W]."""
-    if x.shape[1] == 1:
-        return x
-    red, green, blue = x.split(1, 1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def normalise(x, config):
     """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey is repeated."""
     stats = torch.tensor([config["mean"], config["std"]]).to(x.device, non_blocking=True)
     mean, std = stats[..., None, None]
-    x = luminance(x) if config["in_chans"] == 1 else x
-    return torch.addcmul(-mean / std, x, 1 / (255 * std))                   # in one pass
+    x = rgb_to_grayscale(x) if config["in_chans"] == 1 else x
+    return (x / 255 - mean) / std
 # --- end copy: normalise ---
 
 
 # --- begin copy: model ---
 def make_model(config, num_classes, drop_path=0.0):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
-    arch, kwargs = config["arch"], dict(config["model_args"])
-    with or_fail(f"make {arch} with {kwargs}"):
-        if getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False):
-            kwargs.setdefault("img_size", config["img_size"])
+    arch = config["arch"]
+    with or_fail(f"make {arch} with {config['model_args']}"):
+        fixed = getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False)
+        size = {"img_size": config["img_size"]} if fixed else {}
         return timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
-                                 drop_path_rate=drop_path, **kwargs)
+                                 drop_path_rate=drop_path, **{**size, **config["model_args"]})
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382) that is told whom to skip: the same in any number of processes."""
+    """Stochastic depth (arXiv:1603.09382) from given draws: the same on any number of processes."""
 
     def forward(self, x):
         return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
 
 
 def replace_drop_path(model):
-    """Replace timm's DropPath in a model; returns the replacements."""
+    """Make timm's DropPath modules in a model ours; returns them."""
     modules = [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
     for module in modules:
         module.__class__ = DropPath
@@ -737,17 +734,17 @@ RENAMED = {r"blocks\.\d+\.(\d+\.(norm|attn|ls|mlp))": r"blocks.\1",          # D
 
 
 def read_weights(init, arch):
-    """The checkpoint that `init` stands for, of any maker; timm's with the mean and deviation of its card."""
+    """The content of the checkpoint that `init` names; timm's with the mean and sd of its model card."""
     from collections import OrderedDict
     from safetensors.torch import load_file
     source, _, name = init.partition(":")
     name = name or arch
     file = Path(f"runs/{name}/pretrain/backbone.pt" if source == "exp" else init)
     if source in ("timm", "torchvision"):
-        files = [Path(f"weights/{name}.pth"), Path(f"weights/{name}.safetensors")]
-        file = next((file for file in files if file.is_file()), None)
+        folder = Path("weights")
+        file = [*folder.glob(f"{name}.pth"), *folder.glob(f"{name}.safetensors"), None][0]
     known = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]      # in files of DINO, MoCo, SimMIM
-    with or_fail(f"read {file or init} (plain tensors; without a network weights/{name}.pth)"):
+    with or_fail(f"read {file or init} (tensors; without a network connection weights/{name}.pth)"):
         if file is None and source == "timm":
             content = timm.create_model(name, pretrained=True).state_dict()
         elif file is None:
@@ -778,22 +775,23 @@ def flatten(content, path=""):
 def timm_names(state, wanted):
     """The tensors below the prefix where most wanted names are, under timm's names; and that prefix.
 
-    Of two networks alike: the average (DINO's teacher, an EMA), but not MoCo's momentum encoder.
+    Of two networks with as many of them the average is taken (DINO's teacher, an EMA), but not MoCo's
+    momentum encoder.
     """
     for old, new in RENAMED.items():
-        if not any(re.search(old, name) for name in wanted):                # as of MobileNetV4
+        if not any(re.search(old, name) for name in wanted):                # MobileNetV4 has such names
             state = {re.sub(old, new, name): value for name, value in state.items()}
     for name, q in list(state.items()):
-        if ".attention.query." in name:                                     # Hugging Face's three layers
+        if ".attention.query." in name:                                     # Hugging Face: three layers
             k, v = state[name.replace("query", "key")], state[name.replace("query", "value")]
             state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat([q, k, v])
         if name.endswith("q_bias"):                                         # SimMIM's ViT: keys have no bias
             v = state[name.replace("q_bias", "v_bias")]
             state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    last, preferred = list(wanted)[-1], re.compile("ema|teacher|base_encoder|encoder_q")
+    last, preferred = list(wanted)[-1], "ema|teacher|base_encoder|encoder_q"
     prefixes = [name.removesuffix(last) for name in state if name.endswith(last)]
-    found = lambda prefix: (sum(prefix + name in state for name in wanted), bool(preferred.search(prefix)))
-    best = max(prefixes, default="", key=found)
+    n_found = lambda prefix: sum(prefix + name in state for name in wanted)
+    best = max(prefixes, default="", key=lambda prefix: (n_found(prefix), bool(re.search(preferred, prefix))))
     return {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}, best
 
 
@@ -801,50 +799,50 @@ def fit_channels(kernel, in_chans, how):
     """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
     if kernel.shape[1] == in_chans:
         return kernel
-    if in_chans == 1:
-        return kernel.sum(1, keepdim=True) / (1 if how == "sum" else kernel.shape[1])
-    return kernel.repeat(1, in_chans, 1, 1) / (in_chans if how == "duplicate_mean" else 1)
+    divisors = {"average": kernel.shape[1], "duplicate_mean": in_chans}
+    return kernel.sum(1, keepdim=True).repeat(1, in_chans, 1, 1) / divisors.get(how, 1)
 
 
-def mismatches(content, prefix, config, n_heads):
-    """Where a checkpoint says of itself what the row does not: heads (MoCo-v3's ViT-S has 12), mean, sd."""
-    args = content.get("model_args")
-    heads = args.get("num_heads", n_heads) if isinstance(args, dict) else n_heads
-    theirs = {**content, "heads": 12 if "base_encoder" in prefix and n_heads else heads}
-    ours = {"heads": n_heads, "mean": config["mean"], "std": config["std"]}
-    return [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
-            for key, value in ours.items() if theirs.get(key, value) != value]
+def loading_note(content, prefix, given, loaded, config, n_heads):
+    """A line about an initialisation: tensors loaded, adapted and left out, differences from its checkpoint.
+
+    Args: content: the checkpoint; given {name: tensor}: those below the prefix; loaded: those that the model
+    has taken, adapted where need be; n_heads: of the model, as weights do not show them.
+    """
+    adapted = [name for name, x in loaded.items() if x.shape != given[name].shape]
+    left_out = [name for name in given if name not in loaded]
+    notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)",
+             f"{len(adapted)} adapted: {', '.join(adapted[:3])}",
+             f"{len(left_out)} left out: {', '.join(left_out[:3])}"]
+    theirs = {**content, **content.get("model_args", {})}
+    if "base_encoder" in prefix and n_heads:
+        theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
+    ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}
+    notes += [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
+              for key, value in ours.items() if theirs.get(key, value) != value]
+    return "; ".join(notes)
 # --- end copy: timm names ---
 
 
 # --- begin copy: load transformer ---
 def load_backbone(model, config):
-    """Fill all of a timm vision transformer but its head from `init`, or fail; returns a line about it."""
+    """Fill all of a timm vision transformer without a head from `init`, or fail; returns a line about it."""
     init, arch = config["init"], config["arch"]
     if init == "random":
         return "random initialisation"
-    content, grid = read_weights(init, arch), model.patch_embed.grid_size
+    content, kernel = read_weights(init, arch), "patch_embed.proj.weight"
     named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"] or "")}
-    head = {name: x for name, x in model.state_dict().items() if name.startswith("head.")}
-    wanted = [name for name in model.state_dict() if name not in head]
-    state, prefix = timm_names(named, wanted)
-    loaded = {name: state[name].detach().float() for name in wanted if name in state}
+    given, prefix = timm_names(named, model.state_dict())
+    loaded = {name: given[name].detach().float() for name in model.state_dict() if name in given}
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
-        for name, x in loaded.items():
-            if name == "patch_embed.proj.weight":
-                loaded[name] = fit_channels(x, config["in_chans"], config["channel_adapt"])
-            if name == "pos_embed":
-                loaded[name] = timm.layers.resample_abs_pos_embed(
-                    x, grid, num_prefix_tokens=model.num_prefix_tokens, antialias=False)
-        misplaced = {name: x for name, x in state.items() if name not in loaded and "gamma" in name}
-        model.load_state_dict(head | loaded | misplaced)                    # all of it, no layer scale lost
+        loaded[kernel] = fit_channels(loaded[kernel], config["in_chans"], config["channel_adapt"])
+        loaded["pos_embed"] = timm.layers.resample_abs_pos_embed(
+            loaded["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens,
+            antialias=False)
+        scales = {name: x for name, x in given.items() if "gamma" in name}
+        model.load_state_dict(scales | loaded)          # refuses absent tensors, a layer scale it has not
     config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
-    others = [name for name in state if name not in loaded]
-    notes = [f"{len(loaded)} tensors of {init} ({prefix}*)"]
-    notes += [f"{name} {tuple(state[name].shape)} made {tuple(x.shape)}" for name, x in loaded.items()
-              if x.shape != state[name].shape]
-    notes += [f"left out {', '.join(others[:3])}{' ...' * (len(others) > 3)}"] if others else []
-    return "; ".join(notes + mismatches(content, prefix, config, model.blocks[0].attn.num_heads))
+    return loading_note(content, prefix, given, loaded, config, model.blocks[0].attn.num_heads)
 # --- end copy: load transformer ---
 
 
@@ -853,17 +851,18 @@ def cosine(step, n_steps, start, end, n_warm=0):
     """Value at `step`: linear warm-up 0 to start (reached in its last step), then a cosine to end."""
     if step < n_warm:
         return start * step / max(1, n_warm - 1)
-    return end + (start - end) * (1 + math.cos(math.pi * (step - n_warm) / max(1, n_steps - n_warm))) / 2
+    return end + (start - end) * (1 + math.cos(math.pi * (step - n_warm) / (n_steps - n_warm))) / 2
 
 
 def decay_groups(model):
     """Two parameter groups: tensors of two or more dimensions (weight decay), biases and norms (none)."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [dict(params=[p for p in trained if p.ndim > 1]), dict(params=[p for p in trained if p.ndim <= 1])]
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    spared = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
 
 
 def clip_each(parameters, largest):
-    """Scale down the gradient of each parameter tensor whose norm exceeds `largest` (each its own)."""
+    """Clip the norm of the gradient of each parameter tensor, one by one, to `largest`."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     factors = (largest / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)).clamp(max=1)
     torch._foreach_mul_(gradients, factors.unbind())
@@ -886,7 +885,7 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    Refused is a last.pt of another row, start or data: the config gets the hashes of manifests and pack.json.
+    A last.pt of another config is refused. Manifests and pack.json count: their hashes go into the config.
     """
     inputs = [*map(Path, manifests), *(Path(manifest).with_name("pack.json") for manifest in manifests)]
     config["data"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in inputs if file.is_file()]
@@ -894,20 +893,19 @@ def open_run(out, manifests, config, parts, resume, rank):
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
             Path(out).mkdir(parents=True, exist_ok=True)
-            open_run.lock = None                                            # of the run before: another seed
-            open_run.lock = open(Path(out, ".lock"), "w")                   # goes with the process
+            open_run.lock = open(Path(out, ".lock"), "w")                   # ends with the process
             try:
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 fail(f"{out} is in use by another run; wait for it or choose another --out")
-            except OSError:                                                 # a file system without locks
-                print(f"warning: {out} cannot be locked; start no second run in it", file=sys.stderr)
+            except OSError:
+                pass                                                        # a file system without locks
     if resume == "never" or not last.is_file():
         if rank == 0:
-            for file in (last, log, Path(out, "backbone.pt")):              # first what is gone on from
+            for file in (last, log, Path(out, "backbone.pt")):              # first what a resume would read
                 file.unlink(missing_ok=True)
         return 0
-    with or_fail(f"go on from {last} (--resume never starts anew, another --out keeps both)"):
+    with or_fail(f"resume from {last} (--resume never begins a new run, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)
         for key, value in state["config"].items():
             if config.get(key) != value:
@@ -915,9 +913,9 @@ def open_run(out, manifests, config, parts, resume, rank):
         for name, part in parts.items():
             if isinstance(part, torch.Tensor):
                 part.copy_(state[name])
-            elif state[name]:                                               # empty: a scaler not needed there
+            else:
                 part.load_state_dict(state[name])
-        if rank == 0 and log.is_file():                                     # later lines come again
+        if rank == 0 and log.is_file():                                     # later lines will come again
             lines = [line for line in log.read_text().splitlines(True)
                      if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
             write_atomic(log, lambda file: file.write("".join(lines).encode()))
@@ -925,16 +923,15 @@ def open_run(out, manifests, config, parts, resume, rank):
 
 
 def save_run(out, step, config, parts, weights=None, **values):
-    """Write last.pt, and before it `weights` as backbone.pt; what is not finite ends the run instead."""
+    """Write last.pt and, if given, `weights` as backbone.pt; NaN in the state ends the run instead."""
     values.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
-    state = {}
-    for name, part in parts.items():
-        state[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
+    state = {name: part if isinstance(part, torch.Tensor) else part.state_dict()
+             for name, part in parts.items()}
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
         card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
-        weights = {"model": {name: value.cpu() for name, value in weights.items()}}
-        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**weights, **card, **values}, file))
+        card["model"] = {name: value.cpu() for name, value in weights.items()}
+        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**card, **values}, file))
     write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
 # --- end copy: run folder ---
 
@@ -948,13 +945,12 @@ def stop_if_nan(values, step, out):
 
 
 def log_line(out, rank, left, **values):
-    """A line of log.jsonl, and for people with the `left` seconds."""
+    """A line of log.jsonl, and one for people that ends with the `left` seconds."""
     stop_if_nan([values["loss"]], values["step"], out)
     if rank == 0:
-        left = int(left)
         for name, value in values.items():
             print(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}", end="  ")
-        print(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
+        print(f"eta {timedelta(seconds=int(left))}", flush=True)
         with or_fail(f"write {out}/log.jsonl"), open(f"{out}/log.jsonl", "a") as log:
             log.write(json.dumps({**values, "time": time.time()}) + "\n")
 # --- end copy: log ---

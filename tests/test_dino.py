@@ -60,7 +60,7 @@ def view_by_pillow(image, u, scale, size, blur, solarise):
               for plane in box.transpose(2, 0, 1)]
     x = np.stack(planes, 2).clip(0, 255)
     x = x[:, ::-1] if u[22] < 0.5 else x
-    grey = lambda x: x @ np.array([0.299, 0.587, 0.114]) if channels == 3 else x[..., 0]
+    grey = lambda x: x @ np.array([0.2989, 0.587, 0.114]) if channels == 3 else x[..., 0]    # torchvision's
     if u[23] < 0.8:
         b, c, s, h = ((2 * value - 1) * strength for value, strength in zip(u[24:28], (0.4, 0.4, 0.2, 0.1)))
         x = (x * (1 + b)).clip(0, 255)
@@ -415,7 +415,7 @@ def test_networks_without_cls_token_are_refused(pack, tmp_path, monkeypatch, cap
         run_here(dino, monkeypatch, "--manifest", pack, "--out", tmp_path / "run", *TINY, *words(flags))
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("error: cannot use ") and error.count("\n") == 1
-    assert "CLS token" in error and not (tmp_path / "run").exists()
+    assert "class token" in error and not (tmp_path / "run").exists()
 
 
 # Views

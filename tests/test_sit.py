@@ -134,8 +134,9 @@ def forward(network, x, scales):
 
 def written_out_views(images, generator, config):
     """Clean and corrupted views, masks and scales of stochastic depth of a batch, an image at a time."""
-    u, depth, corruption, blocks = (torch.rand(2, 10, *shape, generator=generator)
-                                    for shape in ([sit.N_VIEW], [6], [2], [sit.n_blocks_for(0.5), 4]))
+    sizes = [sit.N_VIEW, 6, 2, 4 * sit.N_BLOCKS]
+    u, depth, corruption, blocks = torch.rand(2, 10, sum(sizes), generator=generator).split(sizes, 2)
+    blocks = blocks.unflatten(2, (-1, 4))
     clean = torch.stack([torch.cat([
         sit.strong_view(image[None, None], row[None], (0.2, 1.0), 32, *shares, config)
         for image, row in zip(images, rows)]) for rows, shares in zip(u, [(1.0, 0.0), (0.1, 0.2)])])
