@@ -111,6 +111,8 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
+        if kind is list and len(value) != len(default):
+            raise ValueError
         return value
     read.__name__ = kind.__name__
     return read

@@ -120,6 +120,8 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
+        if kind is list and len(value) != len(default):
+            raise ValueError
         return value
     read.__name__ = kind.__name__
     return read
@@ -306,7 +308,7 @@ def block_masks(u, fraction, side, align=1):
 
     Top and left are uniform in [0, side - align), height and width in [align, 0.3 side), cut at the border.
 
-    Args: u uniform [B, K, 4], K at most 1000; fraction: target of each image [B]; side, align: in pixels.
+    Args: u uniform [B, K, 4], K at most 250; fraction: target of each image [B]; side, align: in pixels.
     Returns: bool [B, side, side], True = corrupted. Source: GMML (arXiv:2205.14986) and its released code.
     """
     begin = (u[..., :2] * (side - align) / align).floor() * align
@@ -314,15 +316,17 @@ def block_masks(u, fraction, side, align=1):
     size = (size / align).round() * align
     pixels = torch.arange(side, device=u.device)
     inside = (pixels >= begin[..., None]) & (pixels < (begin + size)[..., None])
-    rows, columns = inside.double().unbind(2)                               # [B, K, side]
-    # block k gives its pixels 2^-k: the exponent of a pixel's sum tells the first block that covers it
-    powers = 2.0 ** -torch.arange(u.shape[1], device=u.device, dtype=torch.double)
+    rows, columns = inside.float().unbind(2)                                # [B, K, side]
+    # block k gives its pixels 2^(126 - k): the exponent of a pixel's sum tells the first block that covers it
+    powers = 2.0 ** (126 - torch.arange(u.shape[1], device=u.device).float())
     total = (rows * powers[:, None]).mT @ columns + powers[-1] / 2
-    first = 1 - torch.frexp(total).exponent.long()                          # [B, side, side]; K: none does
-    flat = first.flatten(1)
-    n_pixels = flat.new_zeros(len(u), 1 + len(powers)).scatter_add_(1, flat, torch.ones_like(flat))
-    last = (n_pixels.cumsum(1) < fraction[:, None] * side * side).sum(1)    # the one that reaches the target
-    return first <= last[:, None, None]
+    first = 127 - torch.frexp(total).exponent                               # [B, side, side]; K: none does
+    needed = fraction[:, None, None] * side * side
+    last = torch.zeros_like(needed, dtype=torch.int)                        # block that reaches it, bit by bit
+    for bit in reversed(range(u.shape[1].bit_length())):
+        more = last + 2 ** bit
+        last = torch.where((first < more).sum((1, 2), keepdim=True) < needed, more, last)
+    return first <= last
 
 
 def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
@@ -411,6 +415,8 @@ def train(config, args, rank, world_size, device):
     if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
         fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
              "images, --epochs at least 1")
+    if not 0 < max(config["drop"], config["replace"]) <= 0.85:
+        fail(f"--drop {config['drop']} and --replace {config['replace']}: give shares up to 0.85, not both 0")
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     last_step = min(n_steps, args.steps or n_steps)
     first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
