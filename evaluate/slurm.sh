@@ -21,7 +21,7 @@ exec 3> "$folder/submit.sh"
 cat >&3 <<'END'
 #!/bin/bash
 set -e
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")"
 declare -A job
 data=$(sbatch --parsable "$@" job.sh --only data)
 END
