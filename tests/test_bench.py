@@ -44,26 +44,27 @@ def test_the_table_of_starts_has_the_aucs_and_their_differences_in_pairs_of_seed
                 aucs[arm, way, seed] = np.mean([roc_auc_score(true[:, k], prob[:, k]) for k in range(2)])
     run_here(load_script("evaluate/metrics.py"), monkeypatch, *files, "--bootstrap", 300,
              "--out", tmp_path / "metrics.csv")
-    text = starts.table(tmp_path / "metrics.csv", ["random", "better"], ["probe", "finetune"],
-                        [("better", "random")])
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert [row[0] for row in rows] == ["test AUC", "---", "random", "better", "better - random"]
-    stored, by_hand = np.load(tmp_path / "draws.npz"), []
-    for way, random, better, shown in zip(*(row[1:] for row in (rows[0], *rows[2:]))):
-        for arm, cell in (("random", random), ("better", better)):
+    pairs = [("better", "random"), ("random", "better")]
+    text = starts.table(tmp_path / "metrics.csv", ["random", "better"], ["probe", "finetune"], pairs)
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert [row[0] for row in rows] == ["random", "better", "better - random", "random - better"]
+    for arm, *cells in rows[:2]:
+        for way, cell in zip(head[1:], cells):
             values = [aucs[arm, way, seed] for seed in seeds]
             assert cell == f"{np.mean(values):.3f} ({np.std(values, ddof=1):.3f})"
-        draws = []
-        for seed in seeds:
-            names = [f"{arm}-{way}/{seed}/test" for arm in ("better", "random")]
-            places = [list(stored[f"{name}/rows"]).index("all|auc_mean||") for name in names]
-            left, right = (stored[name][place].astype(float) for name, place in zip(names, places))
-            draws.append(left - right)
-        gains = [aucs["better", way, seed] - aucs["random", way, seed] for seed in seeds]
-        mean, low, high = paired_interval(gains, draws)
-        assert shown.strip("*") == f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-        by_hand.append((shown.startswith("**"), low > 0))
-    assert all(clear for bold, clear in by_hand if bold)
+    stored = np.load(tmp_path / "draws.npz")
+
+    def draws_of(run):
+        return stored[run][list(stored[f"{run}/rows"]).index("all|auc_mean||")].astype(float)
+
+    for (left, right), (_, *cells) in zip(pairs, rows[2:]):
+        for way, cell in zip(head[1:], cells):
+            gains = [aucs[left, way, seed] - aucs[right, way, seed] for seed in seeds]
+            draws = [draws_of(f"{left}-{way}/{seed}/test") - draws_of(f"{right}-{way}/{seed}/test")
+                     for seed in seeds]
+            mean, low, high = paired_interval(gains, draws)
+            assert cell.strip("*") == f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+            assert not cell.startswith("**") or low * high > 0
 
 
 def draw_pack(folder, splits, side, labels=()):
