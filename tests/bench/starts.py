@@ -8,7 +8,7 @@
             their labels unseen (but for the supervised row, which learns from them all); few labels follow
 --raw       which images: the study's question in small. GMML and MoCo-v3 pre-train on equal numbers of images
             of PACKS/cxr, oct, chest_ct and natural for equal steps; the labels, 5 % and all of them, are those
-            of PACKS/pneumonia
+            of PACKS/pneumonia; 40 minutes of one core
 A seed draws the labelled images, the new head and the order of training; one pre-training serves all seeds.
 
 Reads   packs (see data_prep/pack.py): manifest.csv and images.npy; the labelled one has train, val and test.
