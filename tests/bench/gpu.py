@@ -7,8 +7,9 @@ right   tests/test_cuda.py
 fast    each script's main() at the study's size on 20,000 drawn images: whole loop, step alone (its input is
         computed once), views alone; against eager loops of timm under autocast, and for GMML and DINO against
         their published input, one image at a time (gpu_plain.py); on a GPU the loop with --compile too
-real    GMML on each pack of PACKS (cxr, oct, chest_ct, natural) at 64 pixels, then probe and fine-tuning with
-        5 % of the labels of `pneumonia`, test AUC of five seeds; without --raw on drawn images: no answer
+real    GMML on equal numbers of each pack of PACKS (cxr, oct, chest_ct, natural) at 64 pixels, then probe and
+        fine-tuning with 5 % of the labels of `pneumonia`, test AUC of five seeds; without --raw on drawn
+        images: no answer. starts.py --raw asks the same on a CPU, with intervals
 Each part has its share of --minutes, what is left goes to the next; a failure costs what failed and no more.
 Writes  --out: gpu.json (card, driver, versions, every figure with its spread, goals met or missed), logs.
 """
@@ -31,6 +32,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
@@ -39,7 +41,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
-VIT64 = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
+# read out by the mean of the tokens, as in starts.py: GMML teaches the class token nothing
+VIT64 = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3,
+         "global_pool": "avg", "fc_norm": False}
 LABELS = [f"label{k}" for k in range(14)]
 SWIN = ["--arch", "swin_base_patch4_window7_224", "--img_size", 192, "--model_args", '{"window_size": 6}']
 RESNET = ["--arch", "resnet50", "--recipe", "resnet"]
@@ -310,13 +314,16 @@ def real(args, end):
             draw_pack(raw / kind, 64, 64, dict(pretrain=64), args.device)
         draw_pack(raw / "pneumonia", 96, 28, dict(train=32, val=32, test=32), args.device)
     test = raw / "pneumonia/manifest.csv"
+    manifests = {kind: raw / kind / "manifest.csv" for kind in kinds}
+    numbers = [pd.read_csv(manifest)["split"].eq("pretrain").sum() for manifest in manifests.values()]
     common = ["--arch", "vit_small_patch16_224", "--model_args", json.dumps(SMALL if args.quick else VIT64),
               "--device", args.device, "--resume", "never", "--log-steps", 5]
     end += 45                               # rather late than nothing
 
     def pretrain(out, epochs):
         flags = ["--batch", 64, "--lr", 2e-3, "--epochs", epochs, "--warmup_epochs", epochs // 10, *common]
-        side_by_side(args, [[ROOT / "pretrain/gmml.py", "--manifest", raw / kind / "manifest.csv",
+        flags += ["--samples", min(numbers)]
+        side_by_side(args, [[ROOT / "pretrain/gmml.py", "--manifest", manifests[kind],
                              "--out", args.out / out / kind, *flags] for kind in kinds], end)
     epochs = 2
     if not args.quick:                      # as many as take a fifth of the time, by a few at the same load

@@ -1,81 +1,168 @@
-"""What each start is worth on labelled images of anybody: every strategy against random, with few labels.
-
-Each row of experiments.yaml that is named pre-trains a small transformer on the training images, their labels
-unseen (but for the supervised row, which learns from them all). What it learnt is then measured twice: by a
-linear probe on frozen features, and by fine-tuning, both with few labels, drawn anew by each seed.
+"""What each start is worth on labelled images of anybody: a linear probe and fine-tuning against random.
 
     python tests/bench/starts.py --manifest packed/manifest.csv --out /tmp/starts --model \\
         '{"img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}' --mask_unit 4
+    python tests/bench/starts.py --raw PACKS --out /tmp/kinds --workers 2
 
-Reads   a manifest with splits train, val and test and labels, images.npy beside it (see data_prep/pack.py).
-Writes  --out: the run folders, log.txt, metrics.csv, and starts.md, which is also printed: mean AUC over
-        the labels, as mean (standard deviation) of the seeds; gain over the first row, in pairs of seeds, with
-        its standard error. Called again, it goes on: what is there is not made again.
+--manifest  which strategy: rows of experiments.yaml pre-train a small transformer on the training images,
+            their labels unseen (but for the supervised row, which learns from them all); few labels follow
+--raw       which images: the study's question in small. GMML and MoCo-v3 pre-train on equal numbers of images
+            of PACKS/cxr, oct, chest_ct and natural for equal steps; the labels, 5 % and all of them, are those
+            of PACKS/pneumonia; 40 minutes of one core
+A seed draws the labelled images, the new head and the order of training; one pre-training serves all seeds.
+
+Reads   packs (see data_prep/pack.py): manifest.csv and images.npy; the labelled one has train, val and test.
+Writes  --out: the run folders, a log.txt an arm, metrics.csv, draws.npz and starts.md, which is also printed:
+        test AUC, mean over the labels, as mean (standard deviation) of the seeds; below, differences in pairs
+        of seeds with 95 % intervals over seeds and test patients, by evaluate/compare.py; bold: p < 0.05
+        after Holm over all differences. Called again, it goes on: what is there is not made again.
 """
 
 import argparse
+import contextlib
+import importlib.util
+import itertools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 # random, supervised, GMML, SiT, DINO, MoCo-v3, SimMIM: strategies of rows; the images are the manifest's
 ROWS = ["2.1", "2.3", "3.3", "4.3.1-100k", "4.1.1-100k", "c.10-moco", "c.10-simmim"]
+KINDS = ["cxr", "oct", "chest_ct", "natural"]
+# of --raw: one setting for all kinds, chosen on an equal mixture of them; read out by the mean of the tokens
+MODEL = ('{"img_size": 64, "patch_size": 16, "embed_dim": 128, "depth": 4, "num_heads": 4,'
+         ' "global_pool": "avg", "fc_norm": false}')
+STRATEGIES = {
+    "gmml": ["--batch", 16, "--lr", 3.2e-2, "--drop", 0.5, "--crop_scale", [0.5, 1.0]],
+    "moco_v3": ["--batch", 32, "--lr", 8e-3, "--crop_scale", [0.2, 1.0], "--hidden_dim", 256,
+                "--out_dim", 64],
+}
+PRETRAIN = ["--epochs", 20, "--warmup_epochs", 2]
+TUNE = ["--lr", 5e-4, "--warmup_epochs", 0, "--crop_scale", [0.6, 1.0]]
+WAYS = {
+    "probe-5%": ["--labels", 0.05, "--probe"],
+    "finetune-5%": ["--labels", 0.05, "--batch", 16, "--epochs", 20],
+    "probe-all": ["--probe"],
+    "finetune-all": ["--batch", 32, "--epochs", 2],
+}
 
 
-def call(args, script, *flags, processes=1):
-    """A script of the project, its output to log.txt; what it has to say of a failure ends this program."""
+class Arm(NamedTuple):
+    """A start: script and flags of its pre-training, None for random; flags of its fine-tuning."""
+    name: str
+    script: str | None
+    pretrain: list
+    finetune: list
+
+
+def load(name):
+    """A script of the project as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(log, script, *flags, processes=1):
+    """A script of the project, its output to a log; what it has to say of a failure ends this program."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [ROOT / script, *flags]
-    with open(args.out / "log.txt", "a") as log:
-        done = subprocess.run(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with open(log, "a") as file:
+        done = subprocess.run(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
-        tail = (args.out / "log.txt").read_text().splitlines()[-15:]
-        sys.exit("\n".join(tail) + f"\nerror: {script} failed; its words are above and in {args.out}/log.txt")
+        tail = log.read_text().splitlines()[-15:]
+        sys.exit("\n".join(tail) + f"\nerror: {script} failed; its words are above and in {log}")
 
 
-def measure(args, row):
-    """Pre-train a row, then probe and fine-tune it with every seed and predict the test images."""
-    run, start = args.out / row, "random"
+def arms_of_rows(args):
+    """The arms of --manifest: rows of experiments.yaml in the miniature."""
     rows = yaml.safe_load((ROOT / "experiments.yaml").read_text())
-    strategy = rows[row].get("pretrain", {}).get("strategy")
-    if strategy:
-        flags = ["--mask_unit", args.mask_unit] if strategy == "simmim" and args.mask_unit else []
-        call(args, f"pretrain/{strategy}.py", "--exp", row, "--miniature", "--manifest", args.manifest,
-             "--split", "train", "--model_args", args.model, "--out", run / "pretrain", *flags,
-             processes=args.processes)
-        start = run / "pretrain/backbone.pt"
-    for name, flags in (("probe", ["--probe"]), ("finetune", [])):
-        call(args, "finetune/classify.py", "--exp", row, "--miniature", "--init", start, "--train", args.manifest,
-             "--model_args", args.model, "--labels", args.labels, "--epochs", args.epochs,
-             "--seeds", ",".join(map(str, args.seeds)), "--out", run / name, *flags)
-        for seed in args.seeds:
-            predictions = args.out / f"{row}-{name}/predictions/seed{seed}/test.csv"
-            if not predictions.exists():
-                call(args, "evaluate/predict.py", "--checkpoint", run / name / f"seed{seed}/classifier.pt",
-                     "--manifest", args.manifest, "--out", predictions)
-            yield predictions
-
-
-def table(args, metrics):
-    """The AUCs of all rows as Markdown; the first row is what the others are compared with."""
-    auc = metrics.query("metric == 'auc_mean' and variant == 'corrected' and labels == labels.max()")
-    auc = auc.set_index(["exp", "seed"])["value"]
-    lines = ["| start | probe | gain | fine-tuned | gain |", "|---|---|---|---|---|"]
     for row in args.rows:
-        cells = []
-        for name in ("probe", "finetune"):
-            values, base = (auc[f"{which}-{name}"].loc[args.seeds] for which in (row, args.rows[0]))
-            gain = values - base
-            cells += [f"{values.mean():.3f} ({values.std():.3f})", f"{gain.mean():+.3f} ± {gain.sem():.3f}"]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        strategy = rows[row].get("pretrain", {}).get("strategy")
+        common = ["--exp", row, "--miniature", "--model_args", args.model]
+        flags = [*common, "--manifest", args.manifest, "--split", "train"]
+        if strategy == "simmim" and args.mask_unit:
+            flags += ["--mask_unit", args.mask_unit]
+        yield Arm(row, strategy and f"pretrain/{strategy}.py", flags, common)
+
+
+def arms_of_kinds(args):
+    """The arms of --raw: random, then each strategy on as many images of each kind as the smallest has."""
+    common = ["--model_args", MODEL]
+    manifests = {kind: args.raw / kind / "manifest.csv" for kind in KINDS}
+    numbers = [pd.read_csv(manifest)["split"].eq("pretrain").sum() for manifest in manifests.values()]
+    yield Arm("random", None, [], [*common, *TUNE])
+    for strategy, kind in itertools.product(STRATEGIES, KINDS):
+        flags = ["--manifest", manifests[kind], "--samples", min(numbers), "--seed", args.pretrain_seed]
+        flags += [*common, *PRETRAIN, *STRATEGIES[strategy]]
+        yield Arm(f"{strategy}-{kind}", f"pretrain/{strategy}.py", flags, [*common, *TUNE])
+
+
+def train(args, arm):
+    """Pre-train an arm, then probe and fine-tune it in every way with every seed."""
+    run, start = args.out / arm.name, "random"
+    run.mkdir(exist_ok=True)
+    print(f"{arm.name} ...", file=sys.stderr, flush=True)
+    if arm.script:
+        call(run / "log.txt", arm.script, *arm.pretrain, "--out", run / "pretrain", processes=args.processes)
+        start = run / "pretrain/backbone.pt"
+    for way, flags in args.ways.items():
+        call(run / "log.txt", "finetune/classify.py", *arm.finetune, *flags, "--init", start, "--train",
+             args.manifest, "--seeds", ",".join(map(str, args.seeds)), "--out", run / way)
+
+
+def predict(args, arm, module):
+    """Predict the test images with an arm's classifiers, here: a process of its own takes longer to start."""
+    for way, seed in itertools.product(args.ways, args.seeds):
+        file = args.out / f"{arm.name}-{way}/predictions/seed{seed}/test.csv"
+        classifier = args.out / arm.name / way / f"seed{seed}/classifier.pt"
+        flags = ["--checkpoint", classifier, "--manifest", args.manifest, "--out", file]
+        if not file.exists():
+            sys.argv = [module.__file__, *map(str, flags)]
+            with contextlib.redirect_stdout(None):
+                module.main()
+        yield file
+
+
+def difference(compare, numbers, left, right, key):
+    """left - right in pairs of seeds, an Estimate: its error is over the pairs and over test patients."""
+    values, draws = numbers.runs(left, "test", key)
+    other, other_draws = numbers.runs(right, "test", key)
+    pairs = [values[seed] - other[seed] for seed in values]
+    resampled = [draws[seed] - other_draws[seed] for seed in values]
+    return compare.estimate([(1, compare.make_arm(pairs, np.array(resampled)))])
+
+
+def table(metrics, arms, ways, pairs):
+    """Markdown: the AUCs of the arms, then the differences of pairs of arms, a column a way."""
+    compare = load("evaluate/compare.py")
+    numbers = compare.read_runs(metrics, ["*"])
+    known = {key for *_, key in numbers.values}
+    key = next(key for key in ("all|auc_mean||", "14|auc_mean||", "5|auc_mean||") if key in known)
+    lines = [f"| test AUC | {' | '.join(ways)} |", "|---" * (1 + len(ways)) + "|"]
+    for arm in arms:
+        runs = [list(numbers.runs(f"{arm}-{way}", "test", key)[0].values()) for way in ways]
+        cells = [f"{np.mean(values):.3f} ({np.std(values, ddof=1):.3f})" for values in runs]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    found = [difference(compare, numbers, f"{left}-{way}", f"{right}-{way}", key)
+             for left, right in pairs for way in ways]
+    cells = []
+    for result, p in zip(found, compare.holm([result.p for result in found])):
+        cell = f"{result.effect:+.3f} ({result.low:+.3f} to {result.high:+.3f})"
+        cells.append(f"**{cell}**" if p < 0.05 else cell)
+    for place, (left, right) in enumerate(pairs):
+        row = cells[place * len(ways):][:len(ways)]
+        lines.append(f"| {left} - {right} | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -83,23 +170,41 @@ def main():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
-    add("--manifest", type=Path, required=True, help="manifest.csv of the images")
-    add("--model", required=True, metavar="JSON", help="model_args of the transformer, with its img_size")
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--manifest", type=Path, help="manifest.csv of labelled images")
+    images.add_argument("--raw", type=Path, help="folder of packs: cxr, oct, chest_ct, natural, pneumonia")
     add("--out", type=Path, required=True, help="folder to write into")
-    add("--rows", nargs="+", default=ROWS, metavar="ROW", help="rows of experiments.yaml, random first")
-    add("--labels", type=float, default=0.05, help="share of the patients whose labels are used (0.05)")
-    add("--epochs", type=int, default=50, help="of fine-tuning (50)")
-    add("--seeds", type=int, nargs="+", default=[0, 11, 21, 42, 100], help="two or more (0 11 21 42 100)")
-    add("--mask_unit", type=int, help="pixels of SimMIM's squares, whole patches (that of its row)")
-    add("--processes", type=int, default=1, help="of pre-training (1)")
+    add("--seeds", type=int, nargs="+", default=[*range(10)], help="two or more (0 to 9)")
+    add("--workers", type=int, default=1, help="arms trained side by side (1)")
+    add("--pretrain_seed", type=int, default=0, help="--raw: of pre-training (0)")
+    add("--model", metavar="JSON", help="--manifest: model_args of the transformer, with its img_size")
+    add("--rows", nargs="+", default=ROWS, help="--manifest: rows of experiments.yaml, random first")
+    add("--labels", type=float, default=0.05, help="--manifest: share of the patients with labels (0.05)")
+    add("--epochs", type=int, default=50, help="--manifest: of fine-tuning (50)")
+    add("--mask_unit", type=int, help="--manifest: pixels of SimMIM's squares (that of its row)")
+    add("--processes", type=int, default=1, help="of a pre-training (1)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for row in args.rows:
-        print(f"{row} ...", file=sys.stderr, flush=True)
-        files += measure(args, row)
-    call(args, "evaluate/metrics.py", *files, "--bootstrap", 0, "--out", args.out / "metrics.csv")
-    text = table(args, pd.read_csv(args.out / "metrics.csv"))
+    os.environ["OMP_NUM_THREADS"] = "1"                 # a core an arm
+    if args.raw:
+        arms, args.ways, args.manifest = [*arms_of_kinds(args)], WAYS, args.raw / "pneumonia/manifest.csv"
+        pairs = []
+        for strategy in STRATEGIES:
+            names = {kind: f"{strategy}-{kind}" for kind in KINDS}
+            pairs += [(name, "random") for name in names.values()]
+            pairs += [(names[kind], names["natural"]) for kind in KINDS[:-1]]
+            pairs += [(names["cxr"], names[kind]) for kind in KINDS[1:-1]]
+    else:
+        arms, labels = [*arms_of_rows(args)], ["--labels", args.labels]
+        args.ways = {"probe": [*labels, "--probe"], "finetune": [*labels, "--epochs", args.epochs]}
+        pairs = [(arm.name, arms[0].name) for arm in arms[1:]]
+    with ThreadPoolExecutor(args.workers) as pool:
+        list(pool.map(lambda arm: train(args, arm), arms))
+    module = load("evaluate/predict.py")
+    files = [file for arm in arms for file in predict(args, arm, module)]
+    call(args.out / "log.txt", "evaluate/metrics.py", *files, "--workers", args.workers,
+         "--out", args.out / "metrics.csv")
+    text = table(args.out / "metrics.csv", [arm.name for arm in arms], args.ways, pairs)
     (args.out / "starts.md").write_text(text)
     print(text, end="")
 
