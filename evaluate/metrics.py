@@ -57,7 +57,7 @@ GROUPED = {True: ("auc", "ece", "fnr_youden", "fpr_youden"),    # by sex, age an
            False: ("auc", "ece", "fnr@0.5", "fpr@0.5")}         # and without
 UNREAD = re.compile("balanced_accuracy|.*_(f1|youden)$")        # whose resamples no script reads
 COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high stand_in".split()
-TERMINAL = ["exp", "seed", "dataset", "labels", "metric", "value", "ci_low", "ci_high"]
+TERMINAL = ["exp", "seed", "dataset", "labels", "metric", "label", "value", "ci_low", "ci_high"]
 
 
 # --- begin copy: error ---
@@ -921,7 +921,8 @@ def run(args):
             rows += [(*job, *line, mark) for line in lines]
             resamples |= {"/".join(job): draws, "/".join((*job, "rows")): names}
     table = pd.DataFrame(rows, columns=COLUMNS)
-    shown = table.query("metric == 'auc_mean' and variant == 'corrected'")[TERMINAL]
+    names = ["auc_mean", "auc"] if len(jobs) <= 2 else ["auc_mean"]         # of each label for one or two
+    shown = table[table.metric.isin(names) & (table.variant == "corrected")][TERMINAL]
     print(shown.to_string(index=False, float_format="%.4f", na_rep=""))
     for mark in sorted(set(table["stand_in"]) - {""}):
         print(f"stand-in: {mark}")

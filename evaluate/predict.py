@@ -183,9 +183,10 @@ def write_atomic(path, write):
 
 def pack_folder(folder, facts, args):
     """Pack all files below --images into a folder by data_prep/pack.py; returns how many it rejected."""
-    packer = Path(__file__).resolve().parent.parent / "data_prep/pack.py"
+    here = Path(__file__).resolve().parent
+    packer = here / "pack.py" if (here / "pack.py").is_file() else here.parent / "data_prep/pack.py"
     if not packer.is_file():
-        fail(f"--images needs {packer}, which reads the files; put it there or pack elsewhere for --manifest")
+        fail(f"--images needs pack.py, which reads the files; copy it to {here}")
     root, index, rejected = Path(args.images), folder / "index.csv", folder / "rejected.csv"
     files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
     paths = pd.Series(files, name="path")
@@ -228,7 +229,10 @@ def predict(model, facts, manifest, split, file, args, device):
         write_atomic(file.with_suffix(".npy"), lambda stream: np.save(stream, outputs[:, len(labels):]))
     write_atomic(file, lambda stream: table.to_csv(                         # last: if it is there, all is
         stream, mode="wb", index=False, float_format="%.8g", lineterminator="\n"))
-    print(f"{file}: {n:,} images, {len(known)} of {len(labels)} labels with truth")
+    unknown = sum(cells.count("") for cells in truth(manifest, rows, labels, mask=True).values())
+    counted = "are left out" if args.mask else "count as 0, with --mask they are left out"
+    print(f"{file}: {n:,} images, {len(known)} of {len(labels)} labels with truth"
+          + f"; {unknown:,} unknown cells {counted}" * (unknown > 0))
 
 
 def main():
@@ -285,7 +289,7 @@ def read_manifest(manifest, split, samples=0):
         splits = columns.get("split", [split] * len(rows))
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted({*splits}))}")
+            raise ValueError(f"{len(kept)} rows of split {split}; name one of {', '.join(sorted({*splits}))}")
     kept = kept[:samples or None]
     columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}

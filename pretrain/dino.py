@@ -571,7 +571,7 @@ def read_manifest(manifest, split, samples=0):
         splits = columns.get("split", [split] * len(rows))
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted({*splits}))}")
+            raise ValueError(f"{len(kept)} rows of split {split}; name one of {', '.join(sorted({*splits}))}")
     kept = kept[:samples or None]
     columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
@@ -884,9 +884,9 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     """
     adapted = [name for name, x in loaded.items() if x.shape != given[name].shape]
     left_out = [name for name in given if name not in loaded]
-    notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)",
-             f"{len(adapted)} adapted: {', '.join(adapted[:3])}",
-             f"{len(left_out)} left out: {', '.join(left_out[:3])}"]
+    notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)"]
+    for what, names in (("adapted", adapted), ("left out", left_out)):
+        notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
     theirs = {**content, **content.get("model_args", {})}
     if "base_encoder" in prefix and n_heads:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
@@ -912,8 +912,8 @@ def load_backbone(model, config):
         loaded["pos_embed"] = timm.layers.resample_abs_pos_embed(
             loaded["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens,
             antialias=False)
-        scales = {name: x for name, x in given.items() if "gamma" in name}
-        model.load_state_dict(scales | loaded)          # refuses absent tensors, a layer scale it has not
+        kept = {name: x for name, x in given.items() if re.search(r"gamma|^blocks\..*norm1\.weight", name)}
+        model.load_state_dict(kept | loaded)    # refuses what is absent, blocks and a layer scale it has not
     config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
     return loading_note(content, prefix, given, loaded, config, model.blocks[0].attn.num_heads)
 # --- end copy: load transformer ---

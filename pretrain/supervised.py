@@ -444,7 +444,7 @@ def read_manifest(manifest, split, samples=0):
         splits = columns.get("split", [split] * len(rows))
         kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}; there are {', '.join(sorted({*splits}))}")
+            raise ValueError(f"{len(kept)} rows of split {split}; name one of {', '.join(sorted({*splits}))}")
     kept = kept[:samples or None]
     columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
@@ -735,9 +735,9 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     """
     adapted = [name for name, x in loaded.items() if x.shape != given[name].shape]
     left_out = [name for name in given if name not in loaded]
-    notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)",
-             f"{len(adapted)} adapted: {', '.join(adapted[:3])}",
-             f"{len(left_out)} left out: {', '.join(left_out[:3])}"]
+    notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)"]
+    for what, names in (("adapted", adapted), ("left out", left_out)):
+        notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
     theirs = {**content, **content.get("model_args", {})}
     if "base_encoder" in prefix and n_heads:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
@@ -806,8 +806,9 @@ def load_backbone(model, config):
             x = fit_positions(x, shape)
         loaded[name] = x
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
-        unused = {name: x for name, x in given.items() if re.search("gamma|bias_table", name)}
-        model.load_state_dict(unused | head | loaded)   # refuses absent tensors, scales and biases it has not
+        pattern = r"gamma|bias_table|^(blocks|layers?\d?)\..*(norm1|bn1)\.weight"
+        kept = {name: x for name, x in given.items() if re.search(pattern, name)}
+        model.load_state_dict(kept | head | loaded)     # refuses what is absent, blocks and scales it has not
     config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
     heads = next((module.num_heads for module in model.modules() if hasattr(module, "num_heads")), None)
     heads = config["model_args"].get("num_heads", heads)                    # Swin's differ by stage

@@ -414,7 +414,7 @@ def test_a_copy_of_the_script_alone_says_what_it_needs_for_folders(folder, model
     spec.loader.exec_module(copied)
     monkeypatch.setattr("test_predict.predict", copied)
     flags = ["--checkpoint", model_file[0], "--out", tmp_path / "p.csv"]
-    assert f"{tmp_path}/data_prep/pack.py" in refused(monkeypatch, capsys, *flags, "--images", folder)
+    assert f"pack.py, which reads the files; copy it to {tmp_path}/copy" in refused(monkeypatch, capsys, *flags, "--images", folder)
     assert sorted(os.listdir(tmp_path)) == ["copy"]
     run(monkeypatch, *flags, "--manifest", packed)
     assert len(read(tmp_path / "p.csv")) == 19

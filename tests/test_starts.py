@@ -394,6 +394,12 @@ def test_a_layer_scale_that_the_network_lacks_is_refused(script, manifest, tmp_p
     assert_user_error(start(script, manifest, tmp_path, "w.pth"), "w.pth", "blocks.0.ls1.gamma")
 
 
+@pytest.mark.parametrize("script", [GMML, SUPERVISED])
+def test_a_network_with_more_blocks_is_refused(script, manifest, tmp_path):
+    torch.save(network(VIT, {**MODEL, "depth": MODEL["depth"] + 1}).state_dict(), tmp_path / "w.pth")
+    assert_user_error(start(script, manifest, tmp_path, "w.pth"), "w.pth", "blocks.4.norm1.weight")
+
+
 def test_a_buffer_named_mean_in_the_weights_does_no_harm(manifest, tmp_path):
     source = network()
     buffers = {"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 3, 1, 1)}
