@@ -436,6 +436,8 @@ def pairs_of(arms, exps, metric=""):
     for dataset, key in dict.fromkeys(cell[1:] for cell in arms if metric in cell[2]):
         cells = [(exp, dataset, key) for exp in exps if (exp, dataset, key) in arms]
         for left, right in combinations(cells, 2):
+            if left[0].endswith("-ensemble") != right[0].endswith("-ensemble"):
+                continue                                # a mean of networks against single ones
             row = {"dataset": dataset, **dict(zip(KEY, key.split("|"))), "left": left[0], "right": right[0]}
             row |= {cell[0]: arms[cell].mean for cell in (left, right)}
             row |= compare(arms, [(1, left), (-1, right)])

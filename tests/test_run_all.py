@@ -33,8 +33,8 @@ def project(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     # the miniature's miniature
     text = (folder / "experiments.yaml").read_text()
-    text, n = re.subn(r"(samples: 0, batch: 16, epochs: )12", r"\g<1>2", text)
-    text, m = re.subn(r"(finetune: \{epochs: )30(.*?seeds: )\[0, 11, 21\]", r"\g<1>2\2[0, 11]", text, flags=re.S)
+    text, n = re.subn(r"(samples: 0, batch: 16, epochs: )10", r"\g<1>2", text)
+    text, m = re.subn(r"(finetune: \{epochs: )25(.*?seeds: )\[0, 11, 21\]", r"\g<1>2\2[0, 11]", text, flags=re.S)
     assert n == m == 1
     (folder / "experiments.yaml").write_text(text)
     return folder
