@@ -29,7 +29,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import yaml
 
@@ -134,31 +133,28 @@ def predict(args, arm, module):
         yield file
 
 
-def difference(compare, numbers, left, right, key):
-    """left - right in pairs of seeds, an Estimate: its error is over the pairs and over test patients."""
-    values, draws = numbers.runs(left, "test", key)
-    other, other_draws = numbers.runs(right, "test", key)
-    pairs = [values[seed] - other[seed] for seed in values]
-    resampled = [draws[seed] - other_draws[seed] for seed in values]
-    return compare.estimate([(1, compare.make_arm(pairs, np.array(resampled)))])
+def difference(compare, arms, left, right, key):
+    """left - right in pairs of seeds, an estimate: its error is over the pairs and over test patients."""
+    pairs = compare.combine([(1, arms[left, "test", key]), (-1, arms[right, "test", key])])
+    return compare.estimate([(1, pairs)])
 
 
 def table(metrics, arms, ways, pairs):
     """Markdown: the AUCs of the arms, then the differences of pairs of arms, a column a way."""
     compare = load("evaluate/compare.py")
-    numbers = compare.read_runs(metrics, ["*"])
-    known = {key for *_, key in numbers.values}
+    measured, *_ = compare.read_runs(metrics)
+    known = {key for *_, key in measured}
     key = next(key for key in ("all|auc_mean||", "14|auc_mean||", "5|auc_mean||") if key in known)
     lines = [f"| test AUC | {' | '.join(ways)} |", "|---" * (1 + len(ways)) + "|"]
     for arm in arms:
-        runs = [list(numbers.runs(f"{arm}-{way}", "test", key)[0].values()) for way in ways]
-        cells = [f"{np.mean(values):.3f} ({np.std(values, ddof=1):.3f})" for values in runs]
+        found = [measured[f"{arm}-{way}", "test", key] for way in ways]
+        cells = [f"{runs.mean:.3f} ({runs.sd:.3f})" for runs in found]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
-    found = [difference(compare, numbers, f"{left}-{way}", f"{right}-{way}", key)
+    found = [difference(compare, measured, f"{left}-{way}", f"{right}-{way}", key)
              for left, right in pairs for way in ways]
     cells = []
-    for result, p in zip(found, compare.holm([result.p for result in found])):
-        cell = f"{result.effect:+.3f} ({result.low:+.3f} to {result.high:+.3f})"
+    for result, p in zip(found, compare.holm([result["p"] for result in found])):
+        cell = f"{result['effect']:+.3f} ({result['ci_low']:+.3f} to {result['ci_high']:+.3f})"
         cells.append(f"**{cell}**" if p < 0.05 else cell)
     for place, (left, right) in enumerate(pairs):
         row = cells[place * len(ways):][:len(ways)]
