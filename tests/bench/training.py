@@ -79,7 +79,7 @@ def measure(root, method, part, manifest, steps):
     with tempfile.TemporaryDirectory() as out:
         words = [source, manifest, "--out", out, "--device", "cpu", "--batch", batch, "--warmup_epochs", 1,
                  "--steps", steps + 3, "--log-steps", 1, *flags]
-        if source == "--manifest":
+        if "picture_epochs" in (root / script).read_text():
             words += ["--picture-epochs", 1000]
         command = [sys.executable, "-c", DRIVER, part, root / script, *words]
         done = subprocess.run([*map(str, command)], cwd=root, capture_output=True, text=True)
