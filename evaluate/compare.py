@@ -436,8 +436,6 @@ def pairs_of(arms, exps, metric=""):
     for dataset, key in dict.fromkeys(cell[1:] for cell in arms if metric in cell[2]):
         cells = [(exp, dataset, key) for exp in exps if (exp, dataset, key) in arms]
         for left, right in combinations(cells, 2):
-            if left[0].endswith("-ensemble") != right[0].endswith("-ensemble"):
-                continue                                # a mean of networks against single ones
             row = {"dataset": dataset, **dict(zip(KEY, key.split("|"))), "left": left[0], "right": right[0]}
             row |= {cell[0]: arms[cell].mean for cell in (left, right)}
             row |= compare(arms, [(1, left), (-1, right)])
@@ -483,7 +481,10 @@ def main():
             claims = read_csv(args.claims, CLAIM)
             claims["margin"] = pd.to_numeric(claims["margin"], errors="coerce")
             decided = verdicts(claims.to_dict("records"), complete(arms, printed))
-            pairs = pd.DataFrame(pairs_of(arms, exps, "|auc"), columns=PAIRS)
+            ensembles = [exp for exp in exps if exp.endswith("-ensemble")]      # among themselves
+            single = [exp for exp in exps if exp not in ensembles]
+            rows = pairs_of(arms, single, "|auc") + pairs_of(arms, ensembles, "|auc")
+            pairs = pd.DataFrame(rows, columns=PAIRS)
             pairs["p_holm"] = pairs.groupby(["dataset", *KEY])["p"].transform(holm)
             tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": pairs}
             tables["detectable"] = detectable(pairs, sizes, "published runs" if args.reported else "our runs")

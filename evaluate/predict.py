@@ -150,10 +150,9 @@ def columns_of(label, columns):
             if plain[name] == wanted or wanted == "atelectasis" and wanted in plain[name]]
 
 
-def truth(manifest, rows, labels, mask=False):
-    """{label: "1", "0" or, with mask, "" (unknown) for every row} of the labels not blank throughout."""
-    other, known = "" if mask else "0", {}
-    codes = {"1": "1", "1.0": "1", "0": "0", "0.0": "0", "-1": other, "-1.0": other, "": other}
+def truth(manifest, rows, labels):
+    """{label: "1", "0" or "" (unknown) for every row} of the labels not blank throughout."""
+    known, codes = {}, {"1": "1", "1.0": "1", "0": "0", "0.0": "0", "-1": "", "-1.0": "", "": ""}
     for label in labels:
         names = [name for name in columns_of(label, rows) if any(rows[name])]
         for name in names:
@@ -205,7 +204,10 @@ def pack_folder(folder, facts, args):
 def predict(model, facts, manifest, split, file, args, device):
     """Predict the images of a manifest; process 0 writes them to `file`, facts and features beside it."""
     rows, labels = read_manifest(manifest, split), facts["labels"]
-    known = truth(manifest, rows, labels, args.mask)
+    known = truth(manifest, rows, labels)
+    unknown = sum(cells.count("") for cells in known.values())
+    if not args.mask:
+        known = {label: [cell or "0" for cell in cells] for label, cells in known.items()}
     pack = Path(manifest).with_name("pack.json")
     with or_fail(f"read {pack}"):
         data = json.loads(pack.read_text()) if pack.is_file() else {}
@@ -229,7 +231,6 @@ def predict(model, facts, manifest, split, file, args, device):
         write_atomic(file.with_suffix(".npy"), lambda stream: np.save(stream, outputs[:, len(labels):]))
     write_atomic(file, lambda stream: table.to_csv(                         # last: if it is there, all is
         stream, mode="wb", index=False, float_format="%.8g", lineterminator="\n"))
-    unknown = sum(cells.count("") for cells in truth(manifest, rows, labels, mask=True).values())
     counted = "are left out" if args.mask else "count as 0, with --mask they are left out"
     print(f"{file}: {n:,} images, {len(known)} of {len(labels)} labels with truth"
           + f"; {unknown:,} unknown cells {counted}" * (unknown > 0))

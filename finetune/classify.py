@@ -983,7 +983,8 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)"]
     for what, names in (("adapted", adapted), ("left out", left_out)):
         notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
-    theirs = {**content, **content.get("model_args", {})}
+    theirs, args = dict(content), content.get("model_args")
+    theirs.update(args if isinstance(args, dict) else {})                   # of another maker: anything
     if "base_encoder" in prefix and n_heads:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
     ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}

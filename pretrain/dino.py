@@ -5,7 +5,7 @@ crop the student predicts the teacher's output for another crop, a softmax over 
 the cross-entropy between the two (dino_loss).
 
     torchrun --nproc_per_node=4 pretrain/dino.py --exp 4.1.1-100k     one row of experiments.yaml on 4 GPUs
-    python pretrain/dino.py --manifest my/manifest.csv --out my/run   your own images, one process
+    python pretrain/dino.py --manifest my/manifest.csv --split all --out my/run    your own images
     python pretrain/dino.py --exp 4.1.1-100k --teacher_temp 0.07 --warmup_teacher_temp_epochs 30
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
@@ -887,7 +887,8 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)"]
     for what, names in (("adapted", adapted), ("left out", left_out)):
         notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
-    theirs = {**content, **content.get("model_args", {})}
+    theirs, args = dict(content), content.get("model_args")
+    theirs.update(args if isinstance(args, dict) else {})                   # of another maker: anything
     if "base_encoder" in prefix and n_heads:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
     ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}

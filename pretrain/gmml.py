@@ -5,7 +5,7 @@ a vision transformer learns to restore them: the loss is the mean absolute diffe
 the overwritten pixels (masked_l1).
 
     torchrun --nproc_per_node=4 pretrain/gmml.py --exp 3.4            one row of experiments.yaml on 4 GPUs
-    python pretrain/gmml.py --manifest my/manifest.csv --out my/run   your own images, one process
+    python pretrain/gmml.py --manifest my/manifest.csv --split all --out my/run    your own images
     python pretrain/gmml.py --exp 3.4 --epochs 10 --lr 2e-4           any key of a row is a flag
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
@@ -252,7 +252,7 @@ def block_masks(u, fraction, side, align=1):
     total = (rows * powers[:, None]).mT @ columns + powers[-1] / 2
     first = 127 - torch.frexp(total).exponent                               # [B, side, side]; K: none does
     needed = fraction[:, None, None] * side * side
-    last = torch.zeros_like(needed, dtype=torch.int)                        # block that reaches it, bit by bit
+    last = torch.zeros_like(needed, dtype=torch.int)                        # the block that reaches it
     for bit in reversed(range(u.shape[1].bit_length())):
         more = last + 2 ** bit
         last = torch.where((first < more).sum((1, 2), keepdim=True) < needed, more, last)
@@ -820,7 +820,8 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)"]
     for what, names in (("adapted", adapted), ("left out", left_out)):
         notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
-    theirs = {**content, **content.get("model_args", {})}
+    theirs, args = dict(content), content.get("model_args")
+    theirs.update(args if isinstance(args, dict) else {})                   # of another maker: anything
     if "base_encoder" in prefix and n_heads:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
     ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}

@@ -4,7 +4,7 @@ Two views of an image go through an encoder, which gives queries, and through it
 keys; each query has to match the key of its image's other view among the keys of the batch (symmetric_loss).
 
     torchrun --nproc_per_node=4 pretrain/moco_v3.py --exp c.10-moco      one row of experiments.yaml on 4 GPUs
-    python pretrain/moco_v3.py --manifest my/manifest.csv --out my/run   your own images, one process
+    python pretrain/moco_v3.py --manifest my/manifest.csv --split all --out my/run    your own images
     python pretrain/moco_v3.py --variant paper --epochs 10               any key of a row is a flag
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
@@ -867,7 +867,8 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)"]
     for what, names in (("adapted", adapted), ("left out", left_out)):
         notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
-    theirs = {**content, **content.get("model_args", {})}
+    theirs, args = dict(content), content.get("model_args")
+    theirs.update(args if isinstance(args, dict) else {})                   # of another maker: anything
     if "base_encoder" in prefix and n_heads:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
     ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}

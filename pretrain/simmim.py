@@ -5,7 +5,7 @@ replaced by one learnt token. A linear layer on the encoder's output predicts th
 mean absolute error over the hidden pixels (masked_l1).
 
     torchrun --nproc_per_node=4 pretrain/simmim.py --exp 0.1.5        one row of experiments.yaml on 4 GPUs
-    python pretrain/simmim.py --manifest my/manifest.csv --out my/run   your own images, one process
+    python pretrain/simmim.py --manifest my/manifest.csv --split all --out my/run    your own images
     python pretrain/simmim.py --schedule step --lr 1e-4 --epochs 800    the longer of the published recipes
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
@@ -730,7 +730,8 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)"]
     for what, names in (("adapted", adapted), ("left out", left_out)):
         notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
-    theirs = {**content, **content.get("model_args", {})}
+    theirs, args = dict(content), content.get("model_args")
+    theirs.update(args if isinstance(args, dict) else {})                   # of another maker: anything
     if "base_encoder" in prefix and n_heads:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
     ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}

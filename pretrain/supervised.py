@@ -6,7 +6,7 @@ one class (ImageNet) it minimises cross-entropy. The study does not state its op
 the optimiser is that of its self-supervised arms, the augmentation that of its fine-tuning.
 
     torchrun --nproc_per_node=4 pretrain/supervised.py --exp 2.4      one row of experiments.yaml on 4 GPUs
-    python pretrain/supervised.py --manifest my/manifest.csv --out my/run   your own images, one process
+    python pretrain/supervised.py --manifest my/manifest.csv --split all --out my/run    your own images
     python pretrain/supervised.py --dataset imagenet --split train --arch resnet50 --in_chans 3
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
@@ -738,7 +738,8 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)"]
     for what, names in (("adapted", adapted), ("left out", left_out)):
         notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
-    theirs = {**content, **content.get("model_args", {})}
+    theirs, args = dict(content), content.get("model_args")
+    theirs.update(args if isinstance(args, dict) else {})                   # of another maker: anything
     if "base_encoder" in prefix and n_heads:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
     ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}

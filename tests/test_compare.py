@@ -487,6 +487,10 @@ def test_every_metric_with_resamples_has_an_interval_over_runs_and_patients(tmp_
     run_here(compare, monkeypatch, "--metrics", path, "--out", tmp_path / "out")
     arms = pd.read_csv(tmp_path / "out/arms.csv")
     assert set(arms.exp) == {"2.2", "2.2-ensemble", "3.4", "3.4-ensemble"}
+    pairs = pd.read_csv(tmp_path / "out/comparisons.csv")
+    kinds = {frozenset(pair) for pair in zip(pairs.left, pairs.right)}
+    assert kinds == {frozenset(("2.2", "3.4")), frozenset(("2.2-ensemble", "3.4-ensemble"))}
+    run_here(compare, monkeypatch, "--metrics", path, "--arms", "3.4", "3.4-ensemble")      # who asks, gets
     means = arms[(arms.exp == "3.4") & arms.label.isna()].fillna({"threshold": -1})
     means = means.set_index(["metric", "threshold"])
     for metric, threshold in (("auprc", -1), ("ece", -1), ("fnr", 0.3), ("subset_accuracy", 0.5),

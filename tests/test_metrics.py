@@ -676,6 +676,17 @@ def test_every_label_of_a_file_is_scored_and_only_the_studys_five_are_called_so(
     assert set(command(monkeypatch, tmp_path, tmp_path / "b.csv").labels) == {"", "all"}
 
 
+@pytest.mark.parametrize("n, shown", [(2, True), (3, False)])
+def test_the_terminal_has_every_labels_auc_of_one_or_two_runs(n, shown, monkeypatch, tmp_path, capsys):
+    files = [tmp_path / f"{name}.csv" for name in "abc"[:n]]
+    frames = [predictions(file, ["Lesion", "Scar"], score_seed=seed) for seed, file in enumerate(files)]
+    monkeypatch.setattr(sys, "argv", ["metrics.py", *map(str, files), "--bootstrap", "20", "--workers", "1"])
+    m.main()
+    out = capsys.readouterr().out
+    assert ("Scar" in out) == shown
+    assert (f"{sk.roc_auc_score(frames[1].true_Scar, frames[1].prob_Scar):.4f}" in out) == shown
+
+
 def test_two_files_of_ones_own_are_two_arms_on_one_test_set(monkeypatch, tmp_path, capsys):
     a, b = (predictions(tmp_path / f"{name}.csv", ["Lesion"], score_seed=seed)
             for seed, name in enumerate("ab"))

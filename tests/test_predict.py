@@ -155,9 +155,12 @@ def test_file_has_the_contracts_columns_and_order(model_file, packed, tmp_path, 
     assert cells == [f"{np.float32(cell):.8g}" for cell in cells]
 
 
-def test_cells_that_are_uncertain_or_blank_can_stay_unknown(model_file, packed, tmp_path, monkeypatch):
-    run(monkeypatch, "--checkpoint", model_file[0], "--manifest", packed, "--split", "all",
-        "--out", tmp_path / "p.csv", "--mask")
+def test_cells_that_are_uncertain_or_blank_can_stay_unknown(model_file, packed, tmp_path, monkeypatch, capsys):
+    flags = ["--checkpoint", model_file[0], "--manifest", packed, "--split", "all", "--out", tmp_path / "p.csv"]
+    run(monkeypatch, *flags)
+    assert "11 unknown cells count as 0, with --mask" in capsys.readouterr().out
+    run(monkeypatch, *flags, "--mask")
+    assert "11 unknown cells are left out" in capsys.readouterr().out
     found = pd.read_csv(tmp_path / "p.csv", dtype=str, keep_default_na=False)
     assert found["true_Effusion"].tolist() == (["1", "0", "", ""] * 6)[:23]
     assert found["true_Cardiomegaly"].tolist() == (["0", "1"] * 12)[:23] and "true_Consolidation" not in found
@@ -418,6 +421,10 @@ def test_a_copy_of_the_script_alone_says_what_it_needs_for_folders(folder, model
     assert sorted(os.listdir(tmp_path)) == ["copy"]
     run(monkeypatch, *flags, "--manifest", packed)
     assert len(read(tmp_path / "p.csv")) == 19
+    shutil.copy(ROOT / "data_prep/pack.py", tmp_path / "copy")              # beside it: all that is needed
+    with contextlib.suppress(SystemExit):                                   # 3: some files are rejected
+        run(monkeypatch, *flags, "--images", folder)
+    assert len(read(tmp_path / "p.csv")) != 19
 
 
 # What lies beside the predictions

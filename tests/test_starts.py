@@ -400,6 +400,14 @@ def test_a_network_with_more_blocks_is_refused(script, manifest, tmp_path):
     assert_user_error(start(script, manifest, tmp_path, "w.pth"), "w.pth", "blocks.4.norm1.weight")
 
 
+def test_model_args_of_another_kind_do_no_harm(manifest, tmp_path):
+    source = network()
+    torch.save({"model": source.state_dict(), "model_args": ["vit", 2]}, tmp_path / "w.pth")
+    result = start(GMML, manifest, tmp_path, "w.pth")
+    assert result.returncode == 0, result.stderr
+    assert_same_features(source, backbone(tmp_path))
+
+
 def test_a_buffer_named_mean_in_the_weights_does_no_harm(manifest, tmp_path):
     source = network()
     buffers = {"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 3, 1, 1)}
