@@ -98,7 +98,7 @@ prepare() {     # FOLDER: download -> index -> pack
 }
 
 row() {         # EXP STRATEGY DATA PARENT SEEDS: pre-train, fine-tune, predict
-  local here="$runs/$1" start="" last=${5##*,} common=(--exp "$1" ${demo:+--miniature true} --data "$data")
+  local here="$runs/$1" start="" classifiers=() files=() common=(--exp "$1" ${demo:+--miniature true} --data "$data")
   [ "$4" = - ] || start="$runs/$4/pretrain/backbone.pt"
   if [ "$2" != - ]; then
     prepare "$3"
@@ -108,15 +108,15 @@ row() {         # EXP STRATEGY DATA PARENT SEEDS: pre-train, fine-tune, predict
     start="$here/pretrain/backbone.pt"
   fi
   [ "$5" != - ] || return 0                     # a parent that was not asked for
-  step rows "$here/finetune/seed$last/classifier.pt" experiments.yaml "$data/nih/manifest.csv" ${start:+"$start"} -- \
-    "${train[@]}" finetune/classify.py "${common[@]}" --out "$here/finetune" ${start:+--init "$start"}
   for seed in ${5//,/ }; do
-    place="$here/predictions/seed$seed" files=()
-    for test in ${tests//,/ }; do files+=("$place/$test.csv"); done
-    step rows "$place" "$here/finetune/seed$last/classifier.pt" "${manifests[@]}" "${files[@]}" -- \
-      "$PYTHON" evaluate/predict.py --checkpoint "$here/finetune/seed$seed/classifier.pt" "${sets[@]}" --out "$place"
-    predictions+=("${files[@]}")
+    classifiers+=("$here/finetune/seed$seed/classifier.pt")
+    for test in ${tests//,/ }; do files+=("$here/predictions/seed$seed/$test.csv"); done
   done
+  step rows "$here/finetune" experiments.yaml "$data/nih/manifest.csv" ${start:+"$start"} "${classifiers[@]}" -- \
+    "${train[@]}" finetune/classify.py "${common[@]}" --out "$here/finetune" ${start:+--init "$start"}
+  step rows "$here/predictions" "${classifiers[@]}" "${manifests[@]}" "${files[@]}" -- \
+    "$PYTHON" evaluate/predict.py --checkpoint "${classifiers[@]}" "${sets[@]}" --out "$here/predictions/seed{seed}"
+  predictions+=("${files[@]}")
 }
 
 packs=() tested=() sets=() predictions=()

@@ -1,7 +1,8 @@
 """Prediction: a trained classifier's probability of every label, for packed test sets or a folder of files.
 
     python evaluate/predict.py --checkpoint classifier.pt --manifest data/nih/manifest.csv --out nih_test.csv
-    python evaluate/predict.py --checkpoint classifier.pt --set nih_test=data/nih/manifest.csv:test --out DIR
+    python evaluate/predict.py --checkpoint run/seed*/classifier.pt --set nih_test=data/nih/manifest.csv:test
+        --out 'predictions/seed{seed}'
     python evaluate/predict.py --checkpoint classifier.pt --images my_radiographs --out predictions.csv
     python evaluate/predict.py --checkpoint backbone.pt --features --images my_radiographs --out features.csv
 Reads   classifier.pt of finetune/classify.py; manifest.csv and images.npy beside it (without it the 8-bit PNG
@@ -64,14 +65,15 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.error = fail                                 # one sentence, like every other mistake
     add = parser.add_argument
-    add("--checkpoint", required=True, help="classifier.pt; for --features a backbone.pt will do")
+    add("--checkpoint", required=True, nargs="+",
+        help="classifier.pt, one or several; for --features a backbone.pt will do")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--manifest", help="manifest.csv of the images")
     what.add_argument("--images", help="folder of image files of any kind that pack.py reads")
     what.add_argument("--set", action="append", type=named_set,
                       help="NAME=MANIFEST[:SPLIT]; may be repeated, --out is then the folder of <NAME>.csv")
     add("--split", default="test", help="splits to predict, comma-separated, or all [test]")
-    add("--out", required=True, help="the .csv to write; its folder is made if need be")
+    add("--out", required=True, help="the .csv to write; {seed} in it becomes that of the checkpoint")
     add("--mask", action="store_true", help="leave true_<label> of -1 and blank cells blank; else it is 0")
     add("--test-crops", type=int, choices=[1, 10], default=1, help="views averaged an image [1]")
     add("--features", action="store_true", help="write the pooled features, too")
@@ -98,6 +100,7 @@ def load_network(file, features):
     with or_fail(f"find in {file} what a classifier.pt of finetune/classify.py has"):
         facts = torch.load(file, map_location="cpu", weights_only=True)
         facts = {"labels": [], **facts} if features else facts
+        facts["file"] = file
         normalise(torch.zeros(1, 1, 1, 1), facts)           # mean and std are those of its channels
         fixed = getattr(timm.get_pretrained_cfg(facts["arch"]), "fixed_input_size", False)
         size = {"img_size": facts["img_size"]} if fixed else {}
@@ -187,6 +190,7 @@ def pack_folder(folder, facts, args):
     if not packer.is_file():
         fail(f"--images needs pack.py, which reads the files; copy it to {here}")
     root, index, rejected = Path(args.images), folder / "index.csv", folder / "rejected.csv"
+    kept = folder.with_suffix(".rejected.csv")              # beside the predictions
     files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
     paths = pd.Series(files, name="path")
     write_atomic(index, lambda file: paths.to_csv(file, mode="wb", index=False, errors="replace"))
@@ -194,9 +198,9 @@ def pack_folder(folder, facts, args):
                "--size", facts["img_size"], "--channels", facts["in_chans"]]
     done = subprocess.run(map(str, command), stderr=subprocess.PIPE, errors="replace")
     if rejected.is_file():
-        write_atomic(f"{args.out}.rejected.csv", lambda file: file.write(rejected.read_bytes()))
+        write_atomic(kept, lambda file: file.write(rejected.read_bytes()))
     if done.returncode:
-        said = done.stderr.replace(str(rejected), f"{args.out}.rejected.csv").strip()
+        said = done.stderr.replace(str(rejected), str(kept)).strip()
         fail(f"--images {args.images} cannot be packed: {said.rpartition('error: ')[2]}")
     return len(pd.read_csv(rejected))
 
@@ -216,10 +220,10 @@ def predict(model, facts, manifest, split, file, args, device):
     n = len(rows["path"])
     outputs = forward_all(model, images, n, facts, args.batch, args.test_crops, device)
     for place in (~outputs.isfinite().all(1)).nonzero()[:1]:
-        fail(f"{args.checkpoint} gives NaN or infinity for {rows['path'][place]}; it has diverged")
+        fail(f"{facts['file']} gives NaN or infinity for {rows['path'][place]}; it has diverged")
     if RANK > 0:
         return
-    card = {"checkpoint": args.checkpoint, "exp": facts.get("exp"), "seed": facts.get("seed"),
+    card = {"checkpoint": facts["file"], "exp": facts.get("exp"), "seed": facts.get("seed"),
             "manifest": args.images or manifest, "split": split, "n": n, "test_crops": args.test_crops,
             "stand_in": "; ".join(sorted(marks)) or None}
     columns = {"path": rows["path"], "patient": rows.get("patient", "")}
@@ -247,25 +251,32 @@ def main():
         if WORLD_SIZE > 1:
             dist.init_process_group("gloo")
     torch.backends.cudnn.conv.fp32_precision = "ieee"                       # scores are not rounded to TF32
-    model, facts = load_network(args.checkpoint, args.features)
-    folder = Path(f"{args.out}.pack")
+    networks = {}
+    for checkpoint in args.checkpoint:
+        model, facts = load_network(checkpoint, args.features)
+        out = args.out.replace("{seed}", str(facts.get("seed")))
+        networks[out] = model, facts
+    if len(networks) < len(args.checkpoint) or args.images and len(networks) > 1:
+        fail("several --checkpoint need seeds that differ, {seed} in --out, and a --manifest or --set")
+    folder = Path(f"{out}.pack")
     sets = args.set or [("", args.manifest or str(folder / "manifest.csv"), args.images and "all")]
     try:
         if args.images and RANK == 0:
             rejected = pack_folder(folder, facts, args)
         if WORLD_SIZE > 1:
             dist.barrier()                              # the others wait for the pack
-        model.to(device, memory_format=torch.channels_last)
-        for name, manifest, split in sets:
-            file = Path(f"{args.out}/{name}.csv" if name else args.out)
-            predict(model, facts, manifest, split or args.split, file, args, device)
+        for out, (model, facts) in networks.items():
+            model.to(device, memory_format=torch.channels_last)
+            for name, manifest, split in sets:
+                file = Path(out, f"{name}.csv") if name else Path(out)
+                predict(model, facts, manifest, split or args.split, file, args, device)
     except torch.cuda.OutOfMemoryError:
         fail(f"the GPU has no memory for {args.batch} images a pass; try --batch {args.batch // 2 or 1}")
     finally:
         if args.images and RANK == 0 and not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
     if rejected:
-        print(f"warning: {rejected} files are rejected, see {args.out}.rejected.csv", file=sys.stderr)
+        print(f"warning: {rejected} files are rejected, see {out}.rejected.csv", file=sys.stderr)
         sys.exit(3)
 
 
@@ -336,12 +347,6 @@ def open_images(manifest, rows, in_chans, device):
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
     rows_of = lambda places: numbers[places].to(packed.device, non_blocking=True)
     return lambda places: packed[rows_of(places)].to(device, non_blocking=True)
-
-
-def step_generator(*numbers, device="cpu"):
-    """A random generator made from (seed, step): any number of processes and any resume draw the same."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0]))
 # --- end copy: images ---
 
 

@@ -569,13 +569,15 @@ def open_images(manifest, rows, in_chans, device):
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
     rows_of = lambda places: numbers[places].to(packed.device, non_blocking=True)
     return lambda places: packed[rows_of(places)].to(device, non_blocking=True)
+# --- end copy: images ---
 
 
+# --- begin copy: random ---
 def step_generator(*numbers, device="cpu"):
     """A random generator made from (seed, step): any number of processes and any resume draw the same."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state[0]))
-# --- end copy: images ---
+# --- end copy: random ---
 
 
 # --- begin copy: crop ---

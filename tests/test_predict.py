@@ -192,6 +192,26 @@ def test_any_number_of_processes_writes_the_same_bytes(model_file, packed, tmp_p
     assert len(read(tmp_path / "3/one.csv")) == 19 and len(read(tmp_path / "3/all.csv")) == 23
 
 
+def test_several_checkpoints_are_predicted_as_one_by_one(packed, tmp_path, monkeypatch, capsys):
+    files = []
+    for seed in (3, 14):
+        files.append(tmp_path / f"{seed}.pt")
+        classifier(files[-1], seed=seed, mean=[seed / 20] * 3)
+    sets = ["--set", f"one={packed}", "--set", f"all={packed}:all"]
+    run(monkeypatch, "--checkpoint", *files, *sets, "--out", tmp_path / "both/seed{seed}")
+    for file in files:
+        run(monkeypatch, "--checkpoint", file, *sets, "--out", tmp_path / f"alone/seed{file.stem}")
+        for name in ("one.csv", "one.json", "all.csv", "all.json"):
+            both, alone = (tmp_path / f"{way}/seed{file.stem}/{name}" for way in ("both", "alone"))
+            assert both.read_bytes() == alone.read_bytes()
+    assert not read(tmp_path / "both/seed3/one.csv").equals(read(tmp_path / "both/seed14/one.csv"))
+    for checkpoints, out in ((files, "all.csv"), ([*files, files[0]], "{seed}.csv")):   # one would hide another
+        said = refused(monkeypatch, capsys, "--checkpoint", *checkpoints, "--manifest", packed, "--out", tmp_path / out)
+        assert "--checkpoint" in said and "{seed}" in said
+    said = refused(monkeypatch, capsys, "--checkpoint", *files, "--images", tmp_path, "--out", tmp_path / "{seed}.csv")
+    assert "--images" in said or "--manifest" in said
+
+
 @pytest.mark.parametrize("columns, expected", [
     (LABELS, {label: [label] for label in LABELS}),                         # NIH; CheXpert, VinDr, PadChest:
     (["No Finding", "Atelectasis", "Pleural Effusion", "Pleural Other", "Consolidation"],
