@@ -591,7 +591,7 @@ def write(path, save):
 
 class Predictions(NamedTuple):
     """One predictions file: its K labels, y int8 [n, K] (-1: unknown), p float64 [n, K], patient and path
-    str [n], and people: sex, age band and race, a DataFrame of str by image.
+    str [n], people: sex, age band and race, a DataFrame of str by image; and the mark of stand-ins.
     """
     labels: list
     y: np.ndarray
@@ -599,6 +599,7 @@ class Predictions(NamedTuple):
     patient: np.ndarray
     path: np.ndarray
     people: pd.DataFrame
+    mark: str = ""
 
 
 def nih_name(label):
@@ -703,10 +704,10 @@ def label_sets(labels):
 # --------------------------------------------------------------------------------------------- scoring a file
 
 class Score:
-    """The rows of one predictions file, from `labels` to `ci_high`, and their patient resamples."""
+    """The rows of one predictions file, from `labels` on, and their patient resamples."""
 
     def __init__(self, test, resamples, seed, validation):
-        self.labels, self.people = test.labels, test.people
+        self.labels, self.people, self.mark = test.labels, test.people, test.mark
         self.y, self.p = test.y, test.p
         self.sets, self.level = label_sets(test.labels), answer_levels(test.p)
         self.main = next(iter(self.sets))
@@ -733,7 +734,7 @@ class Score:
         margin = NORMAL * error if error > 1e-12 else np.nan        # no spread at all tells nothing
         variant = "paper" if metric.startswith("paper") else "corrected"
         ends = max(value - margin, 0), min(value + margin, 1)
-        self.rows.append((labels, name, variant, label, threshold, value, *ends))
+        self.rows.append((labels, name, variant, label, threshold, value, *ends, self.mark))
 
     def by_patient(self, rows, influence=None):
         """Influence of each patient, float [P], from those of the images `rows`; NaN without."""
@@ -852,32 +853,46 @@ def digest(test):
     return list(truth), pd.util.hash_pandas_object(truth, categorize=False).sum()
 
 
-def read_mean(paths):
-    """Predictions of one file, or the mean probability of several on the same images; and their digest."""
-    first, *others = map(read_predictions, paths)
-    total, expected = pd.DataFrame(first.p, first.path, first.labels), digest(first)
-    for path, other in zip(paths[1:], others):
-        check_same(path, digest(other), paths[0], expected)
-        total += pd.DataFrame(other.p, other.path, other.labels)        # by image and label
-    return first._replace(p=total.to_numpy() / len(paths)), expected
-
-
 def check_same(path, found, other, expected):
     if found != expected:
         raise InputError(f"{path} and {other} have the same test set's name but other images, patients or "
                          "true labels; predict the same images with both, or give each its own --dataset")
 
 
-def score_run(job, paths, manifests, val, resamples):
-    """score_file() of a run, or of the ensemble of several, its mark of stand-ins and its digest."""
-    (test, found), validation = read_mean(paths), None
-    beside = [val or path.with_name("nih_val.csv") for path in paths]
-    if val or beside != paths and all(path.is_file() for path in beside):
-        validation, _ = read_mean(beside)
+def mean_of(runs):
+    """Predictions of the mean probability of several runs on the same images."""
+    first, *others = runs
+    total = pd.DataFrame(first.p, first.path, first.labels)
+    for other in others:
+        total += pd.DataFrame(other.p, other.path, other.labels)        # by image and label
+    mark = " ".join(sorted({run.mark for run in runs})).strip()
+    return first._replace(p=total.to_numpy() / len(runs), mark=mark)
+
+
+def read_run(path, manifests, val):
+    """Predictions of a file and of the validation set: `val`, else nih_val.csv beside it, else None."""
+    test, validation = read_predictions(path), None
+    beside = val or path.with_name("nih_val.csv")
+    if val or beside != path and beside.is_file():
+        validation = read_predictions(beside)
     if manifests:
-        test = find_people(test, paths[0], manifests)
-    mark = " ".join(sorted({read_mark(path) for path in paths})).strip()
-    return score_file(test, job[-1], resamples, validation), mark, found
+        test = find_people(test, path, manifests)
+    return test._replace(mark=read_mark(path)), validation
+
+
+def score_arm(arm, files, manifests, val, resamples):
+    """{run: score_file()} of an arm on a test set, files {seed: path}, with its ensemble; and a digest."""
+    exp, dataset = arm
+    runs = {(exp, seed, dataset): read_run(path, manifests, val) for seed, path in files.items()}
+    tests, validations = zip(*runs.values())
+    path, *others = files.values()
+    expected = digest(tests[0])
+    for other, test in zip(others, tests[1:]):
+        check_same(other, digest(test), path, expected)
+    if others:
+        runs[f"{exp}-ensemble", "", dataset] = mean_of(tests), all(validations) and mean_of(validations)
+    return {run: score_file(test, dataset, resamples, validation)
+            for run, (test, validation) in runs.items()}, expected
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -889,17 +904,15 @@ def identify(path, args):
     return args.exp or exp, args.seed or seed, args.dataset or dataset
 
 
-def jobs_of(args):
-    """{(exp, seed, dataset): files}, a file for a run and, without a seed, all for the ensemble of an arm."""
-    runs, arms = {}, defaultdict(list)
+def arms_of(args):
+    """{(exp, dataset): {seed: file}} of the predictions given."""
+    arms = defaultdict(dict)
     for path in args.predictions:
-        exp, seed, dataset = run = identify(path, args)
-        if run in runs:
+        exp, seed, dataset = identify(path, args)
+        if seed in arms[exp, dataset]:
             raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; give one")
-        runs[run] = [path]
-        arms[exp, dataset].append(path)
-    return runs | {(f"{exp}-ensemble", "", dataset): paths
-                   for (exp, dataset), paths in arms.items() if len(paths) > 1}
+        arms[exp, dataset][seed] = path
+    return arms
 
 
 def run(args):
@@ -910,18 +923,18 @@ def run(args):
         raise InputError(f"--validation {args.validation} belongs to one run; "
                          "put nih_val.csv beside the files")
     rows, resamples, first = [], {}, {}
-    jobs, given = jobs_of(args), (tuple(args.manifest), args.validation, args.bootstrap)
+    arms, given = arms_of(args), (tuple(args.manifest), args.validation, args.bootstrap)
     with ProcessPoolExecutor(args.workers, initializer=threadpool_limits, initargs=(1,)) as pool:
         apply = pool.map if args.workers > 1 else map
-        results = apply(score_run, jobs, jobs.values(), *map(repeat, given))
-        for (job, paths), (scored, mark, found) in zip(jobs.items(), results):
-            lines, names, draws = scored
-            other, expected = first.setdefault(job[-1], (paths[0], found))
-            check_same(paths[0], found, other, expected)
-            rows += [(*job, *line, mark) for line in lines]
-            resamples |= {"/".join(job): draws, "/".join((*job, "rows")): names}
+        results = apply(score_arm, arms, arms.values(), *map(repeat, given))
+        for (arm, files), (scored, found) in zip(arms.items(), results):
+            path = next(iter(files.values()))
+            check_same(path, found, *first.setdefault(arm[-1], (path, found)))
+            for run, (lines, names, draws) in scored.items():
+                rows += [(*run, *line) for line in lines]
+                resamples |= {"/".join(run): draws, "/".join((*run, "rows")): names}
     table = pd.DataFrame(rows, columns=COLUMNS)
-    names = ["auc_mean", "auc"] if len(jobs) <= 2 else ["auc_mean"]         # of each label for one or two
+    names = ["auc_mean", "auc"] if len(args.predictions) <= 2 else ["auc_mean"]         # of each label for one or two
     shown = table[table.metric.isin(names) & (table.variant == "corrected")][TERMINAL]
     print(shown.to_string(index=False, float_format="%.4f", na_rep=""))
     for mark in sorted(set(table["stand_in"]) - {""}):

@@ -49,7 +49,7 @@ def or_fail(doing):
     except Exception as problem:
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
         if "weights_only" in text:                      # of torch.load: name the object it refuses, if any
-            text = text[text.find("GLOBAL"):].split(" w")[0] if "GLOBAL" in text else "no checkpoint"
+            text = re.search(r"GLOBAL [\w.]+|$", text)[0] or "no checkpoint"
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 
 
@@ -72,7 +72,8 @@ def options():
     what.add_argument("--images", help="folder of image files of any kind that pack.py reads")
     what.add_argument("--set", action="append", type=named_set,
                       help="NAME=MANIFEST[:SPLIT]; may be repeated, --out is then the folder of <NAME>.csv")
-    add("--split", default="test", help="splits to predict, comma-separated, or all [test]")
+    add("--split", default="test",
+        help="splits to predict, comma-separated, or all; without a column split all rows [test]")
     add("--out", required=True, help="the .csv to write; {seed} in it becomes that of the checkpoint")
     add("--mask", action="store_true", help="leave true_<label> of -1 and blank cells blank; else it is 0")
     add("--test-crops", type=int, choices=[1, 10], default=1, help="views averaged an image [1]")

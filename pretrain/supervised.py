@@ -165,7 +165,7 @@ def options(section):
         args, unknown = parser.parse_known_args(read_row(file, exp, section, args.miniature) + flags)
     for word in unknown:
         near = difflib.get_close_matches(word[2:].split("=")[0], vars(args), 1) or ["none"]
-        parser.error(f"unknown {word}; nearest: {near[0]}")
+        parser.error(f"unknown {word}; nearest: {near[0]} (a flag takes one value)")
     return args, {"exp": args.exp or None, **{key: getattr(args, key) for key in DEFAULTS}}
 # --- end copy: options ---
 
