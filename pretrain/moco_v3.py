@@ -374,13 +374,13 @@ def train(config, args, rank, world_size, device):
         # The publication computes the queries first; as they do not depend on the momentum encoder, what
         # counts is that it averages the weights from before the optimiser's step.
         update_teacher(momentum_encoder, model.base_encoder, ema)
+        optimizer.zero_grad()           # before the passes: their peak of memory is then without gradients
         with torch.no_grad(), amp:
             keys, features = momentum_encoder(views, micro)
         keys = torch.stack([gather_rows(view) for view in keys])            # [2, batch, out_dim]
         with amp:
             queries = net(views, micro)
         loss = symmetric_loss(queries, keys, positives, temperature)
-        optimizer.zero_grad()
         scaler.scale(loss).backward()                                       # DDP averages over processes
         scaler.step(optimizer)
         scaler.update()

@@ -453,6 +453,7 @@ def train(config, args, rank, world_size, device):
         masks, depth = masks.flatten(0, 1), depth.flatten(0, 1)
         n_masked = sum_over_processes(masks.sum()) * clean.shape[1]
 
+        optimizer.zero_grad()           # before the passes: their peak of memory is then without gradients
         with torch.no_grad(), amp:
             embedding, tokens = teacher.embed(clean, micro)
         keys = [gather_rows(view) for view in embedding.chunk(2)]           # each [batch, out_dim]
@@ -461,7 +462,6 @@ def train(config, args, rank, world_size, device):
         contrast_loss = contrast(embedding, keys, positives, config["temperature"]) / world_size
         recon_loss = masked_l1(recon, clean, masks) / n_masked
         loss = contrast_loss + config["recon_weight"] * recon_loss
-        optimizer.zero_grad()
         scaler.scale(loss * world_size).backward()                          # DDP averages over processes
         scaler.unscale_(optimizer)
         clip_each(student.parameters(), config["clip"])
