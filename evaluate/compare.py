@@ -427,7 +427,9 @@ def arms_table(arms):
     for (exp, dataset, key), arm in arms.items():
         row = {"exp": exp, "dataset": dataset, **dict(zip(KEY, key.split("|"))), "value": arm.mean}
         rows.append(row | arm._asdict() | estimate([(1, arm)]))
-    return pd.DataFrame(rows, columns=ARMS)
+    table, ends = pd.DataFrame(rows, columns=ARMS), ["ci_low", "ci_high"]
+    table[ends] = table[ends].astype(float).clip(0, 1)          # all these metrics lie there
+    return table
 
 
 def pairs_of(arms, exps, metric=""):

@@ -94,10 +94,8 @@ def read_metrics(path):
         frame[name] = as_numbers(path, frame[name])
     for row in np.flatnonzero(frame.duplicated([*KEY, "seed"]))[:1]:
         line = frame.loc[row]
-        raise InputError(
-            f"{path} line {row + 2}: {line.metric} of exp {line.exp}, seed {line.seed} on {line.dataset} "
-            "stands there a second time; remove one of the two rows"
-        )
+        raise InputError(f"{path} line {row + 2}: {line.metric} of exp {line.exp}, seed {line.seed} on "
+                         f"{line.dataset} stands there a second time; remove one of the two rows")
     frame["stand_in"] = frame.get("stand_in", "")
     saw = frame.exp.str.removesuffix("-ensemble").isin(SHOWN["saw NIH test"])
     saw &= frame.dataset == "nih_test"
@@ -157,6 +155,8 @@ class Results:
         self.frame = frame
         self.exps = list(frame.exp.unique())
         self.arms = [exp for exp in self.exps if not exp.endswith("-ensemble")]
+        drawn = frame.exp[frame.stand_in != ""].unique()
+        self.marks = {exp: " (stand-ins)" if exp in drawn else "" for exp in self.arms}
         self.runs = frame.query("exp in @self.arms").groupby("exp").seed.nunique().sum()
         names = list(frame.dataset.unique())
         names = [name for name in names if not name.endswith("_val")] or names      # for thresholds
@@ -302,7 +302,7 @@ def difference_figure(found, results, names, baseline, path, narrow):
         y = rows.exp.map(exps.index) + .16 * (place - middle) * narrow
         errors = [rows.effect - rows.ci_low, rows.ci_high - rows.effect]
         axis.errorbar(rows.effect, y, xerr=errors, fmt="o", color=f"C{place}", label=shown)
-    shown = exps if narrow else [f"{exp} {names[exp]}" for exp in exps]
+    shown = exps if narrow else [f"{exp} {names[exp]}{results.marks[exp]}" for exp in exps]
     axis.set_yticks(range(len(exps)), shown)
     axis.set_ylim(len(exps) - .5, -.5)                  # the first on top
     axes[0, panels // 2].set_xlabel(f"difference in AUC to {baseline}, 95 % interval")
@@ -327,7 +327,7 @@ def disease_figure(results, grid, names, path):
             line = cells.query("exp == @exp and column in @ticks")
             shift = (place + .5) / len(results.arms) - .5               # side by side
             x = line.column.map(ticks.index) + .5 * shift
-            draw_line(axis, x, line, f"{exp} {names[exp]}")
+            draw_line(axis, x, line, f"{exp} {names[exp]}{results.marks[exp]}")
     return save(figure, path, legend=2)
 
 
