@@ -56,9 +56,9 @@ VERDICT = """id family place ours statement test metric testset left right margi
 ARMS = """exp dataset labels metric label threshold runs value sd ci_low ci_high se_runs se_patients
     freedom source""".split()
 PAIRS = """dataset labels metric label threshold left right effect ci_low ci_high p p_holm se_runs
-    se_patients freedom""".split()
+    se_patients freedom source""".split()
 DETECTABLE = "dataset labels images patients pairs se_runs se_patients detectable source".split()
-ARM = r"[A-Za-z0-9_.]+(?:-\d+k)?"                       # 3.4, 0.1.7b, 4.2.1-100k
+ARM = r"[A-Za-z0-9_.]+(?:-\d+k|-ensemble)?"             # 3.4, 0.1.7b, 4.2.1-100k, 3.4-ensemble
 OPERAND = re.compile(rf"(?P<arm>{ARM})(?::(?P<part>\w+))?(?:@(?P<testset>\w+))?(?:-(?P<minus>{ARM}))?"
                      r"(?P<offset>\+\d*\.?\d+)?")
 METRIC = re.compile(r"([a-z_]+?)(\d*)(?:@(\d*\.?\d+))?")         # name, labels of a mean, threshold
@@ -296,8 +296,12 @@ def terms_of(claim, left, right, testset):
         name, labels, threshold = measure.groups("")
         exp, dataset = operand["arm"], operand["testset"] or testset
         threshold = threshold and f"{float(threshold):g}"
-        name = "random_referral_auc" if operand["part"] == "random" else name
-        key = f"|auc|{operand['part']}|" if name == "auc" else f"{labels or 5}|{name}||{threshold}"
+        part = operand["part"] or ""
+        key = f"|auc|{part}|" if name == "auc" else f"{labels or 5}|{name}||{threshold}"
+        if part and name != "auc":
+            if name != "oracle_auc" or part not in ("random", "uncertain"):
+                fail(f"claim {claim['id']}: '{text}' names '{part}', which goes with auc, not with '{metric}'")
+            key = key.replace(name, "random_referral_auc") if part == "random" else key
         if exp == "always_negative":                    # depends on the test set alone, stored with each arm
             exp, key = other, "5|always_negative_accuracy||"
         terms.append((sign, (exp, dataset, key)))
@@ -318,11 +322,14 @@ def compare(arms, terms, offset=0.0):
         own = [(sign, arms[cell]) for sign, cell in terms if cell[0] == exp]
         paired = combine(own) if len(own) > 1 else None
         used += [(1, paired)] if paired else own
-    remarks = [] if all(arm.resampled is not None for _, arm in used) else ["seeds only"]
+    remarks = []
+    saw = [cell for _, cell in terms if cell[0].removesuffix("-ensemble") in SAW_TEST]
+    if any(dataset == "nih_test" for _, dataset, _ in saw):
+        remarks.append(SAW_REMARK)
+    if any(arm.resampled is None for _, arm in used):
+        remarks.append("seeds only")
     if any(np.isnan(arm.run_variance) for _, arm in used):
         remarks.append("an arm has one run, whose spread is unknown")
-    if any(exp in SAW_TEST and dataset == "nih_test" for _, (exp, dataset, _) in terms):
-        remarks.append(SAW_REMARK)
     return estimate(used, offset) | {"remarks": remarks, "sources": {arms[cell].source for _, cell in terms}}
 
 
@@ -336,20 +343,23 @@ def compare_spreads(arms, left, right):
             ratios[exp] = np.log([pair[0].sd / pair[1].sd])
             sources |= {arm.source for arm in pair}
     result = estimate([(1, make_arm(ratios))]) if len(ratios) > 1 else {}
-    return result | {"remarks": [f"log ratio of the sd over runs, {len(ratios)} arms"], "sources": sources}
+    remark = f"log ratio of the sd over runs, {len(ratios)} arms; a smaller test set spreads them more"
+    return result | {"remarks": [remark], "sources": sources}
 
 
 def compare_claims(claims, arms):
     """A row per elementary comparison of each claim: two operands on a test set."""
     rows = []
     for number, claim in enumerate(claims):
-        if claim["test"] not in TESTS or claim["test"] == "no_gain" and np.isnan(claim["margin"]):
-            fail(f"claim {claim['id']}: expected a test of {', '.join(TESTS)}, no_gain with a margin")
+        testsets, no_margin = claim["testsets"].split(), np.isnan(claim["margin"])
+        if claim["test"] not in TESTS or not testsets or claim["test"] == "no_gain" and no_margin:
+            fail(f"claim {claim['id']}: expected test sets and a test of {', '.join(TESTS)}, no_gain with a "
+                 "margin")
         lefts, rights = claim["left"].split("|"), claim["right"].split("|")
         pairs = zip(lefts, rights) if len(lefts) == len(rights) else product(lefts, rights)
         if claim["test"] == "no_winner":
             pairs = combinations(lefts, 2)
-        for testset, (left, right) in product(claim["testsets"].split(), pairs):
+        for testset, (left, right) in product(testsets, pairs):
             if left.startswith("sd("):
                 result = compare_spreads(arms, *(s[3:-1].replace("ood", testset) for s in (left, right)))
             else:
@@ -397,7 +407,7 @@ def verdict_row(claim, testset, comparisons):
         shown = known.iloc[-1 if test in ("lowest", "no_gain") else 0]
         row |= shown[[*INTERVAL, "p_holm"]].to_dict()
         row["decided_by"] = f"{shown['left']} - {shown['right']}, {shown['testset']}".replace(" - ,", ",")
-    if test in ("highest", "lowest") and len(known):
+    if test in ("highest", "lowest") and len(known) and testset != "all":
         sign = 1 if test == "highest" else -1
         row["rank"] = f"{(sign * known['effect'] < 0).sum() + 1} of {len(known) + 1}"
     remarks = [remark for own in comparisons["remarks"] for remark in own
@@ -441,21 +451,23 @@ def pairs_of(arms, exps, metric=""):
             row = {"dataset": dataset, **dict(zip(KEY, key.split("|"))), "left": left[0], "right": right[0]}
             row |= {cell[0]: arms[cell].mean for cell in (left, right)}
             row |= compare(arms, [(1, left), (-1, right)])
-            rows.append(row | {"remark": "; ".join(row["remarks"])})
+            source = " and ".join(sorted(row["sources"]))
+            rows.append(row | {"remark": "; ".join(row["remarks"]), "source": source})
     return rows
 
 
-def detectable(pairs, sizes, source):
-    """detectable.csv: the difference that a two-sided t-test at 5 % detects with 80 % power, mean over pairs
-    of arms with several runs each. Without resamples of patients it is a lower bound.
+def detectable(pairs, sizes):
+    """detectable.csv: the difference in mean AUC that a two-sided t-test at 5 % detects with 80 % power, mean
+    over pairs of arms with several runs each. Without resamples of patients it is a lower bound.
     """
-    means = pairs.query("label == '' and se_runs.notna()").astype(dict.fromkeys(PAIRS[-3:], float))
+    errors = dict.fromkeys(["se_runs", "se_patients", "freedom"], float)
+    means = pairs.query("metric == 'auc_mean' and se_runs.notna()").astype(errors)
     freedom = means["freedom"].clip(lower=1)            # below 1 scipy's search may not end
     needed = nctdtrinc(freedom, 0.2, stdtrit(freedom, 0.975))           # in standard errors
     means["detectable"] = needed * np.hypot(means["se_runs"], means["se_patients"].fillna(0))
-    places = means.groupby(["dataset", "labels"], sort=False)
+    places = means.groupby(["dataset", "labels", "source"], sort=False)
     table = places[["se_runs", "se_patients", "detectable"]].mean()
-    table = table.assign(pairs=places.size(), source=source).reset_index()
+    table = table.assign(pairs=places.size()).reset_index()
     return table.join(sizes, on="dataset").reindex(columns=DETECTABLE)
 
 
@@ -477,19 +489,21 @@ def main():
             rows = pairs_of(arms, args.arms)
             if not rows:
                 fail(f"no metric of both '{args.arms[0]}' and '{args.arms[1]}'; known: {', '.join(exps)}")
-            tables = {"two_arms": pd.DataFrame(rows)[["dataset", *KEY, *args.arms, *INTERVAL, "remark"]]}
+            columns = ["dataset", *KEY, *args.arms, *INTERVAL, "remark", "source"]
+            tables = {"two_arms": pd.DataFrame(rows)[columns]}
             shown = tables["two_arms"]
         else:
             claims = read_csv(args.claims, CLAIM)
             claims["margin"] = pd.to_numeric(claims["margin"], errors="coerce")
             decided = verdicts(claims.to_dict("records"), complete(arms, printed))
-            ensembles = [exp for exp in exps if exp.endswith("-ensemble")]      # among themselves
-            single = [exp for exp in exps if exp not in ensembles]
-            rows = pairs_of(arms, single, "|auc") + pairs_of(arms, ensembles, "|auc")
-            pairs = pd.DataFrame(rows, columns=PAIRS)
-            pairs["p_holm"] = pairs.groupby(["dataset", *KEY])["p"].transform(holm)
-            tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": pairs}
-            tables["detectable"] = detectable(pairs, sizes, "published runs" if args.reported else "our runs")
+            ensembles = [exp for exp in exps if exp.endswith("-ensemble")]
+            pairs = []
+            for family in ([exp for exp in exps if exp not in ensembles], ensembles):   # among themselves
+                table = pd.DataFrame(pairs_of(arms, family, "|auc"), columns=PAIRS)
+                table["p_holm"] = table.groupby(["dataset", *KEY])["p"].transform(holm)
+                pairs.append(table)
+            tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": pd.concat(pairs)}
+            tables["detectable"] = detectable(pairs[0], sizes)
             last = decided.drop_duplicates("id", keep="last")                    # over all test sets
             shown = last[["id", "statement", "verdict", "effect", "ci_low", "ci_high", "p_holm", "source"]]
         print(shown.to_string(index=False, float_format="%.4f", na_rep="", max_colwidth=60))

@@ -165,7 +165,7 @@ def truth(manifest, rows, labels):
                     fail(f"{manifest} row {row + 2}: label '{name}' is '{cell}'; expected 1, 0, -1 or blank")
         if names:
             cells = zip(*(rows[name] for name in names))
-            known[label] = [max(map(codes.get, row)) for row in cells]
+            known[label] = [max(map(codes.get, row), key=["0", "", "1"].index) for row in cells]
     return known
 
 

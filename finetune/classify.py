@@ -368,7 +368,7 @@ def export(model, config, step, epoch, out):
     """Write classifier.pt: weights under timm's names and the labels in the order of the outputs."""
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     stop_if_nan(weights.values(), step, out)
-    keys = ("arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed")
+    keys = ("arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "stand_in")
     content = {key: config[key] for key in keys}
     content |= dict(model=weights, labels=config["label_names"], step=step, epoch=epoch, config=config)
     write_atomic(f"{out}/classifier.pt", lambda file: torch.save(content, file))
@@ -527,7 +527,10 @@ def stated_keys(args):
     if args.exp:
         file = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml"
         table = yaml.safe_load(Path(file).read_text())
-        stated |= {*table[args.exp], *table[args.exp].get("finetune", {})}
+        row = dict(table[args.exp])
+        if "pretrain" in row:
+            row.pop("init", None)                       # that of its pre-training
+        stated |= {*row, *row.get("finetune", {})}
         if args.miniature:
             stated |= {*table["miniature"], *table["miniature"].get("finetune", {})} - {"pretrain"}
     return stated
@@ -1041,10 +1044,10 @@ def load_backbone(model, config):
     if rename and wanted.keys() - given.keys() and not any("pos" in name for name in wanted):
         with or_fail(f"rename the tensors of {init} for {arch}"):       # it would resample positions
             given = rename(content, model)
-    stand_ins = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()
+    others = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()
                  for old, new in STAND_INS.items() if re.sub(old, new, name) in given}
-    found = {name: given[other] for name, other in stand_ins.items()}
-    given = {name: x for name, x in given.items() if name not in stand_ins.values()} | found
+    found = {name: given[other] for name, other in others.items()}
+    given = {name: x for name, x in given.items() if name not in others.values()} | found
     loaded = {}
     for name in [name for name in wanted if name in given]:
         x, shape = given[name].detach().float(), wanted[name]
@@ -1057,6 +1060,7 @@ def load_backbone(model, config):
         pattern = r"gamma|bias_table|^(blocks|layers?\d?)\..*(norm1|bn1)\.weight"
         kept = {name: x for name, x in given.items() if re.search(pattern, name)}
         model.load_state_dict(kept | head | loaded)     # refuses what is absent, blocks and scales it has not
+    config["stand_in"] = content.get("stand_in")
     config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
     heads = next((module.num_heads for module in model.modules() if hasattr(module, "num_heads")), None)
     heads = config["model_args"].get("num_heads", heads)                    # Swin's differ by stage
@@ -1096,10 +1100,16 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    A last.pt of another config is refused. Manifests and pack.json count: their hashes go into the config.
+    A last.pt of another config is refused. Part of the config become the hashes of manifests and pack.json,
+    and the mark of drawn images, which a pack or the initial weights carry.
     """
-    inputs = [*map(Path, manifests), *(Path(manifest).with_name("pack.json") for manifest in manifests)]
-    config["data"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in inputs if file.is_file()]
+    packs = [Path(manifest).with_name("pack.json") for manifest in manifests]
+    contents = [file.read_bytes() for file in (*map(Path, manifests), *packs) if file.is_file()]
+    config["data"] = [hashlib.sha256(content).hexdigest() for content in contents]
+    with or_fail(f"read {' or '.join(map(str, packs))}"):
+        facts = [json.loads(content) for content in contents[len(manifests):]]
+        marks = {config.get("stand_in"), *(pack.get("stand_in") for pack in facts)} - {None}
+    config["stand_in"] = "; ".join(sorted(marks)) or None
     last, log = Path(out, "last.pt"), Path(out, "log.jsonl")
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
@@ -1135,7 +1145,7 @@ def open_run(out, manifests, config, parts, resume, rank):
 
 def save_run(out, step, config, parts, weights=None, **values):
     """Write last.pt and, if given, `weights` as backbone.pt; NaN in the state ends the run instead."""
-    values.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
+    values.update(step=step, config=config, **{key: config[key] for key in ("exp", "seed", "stand_in")})
     state = {name: part if isinstance(part, torch.Tensor) else part.state_dict()
              for name, part in parts.items()}
     stop_if_nan(flatten(state).values(), step, out)

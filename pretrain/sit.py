@@ -990,6 +990,7 @@ def load_backbone(model, config):
             antialias=False)
         kept = {name: x for name, x in given.items() if re.search(r"gamma|^blocks\..*norm1\.weight", name)}
         model.load_state_dict(kept | loaded)    # refuses what is absent, blocks and a layer scale it has not
+    config["stand_in"] = content.get("stand_in")
     config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
     return loading_note(content, prefix, given, loaded, config, model.blocks[0].attn.num_heads)
 # --- end copy: load transformer ---
@@ -1034,10 +1035,16 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    A last.pt of another config is refused. Manifests and pack.json count: their hashes go into the config.
+    A last.pt of another config is refused. Part of the config become the hashes of manifests and pack.json,
+    and the mark of drawn images, which a pack or the initial weights carry.
     """
-    inputs = [*map(Path, manifests), *(Path(manifest).with_name("pack.json") for manifest in manifests)]
-    config["data"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in inputs if file.is_file()]
+    packs = [Path(manifest).with_name("pack.json") for manifest in manifests]
+    contents = [file.read_bytes() for file in (*map(Path, manifests), *packs) if file.is_file()]
+    config["data"] = [hashlib.sha256(content).hexdigest() for content in contents]
+    with or_fail(f"read {' or '.join(map(str, packs))}"):
+        facts = [json.loads(content) for content in contents[len(manifests):]]
+        marks = {config.get("stand_in"), *(pack.get("stand_in") for pack in facts)} - {None}
+    config["stand_in"] = "; ".join(sorted(marks)) or None
     last, log = Path(out, "last.pt"), Path(out, "log.jsonl")
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
@@ -1073,7 +1080,7 @@ def open_run(out, manifests, config, parts, resume, rank):
 
 def save_run(out, step, config, parts, weights=None, **values):
     """Write last.pt and, if given, `weights` as backbone.pt; NaN in the state ends the run instead."""
-    values.update(step=step, config=config, exp=config["exp"], seed=config["seed"])
+    values.update(step=step, config=config, **{key: config[key] for key in ("exp", "seed", "stand_in")})
     state = {name: part if isinstance(part, torch.Tensor) else part.state_dict()
              for name, part in parts.items()}
     stop_if_nan(flatten(state).values(), step, out)

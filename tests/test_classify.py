@@ -192,6 +192,7 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
             "x": {"pretrain": {"img_size": 96}, "finetune": {"recipe": "b", "lr": 0.5}},
             "y": {"init": "exp:x", "img_size": 224, "in_chans": 1,
                   "finetune": {"seeds": [3, 4], "drop_path": 0.2}},
+            "w": {"init": "timm", "pretrain": {}}, "v": {"pretrain": {}, "finetune": {"init": "moco.pth"}},
             "z": {}, "miniature": {"arch": "resnet18", "finetune": {"lr": 0.25}}}
     row = partial(resolved, monkeypatch, tmp_path, rows, "--exp")
     config, seeds = row("x", "--wd", 0.25)
@@ -203,6 +204,10 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     assert (config["lr"], config["drop_path"]) == (6.25e-5, 0.2)
     assert row("y", "--recipe", "a")[0]["drop_path"] == 0.2 and row("z", "--recipe", "a")[0]["drop_path"] == 0
     assert (row("x", "--img-size", 64)[0]["img_size"], row("x", "--mean=0.4")[0]["mean"]) == (64, [0.4] * 3)
+    (tmp_path / "runs/w/pretrain").mkdir(parents=True)
+    torch.save({}, tmp_path / "runs/w/pretrain/backbone.pt")
+    assert row("w")[0]["init"] == "exp:w"               # timm's weights are where its pre-training started
+    assert row("v")[0]["init"] == "moco.pth"
     config, _ = row("x", "--init", "random")
     assert (config["init"], config["arch"]) == ("random", "resnet50")
     assert row("z", "--init", "moco.pth")[0]["arch"] == "resnet50"

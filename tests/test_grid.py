@@ -76,11 +76,13 @@ def standin_weights(folder):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
     rng = np.random.default_rng(0)
-    (folder / "data").mkdir()
     images = rng.integers(0, 256, (48, 32, 32), dtype=np.uint8)
-    write_pack(folder / "data", images, patient=range(48),
-               split=np.repeat(["pretrain", "train", "val", "test"], 12),
-               **{label: np.tile([0, 1], 24) for label in LABELS})
+    for pack in ("data", "drawn"):
+        (folder / pack).mkdir()
+        write_pack(folder / pack, images, patient=range(48),
+                   split=np.repeat(["pretrain", "train", "val", "test"], 12),
+                   **{label: np.tile([0, 1], 24) for label in LABELS})
+    (folder / "drawn/pack.json").write_text('{"stand_in": "drawn for a test"}')
     standin_weights(folder / "weights")
     return folder
 
@@ -120,7 +122,7 @@ def pretrain_flags(exp):
     small = dict(hidden_dim=32, out_dim=32, mask_unit=16, n_local_crops=2)
     flags = [item for key, value in small.items() if key in defaults for item in (f"--{key}", value)]
     return [*flags, "--samples", 12, "--split", "pretrain", "--warmup_epochs", 0, "--batch", 4, "--steps", 2,
-            "--model_args", json.dumps(tiny_args(row)), "--device", "cpu", "--manifest", "data/manifest.csv"]
+            "--model_args", json.dumps(tiny_args(row)), "--device", "cpu", "--manifest", "drawn/manifest.csv"]
 
 
 @pytest.mark.slow
@@ -145,6 +147,9 @@ def test_row_starts(exp, place, monkeypatch):
         "--device", "cpu")
     predictions = pd.read_csv(place / f"runs/{exp}/predictions/seed0/nih_test.csv")
     assert len(predictions) == 12 and predictions.filter(like="prob_").notna().all(axis=None)
+    facts = json.loads((place / f"runs/{exp}/predictions/seed0/nih_test.json").read_text())
+    drawn = "pretrain" in TABLE[exp] or init.startswith("exp:")             # the mark follows the weights
+    assert facts["stand_in"] == ("drawn for a test" if drawn else None)
 
 
 @pytest.mark.parametrize("strategy", ["gmml", "sit", "dino", "moco_v3", "simmim", "supervised"])

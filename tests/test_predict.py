@@ -236,6 +236,14 @@ def test_labels_are_found_under_every_sources_spelling(columns, expected, model_
         assert found[f"true_{label}"].tolist() == [int(column in expected[label]) for column in columns]
 
 
+def test_of_several_columns_a_positive_counts_and_an_unknown_one_hides_a_negative(model_file, tmp_path, monkeypatch):
+    cells = {"atelectasis": ["0", "0", "1", "-1"], "lobar atelectasis": ["0", "-1", "", ""], "split": "test"}
+    manifest = write_pack(tmp_path, blobs(4), **cells)
+    run(monkeypatch, "--checkpoint", model_file[0], "--manifest", manifest, "--out", tmp_path / "p.csv", "--mask")
+    found = pd.read_csv(tmp_path / "p.csv", dtype=str, keep_default_na=False)
+    assert found["true_Atelectasis"].tolist() == ["0", "", "1", ""]
+
+
 # Features
 
 def test_features_are_what_the_classifier_gets(model_file, packed, tmp_path, monkeypatch):
