@@ -160,22 +160,24 @@ def test_holm_is_the_step_down_loop_and_absent_comparisons_count():
 @pytest.mark.parametrize("freedom", [0.05, 1, 4, 30.5, 1e25])
 def test_the_detectable_difference_is_found_with_80_percent_power(freedom):
     """By SciPy's noncentral t: the share of tests that exceed the critical value; below 1 degree as at 1."""
-    rows = [("s", "5", "", 0.03, 0.04, freedom), ("s", "5", "", nan, 0.9, 9),   # the other pairs do not count
-            ("s", "", "Edema", 0.9, 0.9, 9)]
-    pairs = pd.DataFrame(rows, columns=["dataset", "labels", "label", "se_runs", "se_patients", "freedom"])
+    rows = [("s", "5", "auc_mean", 0.03, 0.04, freedom), ("s", "5", "auc_mean", nan, 0.9, 9),
+            ("s", "", "auc", 0.9, 0.9, 9), ("s", "5", "auc[age=>80]", 0.9, 0.9, 9)]     # none of these counts
+    pairs = pd.DataFrame(rows, columns=["dataset", "labels", "metric", "se_runs", "se_patients", "freedom"])
+    pairs["source"] = "stand-ins"
     sizes = pd.DataFrame({"images": ["9"], "patients": ["7"]}, index=["s"])
-    found, = compare.detectable(pairs, sizes, "our runs").itertuples()
+    found, = compare.detectable(pairs, sizes).itertuples()
     effect, degrees = found.detectable / 0.05, max(1, freedom)
     power = stats.nct.sf(stats.t.ppf(0.975, degrees), degrees, effect)
     power = stats.norm.sf(1.959964 - effect) if degrees > 1e9 else power
     assert power == pytest.approx(0.8, abs=1e-3)
     assert (found.images, found.patients, found.pairs, found.se_runs) == ("9", "7", 1, 0.03)
+    assert found.source == "stand-ins"
 
 
 def test_the_detectable_difference_is_the_mean_over_pairs():
-    rows = [("s", "5", "", error, nan, 1e9) for error in (0.01, 0.03)]
-    pairs = pd.DataFrame(rows, columns=["dataset", "labels", "label", "se_runs", "se_patients", "freedom"])
-    found = compare.detectable(pairs, pd.DataFrame(), "our runs")
+    rows = [("s", "5", "auc_mean", error, nan, 1e9, "our runs") for error in (0.01, 0.03)]
+    columns = ["dataset", "labels", "metric", "se_runs", "se_patients", "freedom", "source"]
+    found = compare.detectable(pd.DataFrame(rows, columns=columns), pd.DataFrame())
     in_errors = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
     assert found.detectable[0] == pytest.approx(in_errors * 0.02, rel=1e-4)
 
@@ -358,7 +360,7 @@ def test_spreads_are_compared_by_the_log_ratio_over_arms_on_the_same_labels(test
     expected = stats.ttest_1samp(ratios, 0)
     assert found.effect == pytest.approx(np.mean(ratios)) and found.p == pytest.approx(expected.pvalue)
     assert found.ci_low == pytest.approx(expected.confidence_interval().low)
-    assert found.remark == "log ratio of the sd over runs, 3 arms"
+    assert found.remark == "log ratio of the sd over runs, 3 arms; a smaller test set spreads them more"
 
 
 # ------------------------------------------------------------------------------------ the study's own claims
@@ -458,7 +460,7 @@ def score(tmp_path, monkeypatch, arms, seeds=(0, 1, 2), patients=60, bootstrap=2
 
 
 def test_two_arms_are_compared_without_claims(tmp_path, monkeypatch, capsys):
-    path = score(tmp_path, monkeypatch, {"good": 2.0, "bad": 0.5})
+    path = score(tmp_path, monkeypatch, {"good": 2.0, "fair": 1.0, "bad": 0.5})
     capsys.readouterr()
     run_here(compare, monkeypatch, "--metrics", path, "--arms", "good", "bad", "--out", tmp_path / "two")
     line = next(line for line in capsys.readouterr().out.splitlines() if "auc_mean" in line)
@@ -479,7 +481,9 @@ def test_two_arms_are_compared_without_claims(tmp_path, monkeypatch, capsys):
     pair = pairs.query("left == 'good' and right == 'bad'").iloc[0]
     assert pair.se_patients == pytest.approx(np.std(pooled[0] - pooled[1]), rel=1e-4)
     assert (pair.effect, pair.p) == (two.effect, two.p) and pair.ci_low > 0 and pair.p < 0.05
-    np.testing.assert_allclose(pairs.p_holm, compare.holm(pairs.p), rtol=1e-4)
+    for _, family in pairs.groupby(pairs.left.str.endswith("-ensemble")):   # these know no spread over runs
+        np.testing.assert_allclose(family.p_holm, compare.holm(family.p), rtol=1e-4)
+    assert (pairs.p_holm > pairs.p).any() and set(pairs.source) == {"our runs"}
 
 
 def test_every_metric_with_resamples_has_an_interval_over_runs_and_patients(tmp_path, monkeypatch):
@@ -562,7 +566,10 @@ def test_without_resamples_the_interval_is_welchs(tmp_path, monkeypatch):
     (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,a b,c,"), "claim 1: 'auc_mean5' of 'a b' cannot"),
     (dict(claim="1,A,,0,s,greater,auc_mean5@x,nih_test,a,c,"), "claim 1: 'auc_mean5@x' of 'a' cannot"),
     (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,,c,"), "claim 1: 'auc_mean5' of '' cannot"),
-    (dict(claim="1,A,,0,s,better,auc_mean5,nih_test,a,c,"), "claim 1: expected a test of greater"),
+    (dict(claim="1,A,,0,s,better,auc_mean5,nih_test,a,c,"), "claim 1: expected test sets and a test of greater"),
+    (dict(claim="1,A,,0,s,greater,auc_mean5,,a,c,"), "claim 1: expected test sets and a test of greater"),
+    (dict(claim="1,A,,0,s,greater,fnr@0.5,nih_test,a:Edema,c,"), "claim 1: 'a:Edema' names 'Edema', which goes"),
+    (dict(claim="1,A,,0,s,greater,oracle_auc@0.1,nih_test,a:rare,c,"), "claim 1: 'a:rare' names 'rare'"),
     (dict(claim="1,A,,0,s,no_gain,auc_mean5,nih_test,a,c,little"), "no_gain with a margin")])
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, change, said):
     path = score(tmp_path, monkeypatch, {"a": 1.0}, seeds=(0,))
