@@ -51,6 +51,8 @@ FRACTIONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)        # nominal share of images r
 SPECIFICITIES = (0.9, 0.95)
 BINS = 15                                            # of calibration errors and reliability curves
 AGES = {"<=40": 40, "41-60": 60, "61-80": 80, ">80": np.inf}    # upper end of each band, years
+LEAST = 10                                           # images of a group of people that is scored
+UNKNOWN = "(?i)^(|nan|none|na|n/a|<na>|null|unknown|patient refused)$"      # patient, sex, race
 NORMAL = 1.959964                                    # half width of a 95 % interval in standard errors
 MEANS = {"auc": "auc_mean", "accuracy": "mean_accuracy"}        # names of means over labels
 GROUPED = {True: ("auc", "ece", "fnr_youden", "fpr_youden"),    # by sex, age and race, with validation
@@ -639,7 +641,7 @@ def read_predictions(path):
         raise InputError(f"{path} has no label with both positives and negatives, so nothing can be ranked; "
                          "check true_<label> or add images")
     scored = is_known(y).any(0)
-    nobody = frame["patient"].str.fullmatch("|nan|none|na|n/a|<na>|null", case=False)
+    nobody = frame["patient"].str.fullmatch(UNKNOWN)
     patient = frame["patient"].mask(nobody, "image " + frame["path"]).to_numpy(str)
     y, p = y[:, scored].astype(np.int8), p[:, scored]
     path = frame["path"].to_numpy(str)
@@ -648,7 +650,7 @@ def read_predictions(path):
 
 def people_of(frame):
     """Sex, age band and race, those that there are, "" if unknown; "White, non-Hispanic" is White."""
-    people = frame.filter(["sex", "age", "race"]).astype(str)
+    people = frame.filter(["sex", "age", "race"]).astype(str).replace(UNKNOWN, "", regex=True)
     if "age" in people:
         ages = pd.to_numeric(people["age"], errors="coerce")
         bands = pd.cut(ages, [-np.inf, *AGES.values()], labels=list(AGES))
@@ -797,14 +799,15 @@ class Score:
     def put_groups(self, attribute):
         """Rows of each group of people and of the gap between the best and the worst group.
 
-        Means are over the labels that are defined in every group that has any. A gap has no interval:
+        Means are over the labels that are defined in every group that has any; groups of a few images are counted
+    alone. A gap has no interval:
         resampling adds noise to every group, hence to the largest difference.
         """
         people, groups = self.people[attribute], defaultdict(dict)
         for group in sorted(set(people) - {""}):
             inside = (people == group).to_numpy()
             self.put("images", inside.sum(), group=f"[{attribute}={group}]")
-            for metric, parts in self.collect(inside).items():
+            for metric, parts in self.collect(inside).items() if inside.sum() >= LEAST else ():
                 groups[metric][group] = parts
         for metric in GROUPED[bool(self.chosen)] if groups else ():
             values = pd.DataFrame(groups[metric])                                       # [labels, groups]
@@ -856,7 +859,8 @@ def digest(test):
 def check_same(path, found, other, expected):
     if found != expected:
         raise InputError(f"{path} and {other} have the same test set's name but other images, patients or "
-                         "true labels; predict the same images with both, or give each its own --dataset")
+                         "true labels, there or in their nih_val.csv; predict the same images with both, or "
+                         "give each its own --dataset")
 
 
 def mean_of(runs):
@@ -886,9 +890,10 @@ def score_arm(arm, files, manifests, val, resamples):
     runs = {(exp, seed, dataset): read_run(path, manifests, val) for seed, path in files.items()}
     tests, validations = zip(*runs.values())
     path, *others = files.values()
-    expected = digest(tests[0])
-    for other, test in zip(others, tests[1:]):
-        check_same(other, digest(test), path, expected)
+    for sets in (validations, tests) if all(validations) else (tests,):
+        expected = digest(sets[0])
+        for other, found in zip(others, map(digest, sets[1:])):
+            check_same(other, found, path, expected)
     if others:
         runs[f"{exp}-ensemble", "", dataset] = mean_of(tests), all(validations) and mean_of(validations)
     return {run: score_file(test, dataset, resamples, validation)
@@ -906,9 +911,14 @@ def identify(path, args):
 
 def arms_of(args):
     """{(exp, dataset): {seed: file}} of the predictions given."""
-    arms = defaultdict(dict)
+    arms, models = defaultdict(dict), defaultdict(set)
     for path in args.predictions:
         exp, seed, dataset = identify(path, args)
+        val = args.validation or path.with_name("nih_val.csv")
+        models[val].add((exp, seed))
+        if len(models[val]) > 1 and val.is_file():
+            raise InputError(f"{val} belongs to one run and would choose thresholds for others, as {path}; "
+                             "give each run a folder of its own, with its nih_val.csv")
         if seed in arms[exp, dataset]:
             raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; give one")
         arms[exp, dataset][seed] = path
@@ -919,9 +929,6 @@ def run(args):
     """Score all runs, several at a time, and write their rows and resamples."""
     if args.bootstrap < 0 or args.workers < 1:
         raise InputError("--bootstrap must be 0 or more, --workers 1 or more")
-    if args.validation and len({path.parent for path in args.predictions}) > 1:
-        raise InputError(f"--validation {args.validation} belongs to one run; "
-                         "put nih_val.csv beside the files")
     rows, resamples, first = [], {}, {}
     arms, given = arms_of(args), (tuple(args.manifest), args.validation, args.bootstrap)
     with ProcessPoolExecutor(args.workers, initializer=threadpool_limits, initargs=(1,)) as pool:

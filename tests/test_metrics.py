@@ -961,6 +961,30 @@ def test_a_mistake_in_the_file_is_one_sentence(text, said, monkeypatch, tmp_path
     assert not (tmp_path / "metrics.csv").exists()
 
 
+def test_validation_of_another_run_or_of_other_images_is_refused(monkeypatch, tmp_path, capsys):
+    files = [tmp_path / "a.csv", tmp_path / "b.csv"]                        # two models in one folder
+    runs = [run_folder(tmp_path, seed=seed) / "padchest.csv" for seed in (0, 11)]
+    for path in (*files, *runs):
+        predictions(path)
+    predictions(tmp_path / "nih_val.csv", seed=5)
+    predictions(runs[0].with_name("nih_val.csv"), seed=5)
+    predictions(runs[1].with_name("nih_val.csv"), n=90, patients=30, seed=6)
+    for given, said in ((files, "belongs to one run"), (runs, "nih_val.csv")):
+        with pytest.raises(SystemExit) as stop:
+            command(monkeypatch, tmp_path, *given)
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_people_who_are_unknown_or_few_are_no_group(monkeypatch, tmp_path):
+    path = run_folder(tmp_path) / "padchest.csv"
+    races = ["White"] * 60 + ["Unknown"] * 20 + ["Patient Refused"] * 20 + ["Asian"] * 11 + ["Black"] * 9
+    predictions(path, race=races)
+    table = command(monkeypatch, tmp_path, path)
+    groups = {name: set(table.metric[table.metric.str.startswith(f"{name}[race=")]) for name in ("images", "auc")}
+    assert groups["images"] == {"images[race=White]", "images[race=Asian]", "images[race=Black]"}
+    assert groups["auc"] == {"auc[race=White]", "auc[race=Asian]"}          # 9 images: too few
+
+
 def test_a_mistake_in_the_call_is_one_sentence(monkeypatch, tmp_path, capsys):
     here, there = run_folder(tmp_path) / "padchest.csv", run_folder(tmp_path, "2.2") / "padchest.csv"
     predictions(here), predictions(there)
