@@ -799,9 +799,9 @@ class Score:
     def put_groups(self, attribute):
         """Rows of each group of people and of the gap between the best and the worst group.
 
-        Means are over the labels that are defined in every group that has any; groups of a few images are counted
-    alone. A gap has no interval:
-        resampling adds noise to every group, hence to the largest difference.
+        Means are over the labels that are defined in every group that has any. Groups of fewer than LEAST images
+        are counted alone. A gap has no interval: resampling adds noise to every group, hence to the largest
+        difference.
         """
         people, groups = self.people[attribute], defaultdict(dict)
         for group in sorted(set(people) - {""}):
