@@ -300,7 +300,7 @@ def terms_of(claim, left, right, testset):
         key = f"|auc|{part}|" if name == "auc" else f"{labels or 5}|{name}||{threshold}"
         if part and name != "auc":
             if name != "oracle_auc" or part not in ("random", "uncertain"):
-                fail(f"claim {claim['id']}: '{text}' names '{part}', which goes with auc, not with '{metric}'")
+                fail(f"claim {claim['id']}: '{text}' names '{part}', which goes with auc, not '{metric}'")
             key = key.replace(name, "random_referral_auc") if part == "random" else key
         if exp == "always_negative":                    # depends on the test set alone, stored with each arm
             exp, key = other, "5|always_negative_accuracy||"

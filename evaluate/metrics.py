@@ -799,9 +799,9 @@ class Score:
     def put_groups(self, attribute):
         """Rows of each group of people and of the gap between the best and the worst group.
 
-        Means are over the labels that are defined in every group that has any. Groups of fewer than LEAST images
-        are counted alone. A gap has no interval: resampling adds noise to every group, hence to the largest
-        difference.
+        Means are over the labels that are defined in every group that has any. Of groups of fewer than LEAST
+        images only the number is a row. A gap has no interval: resampling adds noise to every group, hence to
+        the largest difference.
         """
         people, groups = self.people[attribute], defaultdict(dict)
         for group in sorted(set(people) - {""}):
@@ -941,7 +941,7 @@ def run(args):
                 rows += [(*run, *line) for line in lines]
                 resamples |= {"/".join(run): draws, "/".join((*run, "rows")): names}
     table = pd.DataFrame(rows, columns=COLUMNS)
-    names = ["auc_mean", "auc"] if len(args.predictions) <= 2 else ["auc_mean"]         # of each label for one or two
+    names = ["auc_mean", "auc"] if len(args.predictions) <= 2 else ["auc_mean"]     # two at most: each label
     shown = table[table.metric.isin(names) & (table.variant == "corrected")][TERMINAL]
     print(shown.to_string(index=False, float_format="%.4f", na_rep=""))
     for mark in sorted(set(table["stand_in"]) - {""}):

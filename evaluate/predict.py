@@ -299,10 +299,14 @@ def read_manifest(manifest, split, samples=0):
         if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
             raise ValueError(f"columns need different names, one of them path, not {', '.join(header)}")
         columns = dict(zip(header, zip(*rows)))
-        splits = columns.get("split", [split] * len(rows))
-        kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
+        splits, names = columns.get("split", ["all"] * len(rows)), {*split.split(",")}
+        if "all" in names or "split" not in columns:
+            names = {*splits}
+        for name in names - {*splits}:
+            raise ValueError(f"no row is of split {name!r}; there are {', '.join(sorted({*splits}))}")
+        kept = [number for number, name in enumerate(splits) if name in names]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}; name one of {', '.join(sorted({*splits}))}")
+            raise ValueError(f"{len(kept)} rows of split {split}, {samples or 1} are needed")
     kept = kept[:samples or None]
     columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}

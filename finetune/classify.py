@@ -46,10 +46,10 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
     std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
+    init_key="",                    # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih",                  # folder below --data with manifest.csv and images.npy
-    label_names=None,               # columns to learn, in this order, as in A,C; none: NIH's 14, or else all
+    label_names="",                 # columns to learn, in this order, as in A,C; none: NIH's 14, or else all
     labels=1.0,                     # share of the training patients whose labels are used
     uncertain="zeros",              # zeros | ones | ignore; what -1 in a label column counts as
     blank="zero",                   # zero | ignore; what a blank label cell counts as
@@ -127,7 +127,7 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
-        if kind is list and len(value) != len(default):
+        if kind is list and (len(value) != len(default) or {*map(type, value)} - {int, float}):
             raise ValueError
         return value
     read.__name__ = kind.__name__
@@ -264,7 +264,7 @@ def patient_subset(rows, values, share, seed):
     """Places of the rows of a share of the patients, stratified by finding.
 
     A patient belongs to the stratum of his rarest finding, or of none. Of each the first patients in a seeded
-    order are taken, their number rounded up: every finding keeps a patient, a smaller share is a subset of a
+    order are taken, their number rounded up: every stratum keeps a patient, a smaller share is a subset of a
     larger one, and the order of the rows does not matter.
 
     Args: rows {column: texts}, where an image with a blank patient is its own patient; values float [N, K],
@@ -378,8 +378,9 @@ def train(config, chosen, data, val, args, rank, world_size, device):
     """Fine-tune a seed. What is random in a step depends on (seed, step): a resumed run is the same run."""
     out, labels, batch = f"{args.out}/seed{config['seed']}", config["label_names"], config["batch"]
     steps_an_epoch = len(chosen) // max(1, batch)
-    if batch % world_size or not batch or not steps_an_epoch:
-        fail(f"--batch {batch} has to be a multiple of {world_size} processes, at most {len(chosen)} images")
+    if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
+        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the "
+             f"{len(chosen)} images, --epochs at least 1")
     n_steps = config["epochs"] * steps_an_epoch
     last_step = min(n_steps, args.steps or n_steps)
 
@@ -563,8 +564,10 @@ def resolve(args, config):
             fail(f"{key} is {config[key]}, not a share above 0 and up to 1")
     if args.probe:
         config["crop_pct"] = 1.0                        # it learns from whole images, as they are tested
-    if isinstance(config["label_names"], str):
-        config["label_names"] = config["label_names"].split(",")
+    names = config["label_names"]
+    with or_fail(f"take {names} as label_names, a list such as A,C"):
+        names = yaml.safe_load(names) if names.startswith("[") else names.split(",")
+        config["label_names"] = [str(name) for name in names if name]
     seeds = config.pop("seeds").strip("[]").split(",")
     with or_fail(f"take {seeds} as seeds, whole numbers such as 0,11"):
         seeds = [typed(0)(seed) for seed in seeds]
@@ -588,7 +591,7 @@ def main():
     config, seeds = resolve(args, config)
     args.train = args.train or f"{args.data}/{config['dataset']}/manifest.csv"
     args.val = args.val or args.train
-    config["splits"] = [args.train_split, args.val_split]       # part of what a resume compares
+    config |= dict(splits=[args.train_split, args.val_split], probe=args.probe)     # what a resume compares
     args.out = args.out or Path("runs", args.exp, "probe" if args.probe else "finetune")
     rank, world_size, device = init_processes(args.device)
     try:
@@ -598,7 +601,7 @@ def main():
         if rank == 0:
             check_split(args, data, val)
             print(json.dumps(config))
-            if config["schedule"] == "cosine" and config["warmup_epochs"] >= config["epochs"]:
+            if config["schedule"] == "cosine" and config["warmup_epochs"] >= config["epochs"] > 0:
                 print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
         run = probe if args.probe else train
         for seed in seeds:
@@ -689,10 +692,14 @@ def read_manifest(manifest, split, samples=0):
         if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
             raise ValueError(f"columns need different names, one of them path, not {', '.join(header)}")
         columns = dict(zip(header, zip(*rows)))
-        splits = columns.get("split", [split] * len(rows))
-        kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
+        splits, names = columns.get("split", ["all"] * len(rows)), {*split.split(",")}
+        if "all" in names or "split" not in columns:
+            names = {*splits}
+        for name in names - {*splits}:
+            raise ValueError(f"no row is of split {name!r}; there are {', '.join(sorted({*splits}))}")
+        kept = [number for number, name in enumerate(splits) if name in names]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}; name one of {', '.join(sorted({*splits}))}")
+            raise ValueError(f"{len(kept)} rows of split {split}, {samples or 1} are needed")
     kept = kept[:samples or None]
     columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
@@ -852,7 +859,8 @@ def fill_defaults(config):
     imagenet = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
     for key, default in imagenet.items():
         with or_fail(f"use {key} {config[key]}, one number or {n}"):
-            config[key] = np.broadcast_to(config[key] or default[:n], n).astype(float).tolist()
+            given = default[:n] if config[key] is None else config[key]
+            config[key] = np.broadcast_to(given, n).astype(float).tolist()
     return config
 
 
@@ -918,7 +926,7 @@ def read_weights(init, arch):
         folder = Path("weights")
         file = [*folder.glob(f"{name}.pth"), *folder.glob(f"{name}.safetensors"), None][0]
     known = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]      # in files of DINO, MoCo, SimMIM
-    with or_fail(f"read {file or init} (tensors; without a network connection weights/{name}.pth)"):
+    with or_fail(f"read {file or f'{init} (there is no weights/{name}.pth)'}"):
         if file is None and source == "timm":
             content = timm.create_model(name, pretrained=True).state_dict()
         elif file is None:
@@ -990,7 +998,7 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
         notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
     theirs, args = dict(content), content.get("model_args")
     theirs.update(args if isinstance(args, dict) else {})                   # of another maker: anything
-    if "base_encoder" in prefix and n_heads:
+    if "base_encoder" in prefix and n_heads and "config" not in theirs:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
     ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}
     notes += [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
@@ -1032,7 +1040,7 @@ def load_backbone(model, config):
     if init == "random":
         return "random initialisation"
     content = read_weights(init, arch)
-    named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"] or "")}
+    named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"])}
     head = {name: x for name, x in model.state_dict().items()
             if name.startswith(prefixes(model, "classifier")) or name.endswith("num_batches_tracked")}
     wanted = {name: x.shape for name, x in model.state_dict().items() if name not in head}
@@ -1121,10 +1129,13 @@ def open_run(out, manifests, config, parts, resume, rank):
                 fail(f"{out} is in use by another run; wait for it or choose another --out")
             except OSError:
                 pass                                                        # a file system without locks
-    if resume == "never" or not last.is_file():
-        if rank == 0:
-            for file in (last, log, Path(out, "backbone.pt")):              # first what a resume would read
-                file.unlink(missing_ok=True)
+    fresh = resume == "never" or not last.is_file()
+    if sum_over_processes(torch.tensor([fresh, not fresh]).int()).all():
+        fail(f"some processes have {last}, others not: all need one --out, on a file system they share")
+    if fresh:
+        exported = Path(out, "backbone.pt"), Path(out, "classifier.pt")
+        for file in (last, log, *exported) if rank == 0 else ():            # first what a resume would read
+            file.unlink(missing_ok=True)
         return 0
     with or_fail(f"resume from {last} (--resume never begins a new run, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)

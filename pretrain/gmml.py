@@ -41,8 +41,8 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     img_size=224,                   # side of the network's input in pixels
     mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
     std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
-    init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
+    init="random",                  # random | timm[:NAME] | exp:KEY | a checkpoint file
+    init_key="",                    # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih_pretrain",         # folder below --data with manifest.csv and images.npy
     samples=0,                      # use only this many images, the first of the split; 0: all
@@ -114,7 +114,7 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
-        if kind is list and len(value) != len(default):
+        if kind is list and (len(value) != len(default) or {*map(type, value)} - {int, float}):
             raise ValueError
         return value
     read.__name__ = kind.__name__
@@ -256,7 +256,7 @@ def block_masks(u, fraction, side, align=1):
     for bit in reversed(range(u.shape[1].bit_length())):
         more = last + 2 ** bit
         last = torch.where((first < more).sum((1, 2), keepdim=True) < needed, more, last)
-    return first <= last
+    return (first <= last) & (needed > 0)
 
 
 def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
@@ -336,6 +336,8 @@ def train(config, args, rank, world_size, device):
              "images, --epochs at least 1")
     if not 0 < max(config["drop"], config["replace"]) <= 0.85:
         fail(f"--drop {config['drop']} and --replace {config['replace']}: give shares up to 0.85, not both 0")
+    if not 1 <= config["align"] <= 0.3 * config["img_size"]:
+        fail(f"--align {config['align']}: blocks are up to 0.3 of the image; give 1 to that many pixels")
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     last_step = min(n_steps, args.steps or n_steps)
 
@@ -380,6 +382,7 @@ def train(config, args, rank, world_size, device):
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
         crop, colour, *draws = draw_step(config, step, local, len(drop_paths), device)
+        torch.manual_seed(step_generator(config["seed"], step).initial_seed())          # for dropout, if any
         depth, masks, replaced = (part[:, :-1] for part in draws)
         shape = 2, config["in_chans"], *masks.shape[2:]
         generators = [step_generator(config["seed"], step, 1 + place, device=device)
@@ -520,10 +523,14 @@ def read_manifest(manifest, split, samples=0):
         if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
             raise ValueError(f"columns need different names, one of them path, not {', '.join(header)}")
         columns = dict(zip(header, zip(*rows)))
-        splits = columns.get("split", [split] * len(rows))
-        kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
+        splits, names = columns.get("split", ["all"] * len(rows)), {*split.split(",")}
+        if "all" in names or "split" not in columns:
+            names = {*splits}
+        for name in names - {*splits}:
+            raise ValueError(f"no row is of split {name!r}; there are {', '.join(sorted({*splits}))}")
+        kept = [number for number, name in enumerate(splits) if name in names]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}; name one of {', '.join(sorted({*splits}))}")
+            raise ValueError(f"{len(kept)} rows of split {split}, {samples or 1} are needed")
     kept = kept[:samples or None]
     columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
@@ -686,7 +693,8 @@ def fill_defaults(config):
     imagenet = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
     for key, default in imagenet.items():
         with or_fail(f"use {key} {config[key]}, one number or {n}"):
-            config[key] = np.broadcast_to(config[key] or default[:n], n).astype(float).tolist()
+            given = default[:n] if config[key] is None else config[key]
+            config[key] = np.broadcast_to(given, n).astype(float).tolist()
     return config
 
 
@@ -752,7 +760,7 @@ def read_weights(init, arch):
         folder = Path("weights")
         file = [*folder.glob(f"{name}.pth"), *folder.glob(f"{name}.safetensors"), None][0]
     known = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]      # in files of DINO, MoCo, SimMIM
-    with or_fail(f"read {file or init} (tensors; without a network connection weights/{name}.pth)"):
+    with or_fail(f"read {file or f'{init} (there is no weights/{name}.pth)'}"):
         if file is None and source == "timm":
             content = timm.create_model(name, pretrained=True).state_dict()
         elif file is None:
@@ -824,7 +832,7 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
         notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
     theirs, args = dict(content), content.get("model_args")
     theirs.update(args if isinstance(args, dict) else {})                   # of another maker: anything
-    if "base_encoder" in prefix and n_heads:
+    if "base_encoder" in prefix and n_heads and "config" not in theirs:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
     ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}
     notes += [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
@@ -840,7 +848,7 @@ def load_backbone(model, config):
     if init == "random":
         return "random initialisation"
     content, kernel = read_weights(init, arch), "patch_embed.proj.weight"
-    named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"] or "")}
+    named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"])}
     given, prefix = timm_names(named, model.state_dict())
     loaded = {name: given[name].detach().float() for name in model.state_dict() if name in given}
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
@@ -916,10 +924,13 @@ def open_run(out, manifests, config, parts, resume, rank):
                 fail(f"{out} is in use by another run; wait for it or choose another --out")
             except OSError:
                 pass                                                        # a file system without locks
-    if resume == "never" or not last.is_file():
-        if rank == 0:
-            for file in (last, log, Path(out, "backbone.pt")):              # first what a resume would read
-                file.unlink(missing_ok=True)
+    fresh = resume == "never" or not last.is_file()
+    if sum_over_processes(torch.tensor([fresh, not fresh]).int()).all():
+        fail(f"some processes have {last}, others not: all need one --out, on a file system they share")
+    if fresh:
+        exported = Path(out, "backbone.pt"), Path(out, "classifier.pt")
+        for file in (last, log, *exported) if rank == 0 else ():            # first what a resume would read
+            file.unlink(missing_ok=True)
         return 0
     with or_fail(f"resume from {last} (--resume never begins a new run, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)

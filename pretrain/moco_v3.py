@@ -41,8 +41,8 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     img_size=224,                   # side of the network's input in pixels
     mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
     std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
-    init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key=None,                  # how the names to load begin, as in student; none: the averaged weights
+    init="random",                  # random | timm[:NAME] | exp:KEY | a checkpoint file
+    init_key="",                    # how the names to load begin, as in student; none: the averaged weights
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih_pretrain",         # folder below --data with manifest.csv and images.npy
     samples=0,                      # use only this many images, the first of the split; 0: all
@@ -54,7 +54,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     wd=0.04,                        # weight decay of all parameters, biases and norms too
     seed=0,                         # of all random numbers
     variant="corrected",            # corrected | paper; paper: temperature 1, the released fork's default
-    temperature=None,               # of the softmax; none: 0.2 as published, 1 in the paper variant
+    temperature=0.0,                # of the softmax; 0: 0.2 as published, 1 in the paper variant
     ema=0.99,                       # momentum of the key encoder, by a cosine to 1
     hidden_dim=4096,                # width of projector and predictor
     out_dim=256,                    # length of queries and keys
@@ -111,7 +111,7 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
-        if kind is list and len(value) != len(default):
+        if kind is list and (len(value) != len(default) or {*map(type, value)} - {int, float}):
             raise ValueError
         return value
     read.__name__ = kind.__name__
@@ -263,6 +263,8 @@ def make_backbone(config):
         positions = sincos_positions(*vit.patch_embed.grid_size, vit.embed_dim)
         if vit.cls_token is None or vit.pos_embed.shape != positions.shape:
             raise ValueError("it needs 4n channels and a position for the class token and each patch")
+        if isinstance(vit.norm, nn.Identity):
+            raise ValueError("it has no final norm")
     vit.init_weights("moco")                        # Xavier, with q, k and v as three layers
     projection = vit.patch_embed.proj
     # the formula has three channels whatever in_chans is, as in the released code
@@ -339,8 +341,9 @@ def train(config, args, rank, world_size, device):
     images = open_images(args.manifest, rows, config["in_chans"], device)
     n_images, batch = len(rows["row"]), config["batch"]
     steps_an_epoch = n_images // max(1, batch)
-    if batch % world_size or batch < 2 or not steps_an_epoch:
-        fail(f"--batch {batch} has to be a multiple of {world_size} processes, 2 to the {n_images} images")
+    if batch % world_size or batch < 2 or not steps_an_epoch * config["epochs"]:
+        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and 2 to the {n_images} "
+             "images, --epochs at least 1")
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     last_step = min(n_steps, args.steps or n_steps)
     first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
@@ -368,7 +371,9 @@ def train(config, args, rank, world_size, device):
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
-        uniforms = torch.rand(2, batch, N_VIEW, generator=step_generator(config["seed"], step))[:, local]
+        generator = step_generator(config["seed"], step)
+        uniforms = torch.rand(2, batch, N_VIEW, generator=generator)[:, local]
+        torch.manual_seed(generator.initial_seed())                         # for dropout, if any
         views = make_views(chosen, uniforms.to(device, non_blocking=True), config)
 
         # The publication computes the queries first; as they do not depend on the momentum encoder, what
@@ -548,10 +553,14 @@ def read_manifest(manifest, split, samples=0):
         if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
             raise ValueError(f"columns need different names, one of them path, not {', '.join(header)}")
         columns = dict(zip(header, zip(*rows)))
-        splits = columns.get("split", [split] * len(rows))
-        kept = [number for number, name in enumerate(splits) if name in split.split(",") or split == "all"]
+        splits, names = columns.get("split", ["all"] * len(rows)), {*split.split(",")}
+        if "all" in names or "split" not in columns:
+            names = {*splits}
+        for name in names - {*splits}:
+            raise ValueError(f"no row is of split {name!r}; there are {', '.join(sorted({*splits}))}")
+        kept = [number for number, name in enumerate(splits) if name in names]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}; name one of {', '.join(sorted({*splits}))}")
+            raise ValueError(f"{len(kept)} rows of split {split}, {samples or 1} are needed")
     kept = kept[:samples or None]
     columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
     return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
@@ -714,7 +723,8 @@ def fill_defaults(config):
     imagenet = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
     for key, default in imagenet.items():
         with or_fail(f"use {key} {config[key]}, one number or {n}"):
-            config[key] = np.broadcast_to(config[key] or default[:n], n).astype(float).tolist()
+            given = default[:n] if config[key] is None else config[key]
+            config[key] = np.broadcast_to(given, n).astype(float).tolist()
     return config
 
 
@@ -799,7 +809,7 @@ def read_weights(init, arch):
         folder = Path("weights")
         file = [*folder.glob(f"{name}.pth"), *folder.glob(f"{name}.safetensors"), None][0]
     known = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]      # in files of DINO, MoCo, SimMIM
-    with or_fail(f"read {file or init} (tensors; without a network connection weights/{name}.pth)"):
+    with or_fail(f"read {file or f'{init} (there is no weights/{name}.pth)'}"):
         if file is None and source == "timm":
             content = timm.create_model(name, pretrained=True).state_dict()
         elif file is None:
@@ -871,7 +881,7 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
         notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
     theirs, args = dict(content), content.get("model_args")
     theirs.update(args if isinstance(args, dict) else {})                   # of another maker: anything
-    if "base_encoder" in prefix and n_heads:
+    if "base_encoder" in prefix and n_heads and "config" not in theirs:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
     ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}
     notes += [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
@@ -887,7 +897,7 @@ def load_backbone(model, config):
     if init == "random":
         return "random initialisation"
     content, kernel = read_weights(init, arch), "patch_embed.proj.weight"
-    named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"] or "")}
+    named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"])}
     given, prefix = timm_names(named, model.state_dict())
     loaded = {name: given[name].detach().float() for name in model.state_dict() if name in given}
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
@@ -963,10 +973,13 @@ def open_run(out, manifests, config, parts, resume, rank):
                 fail(f"{out} is in use by another run; wait for it or choose another --out")
             except OSError:
                 pass                                                        # a file system without locks
-    if resume == "never" or not last.is_file():
-        if rank == 0:
-            for file in (last, log, Path(out, "backbone.pt")):              # first what a resume would read
-                file.unlink(missing_ok=True)
+    fresh = resume == "never" or not last.is_file()
+    if sum_over_processes(torch.tensor([fresh, not fresh]).int()).all():
+        fail(f"some processes have {last}, others not: all need one --out, on a file system they share")
+    if fresh:
+        exported = Path(out, "backbone.pt"), Path(out, "classifier.pt")
+        for file in (last, log, *exported) if rank == 0 else ():            # first what a resume would read
+            file.unlink(missing_ok=True)
         return 0
     with or_fail(f"resume from {last} (--resume never begins a new run, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)

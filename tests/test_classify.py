@@ -625,6 +625,16 @@ def test_probe_is_a_logistic_regression_on_features_of_whole_images(pack, tmp_pa
     assert (tmp_path / "seed0/classifier.pt").stat().st_mtime_ns == made               # not made again
 
 
+def test_a_new_beginning_removes_the_old_classifier_and_a_probe_is_another_run(pack, tmp_path, monkeypatch, capsys):
+    flags = ["--train", pack, "--out", tmp_path, *SMALL, "--batch", 12, "--epochs", 1, "--seeds", 0]
+    run(monkeypatch, *flags, "--crop_pct", 1)
+    said = mistake(monkeypatch, capsys, *flags, "--crop_pct", 1, "--probe")
+    assert "last.pt" in said and "probe" in said
+    assert (tmp_path / "seed0/classifier.pt").exists()
+    assert "NaN" in mistake(monkeypatch, capsys, *flags, "--resume", "never", "--lr", 1e30, "--log_steps", 1)
+    assert not (tmp_path / "seed0/classifier.pt").exists()
+
+
 def test_a_label_with_one_class_gets_a_constant_probe(pack, tmp_path, monkeypatch):
     manifest = changed_pack(pack, tmp_path / "pack", A="1", B="0")
     run(monkeypatch, "--train", manifest, "--out", tmp_path, *SMALL, "--probe", "true")
@@ -667,10 +677,10 @@ def test_images_of_training_are_validated_on_only_by_intent(pack, tmp_path, monk
 
 def test_a_batch_that_processes_or_images_do_not_allow_is_refused(pack, tmp_path, monkeypatch, capsys):
     flags = ["--train", pack, *SMALL, "--seeds", 0, "--out", tmp_path, "--batch"]
-    assert "at most 24 images" in mistake(monkeypatch, capsys, *flags, 25)
+    assert "at most the 24 images" in mistake(monkeypatch, capsys, *flags, 25)
     assert "multiple" in mistake(monkeypatch, capsys, *flags, 0)
     monkeypatch.setattr(classify, "init_processes", lambda device: (0, 2, torch.device("cpu")))
-    assert "--batch 9 has to be a multiple of 2 processes" in mistake(monkeypatch, capsys, *flags, 9)
+    assert "--batch 9 has to be a multiple of the 2 processes" in mistake(monkeypatch, capsys, *flags, 9)
     assert not (tmp_path / "seed0").exists()
 
 
@@ -687,7 +697,7 @@ def test_mistakes_are_named_in_one_sentence(pack, tmp_path, monkeypatch, capsys)
             (["--train", same], ["no AUC", "--select loss"]),
             (["--train", bare], [str(bare), "no label columns"]),
             (["--val", tmp_path / "none.csv"], ["none.csv"]),
-            (["--val-split", "dev"], ["split dev"]),
+            (["--val-split", "dev"], ["split 'dev'"]),
             (["--label_names", "[A, Bb]"], ["no label column Bb; nearest: B"]),
             (["--label_names", "A,A"], ["label_names"]),
             (["--labels", 2], ["labels is 2.0"]),

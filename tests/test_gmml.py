@@ -71,6 +71,7 @@ def test_mask_fractions_have_the_stated_distribution():
 def test_enough_blocks_are_drawn_to_reach_every_target(fraction):
     u = uniform(2, 100, gmml.N_BLOCKS, 4)
     reached = gmml.block_masks(u, torch.full((100,), fraction), 64).float().mean((1, 2))
+    assert not gmml.block_masks(u, torch.zeros(100), 64).any()
     assert (reached >= fraction).all()
 
 

@@ -327,6 +327,27 @@ def test_a_new_beginning_is_a_new_run_and_another_configuration_is_not_resumed(n
 
 
 @every_script
+def test_dropout_is_the_same_after_a_resume(name, data, tmp_path):
+    dropout = ["--model_args", json.dumps({**MODEL, "proj_drop_rate": 0.2})]
+    for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        assert run(name, data, tmp_path / out, *dropout, "--steps", steps).returncode == 0
+    whole, parts = ([log_line["loss"] for log_line in log_of(folder(name, tmp_path / out)) if "loss" in log_line]
+                    for out in ("whole", "parts"))
+    assert whole == parts and len(whole) >= 4
+
+
+@every_script
+def test_processes_that_see_different_checkpoints_are_stopped(name, data, tmp_path, monkeypatch):
+    """As two nodes with a folder of their own: one finds last.pt, the other does not."""
+    script, args = load_script(SCRIPTS[name][0]), (tmp_path, [data / "manifest.csv"], {"exp": None}, {}, "auto", 1)
+    assert script.open_run(*args) == 0
+    monkeypatch.setattr(script, "sum_over_processes", lambda x: x + torch.tensor([0, 1]))
+    with pytest.raises(SystemExit) as stop:
+        script.open_run(*args)
+    assert stop.value.code == 2
+
+
+@every_script
 def test_other_images_or_labels_are_not_taken_for_those_of_the_checkpoint(name, data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     assert run(name, tmp_path / "data", tmp_path / "run", "--steps", 2).returncode == 0
