@@ -192,7 +192,7 @@ def write(path, save):
 def read_runs(path):
     """(arms, {}, sizes of the test sets) of metrics.csv and draws.npz beside it; arms: {cell: Arm}."""
     frame = read_csv(path, ["exp", "seed", "dataset", *KEY, "variant", "value", "stand_in"])
-    file, runs = path.with_name("draws.npz"), defaultdict(dict)
+    file, runs = path.with_name(f"{path.stem}.draws.npz".removeprefix("metrics.")), defaultdict(dict)
     try:
         drawn = dict(np.load(file))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
@@ -491,9 +491,10 @@ def main():
                 fail(f"no metric of both '{args.arms[0]}' and '{args.arms[1]}'; known: {', '.join(exps)}")
             columns = ["dataset", *KEY, *args.arms, *INTERVAL, "remark", "source"]
             tables = {"two_arms": pd.DataFrame(rows)[columns]}
-            shown = tables["two_arms"]
+            shown = tables["two_arms"].drop(columns=["remark", "source"])
+            remarks = tables["two_arms"]["remark"].unique()
         else:
-            claims = read_csv(args.claims, CLAIM)
+            claims, remarks = read_csv(args.claims, CLAIM), ()
             claims["margin"] = pd.to_numeric(claims["margin"], errors="coerce")
             decided = verdicts(claims.to_dict("records"), complete(arms, printed))
             ensembles = [exp for exp in exps if exp.endswith("-ensemble")]
@@ -507,6 +508,7 @@ def main():
             last = decided.drop_duplicates("id", keep="last")                    # over all test sets
             shown = last[["id", "statement", "verdict", "effect", "ci_low", "ci_high", "p_holm", "source"]]
         print(shown.to_string(index=False, float_format="%.4f", na_rep="", max_colwidth=60))
+        print(*filter(None, remarks), sep="\n")
         for name, table in tables.items() if args.out else ():
             text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
             write(args.out / f"{name}.csv", lambda file: file.write(text))

@@ -17,9 +17,10 @@ Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, thresho
         stand_in. labels: what a mean is over: 5 (at least four of the study's), 14 (NIH's), all (if others).
         label: of one label; both blank: of whole images. threshold: of p > threshold, the share referred, or
         a bin's lower edge. value: blank if undefined. <exp>-ensemble, no seed: mean probability of its runs.
-        draws.npz beside it: for "exp/seed/dataset" float32 [rows, resamples], the values of a metric when
-        patients are drawn with replacement, the same ones for every run; "exp/seed/dataset/rows": which, as
-        labels|metric|label|threshold: AUCs, and for labels 5, else 14, else all, the other means.
+        draws.npz beside it (NAME.draws.npz of NAME.csv): for "exp/seed/dataset" float32 [rows, resamples],
+        the values of a metric when patients are drawn with replacement, the same ones for every run;
+        "exp/seed/dataset/rows": which, as labels|metric|label|threshold: AUCs, and for labels 5, else 14,
+        else all, the other means.
 Cells that are unknown are left out of every metric; a label that no image knows is not scored.
 """
 
@@ -624,6 +625,8 @@ def read_predictions(path):
     """One predictions file, checked. Raises InputError that names file, row and what was expected."""
     frame = read_csv(path, ["path", "patient"], {"path": str, "patient": str})
     truths, scores = frame.filter(regex="^true_"), frame.filter(regex="^prob_")
+    if truths.empty:
+        raise InputError(f"{path} has no columns true_<label>, prob_<label>, as evaluate/predict.py writes")
     names = truths.columns.str[5:]
     for name in names.symmetric_difference(scores.columns.str[5:]):
         has, lacks = ("true", "prob") if name in names else ("prob", "true")
@@ -850,17 +853,19 @@ def score_file(test, dataset, resamples, validation=None):
 
 
 def digest(test):
-    """What must be the same in all runs on a test set: labels, images, patients, truths, in any order."""
+    """{what: digest} of what must be the same in all runs on a test set, in any order of rows and columns."""
     truth = pd.DataFrame(test.y, test.path, test.labels).sort_index(axis=1)
-    truth["patient"] = test.patient
-    return list(truth), pd.util.hash_pandas_object(truth, categorize=False).sum()
+    parts = {"images": truth[[]], "patients": truth[[]].assign(patient=test.patient), "true labels": truth}
+    hashes = {name: pd.util.hash_pandas_object(part, categorize=False).sum() for name, part in parts.items()}
+    return {"labels": list(truth), **hashes}
 
 
 def check_same(path, found, other, expected):
-    if found != expected:
-        raise InputError(f"{path} and {other} have the same test set's name but other images, patients or "
-                         "true labels, there or in their nih_val.csv; predict the same images with both, or "
-                         "give each its own --dataset")
+    """Refuse two files of a test set, or their nih_val.csv, whose digests differ."""
+    for name in [name for name in found if found[name] != expected[name]][:1]:
+        raise InputError(f"{path} and {other}, or nih_val.csv beside them, are named as of one test set but "
+                         f"have other {name}; predict the same images with both, with or without --mask, or "
+                         "score them one by one")
 
 
 def mean_of(runs):
@@ -920,13 +925,16 @@ def arms_of(args):
             raise InputError(f"{val} belongs to one run and would choose thresholds for others, as {path}; "
                              "give each run a folder of its own, with its nih_val.csv")
         if seed in arms[exp, dataset]:
-            raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; give one")
+            raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; give one, or "
+                             "another name to one: the file's name is the arm's")
         arms[exp, dataset][seed] = path
     return arms
 
 
 def run(args):
     """Score all runs, several at a time, and write their rows and resamples."""
+    if args.out in args.predictions:
+        raise InputError(f"--out {args.out} is one of the predictions; choose another name")
     if args.bootstrap < 0 or args.workers < 1:
         raise InputError("--bootstrap must be 0 or more, --workers 1 or more")
     rows, resamples, first = [], {}, {}
@@ -948,9 +956,10 @@ def run(args):
         print(f"stand-in: {mark}")
     if args.out:
         text = table.to_csv(index=False, float_format="%.10g", lineterminator="\n").encode()
-        write(args.out.with_name("draws.npz"), lambda file: np.savez(file, **resamples))
+        draws = args.out.with_name(f"{args.out.stem}.draws.npz".removeprefix("metrics."))
+        write(draws, lambda file: np.savez(file, **resamples))
         write(args.out, lambda file: file.write(text))
-        print(f"{args.out}: {len(rows):,} rows of {len(args.predictions)} files; draws.npz beside it")
+        print(f"{args.out}: {len(rows):,} rows of {len(args.predictions)} files; {draws.name} beside it")
 
 
 def main():

@@ -208,6 +208,8 @@ def pack_folder(folder, facts, args):
 
 def predict(model, facts, manifest, split, file, args, device):
     """Predict the images of a manifest; process 0 writes them to `file`, facts and features beside it."""
+    if file.resolve() == Path(manifest).resolve():
+        fail(f"--out {file} is the manifest itself; choose another name")
     rows, labels = read_manifest(manifest, split), facts["labels"]
     known = truth(manifest, rows, labels)
     unknown = sum(cells.count("") for cells in known.values())
@@ -237,6 +239,8 @@ def predict(model, facts, manifest, split, file, args, device):
     write_atomic(file, lambda stream: table.to_csv(                         # last: if it is there, all is
         stream, mode="wb", index=False, float_format="%.8g", lineterminator="\n"))
     counted = "are left out" if args.mask else "count as 0, with --mask they are left out"
+    if "patient" not in rows:
+        print(f"warning: {manifest} has no column patient: intervals will take images for patients")
     print(f"{file}: {n:,} images, {len(known)} of {len(labels)} labels with truth"
           + f"; {unknown:,} unknown cells {counted}" * (unknown > 0))
 
@@ -290,14 +294,15 @@ def read_manifest(manifest, split, samples=0):
     Two more entries: "row", their numbers from 0, which are those of images.npy, int64 [N]; "n_rows", the
     number of rows in the file.
     """
-    with or_fail(f"read {manifest}, the --manifest that data_prep/pack.py makes"):
+    with or_fail(f"read the manifest {manifest}"):
         with open(manifest, newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row] or [[]]
         for number, row in enumerate(rows, 2):
             if len(row) != len(header):
                 raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
         if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
-            raise ValueError(f"columns need different names, one of them path, not {', '.join(header)}")
+            raise ValueError("it needs columns with different names, one of them path, and commas between "
+                             f"them; it has {', '.join(header)}")
         columns = dict(zip(header, zip(*rows)))
         splits, names = columns.get("split", ["all"] * len(rows)), {*split.split(",")}
         if "all" in names or "split" not in columns:
@@ -324,6 +329,10 @@ def open_images(manifest, rows, in_chans, device):
     if not file.is_file():
         with or_fail(f"read {pack}"):
             root = Path(json.loads(pack.read_text())["raw"]) if pack.is_file() else file.parent
+        absent = [path for path in rows["path"] if not Path(root, path).is_file()]
+        if absent:
+            fail(f"{len(absent):,} of {len(rows['path']):,} images of {manifest} are not there, the first is "
+                 f"{root / absent[0]}; paths count from {root}")
         pool, mode = ThreadPoolExecutor(8), "L" if in_chans == 1 else "RGB"
 
         def read(place):

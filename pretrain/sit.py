@@ -43,7 +43,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
     std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | exp:KEY | a checkpoint file
-    init_key="",                    # how the names to load begin, as in student; none: the averaged weights
+    init_key="",                    # part of the names to load, as in student; none: of several the average
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="mimic_cxr",            # folder below --data with manifest.csv and images.npy
     samples=0,                      # use only this many images, the first of the split; 0: all
@@ -105,7 +105,8 @@ def or_fail(doing):
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
         if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
-            text = f"{what or 'its content'} is not a tensor; torch.save only the state_dict"
+            text = (f"{what or 'its content'} is not a tensor; if you trust the file, save its tensors: "
+                    "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)")
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 
 
@@ -635,14 +636,15 @@ def read_manifest(manifest, split, samples=0):
     Two more entries: "row", their numbers from 0, which are those of images.npy, int64 [N]; "n_rows", the
     number of rows in the file.
     """
-    with or_fail(f"read {manifest}, the --manifest that data_prep/pack.py makes"):
+    with or_fail(f"read the manifest {manifest}"):
         with open(manifest, newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row] or [[]]
         for number, row in enumerate(rows, 2):
             if len(row) != len(header):
                 raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
         if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
-            raise ValueError(f"columns need different names, one of them path, not {', '.join(header)}")
+            raise ValueError("it needs columns with different names, one of them path, and commas between "
+                             f"them; it has {', '.join(header)}")
         columns = dict(zip(header, zip(*rows)))
         splits, names = columns.get("split", ["all"] * len(rows)), {*split.split(",")}
         if "all" in names or "split" not in columns:
@@ -669,6 +671,10 @@ def open_images(manifest, rows, in_chans, device):
     if not file.is_file():
         with or_fail(f"read {pack}"):
             root = Path(json.loads(pack.read_text())["raw"]) if pack.is_file() else file.parent
+        absent = [path for path in rows["path"] if not Path(root, path).is_file()]
+        if absent:
+            fail(f"{len(absent):,} of {len(rows['path']):,} images of {manifest} are not there, the first is "
+                 f"{root / absent[0]}; paths count from {root}")
         pool, mode = ThreadPoolExecutor(8), "L" if in_chans == 1 else "RGB"
 
         def read(place):
@@ -854,8 +860,12 @@ def make_model(config, num_classes, drop_path=0.0):
     with or_fail(f"make {arch} with {config['model_args']}"):
         fixed = getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False)
         size = {"img_size": config["img_size"]} if fixed else {}
-        return timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
-                                 drop_path_rate=drop_path, **{**size, **config["model_args"]})
+        model = timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
+                                  drop_path_rate=drop_path, **{**size, **config["model_args"]})
+        patch_size = model.patch_embed.patch_size[0] if hasattr(model, "patch_embed") else 1
+        if config["img_size"] % patch_size:
+            raise ValueError(f"img_size {config['img_size']} is no multiple of the patch size {patch_size}")
+        return model
 
 
 class DropPath(nn.Module):
@@ -937,12 +947,12 @@ def timm_names(state, wanted):
     for old, new in RENAMED.items():
         if not any(re.search(old, name) for name in wanted):                # MobileNetV4 has such names
             state = {re.sub(old, new, name): value for name, value in state.items()}
-    for name, q in list(state.items()):
+    for name in list(state):
         if ".attention.query." in name:                                     # Hugging Face: three layers
-            k, v = state[name.replace("query", "key")], state[name.replace("query", "value")]
-            state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat([q, k, v])
+            parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+            state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
         if name.endswith("q_bias"):                                         # SimMIM's ViT: keys have no bias
-            v = state[name.replace("q_bias", "v_bias")]
+            q, v = state[name], state[name.replace("q_bias", "v_bias")]
             state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     last, preferred = list(wanted)[-1], "ema|teacher|base_encoder|encoder_q"
     prefixes = [name.removesuffix(last) for name in state if name.endswith(last)]
@@ -966,7 +976,7 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     has taken, adapted where need be; n_heads: of the model, as weights do not show them.
     """
     adapted = [name for name, x in loaded.items() if x.shape != given[name].shape]
-    left_out = [name for name in given if name not in loaded]
+    left_out = [name for name in given if name not in loaded and not name.endswith("num_batches_tracked")]
     notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)"]
     for what, names in (("adapted", adapted), ("left out", left_out)):
         notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
@@ -988,7 +998,7 @@ def load_backbone(model, config):
     if init == "random":
         return "random initialisation"
     content, kernel = read_weights(init, arch), "patch_embed.proj.weight"
-    named = {name: x for name, x in flatten(content).items() if name.startswith(config["init_key"])}
+    named = {name: x for name, x in flatten(content).items() if config["init_key"] in name}
     given, prefix = timm_names(named, model.state_dict())
     loaded = {name: given[name].detach().float() for name in model.state_dict() if name in given}
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):

@@ -725,14 +725,15 @@ def test_the_runs_of_an_arm_also_make_an_ensemble_whatever_the_order_of_rows(mon
 def test_runs_on_other_images_are_refused(monkeypatch, tmp_path, capsys):
     here, there = (run_folder(tmp_path, exp) / "padchest.csv" for exp in ("2.2", "3.4"))
     frame = predictions(here)
-    for other in (frame.assign(true_Edema=1 - frame.true_Edema), frame.assign(patient=frame.path), frame[:-1],
-                  frame.drop(columns=["true_Edema", "prob_Edema"])):
+    for other, what in ((frame.assign(true_Edema=1 - frame.true_Edema), "true labels"),
+                        (frame.assign(patient=frame.path), "patients"), (frame[:-1], "images"),
+                        (frame.drop(columns=["true_Edema", "prob_Edema"]), "labels")):
         there.parent.mkdir(parents=True, exist_ok=True)
         other.to_csv(there, index=False)
         with pytest.raises(SystemExit) as stop:
             command(monkeypatch, tmp_path, here, there)
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and "but other images, patients or true labels" in error
+        assert stop.value.code == 2 and f"have other {what};" in error
         assert str(here) in error and str(there) in error and not (tmp_path / "metrics.csv").exists()
 
 
