@@ -47,6 +47,7 @@ def options():
     add("--overlaps", type=Path, nargs="+", default=[], help="overlaps.csv of describe.py --overlap")
     add("--runs", type=Path, help="learning curves and pictures: <exp>/**/log.jsonl and <exp>/pretrain/*.png")
     add("--predictions", type=Path, help="curves: <exp>/predictions/seed<k>/<test set>.csv")
+    add("--data", type=Path, help="packed data: a pack's mark of stand-ins lets its pictures be embedded")
     add("--baseline", default="2.2", help="arm that the first figure subtracts (2.2)")
     add("--arm", default="3.4", help="arm of the ROC, precision-recall and decision curves (3.4)")
     add("--with-pictures", action="store_true", help="embed them all; do not pass the page on")
@@ -97,10 +98,9 @@ def read_metrics(path):
         raise InputError(f"{path} line {row + 2}: {line.metric} of exp {line.exp}, seed {line.seed} on "
                          f"{line.dataset} stands there a second time; remove one of the two rows")
     frame["stand_in"] = frame.get("stand_in", "")
-    saw = frame.exp.str.removesuffix("-ensemble").isin(SHOWN["saw NIH test"])
-    saw &= frame.dataset == "nih_test"
-    frame["mark"] = np.where(frame.stand_in == "", "", "°")
-    frame.loc[saw, "mark"] += "†"
+    saw = frame.exp.str.removesuffix("-ensemble").isin(SHOWN["saw NIH test"]) & (frame.dataset == "nih_test")
+    # in this order the largest mark of several runs is that of all
+    frame["mark"] = np.where(saw, "†", "") + np.where(frame.stand_in == "", "", "°").astype(object)
     return frame
 
 
@@ -118,12 +118,10 @@ def mean_over_runs(frame, arms=None):
 def best_runs(frame, labels):
     """Cells of variant "best": each arm's run with the best mean AUC here; labels: {test set: label set}."""
     means = frame.query("metric == 'auc_mean' and variant == 'paper' and labels == dataset.map(@labels)")
-    means = means.dropna(subset="value")
-    means = means.sort_values("value", ascending=False, kind="stable")
+    means = means.dropna(subset="value").sort_values("value", ascending=False, kind="stable")
     best = means.drop_duplicates(["exp", "dataset"])[["exp", "dataset", "seed"]]
     rows = frame.merge(best).sort_values("variant", ascending=False)        # "paper" before "corrected"
-    rows = rows.assign(variant="best", sd=np.nan, runs=1)
-    rows = rows.drop_duplicates(KEY)
+    rows = rows.assign(variant="best", sd=np.nan, runs=1).drop_duplicates(KEY)
     return rows.set_index(KEY)[["value", "sd", "runs", *ENDS, "mark", "seed"]]
 
 
@@ -195,15 +193,11 @@ def table_specs(results):
         key = results.arms[0], main, labels, metric, "corrected", "", ""
         negative.append(results.cells.text.get(key, "unknown"))
     for spec in SHOWN["tables"]:
-        yield {
-            **spec,
-            "title": spec["title"].format(results.datasets[main]),
-            "note": spec["note"].format(*negative),
-            "columns": columns.get(str(spec["columns"]), spec["columns"]),
-        }
+        yield spec | {"title": spec["title"].format(results.datasets[main]),
+                      "note": spec["note"].format(*negative),
+                      "columns": columns.get(str(spec["columns"]), spec["columns"])}
     metrics = results.frame.metric.drop_duplicates()
-    groups = metrics.str.extract(r"^auc\[(\w+)=(.+)\]$").dropna()
-    groups = groups.sort_values([0, 1]).to_numpy()
+    groups = metrics.str.extract(r"^auc\[(\w+)=(.+)\]$").dropna().sort_values([0, 1]).to_numpy()
     parts = {f"{attribute} {group}": f"[{attribute}={group}]" for attribute, group in groups}
     parts |= {f"{attribute}: gap": f"_gap[{attribute}]" for attribute, _ in groups}
     youden = metrics.str.startswith("fnr_youden[").any()
@@ -211,13 +205,9 @@ def table_specs(results):
         for spec in SHOWN["groups"]:
             if spec.get("youden", youden) == youden:
                 metric = spec["metric"]
-                yield {
-                    **spec,
-                    "number": f"B_{dataset}_{metric}",
-                    "title": spec["title"].format(shown),
-                    "columns": {head: {"metric": metric + part} for head, part in parts.items()},
-                    "place": {"dataset": dataset, **spec.get("place", {})},
-                }
+                yield spec | {"number": f"B_{dataset}_{metric}", "title": spec["title"].format(shown),
+                              "columns": {head: {"metric": metric + part} for head, part in parts.items()},
+                              "place": {"dataset": dataset, **spec.get("place", {})}}
 
 
 def places(results, spec):
@@ -336,9 +326,9 @@ def size_figure(grid, names, path):
     figure, axis = plt.subplots(figsize=(6.4, 3.8))
     cells = grid.query("number == '6' and exp.str.contains(r'^4\\.\\d\\.1-')")
     for _, line in cells.groupby(cells.exp.str.slice(0, 5)):                # 4.1.1-50k
-        sizes = line.exp.str.slice(6)
+        sizes = line.exp.str.extract(r"-(\d+)k")[0].astype(int)
         draw_line(axis, sizes, line, names[line.exp.iloc[0]])
-    axis.set(xlabel="pre-training images", ylabel="AUC, NIH test, 14 labels")
+    axis.set(xlabel="thousands of pre-training images", ylabel="AUC, NIH test, 14 labels")
     return save(figure, path, legend=3)
 
 
@@ -395,7 +385,8 @@ def decision_figure(folder, exp, dataset, path):
     table = table.apply(pd.to_numeric, errors="coerce").groupby("path").mean()
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []
-    for label in table.filter(like="true_").columns.str.removeprefix("true_"):
+    names = {column[5:] for column in table if column.startswith("true_")}
+    for label in sorted(name for name in names if f"prob_{name}" in table):
         y, p = table[[f"true_{label}", f"prob_{label}"]].dropna().to_numpy().T
         if len(set(y)) == 2:
             precision, recall, _ = precision_recall_curve(y, p)
@@ -424,11 +415,13 @@ def read_logs(runs):
         lines = path.read_text().splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                entries.append({**json.loads(line), "exp": exp, "part": part})
+                entries.append({**json.loads(line), "exp": exp, "part": part, "run": str(path)})
             except (ValueError, TypeError):
                 if number < len(lines):
                     raise InputError(f"{path} line {number} is no JSON object; delete the line") from None
-    return pd.DataFrame(entries, columns=["exp", "part", "epoch", "loss", "val_auc"])
+    logs, numbers = pd.DataFrame(entries), ["epoch", "loss", "val_auc"]
+    logs = logs.reindex(columns=["exp", "part", "run", *numbers])
+    return logs.assign(**logs[numbers].apply(pd.to_numeric, errors="coerce"))
 
 
 def learning_figure(logs, path):
@@ -437,8 +430,8 @@ def learning_figure(logs, path):
     for axis, (title, (part, column)) in zip(axes, SHOWN["learning"].items()):
         axis.set(title=title, xlabel="epoch")
         for exp in logs.exp.unique():
-            y = logs.query("exp == @exp and part == @part").groupby("epoch")[column]
-            y = y.agg(["mean", "min", "max"]).dropna()
+            y = logs.query("exp == @exp and part == @part").groupby(["run", "epoch"])[column].mean()
+            y = y.groupby("epoch").agg(["mean", "min", "max"]).dropna()             # over runs
             if part == "pretrain":
                 y = y / y["mean"].head(1).sum()
             line, = axis.plot(y["mean"], label=exp, markevery=.1)
@@ -446,14 +439,23 @@ def learning_figure(logs, path):
     return save(figure, path, legend=8)
 
 
-def pictures(runs, drawn, packs, allowed):
-    """([(caption, data URI)], arms left out): the last picture of each kind; drawn: arms on stand-ins."""
+def is_drawn(pack):
+    """Whether pack.json says that images are stand-ins."""
+    try:
+        return bool(json.loads((pack / "pack.json").read_text())["stand_in"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def pictures(runs, packs, data, allowed):
+    """([(caption, data URI)], arms left out): the last picture of each kind; packs: {arm: dataset in data}."""
     last, shown, left_out = {}, [], []
     for path in sorted(runs.glob("*/pretrain/*.png")):
         last[path.parts[-3], path.stem.rpartition("_")[0]] = path
     for (exp, kind), path in last.items():
-        data = "drawn" if exp in drawn else packs.get(exp)
-        if not allowed and (not data or re.search("mimic|vindr", data)):
+        pack = packs.get(exp)
+        restricted = not pack or re.search("mimic|vindr", pack)
+        if restricted and not allowed and not (pack and data and is_drawn(data / pack)):
             left_out.append(exp)
         else:
             shown.append((f"{exp}: {kind}", data_uri("png", path.read_bytes())))
@@ -543,9 +545,7 @@ def compose(args):
         page["curves"] = decision_figure(args.predictions, args.arm, results.main, folder / "curves")
     if args.runs:
         page["learning"] = learning_figure(logs, folder / "learning")
-        real = results.frame.query("stand_in == ''")
-        drawn = set(results.arms) - set(real.exp)
-        page["pictures"] = pictures(args.runs, drawn, packs, args.with_pictures)
+        page["pictures"] = pictures(args.runs, packs, args.data, args.with_pictures)
     if pairs is not None:
         found = differences(pairs, args.baseline, results.labels)
         for kind in ("wide", "narrow"):

@@ -333,17 +333,66 @@ def test_stand_ins_are_marked_at_every_number_and_have_no_printed_one(folder, tm
     run_here(report, monkeypatch, "--metrics", tmp_path / "metrics.csv", "--out", tmp_path / "out",
              "--verdicts", tmp_path / "verdicts.csv", "--runs", folder / "runs")
     html = (tmp_path / "out/report.html").read_text()
-    assert "3.6: recon" in html and "3.4: recon" not in html        # of 3.4 one test set is drawn, not all
-    packs = {"4.1.1-50k": "mimic_cxr", "3.6": "oct"}
-    shown, left_out = report.pictures(folder / "runs", {"3.4"}, packs, False)
-    assert [caption for caption, _ in shown] == ["3.4: recon", "3.6: recon"]
-    assert left_out == ["4.1.1-50k", "mine"]
+    assert "3.6: recon" in html and "3.4: recon" not in html        # its test set is drawn, its own images are not
+    packs = {"3.4": "mimic_cxr", "4.1.1-50k": "mimic_cxr_supervised", "3.6": "oct"}
+    for pack, mark in (("mimic_cxr", "drawn by data_prep/demo.py"), ("mimic_cxr_supervised", None)):
+        (tmp_path / pack).mkdir()
+        (tmp_path / pack / "pack.json").write_text(json.dumps({"stand_in": mark}))
+    for data, drawn in ((tmp_path, ["3.4: recon"]), (None, []), (tmp_path / "nowhere", [])):
+        shown, left_out = report.pictures(folder / "runs", packs, data, False)
+        assert [caption for caption, _ in shown] == [*drawn, "3.6: recon"]
+        assert left_out == ["3.4", "4.1.1-50k", "mine"][len(drawn):]
     text = " ".join(" ".join(Page(html).text).split())
     assert "° Stand-in data: drawn by data_prep/demo.py" in text and "Verdicts on our runs°" in text
     answers = re.findall(r"<li>(.*?)</li>", html, re.S)
     assert answers and all("°" in answer for answer in answers)
     table = pd.read_csv(tmp_path / "out/tables/table2.csv", dtype=str)
     assert table["NIH"].str.contains("°").all() and not table["CheXpert vali"].str.contains("°").any()
+
+
+def test_the_mark_of_pre_training_on_test_images_stands_at_every_row_that_had_them():
+    names, packs = report.read_experiments(report.HERE.parent / "experiments.yaml", [])
+    saw = {exp for exp, pack in packs.items() if pack == "nih_pretrain" and not exp.startswith("miniature")}
+    assert saw == set(report.SHOWN["saw NIH test"]) > {"3.1", "3.2", "0.1.7"}
+
+
+def test_marks_of_drawn_and_of_seen_images_stand_together(folder, tmp_path):
+    """Of two runs one is on stand-ins: its mark may not hide behind the other."""
+    frame = pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False)
+    frame = frame[(frame.exp == "3.4") & (frame.dataset == "nih_test")].assign(exp="3.1")
+    frame.loc[frame.seed == frame.seed.max(), "stand_in"] = "drawn by data_prep/demo.py"
+    frame.to_csv(tmp_path / "metrics.csv", index=False)
+    cells = report.mean_over_runs(report.read_metrics(tmp_path / "metrics.csv"))
+    assert set(cells.mark[cells.runs > 1]) == {"†°"}
+
+
+def test_an_answer_over_all_test_sets_is_the_verdict_over_all():
+    """"Nobody wins everywhere" holds because some test sets contradict that somebody does."""
+    loader = report.jinja2.FileSystemLoader(report.HERE)
+    parts = report.jinja2.Environment(loader=loader).get_template("report.parts.html")
+    parts = parts.make_module({"results": None, "set_names": {"nih_test": "NIH", "vindr_test": "VinDr"}})
+    row = {"statement": "Nobody wins", "effect": "", "verdict": "contradicted"}
+    for test, said in (("no_winner", "holds over 2 test sets"), ("greater", "contradicted on 2 of 2 test sets")):
+        over_all = report.pd.Series({**row, "verdict": "holds", "test": test})
+        answer = parts.answer({"all": over_all, "nih_test": row, "vindr_test": row})
+        assert said in " ".join(re.sub("<.*?>", "", answer).split()), answer
+
+
+def test_learning_curves_are_means_of_each_run_before_they_are_compared(tmp_path, monkeypatch):
+    for seed, losses in ((0, [[4, 2], [1]]), (11, [[5, 3], [2]])):                 # by epoch, several lines each
+        run = tmp_path / f"runs/3.4/finetune/seed{seed}"
+        run.mkdir(parents=True)
+        (run / "log.jsonl").write_text("".join(
+            json.dumps({"epoch": epoch, "loss": loss}) + "\n" for epoch, own in enumerate(losses, 1) for loss in own)
+            + '{"epoch": 2, "loss": "abc"}\n{"epoch": 2, "lo')
+    figures = []
+    monkeypatch.setattr(report, "save", lambda figure, *args, **kwargs: figures.append(figure))
+    report.learning_figure(report.read_logs(tmp_path / "runs"), tmp_path / "learning")
+    lines = [line for axis in figures[0].axes for line in axis.lines]
+    assert [list(line.get_ydata()) for line in lines if len(line.get_ydata())] == [[3.5, 1.5]]
+    band = next(axis.collections[0].get_paths()[0].vertices for axis in figures[0].axes
+                if axis.lines and len(axis.lines[0].get_ydata()))
+    assert (band[:, 1].min(), band[:, 1].max()) == (1, 4)                       # of runs, not of lines
 
 
 def test_pictures_of_credentialed_data_only_if_asked_for_and_titles_are_text(
