@@ -448,7 +448,7 @@ def is_drawn(pack):
 
 
 def pictures(runs, packs, data, allowed):
-    """([(caption, data URI)], arms left out): the last picture of each kind; packs: {arm: dataset in data}."""
+    """([(caption, data URI)], arms left out): the last picture of each kind; packs: {arm: pack in data}."""
     last, shown, left_out = {}, [], []
     for path in sorted(runs.glob("*/pretrain/*.png")):
         last[path.parts[-3], path.stem.rpartition("_")[0]] = path

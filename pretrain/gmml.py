@@ -576,6 +576,12 @@ def open_images(manifest, rows, in_chans, device):
         n, *sides = packed.shape
         if packed.dtype != torch.uint8 or n != rows["n_rows"] or len(sides) != 2 and sides[2:] != [3]:
             raise ValueError(f"{packed.dtype} {(n, *sides)} are not {rows['n_rows']} images")
+    own = file.with_name("manifest.csv")
+    if own.is_file() and own.name != Path(manifest).name:
+        paths = read_manifest(own, "all")["path"]
+        if rows["path"] != [paths[number] for number in rows["row"]]:
+            fail(f"the paths of {manifest} are not row by row those of {own}, the rows of {file}; put it "
+                 "into another folder to read the files themselves")
     packed, numbers = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2), rows["row"]
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time

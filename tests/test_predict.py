@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -177,6 +178,19 @@ def test_rows_in_another_order_have_the_same_values(model_file, packed, tmp_path
     a, b = (read(tmp_path / f"{name}.csv") for name in "ab")
     pd.testing.assert_frame_equal(a.loc[order].reset_index(drop=True), b, rtol=0, atol=1e-6)
     np.testing.assert_allclose(np.load(tmp_path / "a.npy")[order], np.load(tmp_path / "b.npy"), atol=1e-5)
+
+
+def test_a_manifest_of_another_order_does_not_take_the_pixels_of_others(model_file, packed, tmp_path, monkeypatch, capsys):
+    shutil.copytree(packed.parent, tmp_path / "data")
+    table = pd.read_csv(packed, dtype=str, keep_default_na=False)
+    table.assign(mine="1").to_csv(tmp_path / "data/mine.csv", index=False)          # as packed
+    table[::-1].to_csv(tmp_path / "data/turned.csv", index=False)
+    flags = ["--checkpoint", model_file[0], "--out", tmp_path / "p.csv", "--manifest"]
+    run(monkeypatch, *flags, tmp_path / "data/mine.csv")
+    assert {"turned.csv", "manifest.csv"} <= {Path(word.strip(",;")).name for word in refused(
+        monkeypatch, capsys, *flags, tmp_path / "data/turned.csv").split()}
+    said = refused(monkeypatch, capsys, *flags[:3], tmp_path / "data/mine.csv", "--manifest", tmp_path / "data/mine.csv")
+    assert "manifest itself" in said and pd.read_csv(tmp_path / "data/mine.csv", dtype=str).shape == (23, 8)
 
 
 def test_any_number_of_processes_writes_the_same_bytes(model_file, packed, tmp_path):
