@@ -35,7 +35,7 @@ import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
     strategy="gmml",                # the method of this script; a row of another strategy is refused
-    arch="vit_small_patch16_224",   # any timm vision transformer
+    arch="vit_small_patch16_224",   # any VisionTransformer of timm
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # side of the network's input in pixels

@@ -6,7 +6,7 @@ mean absolute error over the hidden pixels (masked_l1).
 
     torchrun --nproc_per_node=4 pretrain/simmim.py --exp 0.1.5        one row of experiments.yaml on 4 GPUs
     python pretrain/simmim.py --manifest my/manifest.csv --split all --out my/run    your own images
-    python pretrain/simmim.py --schedule step --lr 1e-4 --epochs 800    the longer of the published recipes
+    python pretrain/simmim.py --schedule step --lr 1e-4 --warmup_lr 5e-7 --epochs 800    as published, longer
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.

@@ -36,7 +36,7 @@ import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
     strategy="sit",                 # the method of this script; a row of another strategy is refused
-    arch="vit_small_patch16_224",   # any timm vision transformer with a class token
+    arch="vit_small_patch16_224",   # any VisionTransformer of timm with a class token
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # side of the network's input in pixels
