@@ -214,7 +214,7 @@ def leaks(indexes):
     """(dataset, what, number, whether it must be 0): patients and images that are on two sides."""
     found = []
     for dataset, rows, facts in indexes:
-        groups = {split: set(some.patient) for split, some in rows.groupby("split")}
+        groups = {split: set(some.patient) - {""} for split, some in rows.groupby("split")}
         found += [(dataset, f"patients in {one} and {two}", len(groups[one] & groups[two]),
                    dataset not in MAY_SHARE) for one, two in combinations(groups, 2)]
         found += [(dataset, key.replace("_", " "), int(facts[key]), False) for key in KNOWN if facts.get(key)]
@@ -244,14 +244,13 @@ def figure1(packs, out):
     panels = {"imagenet": "ImageNet", "mimic_cxr": "MIMIC-CXR", "oct": "OCT", "covidx_ct": "COVIDx-CT",
               "nih": "NIH ChestX-ray", "chexpert": "CheXpert", "padchest": "PadChest",
               "vindr_cxr": "VinDr-CXR"}
-    images = {folder.resolve().name.removesuffix("_pretrain"): (folder, open_pack(folder))
-              for folder in packs}
+    folders = {folder.resolve().name: folder for folder in packs}
     figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
     for axis, (dataset, title) in zip(axes.flat, panels.items()):
         axis.set(xticks=[], yticks=[], frame_on=False, title=title)
-        if dataset in images:
-            folder, array = images[dataset]
-            axis.imshow(array[0], cmap="gray", vmin=0, vmax=255)
+        folder = folders.get(dataset) or folders.get(f"{dataset}_pretrain")
+        if folder:
+            axis.imshow(open_pack(folder)[0], cmap="gray", vmin=0, vmax=255)
             if read_json(folder / "pack.json").get("stand_in"):
                 axis.set_title(f"{title} (stand-in)")
     figure.savefig(out / "figure1.png", dpi=150)
@@ -337,7 +336,7 @@ def main():
     option = parser.add_argument
     option("--index", type=Path, nargs="+", default=[], help="index.csv files")
     option("--out", type=Path, required=True, help="folder to write to")
-    option("--packs", type=Path, nargs="+", default=[], help="packed folders, for Figure 1")
+    option("--packs", type=Path, nargs="+", default=[], help="packed folders, for Figure 1 if they are in it")
     option("--overlap", nargs="*", default=[], metavar="PACK[:SPLIT]", help="the first against the others")
     option("--against", nargs="+", default=[], metavar="PACK[:SPLIT]", help="all of --overlap against these")
     option("--check", action="store_true", help="exit 1 on a missed count or shared patient")

@@ -20,6 +20,7 @@ Writes  images.npy      uint8 [N, S, S] or [N, S, S, 3]; none with --size origin
 import argparse
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import json
@@ -44,6 +45,7 @@ MAX_PIXELS = 89_478_485                 # Pillow's mark of a decompression bomb;
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2        # at twice this Pillow refuses, before that it only warns
 MAX_BYTES = 1 << 30                     # a DICOM file is read whole before its header can be judged
 SHARD = 32                              # most rows of a part: the work of a worker that a kill can cost
+STAND_IN = "drawn by data_prep/demo.py"
 DICOM = {"corrected": "display", "paper": "paper"}      # the conversion of each variant
 TEXT = {"mode": "w", "newline": "", "encoding": "utf-8"}
 STOPS = signal.SIGINT, signal.SIGTERM
@@ -154,8 +156,9 @@ def read_dicom(file, dicom="display"):
         table = dicom_display(values, code, ds)
     # By strips, as NumPy widens indices to 8 bytes, which so stay in the cache; "clip" spares it a check.
     grey = [np.take(table, strip, mode="clip") for strip in np.array_split(code, len(code) // 64 + 1)]
-    age = re.fullmatch(r"0*([1-9]\d*)Y", str(ds.get("PatientAge")))
-    person = {"sex": ds.get("PatientSex") or "", "age": age[1] if age else ""}
+    sex = re.fullmatch("[MFO]", str(ds.get("PatientSex")))
+    age = re.fullmatch(r"0*([1-9]\d?|1[01]\d|120)Y", str(ds.get("PatientAge")))
+    person = {"sex": sex[0] if sex else "", "age": age[1] if age else ""}
     return np.concatenate(grey), {"monochrome1": kind == "MONOCHROME1", "person": person}
 
 
@@ -209,6 +212,7 @@ def pack_row(path, earlier, config):
     """Answer one index row, `earlier` being the number of an earlier row of this path, or None.
 
     Returns: its record, and its pixels as bytes, none if it is rejected or kept at original size.
+    Raises: OSError where memory or the storage failed, which says nothing about the file.
     """
     size = config["size"]
     try:
@@ -224,7 +228,12 @@ def pack_row(path, earlier, config):
             raise Rejected("all-constant")
     except Rejected as error:
         return {"reason": str(error)}, b""
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "memory is short", path)
     except Exception as error:                  # a decoder may raise anything at all on a broken file
+        if getattr(error, "errno", None) not in (None, errno.EACCES, errno.ENAMETOOLONG):
+            error.filename = path
+            raise
         text = " ".join(str(error).split())[:300] or type(error).__name__
         return {"reason": f"unreadable: {text}"}, b""
     pixels, level = image.tobytes(), np.arange(256)
@@ -237,11 +246,14 @@ def pack_row(path, earlier, config):
 def replacing(path, folder, **how):
     """Write a file under a temporary name in `folder`; move it to `path` once it is whole and on disk."""
     temporary = folder / f"{path.name}.{os.getpid()}.tmp"      # a worker may outlive its parent for a moment
-    with open(temporary, **how) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def pack_shard(part, rows, crashed, config, say):
@@ -349,8 +361,6 @@ def check_index(args, splits):
         counts[split] += 1
         if patient and homes.setdefault(patient, split) != split:
             shared.add(patient)
-        if args.require_files and not (args.raw / row["path"]).is_file():
-            fail(f"{args.index}: {row['path']!r} is missing in {args.raw}; unpack it or drop --require-files")
     if not counts or not counts.keys() >= set(splits):
         fail(f"{args.index}: no rows of split {args.splits or 'any'}; it has {dict(counts)}")
     if shared:
@@ -367,12 +377,15 @@ def read_json(path):
 
 
 def stand_in(raw):
-    """The mark of drawn data: demo.py's demo.json, in `raw` or above, where it names the dataset as drawn."""
+    """The mark of drawn data: demo.py's README.txt in `raw` or above, or demo.json that names the dataset."""
     raw = raw.resolve()
     for folder in (raw, *raw.parents):
+        note = folder / "README.txt"
+        if note.is_file() and STAND_IN in note.read_text(errors="replace"):
+            return STAND_IN
         drawn = read_json(folder / "demo.json").get("images", {})
         if drawn and (raw == folder or raw.relative_to(folder).parts[0] in drawn):
-            return "drawn by data_prep/demo.py"
+            return STAND_IN
 
 
 def is_finished(out, config):
@@ -380,8 +393,10 @@ def is_finished(out, config):
     found, there = read_json(out / "pack.json"), {path.name for path in out.iterdir()}
     for key, value in config.items():
         if found and found.get(key) != value:
-            fail(f"{out}: its {key} is {found.get(key)!r}, not {value!r}; remove pack.json, manifest.csv and "
-                 "images.npy from it or use another --out")
+            if found.get("stand_in"):
+                return False                    # drawn anew
+            fail(f"{out}: its {key} is {found.get(key)!r}, not {value!r}; remove the folder {out} and make "
+                 "its index again, or use another --out")
     if not found and {"manifest.csv", "images.npy"} & there and not any(out.glob("parts-*")):
         fail(f"{out}: holds a manifest.csv or images.npy of another maker; use another --out")
     return bool(found) and "manifest.csv" in there and ("images.npy" in there or config["size"] == "original")
@@ -455,15 +470,22 @@ def pack(args):
     size = max(1, min(SHARD, total // 64))          # of a part: few rows keep all workers busy, too
     folder = out / f"parts-{hashlib.sha256(repr((size, config)).encode()).hexdigest()[:12]}"
     if is_finished(out, config):
-        print(f"{out} is packed already: nothing to do (to pack it again, remove its images.npy)")
+        print(f"{out} is packed already: nothing to do (to pack it again, remove {out}/manifest.csv)")
     else:
+        if args.require_files:
+            paths = [row["path"] for row, _ in index_rows(index, splits)]
+            absent = [path for path in paths if not (args.raw / path).is_file()]
+            if absent:
+                fail(f"{len(absent):,} of {total:,} images are missing in {args.raw}, such as {absent[0]!r}; "
+                     "complete the download and make the index again, or drop --require-files")
         folder.mkdir(exist_ok=True)
         parts = [folder / f"{number:06}" for number in range(-(-total // size))]
         pack_parts(parts, size, total, args, config)
+        (out / "pack.json").unlink(missing_ok=True)                 # before the files that it describes
         facts = {"dataset": out.resolve().name, **join(parts, out, config, index), "stand_in": mark}
         if not facts["N"]:
             shutil.rmtree(folder)
-            for name in ("manifest.csv", "images.npy", "pack.json"):
+            for name in ("manifest.csv", "images.npy"):
                 (out / name).unlink(missing_ok=True)
             fail(f"{index}: none of its rows could be packed, the reasons are in {out / 'rejected.csv'} "
                  f"{facts['reasons']}; is --raw {args.raw} the right folder?")
@@ -504,7 +526,8 @@ def main():
     try:
         pack(args)
     except OSError as error:
-        fail(f"{args.out}: {error.strerror or error}; what is packed stays, and the same command goes on")
+        fail(f"{error.filename or args.out}: {error.strerror or error}; what is packed stays, and the same "
+             "command goes on")
 
 
 if __name__ == "__main__":
