@@ -244,13 +244,17 @@ def figure1(packs, out):
     panels = {"imagenet": "ImageNet", "mimic_cxr": "MIMIC-CXR", "oct": "OCT", "covidx_ct": "COVIDx-CT",
               "nih": "NIH ChestX-ray", "chexpert": "CheXpert", "padchest": "PadChest",
               "vindr_cxr": "VinDr-CXR"}
-    folders = {folder.resolve().name: folder for folder in packs}
+    images = {}
+    for folder in packs:
+        if read_json(folder / "pack.json").get("size") != "original":           # which has no images.npy
+            images[folder.resolve().name] = folder, open_pack(folder)
     figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
     for axis, (dataset, title) in zip(axes.flat, panels.items()):
         axis.set(xticks=[], yticks=[], frame_on=False, title=title)
-        folder = folders.get(dataset) or folders.get(f"{dataset}_pretrain")
-        if folder:
-            axis.imshow(open_pack(folder)[0], cmap="gray", vmin=0, vmax=255)
+        found = images.get(dataset) or images.get(f"{dataset}_pretrain")
+        if found:
+            folder, array = found
+            axis.imshow(array[0], cmap="gray", vmin=0, vmax=255)
             if read_json(folder / "pack.json").get("stand_in"):
                 axis.set_title(f"{title} (stand-in)")
     figure.savefig(out / "figure1.png", dpi=150)
@@ -336,7 +340,7 @@ def main():
     option = parser.add_argument
     option("--index", type=Path, nargs="+", default=[], help="index.csv files")
     option("--out", type=Path, required=True, help="folder to write to")
-    option("--packs", type=Path, nargs="+", default=[], help="packed folders, for Figure 1 if they are in it")
+    option("--packs", type=Path, nargs="+", default=[], help="packed folders, for Figure 1")
     option("--overlap", nargs="*", default=[], metavar="PACK[:SPLIT]", help="the first against the others")
     option("--against", nargs="+", default=[], metavar="PACK[:SPLIT]", help="all of --overlap against these")
     option("--check", action="store_true", help="exit 1 on a missed count or shared patient")

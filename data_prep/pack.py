@@ -476,7 +476,7 @@ def pack(args):
             paths = [row["path"] for row, _ in index_rows(index, splits)]
             absent = [path for path in paths if not (args.raw / path).is_file()]
             if absent:
-                fail(f"{len(absent):,} of {total:,} images are missing in {args.raw}, such as {absent[0]!r}; "
+                fail(f"{absent[0]!r} is missing in {args.raw}, as {len(absent):,} of {total:,} images are; "
                      "complete the download and make the index again, or drop --require-files")
         folder.mkdir(exist_ok=True)
         parts = [folder / f"{number:06}" for number in range(-(-total // size))]

@@ -289,11 +289,12 @@ def test_figure1_shows_the_first_image_of_each_pack_in_its_place(tmp_path):
     assert (tmp_path / "out" / "figure1.svg").read_bytes() == svg
 
 
-def test_figure1_takes_nih_over_its_sample_and_passes_over_packs_it_does_not_show(tmp_path):
+def test_figure1_takes_nih_over_its_sample_and_passes_over_packs_of_original_size(tmp_path):
     from PIL import Image
     grey, black = np.full((16, 16), 200, np.uint8), np.zeros((16, 16), np.uint8)
     packs = [pack(tmp_path / "nih", black), pack(tmp_path / "nih_pretrain", grey), tmp_path / "nih_pretrain_original"]
-    packs[2].mkdir()                                                # the files themselves: no images.npy
+    packs[2].mkdir()
+    (packs[2] / "pack.json").write_text('{"size": "original"}')     # the files themselves: no images.npy
     assert call("data_prep/describe.py", "--out", tmp_path / "out", "--packs", *packs) == 0
     picture = np.asarray(Image.open(tmp_path / "out" / "figure1.png").convert("RGB"))
     height, width, _ = picture.shape
@@ -315,7 +316,7 @@ def test_images_without_a_patient_are_no_shared_patient(tmp_path, capsys):
     ("no pack", "no pack with images"), ("one pack", "two packs"), ("out is a file", "--out")])
 def test_mistakes_are_said_in_one_sentence(tmp_path, capsys, mistake, said):
     path = index(tmp_path / "oct", "oct", [{}])
-    flags = {"no pack": ["--packs", tmp_path / "oct"], "one pack": ["--overlap", tmp_path]}.get(mistake, [])
+    flags = {"no pack": ["--packs", tmp_path], "one pack": ["--overlap", tmp_path]}.get(mistake, [])
     if mistake == "absent":
         path.unlink()
     elif mistake == "no split":

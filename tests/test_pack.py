@@ -859,7 +859,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     assert_user_error(attempt(b"path,split\nx.png,val,1\n"), "row 2")
     assert_user_error(attempt("path\né.png\n".encode("latin-1")), "UTF-8")
     said = attempt(b"path\ny.png\nx.png\nz.png\n", "--require-files", run=run_pack)
-    assert_user_error(said, "2 of 3 images are missing", "such as 'y.png'", "complete the download")
+    assert_user_error(said, "'y.png' is missing", "2 of 3 images", "complete the download")
     assert not list((tmp_path / "out").iterdir())
     assert_user_error(attempt(b"path\ny.png\n", run=run_pack), "none of its rows", "missing", "rejected.csv")
     assert table(tmp_path / "out/rejected.csv") == [{"path": "y.png", "reason": "missing"}]
