@@ -144,7 +144,7 @@ step results "$results/published/verdicts.csv" evaluate/reported/claims.csv -- \
 step results "$results/figures/figure1.svg" "${packs[@]/%//manifest.csv}" -- \
   "$PYTHON" data_prep/describe.py --index "${packs[@]/%//index.csv}" --packs "${packs[@]}" --out "$results/figures" \
   --overlap "${!seen[@]}" --against "${tested[@]}"
-step results "$results/report.html" "$results/verdicts.csv" -- \
+step results "$results/report.html" "$results/verdicts.csv" "$results/figures/overlaps.csv" -- \
   "$PYTHON" evaluate/report.py --metrics "$results/metrics.csv" --out "$results" --runs "$runs" --predictions "$runs" \
-  --verdicts "$results/verdicts.csv" "$results/published/verdicts.csv" --overlaps "$results/figures/overlaps.csv"
+  --verdicts "$results"/{,published/}verdicts.csv ${seen[*]:+--overlaps "$results/figures/overlaps.csv"}
 [ "$dry_run$only" ] || echo "complete; the report is $results/report.html"

@@ -388,6 +388,14 @@ def test_a_step_runs_again_when_its_command_changes(chain, tmp_path):
     assert chain("--exp", "2.1", "--nproc", 2) == []                # the same command on more processes
 
 
+def test_the_report_shows_overlaps_where_a_row_pretrains_on_a_pack(chain, tmp_path):
+    report = tmp_path / "out/results/report.html"
+    chain("--exp", "2.1,0.2.3")                                     # which reads the files themselves
+    assert "--overlaps" not in report.read_text()
+    chain("--exp", "2.1,3.1")
+    assert f"--overlaps {report.parent}/figures/overlaps.csv" in report.read_text()
+
+
 def test_a_step_that_failed_runs_again_though_an_older_run_ended_well(chain):
     chain("--exp", "2.1")
     assert "metrics.csv was not made" in chain("--exp", "2.2", FAIL="metrics")
