@@ -77,7 +77,7 @@ def write_images(target, path, table, splits):
         images = read(path, f"{split}_images")
         positions = np.flatnonzero(table["from"] == split)
         numbers = table.number.to_numpy()[positions]
-        side = images.shape[-1:] if array is None else array.shape[-1:]
+        side = (images if array is None else array).shape[-1:]
         if images.dtype != np.uint8 or images.shape != (len(numbers), *side, *side):
             fail(f"{path}: {split}_images {images.dtype} {images.shape}; not uint8 [{len(numbers)}, S, S]")
         if array is None:

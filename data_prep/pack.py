@@ -83,7 +83,8 @@ def percentile_window(levels, counts):
 
 
 def prepare_lut(ds, name, values):
-    """Whether there is a LUT. If no value reaches its first input, that is a negative number, unsigned."""
+    """Whether the dataset has this LUT. Some files write its first input, a negative number, as unsigned:
+    where all values lie below it, it is put right."""
     item = ds[name].value[0] if ds.get(name) else {}
     if "LUTDescriptor" in item and item.LUTDescriptor[1] > values.max():
         item.LUTDescriptor[1] -= 65536
@@ -140,7 +141,8 @@ def read_dicom(file, dicom="display"):
         raise Rejected(f"too large: {ds.Columns} x {ds.Rows} pixels, a decompression bomb")
     syntax = ds.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian)
     ds.file_meta.TransferSyntaxUID = syntax
-    unused = 0                                  # bits below the stored ones, such as 4 of 16 below 12
+    # Bits below the stored ones, such as 4 of 16 below 12: read as if they were stored, then shifted out.
+    unused = 0
     if not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless:
         unused = max(0, ds.get("HighBit", 0) + 1 - ds.BitsStored)
     ds.BitsStored += unused
@@ -272,7 +274,8 @@ def pack_shard(part, rows, crashed, config, say):
 
 
 def work(pipe, config):
-    """A worker process: packs shards until there are no more, announcing each row before it is opened."""
+    """A worker process: receives shards (part, rows, rows that crash) until one is None. Sends the number of a
+    row before it opens the file, None when the part is written, an OSError when it cannot go on."""
     warnings.simplefilter("ignore")                 # remarks on odd headers; what matters becomes a reason
     try:
         while shard := pipe.recv():
@@ -285,7 +288,8 @@ def work(pipe, config):
 
 
 def pack_shards(shards, workers, config):
-    """Pack an iterator's shards, yielding at each row; a file that crashes its decoder costs a worker."""
+    """Pack an iterator's shards, yielding at each row. A worker that dies did so on the row it announced
+    last: another one is given its shard, with that row among those that are not opened."""
     context, team = multiprocessing.get_context("spawn"), {}        # team: {pipe: [worker, shard, row]}
 
     def employ(shard):
@@ -389,12 +393,13 @@ def stand_in(raw):
 
 
 def is_finished(out, config):
-    """Whether `out` holds a finished pack of these settings; one of other settings or makers is refused."""
+    """Whether `out` holds a finished pack of these settings, with its manifest.csv and images.npy. One of
+    another maker or of other settings is refused, but for drawn images, which are packed anew."""
     found, there = read_json(out / "pack.json"), {path.name for path in out.iterdir()}
     for key, value in config.items():
         if found and found.get(key) != value:
             if found.get("stand_in"):
-                return False                    # drawn anew
+                return False
             fail(f"{out}: its {key} is {found.get(key)!r}, not {value!r}; remove the folder {out} and make "
                  "its index again, or use another --out")
     if not found and {"manifest.csv", "images.npy"} & there and not any(out.glob("parts-*")):
