@@ -274,8 +274,8 @@ def pack_shard(part, rows, crashed, config, say):
 
 
 def work(pipe, config):
-    """A worker process: receives shards (part, rows, rows that crash) until one is None. Sends the number of a
-    row before it opens the file, None when the part is written, an OSError when it cannot go on."""
+    """A worker process: receives shards (part, rows, rows that crash) until one is None. Sends the number of
+    a row before it opens the file, None when the part is written, an OSError when it cannot go on."""
     warnings.simplefilter("ignore")                 # remarks on odd headers; what matters becomes a reason
     try:
         while shard := pipe.recv():
