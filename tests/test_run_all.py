@@ -415,6 +415,14 @@ def test_the_index_is_made_again_until_its_images_are_packed(chain, tmp_path):
     assert chain("--exp", "2.1", "--only", "data") == []
 
 
+def test_an_index_made_by_hand_is_not_the_chains(chain, tmp_path):
+    (tmp_path / "data/nih").mkdir(parents=True)
+    (tmp_path / "data/nih/index.csv").write_text("path\n")
+    assert chain("--exp", "2.1", "--only", "data") == ["nih", "pack"]
+    (tmp_path / "data/nih/index.csv").write_text("path\n")          # pack.py compares it with the one it packed
+    assert chain("--exp", "2.1", "--only", "data") == ["pack"]
+
+
 def test_pretraining_alone_is_no_fine_tuning(chain):
     assert chain("--exp", "3.1", "--only", "data") == ["nih", "pack", "nih", "pack"]
     assert chain("--exp", "3.1", "--only", "pretrain") == ["gmml"]
