@@ -1,25 +1,24 @@
 #!/usr/bin/env bash
 # The whole study as a chain of commands a person could type: data, rows (pre-train, fine-tune, predict), results.
 #
-#   bash run_all.sh --demo               the question in miniature on drawn stand-ins: no download, no GPU, minutes
+#   bash run_all.sh --demo [--scale S]   the question in miniature on (S times) drawn stand-ins: no download, no GPU
 #   bash run_all.sh --open               the half that needs no application, on MedMNIST's files: says what to fetch
 #   bash run_all.sh --exp '3.4,4.*'      these rows of experiments.yaml, with the data they need
 #   bash run_all.sh                      every row of the study (--exp '*': and the controls), resumable, over days
 #
 #   --raw DIR     raw downloads, a folder a dataset (raw)       --data DIR   packed data (data)
 #   --out DIR     where runs/ and results/ go (.)               --nproc N    processes of a training (the GPUs here)
-#   --tests LIST  test sets, as nih_test,vindr_test (all)       --only PART  data, rows or results
+#   --tests LIST  test sets, as nih_test,vindr_test (all)       --only PART  data, pretrain, rows (with it) or results
 #   --dry-run     print the commands, run nothing               --plan       cost and inputs of every row
 #   --rates FILE  for --plan: measured rates, a gpu.json        --slurm DIR  write job.sh and submit.sh there
-#   --scale S     size of the demo's stand-ins (1.0)
 #
-# A step is skipped when its output is newer than its inputs. Stopped or killed, the same command goes on; SIGTERM is
-# passed on, the exit code is then 75. PYTHON=python bash run_all.sh uses an environment that has the packages.
+# Relative paths begin at this file's folder. A step is skipped when the same command has run since its inputs changed.
+# Stopped or killed, the same command goes on; SIGTERM is passed on, exit code 75. PYTHON=python: in your environment.
 set -euo pipefail; cd "$(dirname "$0")"
 usage() { echo "error: $1; bash run_all.sh --help lists the options" >&2; exit 2; }
 
-demo="" open="" dry_run="" plan="" exp="" raw="" data="" out="" nproc="" tests="" only="" scale=1.0 slurm="" rates=""
-stopping="" given=()
+demo="" open="" dry_run="" plan="" exp="" raw="" data="" out="" nproc="" tests="" only="" scale="" slurm="" rates=""
+stopping="" given=() packs=() tested=() sets=() predictions=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --demo | --open | --plan | --dry-run) option=${1#--}; declare "${option/-/_}=1"; given+=("$1") ;;
@@ -31,20 +30,20 @@ while [ $# -gt 0 ]; do
   esac; shift
 done
 . tests/setup_env.sh
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || usage "$PYTHON has no torch"
 if [ "$gpus" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 
 study="" size=224 all=nih_test,vindr_test,padchest,chexpert_test,chexpert_valid
 if [ "$demo" ]; then                        # small networks: on CPUs two processes of one thread beat one of two
-  study=/demo size=64 exp=${exp:-2.1,2.2,3.3,3.4,3.5} raw=${raw:-${data:-data/demo}/raw}
+  study=/demo${scale:+-$scale} size=64 exp=${exp:-2.1,2.2,3.3,3.4,3.5} raw=${raw:-${data:-data$study}/raw}
   if [ "$gpus" = 0 ] && [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ]; then nproc=${nproc:-2}; fi
 elif [ "$open" ]; then
   study=/open exp=${exp:-2.1,2.2,3.1,3.2,3.5,3.6} all=nih_test,pneumonia_test
 fi
 raw=${raw:-raw} data=${data:-data$study} tests=${tests:-$all} nproc=${nproc:-$(( gpus > 1 ? gpus : 1 ))}
 out=${out:+${out%/}/} results="${out}results$study" runs="$out${study:+results$study/}runs"
-for test in ${tests//,/ }; do [[ ,nih_val,$all, = *",$test,"* ]] || usage "--tests has no $test, only $all"; done
-[[ $only =~ ^(data|rows|results)?$ ]] || usage "--only is $only, not data, rows or results"
+for test in ${tests//,/ }; do [[ ,$all, = *",$test,"* ]] || usage "--tests has no $test, only $all"; done
+[[ $only =~ ^(data|pretrain|rows|results)?$ ]] || usage "--only is $only, not data, pretrain, rows or results"
 [ "$nproc" -ge 1 ] 2>/dev/null || usage "--nproc is $nproc, not a number of processes"
 [ -z "$plan" ] || exec "$PYTHON" evaluate/plan.py --data "$data" ${exp:+--exp "$exp"} ${rates:+--rates "$rates"}
 train=("$PYTHON"); [ "$nproc" = 1 ] || train+=(-m torch.distributed.run --standalone "--nproc_per_node=$nproc")
@@ -52,49 +51,54 @@ rows=$("$PYTHON" evaluate/plan.py --list --exp "${exp:-[0-9]*}" ${demo:+--miniat
 [ -z "$slurm" ] || exec bash evaluate/slurm.sh "$slurm" "${given[@]}" <<<"$rows"
 
 trap 'stopping=1; kill -TERM $(jobs -p) 2>/dev/null || true' TERM INT HUP
-step() {        # PART OUTPUT INPUT... -- COMMAND...: run the command unless an earlier run is newer than every input
+step() {        # PART OUTPUT INPUT... -- COMMAND...: run the command unless it has run since every input changed
   local part=$1 output=$2 fresh=1 code=0; shift 2
-  while [ "$1" != -- ]; do [ -e "$1" ] && [ "$output.done" -nt "$1" ] || fresh=""; shift; done; shift
-  [ "$part" = "${only:-$part}" ] || return 0
+  while [ "$1" != -- ]; do                      # what lies below the output is made by the step: it has to exist
+    [[ -e $1 && ($1 = "$output"/* || $output.done -nt $1) ]] || fresh=""; shift
+  done; shift
+  local command="$*"; command=${command#*.py }                          # whatever the number of processes
+  [[ -e $output && $(cat "$output.done" 2>/dev/null) = "$command" ]] || fresh=""
+  [[ $part = *"$only"* ]] || return 0
   if [ "$dry_run" ]; then printf '%q ' "$@"; echo; return; fi
   if [ "$stopping" ]; then echo "stopped before $output; the same command goes on from there" >&2; exit 75; fi
-  if [ "$fresh" ] && [ -e "$output" ]; then echo "$output is complete"; return; fi
+  if [ "$fresh" ]; then echo "$output is complete"; return; fi
   mkdir -p "$(dirname "$output")"
+  rm -f "$output.done"; echo "$command" > "$output.begun"       # with its time: an input that changes now is newer
   echo "$(date +%H:%M:%S) $(printf '%q ' "$@")"
   "$@" </dev/null > >(trap '' TERM INT HUP; exec tee "$output.log") 2>&1 &
   while wait $! || code=$?; kill -0 $! 2>/dev/null; do code=0; done       # a signal interrupts wait
-  if [ "$code" = 0 ]; then touch "$output.done"; return; fi
+  if [ "$code" = 0 ]; then mv "$output.begun" "$output.done"; return; fi
   if [ "$stopping" ]; then echo "stopped in $output; the same command goes on from there" >&2; exit 75; fi
   echo "error: $output was not made (exit code $code); its log is $output.log" >&2; exit "$code"
 }
 
 prepare() {     # FOLDER: download -> index -> pack
-  local here="$data/$1" reader=$1 index="" pack="" file="" sample=""         # file, sample: with --open
+  local here="$data/$1" reader=$1 index="" pack=--require-files size=$size file="" sample=""     # the last two: --open
   [[ " ${packs[*]} " != *" $here "* ]] || return 0
   packs+=("$here")
   case "$1" in
-    nih) file=chestmnist ;; pneumonia) file=pneumoniamnist ;;
+    nih) file=chestmnist ;; pneumonia) file=pneumoniamnist ;; mimic_cxr) index="--n-pretrain 250000" ;;
     nih_pretrain) reader=nih index="--pretrain all" file=chestmnist sample="--pretrain train,val,test" ;;
-    nih_pretrain_*) reader=nih index="--pretrain trainval" file=chestmnist sample="--pretrain train,val" ;;
-    mimic_cxr) index="--n-pretrain 250000" ;;
+    nih_*) reader=nih index="--pretrain trainval --n-pretrain all" file=chestmnist sample="--pretrain train,val" ;;
     mimic_cxr_supervised) reader=mimic_cxr index="--n-pretrain 100000 --views frontal --labelled-only" ;;
-    chexpert) pack="--splits val,test" ;; vindr_cxr) pack="--splits test" ;; covidx_ct) pack="--splits pretrain" ;;
-    oct) pack="--splits pretrain" file=octmnist sample="--pretrain train,val,test" ;;
-    imagenet) pack="--splits pretrain --channels 3" ;;
+    chexpert) pack+=" --splits val,test" ;; vindr_cxr) pack+=" --splits test" ;;
+    covidx_ct) pack+=" --splits pretrain" ;; imagenet) pack+=" --splits pretrain --channels 3" ;;
+    oct) pack+=" --splits pretrain" file=octmnist sample="--pretrain train,val,test" ;;
   esac
+  [[ $1 != *_original ]] || size=original
   if [ "$open" ]; then
     [ "$file" ] || usage "$1 is not among MedMNIST's files; leave its rows out of --exp"
     file="$raw/${file}_224.npz"
-    [ -e "$file" ] || [ "$dry_run" ] || usage "fetch ${file##*/} (zenodo.org, record 10519652) into $raw"
+    [[ -e $file || $dry_run || data != *"$only"* ]] || usage "fetch ${file##*/} (zenodo.org, record 10519652) into $raw"
     step data "$here/manifest.csv" "$file" -- \
       "$PYTHON" data_prep/medmnist.py --raw "$file" --out "$here" $sample; return
   fi
-  if [ "$demo" ] && [[ $index$pack = *pretrain* ]] || [[ $1 = nih_pretrain_* ]]; then index+=" --n-pretrain all"; fi
-  [ "$1" = nih_pretrain_original ] && pack="--size original" || pack+=" --size $size"
+  if [ "$demo" ] && [[ $index$pack = *pretrain* ]]; then index+=" --n-pretrain all"; fi
+  [ "$dry_run" ] || [ -e "$here/manifest.csv.done" ] || rm -f "$here/index.csv.done"    # images may have come since
   step data "$here/index.csv" ${demo:+"$raw/demo.json"} -- \
     "$PYTHON" "data_prep/$reader.py" --raw "$raw/$reader" --out "$here/index.csv" $index
   step data "$here/manifest.csv" "$here/index.csv" -- \
-    "$PYTHON" data_prep/pack.py --index "$here/index.csv" --raw "$raw/$reader" --out "$here" $pack
+    "$PYTHON" data_prep/pack.py --index "$here/index.csv" --raw "$raw/$reader" --out "$here" --size "$size" $pack
 }
 
 row() {         # EXP STRATEGY DATA PARENT SEEDS: pre-train, fine-tune, predict
@@ -103,7 +107,7 @@ row() {         # EXP STRATEGY DATA PARENT SEEDS: pre-train, fine-tune, predict
   if [ "$2" != - ]; then
     prepare "$3"
     [[ $3 = *_original ]] || seen["$data/$3:pretrain"]=1                    # packed in pre-training
-    step rows "$here/pretrain/backbone.pt" experiments.yaml "$data/$3/manifest.csv" ${start:+"$start"} -- \
+    step pretrain,rows "$here/pretrain/backbone.pt" experiments.yaml "$data/$3/manifest.csv" ${start:+"$start"} -- \
       "${train[@]}" "pretrain/$2.py" "${common[@]}" --out "$here/pretrain" ${start:+--init "$start"}
     start="$here/pretrain/backbone.pt"
   fi
@@ -119,11 +123,8 @@ row() {         # EXP STRATEGY DATA PARENT SEEDS: pre-train, fine-tune, predict
   predictions+=("${files[@]}")
 }
 
-packs=() tested=() sets=() predictions=()
-if [ "$demo" ]; then                            # at another scale: drawn anew
-  same=$(grep -lsE "\"scale\": $scale[.0]*(,|}|\$)" "$raw/demo.json" || echo "none of scale $scale")
-  step data "$raw/demo.json" "$same" -- "$PYTHON" data_prep/demo.py --out "$raw" --scale "$scale" --keep
-fi
+if [ "$demo" ]; then
+  step data "$raw/demo.json" -- "$PYTHON" data_prep/demo.py --out "$raw" --scale "${scale:-1}" --keep; fi
 declare -A seen=() split=([nih_val]=nih:val [nih_test]=nih:test [vindr_test]=vindr_cxr:test [padchest]=padchest:test
           [chexpert_test]=chexpert:test [chexpert_valid]=chexpert:val [pneumonia_test]=pneumonia:test)
 for test in nih_val ${tests//,/ }; do
@@ -143,8 +144,7 @@ step results "$results/published/verdicts.csv" evaluate/reported/claims.csv -- \
 step results "$results/figures/figure1.svg" "${packs[@]/%//manifest.csv}" -- \
   "$PYTHON" data_prep/describe.py --index "${packs[@]/%//index.csv}" --packs "${packs[@]}" --out "$results/figures" \
   --overlap "${!seen[@]}" --against "${tested[@]}"
-step results "$results/report.html" "$results/verdicts.csv" -- \
+step results "$results/report.html" "$results/verdicts.csv" "$results/figures/overlaps.csv" -- \
   "$PYTHON" evaluate/report.py --metrics "$results/metrics.csv" --out "$results" --runs "$runs" --predictions "$runs" \
-  --verdicts "$results/verdicts.csv" "$results/published/verdicts.csv" \
-  --overlaps "$results/figures/overlaps.csv"
+  --verdicts "$results"/{,published/}verdicts.csv ${seen[*]:+--overlaps "$results/figures/overlaps.csv"}
 [ "$dry_run$only" ] || echo "complete; the report is $results/report.html"

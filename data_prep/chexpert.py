@@ -68,7 +68,7 @@ def read_test(raw):
 def locate(places, raw):
     """Paths below `raw`: train/ lies beside the tables or spread over the "batch" folders of the release."""
     home = find(raw, "train.csv*", "valid.csv*").parent
-    parts = [*raw.glob("*batch*"), *raw.glob("*/*batch*")]
+    parts = [part for level in ("", "*/", "*/*/") for part in raw.glob(f"{level}*batch*")]
     paths = []
     for place in places:
         choices = [home / place, *(part / place.removeprefix("train/") for part in parts)]
@@ -154,14 +154,18 @@ def write_index(table, args, **facts):
     first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
     table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
+    part = Path(f"{args.out}.part")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        table.to_csv(f"{args.out}.part", index=False)
-        Path(f"{args.out}.part").replace(args.out)
+        table.to_csv(part, index=False)
+        part.replace(args.out)
+        part.write_text(json.dumps(facts, indent=1) + "\n")
+        part.replace(args.out.with_suffix(".json"))
     except OSError as problem:
+        if part.exists():
+            part.unlink()
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+    print(args.out, facts)
 # --- end copy: write index ---
 
 

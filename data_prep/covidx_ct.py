@@ -69,6 +69,9 @@ def main():
     first = find(args.raw, f"*_COVIDx_CT-{args.release}.txt*")
     lists = {split: find(first.parent, f"{split}_COVIDx_CT-{args.release}.txt*", required=False)
              for split in ("train", "val", "test")}
+    absent = [split for split in lists if not lists[split]]
+    if absent:
+        print(f"warning: {first.parent} has no list of {' and '.join(absent)}")
     tables = [read_list(path, split) for split, path in lists.items() if path]
     table = pd.concat(tables, ignore_index=True)
     path = find(args.raw, "metadata.csv*")
@@ -89,7 +92,7 @@ def main():
     shared = int((table.groupby("patient").split.nunique() > 1).sum())
     rows = table.sort_values("path") if args.n_pretrain == "0" else sample(table, args.n_pretrain, args.seed)
     write_index(rows.drop(columns="class"), args, dataset="covidx_ct", available=len(table),
-                absent_lists=[split for split in lists if not lists[split]], patients_in_two_lists=shared)
+                absent_lists=absent, patients_in_two_lists=shared)
 
 
 # --- begin copy: tables ---
@@ -136,8 +139,9 @@ def join(table, other, keys, path):
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
     size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
-    if not 0 < size <= len(pool):
-        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`")
+    if not 0 < size <= len(pool) or seed < 0:
+        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`, by a --seed "
+             f"of 0 or more, not {seed}")
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
@@ -148,14 +152,18 @@ def write_index(table, args, **facts):
     first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
     table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
+    part = Path(f"{args.out}.part")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        table.to_csv(f"{args.out}.part", index=False)
-        Path(f"{args.out}.part").replace(args.out)
+        table.to_csv(part, index=False)
+        part.replace(args.out)
+        part.write_text(json.dumps(facts, indent=1) + "\n")
+        part.replace(args.out.with_suffix(".json"))
     except OSError as problem:
+        if part.exists():
+            part.unlink()
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+    print(args.out, facts)
 # --- end copy: write index ---
 
 

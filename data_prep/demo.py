@@ -7,7 +7,7 @@ a case mix and labelling errors of its own. CT, OCT and natural images are drawn
 
     python data_prep/demo.py --out data/demo/raw                     # half a minute on 2 cores, 160 MB
     python data_prep/demo.py --out /tmp/tiny --scale 0.05 --seed 1   # a twentieth of it, other patients
-    python data_prep/demo.py --out raw --keep                        # only of datasets raw/ does not have
+    python data_prep/demo.py --out raw --keep                        # beside real downloads, which stay
 
 Reads:  nothing.
 Writes: <out>/<dataset>/ for nih, mimic_cxr, chexpert, padchest, vindr_cxr, covidx_ct, oct and imagenet: the
@@ -452,6 +452,20 @@ def write_csv(path, header, rows):
     table.to_csv(path, index=False, lineterminator="\n", compression=packing)
 
 
+def contents(folder):
+    """A digest of what lies below a folder, but for its README.txt: names, and sizes of files."""
+    paths = sorted(path for path in folder.rglob("*") if path != folder / "README.txt")
+    sizes = [path.is_file() and path.stat().st_size for path in paths]
+    return digest([path.relative_to(folder).as_posix() for path in paths], sizes)
+
+
+def is_drawn(folder):
+    """Whether a folder is as demo.py left it: its README.txt ends with the digest of what lies there."""
+    note = folder / "README.txt"
+    text = note.read_text(errors="replace") if note.is_file() else ""
+    return STAND_IN in text and text.endswith(f" {contents(folder)}.\n")
+
+
 def nih(root, key, count):
     """Kaggle's folders, 8-bit PNG; official lists without a common patient."""
     rows, tasks, lists = [], [], {"train": [], "val": [], "test": []}
@@ -659,7 +673,8 @@ def generate(out, settings):
             write_lines(partly / "README.txt", [
                 f"{STAND_IN}.", f"The layout is that of {name}'s public download; pictures, patients and",
                 "labels are invented: no number computed from them says anything about the real data.",
-                f"Made with seed {settings['seed']}, scale {scale}."])
+                f"Made with seed {settings['seed']}, scale {scale}.",
+                f"Digest of the files' names and sizes: {contents(partly)}."])
             if place.exists():
                 shutil.rmtree(place)
             os.replace(partly, place)
@@ -677,18 +692,18 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder to write <dataset>/ into")
     parser.add_argument("--seed", type=int, default=0, help="other patients, other pictures (default 0)")
     parser.add_argument("--scale", type=float, default=1.0, help="1 is 12,531 images, 0.1 a tenth (default 1)")
-    parser.add_argument("--keep", action="store_true", help="draw no dataset whose folder is there already")
+    parser.add_argument("--keep", action="store_true",
+                        help="leave a folder that holds anything but drawings as it is, instead of refusing; "
+                             "folders of drawings alone are drawn anew, with --keep or without")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     if args.seed < 0 or not 0 < args.scale <= 100:
         fail(f"--seed {args.seed} --scale {args.scale:g}: the seed starts at 0, the scale is in (0, 100]")
     places = [args.out / dataset.__name__ for dataset in DATASETS]
     try:
-        notes = {place: place / "README.txt" for place in places if place.exists()}
-        kept = [place.name for place, note in notes.items()             # may be real: never touched
-                if not note.is_file() or STAND_IN not in note.read_text(errors="replace")]
+        kept = [place.name for place in places if place.exists() and not is_drawn(place)]   # never touched
         if kept and not args.keep:
-            fail(f"{args.out / kept[0]} was not made by demo.py; move it away or add --keep")
+            fail(f"{args.out / kept[0]} holds what demo.py did not draw; move it away or add --keep")
         settings = {"seed": args.seed, "scale": args.scale, "kept": kept}
         print(f"kept as they are: {', '.join(kept) or 'no folders'}")
         generate(args.out, settings)

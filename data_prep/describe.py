@@ -214,7 +214,7 @@ def leaks(indexes):
     """(dataset, what, number, whether it must be 0): patients and images that are on two sides."""
     found = []
     for dataset, rows, facts in indexes:
-        groups = {split: set(some.patient) for split, some in rows.groupby("split")}
+        groups = {split: set(some.patient) - {""} for split, some in rows.groupby("split")}
         found += [(dataset, f"patients in {one} and {two}", len(groups[one] & groups[two]),
                    dataset not in MAY_SHARE) for one, two in combinations(groups, 2)]
         found += [(dataset, key.replace("_", " "), int(facts[key]), False) for key in KNOWN if facts.get(key)]
@@ -244,13 +244,16 @@ def figure1(packs, out):
     panels = {"imagenet": "ImageNet", "mimic_cxr": "MIMIC-CXR", "oct": "OCT", "covidx_ct": "COVIDx-CT",
               "nih": "NIH ChestX-ray", "chexpert": "CheXpert", "padchest": "PadChest",
               "vindr_cxr": "VinDr-CXR"}
-    images = {folder.resolve().name.removesuffix("_pretrain"): (folder, open_pack(folder))
-              for folder in packs}
+    images = {}
+    for folder in packs:
+        if read_json(folder / "pack.json").get("size") != "original":           # which has no images.npy
+            images[folder.resolve().name] = folder, open_pack(folder)
     figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
     for axis, (dataset, title) in zip(axes.flat, panels.items()):
         axis.set(xticks=[], yticks=[], frame_on=False, title=title)
-        if dataset in images:
-            folder, array = images[dataset]
+        found = images.get(dataset) or images.get(f"{dataset}_pretrain")
+        if found:
+            folder, array = found
             axis.imshow(array[0], cmap="gray", vmin=0, vmax=255)
             if read_json(folder / "pack.json").get("stand_in"):
                 axis.set_title(f"{title} (stand-in)")

@@ -77,16 +77,18 @@ def write_images(target, path, table, splits):
         images = read(path, f"{split}_images")
         positions = np.flatnonzero(table["from"] == split)
         numbers = table.number.to_numpy()[positions]
-        side = images.shape[1] if array is None else array.shape[1]
-        if images.dtype != np.uint8 or images.shape != (len(numbers), side, side):
+        side = (images if array is None else array).shape[-1:]
+        if images.dtype != np.uint8 or images.shape != (len(numbers), *side, *side):
             fail(f"{path}: {split}_images {images.dtype} {images.shape}; not uint8 [{len(numbers)}, S, S]")
         if array is None:
-            array = np.lib.format.open_memmap(target, "w+", np.uint8, (len(table), side, side))
+            array = np.lib.format.open_memmap(target, "w+", np.uint8, (len(table), *side, *side))
+            with open(target, "r+b") as file:                   # a full disk is an error here, not a crash later
+                os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
         for some in np.array_split(np.arange(len(numbers)), len(numbers) // 1000 + 1):     # little at a time
             array[positions[some]] = part = images[numbers[some]]
             counts += np.bincount(part.ravel(), minlength=256)
     array.flush()
-    return side, counts
+    return side[0], counts
 
 
 def main():

@@ -7,7 +7,7 @@ nothing derived from single images may be passed on, so keep index and pack to y
 
     python data_prep/mimic_cxr.py --raw raw/mimic_cxr --out data/mimic_cxr/index.csv
     python data_prep/mimic_cxr.py --n-pretrain 250000                   # holds its first 50,000, 100,000
-    python data_prep/mimic_cxr.py --views frontal --labelled-only       # for supervised pre-training
+    python data_prep/mimic_cxr.py --views frontal --labelled-only --out data/mimic_cxr_supervised/index.csv
 
 Reads mimic-cxr-2.0.0-{split,metadata,chexpert}.csv[.gz]; images: files/p10/p<subject>/s<study>/<dicom>.jpg.
 Labels of a study go to each of its images: 1, 0, -1 (uncertain), blank (not mentioned). Of the split(s) drawn
@@ -140,8 +140,9 @@ def label_values(table, labels, path):
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
     size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
-    if not 0 < size <= len(pool):
-        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`")
+    if not 0 < size <= len(pool) or seed < 0:
+        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`, by a --seed "
+             f"of 0 or more, not {seed}")
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
@@ -152,14 +153,18 @@ def write_index(table, args, **facts):
     first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
     table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
+    part = Path(f"{args.out}.part")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        table.to_csv(f"{args.out}.part", index=False)
-        Path(f"{args.out}.part").replace(args.out)
+        table.to_csv(part, index=False)
+        part.replace(args.out)
+        part.write_text(json.dumps(facts, indent=1) + "\n")
+        part.replace(args.out.with_suffix(".json"))
     except OSError as problem:
+        if part.exists():
+            part.unlink()
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+    print(args.out, facts)
 # --- end copy: write index ---
 
 

@@ -54,9 +54,10 @@ def assign_splits(table, args):
     for split, patterns in lists.items():
         path = find(args.raw, *patterns)
         names = read_table(path, sep=r"\s+", header=None)[0]
-        listed = table.name.isin(names)
-        if not listed.any():
-            fail(f"{path}: no image of it ({names.iloc[0]!r}) is in Data_Entry ({table.name.iloc[0]!r})")
+        listed, absent = table.name.isin(names), names[~names.isin(table.name)]
+        if len(absent):
+            fail(f"{path}: {len(absent):,} of its {len(names):,} images, as {absent.iloc[0]!r}, are not in "
+                 "Data_Entry; download both again")
         if (splits[listed] != "").any():
             fail(f"{path}: {table.name[listed & (splits != '')].iloc[0]!r} is in two lists; remove one")
         splits[listed] = split
@@ -77,6 +78,8 @@ def main():
     option("--seed", type=int, default=42, help="of sample and fallback split (%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
+    if args.seed < 0:
+        fail(f"--seed {args.seed}: seeds begin at 0")
 
     source = find(args.raw, "Data_Entry_2017_v2020.csv*", "Data_Entry_2017*.csv*")
     # By name: every line of the older file ends with a comma, a twelfth column.
@@ -90,7 +93,7 @@ def main():
         table[label] = table.index.isin(findings.index[findings == label]).astype(int)
     table["patient"], table["study"] = table.name.str[:8], table.name.str.removesuffix(".png")
     age = pd.to_numeric(table.age.str.rstrip("Y"), errors="coerce")       # 58; 058Y and 413 in older files
-    table["age"] = age.where(age.between(0, 120)).astype("Int64")
+    table["age"] = age.where(age.between(0, 120)).round().astype("Int64")
     table["split"], fallback = assign_splits(table, args)
 
     rows = table[table.split != ""].assign(path=table.name).sort_values("path")     # by name in every layout
@@ -135,8 +138,9 @@ def read_table(path, columns=(), **options):
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
     size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
-    if not 0 < size <= len(pool):
-        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`")
+    if not 0 < size <= len(pool) or seed < 0:
+        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`, by a --seed "
+             f"of 0 or more, not {seed}")
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
@@ -147,14 +151,18 @@ def write_index(table, args, **facts):
     first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
     table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
+    part = Path(f"{args.out}.part")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        table.to_csv(f"{args.out}.part", index=False)
-        Path(f"{args.out}.part").replace(args.out)
+        table.to_csv(part, index=False)
+        part.replace(args.out)
+        part.write_text(json.dumps(facts, indent=1) + "\n")
+        part.replace(args.out.with_suffix(".json"))
     except OSError as problem:
+        if part.exists():
+            part.unlink()
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+    print(args.out, facts)
 # --- end copy: write index ---
 
 

@@ -69,16 +69,21 @@ def main():
 def scan(raw, *endings):
     """Sorted paths, relative to `raw`, of all files that end so; macOS's ._* files are left out."""
     found = [f"{folder}/{name}" for folder, _, names in os.walk(raw) for name in names
-             if name.lower().endswith(endings) and name.isprintable() and not name.startswith("._")]
-    return sorted(os.path.relpath(path, raw) for path in found)
+             if name.lower().endswith(endings) and not name.startswith("._")]
+    paths = sorted(os.path.relpath(path, raw) for path in found)
+    fair = [path for path in paths if path.isprintable()]
+    if len(fair) < len(paths):
+        print(f"warning: {len(paths) - len(fair):,} files left out, as their paths are unprintable")
+    return fair
 # --- end copy: scan ---
 
 # --- begin copy: sample ---
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
     size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
-    if not 0 < size <= len(pool):
-        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`")
+    if not 0 < size <= len(pool) or seed < 0:
+        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`, by a --seed "
+             f"of 0 or more, not {seed}")
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
@@ -89,14 +94,18 @@ def write_index(table, args, **facts):
     first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
     table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
+    part = Path(f"{args.out}.part")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        table.to_csv(f"{args.out}.part", index=False)
-        Path(f"{args.out}.part").replace(args.out)
+        table.to_csv(part, index=False)
+        part.replace(args.out)
+        part.write_text(json.dumps(facts, indent=1) + "\n")
+        part.replace(args.out.with_suffix(".json"))
     except OSError as problem:
+        if part.exists():
+            part.unlink()
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+    print(args.out, facts)
 # --- end copy: write index ---
 
 

@@ -20,6 +20,7 @@ Writes  images.npy      uint8 [N, S, S] or [N, S, S, 3]; none with --size origin
 import argparse
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import json
@@ -44,6 +45,7 @@ MAX_PIXELS = 89_478_485                 # Pillow's mark of a decompression bomb;
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2        # at twice this Pillow refuses, before that it only warns
 MAX_BYTES = 1 << 30                     # a DICOM file is read whole before its header can be judged
 SHARD = 32                              # most rows of a part: the work of a worker that a kill can cost
+STAND_IN = "drawn by data_prep/demo.py"
 DICOM = {"corrected": "display", "paper": "paper"}      # the conversion of each variant
 TEXT = {"mode": "w", "newline": "", "encoding": "utf-8"}
 STOPS = signal.SIGINT, signal.SIGTERM
@@ -81,7 +83,8 @@ def percentile_window(levels, counts):
 
 
 def prepare_lut(ds, name, values):
-    """Whether there is a LUT. If no value reaches its first input, that is a negative number, unsigned."""
+    """Whether the dataset has this LUT. Some files write its first input, a negative number, as unsigned:
+    where all values lie below it, it is put right."""
     item = ds[name].value[0] if ds.get(name) else {}
     if "LUTDescriptor" in item and item.LUTDescriptor[1] > values.max():
         item.LUTDescriptor[1] -= 65536
@@ -138,7 +141,8 @@ def read_dicom(file, dicom="display"):
         raise Rejected(f"too large: {ds.Columns} x {ds.Rows} pixels, a decompression bomb")
     syntax = ds.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian)
     ds.file_meta.TransferSyntaxUID = syntax
-    unused = 0                                  # bits below the stored ones, such as 4 of 16 below 12
+    # Bits below the stored ones, such as 4 of 16 below 12: read as if they were stored, then shifted out.
+    unused = 0
     if not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless:
         unused = max(0, ds.get("HighBit", 0) + 1 - ds.BitsStored)
     ds.BitsStored += unused
@@ -154,8 +158,9 @@ def read_dicom(file, dicom="display"):
         table = dicom_display(values, code, ds)
     # By strips, as NumPy widens indices to 8 bytes, which so stay in the cache; "clip" spares it a check.
     grey = [np.take(table, strip, mode="clip") for strip in np.array_split(code, len(code) // 64 + 1)]
-    age = re.fullmatch(r"0*([1-9]\d*)Y", str(ds.get("PatientAge")))
-    person = {"sex": ds.get("PatientSex") or "", "age": age[1] if age else ""}
+    sex = re.fullmatch("[MFO]", str(ds.get("PatientSex")))
+    age = re.fullmatch(r"0*([1-9]\d?|1[01]\d|120)Y", str(ds.get("PatientAge")))
+    person = {"sex": sex[0] if sex else "", "age": age[1] if age else ""}
     return np.concatenate(grey), {"monochrome1": kind == "MONOCHROME1", "person": person}
 
 
@@ -209,6 +214,7 @@ def pack_row(path, earlier, config):
     """Answer one index row, `earlier` being the number of an earlier row of this path, or None.
 
     Returns: its record, and its pixels as bytes, none if it is rejected or kept at original size.
+    Raises: OSError where memory or the storage failed, which says nothing about the file.
     """
     size = config["size"]
     try:
@@ -224,7 +230,12 @@ def pack_row(path, earlier, config):
             raise Rejected("all-constant")
     except Rejected as error:
         return {"reason": str(error)}, b""
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "memory is short", path)
     except Exception as error:                  # a decoder may raise anything at all on a broken file
+        if getattr(error, "errno", None) not in (None, errno.EACCES, errno.ENAMETOOLONG):
+            error.filename = path
+            raise
         text = " ".join(str(error).split())[:300] or type(error).__name__
         return {"reason": f"unreadable: {text}"}, b""
     pixels, level = image.tobytes(), np.arange(256)
@@ -237,11 +248,14 @@ def pack_row(path, earlier, config):
 def replacing(path, folder, **how):
     """Write a file under a temporary name in `folder`; move it to `path` once it is whole and on disk."""
     temporary = folder / f"{path.name}.{os.getpid()}.tmp"      # a worker may outlive its parent for a moment
-    with open(temporary, **how) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def pack_shard(part, rows, crashed, config, say):
@@ -260,7 +274,8 @@ def pack_shard(part, rows, crashed, config, say):
 
 
 def work(pipe, config):
-    """A worker process: packs shards until there are no more, announcing each row before it is opened."""
+    """A worker process: receives shards (part, rows, rows that crash) until one is None. Sends the number of
+    a row before it opens the file, None when the part is written, an OSError when it cannot go on."""
     warnings.simplefilter("ignore")                 # remarks on odd headers; what matters becomes a reason
     try:
         while shard := pipe.recv():
@@ -273,7 +288,8 @@ def work(pipe, config):
 
 
 def pack_shards(shards, workers, config):
-    """Pack an iterator's shards, yielding at each row; a file that crashes its decoder costs a worker."""
+    """Pack an iterator's shards, yielding at each row. A worker that dies did so on the row it announced
+    last: another one is given its shard, with that row among those that are not opened."""
     context, team = multiprocessing.get_context("spawn"), {}        # team: {pipe: [worker, shard, row]}
 
     def employ(shard):
@@ -349,8 +365,6 @@ def check_index(args, splits):
         counts[split] += 1
         if patient and homes.setdefault(patient, split) != split:
             shared.add(patient)
-        if args.require_files and not (args.raw / row["path"]).is_file():
-            fail(f"{args.index}: {row['path']!r} is missing in {args.raw}; unpack it or drop --require-files")
     if not counts or not counts.keys() >= set(splits):
         fail(f"{args.index}: no rows of split {args.splits or 'any'}; it has {dict(counts)}")
     if shared:
@@ -367,21 +381,27 @@ def read_json(path):
 
 
 def stand_in(raw):
-    """The mark of drawn data: demo.py's demo.json, in `raw` or above, where it names the dataset as drawn."""
+    """The mark of drawn data: demo.py's README.txt in `raw` or above, or demo.json that names the dataset."""
     raw = raw.resolve()
     for folder in (raw, *raw.parents):
+        note = folder / "README.txt"
+        if note.is_file() and STAND_IN in note.read_text(errors="replace"):
+            return STAND_IN
         drawn = read_json(folder / "demo.json").get("images", {})
         if drawn and (raw == folder or raw.relative_to(folder).parts[0] in drawn):
-            return "drawn by data_prep/demo.py"
+            return STAND_IN
 
 
 def is_finished(out, config):
-    """Whether `out` holds a finished pack of these settings; one of other settings or makers is refused."""
+    """Whether `out` holds a finished pack of these settings, with its manifest.csv and images.npy. One of
+    another maker or of other settings is refused, but for drawn images, which are packed anew."""
     found, there = read_json(out / "pack.json"), {path.name for path in out.iterdir()}
     for key, value in config.items():
         if found and found.get(key) != value:
-            fail(f"{out}: its {key} is {found.get(key)!r}, not {value!r}; remove pack.json, manifest.csv and "
-                 "images.npy from it or use another --out")
+            if found.get("stand_in"):
+                return False
+            fail(f"{out}: its {key} is {found.get(key)!r}, not {value!r}; remove the folder {out} and make "
+                 "its index again, or use another --out")
     if not found and {"manifest.csv", "images.npy"} & there and not any(out.glob("parts-*")):
         fail(f"{out}: holds a manifest.csv or images.npy of another maker; use another --out")
     return bool(found) and "manifest.csv" in there and ("images.npy" in there or config["size"] == "original")
@@ -455,15 +475,22 @@ def pack(args):
     size = max(1, min(SHARD, total // 64))          # of a part: few rows keep all workers busy, too
     folder = out / f"parts-{hashlib.sha256(repr((size, config)).encode()).hexdigest()[:12]}"
     if is_finished(out, config):
-        print(f"{out} is packed already: nothing to do (to pack it again, remove its images.npy)")
+        print(f"{out} is packed already: nothing to do (to pack it again, remove {out}/manifest.csv)")
     else:
+        if args.require_files:
+            paths = [row["path"] for row, _ in index_rows(index, splits)]
+            absent = [path for path in paths if not (args.raw / path).is_file()]
+            if absent:
+                fail(f"{absent[0]!r} is missing in {args.raw}, as {len(absent):,} of {total:,} images are; "
+                     "complete the download and make the index again, or drop --require-files")
         folder.mkdir(exist_ok=True)
         parts = [folder / f"{number:06}" for number in range(-(-total // size))]
         pack_parts(parts, size, total, args, config)
+        (out / "pack.json").unlink(missing_ok=True)                 # before the files that it describes
         facts = {"dataset": out.resolve().name, **join(parts, out, config, index), "stand_in": mark}
         if not facts["N"]:
             shutil.rmtree(folder)
-            for name in ("manifest.csv", "images.npy", "pack.json"):
+            for name in ("manifest.csv", "images.npy"):
                 (out / name).unlink(missing_ok=True)
             fail(f"{index}: none of its rows could be packed, the reasons are in {out / 'rejected.csv'} "
                  f"{facts['reasons']}; is --raw {args.raw} the right folder?")
@@ -504,7 +531,8 @@ def main():
     try:
         pack(args)
     except OSError as error:
-        fail(f"{args.out}: {error.strerror or error}; what is packed stays, and the same command goes on")
+        fail(f"{error.filename or args.out}: {error.strerror or error}; what is packed stays, and the same "
+             "command goes on")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def main():
     index = pd.DataFrame({"path": [path.relative_to(args.raw).as_posix() for path in paths],
                           "patient": table.PatientID, "study": table.StudyID, "split": "test",
                           "view": table.Projection, "sex": table.PatientSex_DICOM,
-                          "age": age.where(age.between(0, 120)).astype("Int64")}, table.index)
+                          "age": age.where(age.between(0, 120)).round().astype("Int64")}, table.index)
     rounded = table.PatientID.str.contains("e+", case=False, regex=False).any()
     release = "the authors' copy, ids rounded" if rounded else "the original table"
     write_index(index.join(findings).sort_values("path"), args, dataset="padchest", available=len(images),
@@ -113,14 +113,18 @@ def write_index(table, args, **facts):
     first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
     table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
+    part = Path(f"{args.out}.part")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        table.to_csv(f"{args.out}.part", index=False)
-        Path(f"{args.out}.part").replace(args.out)
+        table.to_csv(part, index=False)
+        part.replace(args.out)
+        part.write_text(json.dumps(facts, indent=1) + "\n")
+        part.replace(args.out.with_suffix(".json"))
     except OSError as problem:
+        if part.exists():
+            part.unlink()
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+    print(args.out, facts)
 # --- end copy: write index ---
 
 

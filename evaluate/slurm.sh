@@ -26,9 +26,11 @@ declare -A job
 data=$(sbatch --parsable "$@" job.sh --only data)
 END
 rows=0
-while read -r name _ _ parent _; do
-  after='$data'; [ "$parent" = - ] || after="\$data:\${job[$parent]}"
-  echo "job[$name]=\$(sbatch --parsable --dependency=afterok:$after \"\$@\" job.sh --only rows --exp $name)" >&3
+while read -r name _ _ parent seeds; do
+  after='$data' part=rows
+  [ "$parent" = - ] || after="\$data:\${job[$parent]}"
+  [ "$seeds" != - ] || part=pretrain                            # a parent that was not asked for
+  echo "job[$name]=\$(sbatch --parsable --dependency=afterok:$after \"\$@\" job.sh --only $part --exp $name)" >&3
   rows=$(( rows + 1 ))
 done
 echo 'sbatch --dependency=afterok$(printf ":%s" "${job[@]}") "$@" job.sh --only results' >&3

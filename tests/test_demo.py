@@ -11,7 +11,7 @@ from ast import literal_eval
 import numpy as np
 import pydicom
 import pytest
-from conftest import ROOT, assert_user_error, load_script, run_script
+from conftest import ROOT, assert_user_error, load_script, run_here, run_script
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -60,6 +60,50 @@ def test_another_seed_replaces_every_picture(small, tmp_path):
     old, new = ({tree[path] for path in tree if path.endswith(PICTURES)} for tree in (before, after))
     assert len(old) > 300 and len(new) > 300 and not old & new
     assert not [path for path in after if ".partial" in path]
+
+
+def files(folder, names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"drawn")
+    (folder / "README.txt").write_text(
+        f"{demo.STAND_IN}.\nDigest of the files' names and sizes: {demo.contents(folder)}.\n")
+
+
+@pytest.mark.parametrize("change", [
+    lambda folder: (folder / "MY_NOTES.txt").write_text("notes"),
+    lambda folder: (folder / "images/a.png").write_bytes(b"a real image"),          # in place of a drawing
+    lambda folder: (folder / "images_001").mkdir(),
+    lambda folder: (folder / "link").symlink_to("elsewhere"),
+    lambda folder: (folder / "images/a.png").unlink(),
+    lambda folder: (folder / "README.txt").unlink(),
+    lambda folder: (folder / "README.txt").write_text("notes\n" + demo.STAND_IN)])
+def test_a_folder_is_drawn_only_as_long_as_nothing_in_it_changes(tmp_path, change):
+    files(tmp_path, ["images/a.png", "list.csv"])
+    assert demo.is_drawn(tmp_path)
+    change(tmp_path)
+    assert not demo.is_drawn(tmp_path)
+
+
+def test_what_demo_did_not_draw_is_refused_or_kept_and_drawings_are_drawn_anew(small, tmp_path, monkeypatch, capsys):
+    raw = shutil.copytree(small, tmp_path / "raw")
+    assert all(demo.is_drawn(raw / name) for name in json.loads((raw / "demo.json").read_text())["images"])
+    (raw / "nih/MY_NOTES.txt").write_text("notes")
+    before = tree_hash(raw)
+    with pytest.raises(SystemExit) as stop:
+        run_here(demo, monkeypatch, "--out", raw, "--scale", "0.02")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and f"{raw / 'nih'} holds" in error and "--keep" in error
+    assert tree_hash(raw) == before
+    monkeypatch.setattr(demo, "DATASETS", [demo.nih, demo.vindr_cxr])
+    run_here(demo, monkeypatch, "--out", raw, "--scale", "0.01", "--keep")
+    assert "kept as they are: nih\n" in capsys.readouterr().out
+    after = tree_hash(raw)
+    assert {path: after[path] for path in before if path.startswith("nih/")} == {
+        path: before[path] for path in before if path.startswith("nih/")}
+    assert {path for path in before if path.startswith("vindr_cxr/") and path.endswith(".dicom")} != {
+        path for path in after if path.startswith("vindr_cxr/") and path.endswith(".dicom")}
 
 
 def test_demo_json_counts_the_pictures_and_every_folder_says_stand_in(small):

@@ -289,6 +289,27 @@ def test_figure1_shows_the_first_image_of_each_pack_in_its_place(tmp_path):
     assert (tmp_path / "out" / "figure1.svg").read_bytes() == svg
 
 
+def test_figure1_takes_nih_over_its_sample_and_passes_over_packs_of_original_size(tmp_path):
+    from PIL import Image
+    grey, black = np.full((16, 16), 200, np.uint8), np.zeros((16, 16), np.uint8)
+    packs = [pack(tmp_path / "nih", black), pack(tmp_path / "nih_pretrain", grey), tmp_path / "nih_pretrain_original"]
+    packs[2].mkdir()
+    (packs[2] / "pack.json").write_text('{"size": "original"}')     # the files themselves: no images.npy
+    assert call("data_prep/describe.py", "--out", tmp_path / "out", "--packs", *packs) == 0
+    picture = np.asarray(Image.open(tmp_path / "out" / "figure1.png").convert("RGB"))
+    height, width, _ = picture.shape
+    assert tuple(picture[height * 3 // 4, width // 8]) == (0, 0, 0)
+
+
+def test_images_without_a_patient_are_no_shared_patient(tmp_path, capsys):
+    path = index(tmp_path / "nih", "nih", [{"split": "train", "patient": ""}, {"split": "test", "patient": ""}])
+    assert call("data_prep/describe.py", "--index", path, "--out", tmp_path / "out", "--check") == 1
+    assert "patients in" not in capsys.readouterr().err             # the counts alone
+    index(tmp_path / "nih", "nih", [{"split": "train", "patient": "7"}, {"split": "test", "patient": "7"}])
+    assert call("data_prep/describe.py", "--index", path, "--out", tmp_path / "out", "--check") == 1
+    assert "patients in test and train: expected 0, found 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mistake, said", [
     ("absent", "index.csv"), ("no split", "no column 'split'"), ("not json", "index.csv"),
     ("binary", "index.csv"),

@@ -1,6 +1,8 @@
 """MedMNIST's files as packs: labels in their order, splits, pixels, and the form of pack.py."""
 
+import errno
 import json
+import os
 import sys
 
 import numpy as np
@@ -127,6 +129,7 @@ def test_published_sizes_are_medmnists():
     ({"test_images": np.zeros((3, 4, 4), np.uint8)}, "test_images"),
     ({"test_images": np.zeros((4, 12, 12), np.float32)}, "test_images float32"),
     ({"val_images": np.zeros((3, 4, 4), np.uint8)}, "val_images"),          # images of two sizes
+    ({"train_images": np.zeros(7, np.uint8)}, "train_images"), ({"train_images": np.uint8(7)}, "train_images"),
     ({"test_labels": np.array([["x"]] * 4, object)}, "test_labels")])
 def test_a_file_of_another_form_is_refused_by_the_array(tmp_path, monkeypatch, capsys, change, said):
     make(tmp_path, "pneumoniamnist", (1, 1), **change)
@@ -134,6 +137,20 @@ def test_a_file_of_another_form_is_refused_by_the_array(tmp_path, monkeypatch, c
         call(monkeypatch, tmp_path, "pneumoniamnist")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_disk_without_room_is_a_sentence_before_an_image_is_written(tmp_path, monkeypatch, capsys):
+    def full(descriptor, start, size):
+        assert (start, size) == (0, os.fstat(descriptor).st_size) and size > 14 * 12 * 12
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    make(tmp_path, "pneumoniamnist", (1, 1))
+    monkeypatch.setattr(medmnist.os, "posix_fallocate", full)
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, tmp_path, "pneumoniamnist")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "No space left on device" in error
     assert not list(tmp_path.glob("out/*"))
 
 

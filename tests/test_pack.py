@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import io
@@ -404,10 +405,17 @@ def test_a_lut_that_begins_at_a_negative_number_written_unsigned(tmp_path):
     assert grey(tmp_path / "x.dcm").tolist() == expected
 
 
-@pytest.mark.parametrize("age, years", [("058Y", "58"), ("107Y", "107"), ("000Y", ""), ("011M", "")])
+@pytest.mark.parametrize("age, years", [("058Y", "58"), ("107Y", "107"), ("000Y", ""), ("011M", ""),
+                                        ("120Y", "120"), ("121Y", ""), ("413Y", "")])
 def test_sex_and_age_come_from_the_header(tmp_path, age, years):
     path = dicom(tmp_path / "x.dcm", noise(9, 9), PatientAge=age, PatientSex="F" if years else "")
     assert pack.read_image(path)[1]["person"] == {"sex": "F" if years else "", "age": years}
+
+
+@pytest.mark.parametrize("sex, known", [("F", "F"), ("O", "O"), ("W", ""), ("MALE", ""), ("", "")])
+def test_a_sex_in_the_header_is_m_f_or_o(tmp_path, sex, known):
+    file = dicom(tmp_path / "x.dcm", noise(8, 8), PatientSex=sex)
+    assert pack.read_image(file)[1]["person"] == {"sex": known, "age": ""}
 
 
 def test_the_paper_face_is_raw_over_maximum_cut(tmp_path):
@@ -737,6 +745,27 @@ def test_a_stand_in_is_marked_and_real_data_beside_it_is_not(tmp_path, place):
     assert_user_error(run_pack(tmp_path, "--raw", tmp_path / "raw/nih", out="odd"), "demo.json")
 
 
+def test_a_stand_in_that_was_copied_elsewhere_is_known_by_its_readme(tmp_path):
+    save(tmp_path / "copy/images/a.png", noise(20, 20))
+    write_index(tmp_path / "index.csv", ["a.png"])
+    note = tmp_path / "copy/README.txt"
+    note.write_text(f"{load_script('data_prep/demo.py').STAND_IN}.\n")
+    assert pack.stand_in(tmp_path / "copy/images") == pack.stand_in(tmp_path / "copy") == "drawn by data_prep/demo.py"
+    note.write_text("The download as of 2017.\n")
+    assert pack.stand_in(tmp_path / "copy/images") is None
+
+
+def test_a_pack_of_drawings_gives_way_to_one_of_other_drawings(tmp_path):
+    save(tmp_path / "raw/a.png", noise(20, 20))
+    save(tmp_path / "raw/b.png", noise(20, 20))
+    (tmp_path / "raw/demo.json").write_text(json.dumps({"images": {"raw": 2}}))
+    for paths in (["a.png"], ["a.png", "b.png"]):
+        write_index(tmp_path / "index.csv", paths)
+        assert fork_pack(tmp_path, "out") == 0
+        assert [row["path"] for row in table(tmp_path / "out/manifest.csv")] == paths
+        assert len(np.load(tmp_path / "out/images.npy")) == len(paths)
+
+
 def test_patients_in_two_splits_are_warned_of(tmp_path):
     save(tmp_path / "raw/a.png", noise(20, 20))
     write_index(tmp_path / "index.csv", [{"path": "a.png", "patient": "1", "split": "train"},
@@ -767,7 +796,8 @@ def test_other_settings_are_refused_by_name_and_a_pack_without_images_is_made_ag
     mixed(tmp_path)
     assert run_pack(tmp_path).returncode == 0
     before = contents(tmp_path / "out")
-    assert_user_error(run_pack(tmp_path, "--channels", 3), "channels", "1, not 3", "--out")
+    said = run_pack(tmp_path, "--channels", 3)
+    assert_user_error(said, "channels", "1, not 3", f"remove the folder {tmp_path / 'out'}", "--out")
     assert_user_error(run_pack(tmp_path, "--variant", "paper"), "variant", "'corrected'")
     assert contents(tmp_path / "out") == before
     (tmp_path / "out/images.npy").unlink()
@@ -792,7 +822,11 @@ def test_original_size_validates_without_packing(tmp_path):
     assert summary["size"] == "original" and summary["N"] == len(kept) and summary["splits"] == ["train"]
     assert summary["mean"] == pytest.approx(pixels.mean() / 255, abs=1e-12)
     assert summary["std"] == pytest.approx(pixels.std() / 255, abs=1e-12)
-    assert "nothing to do" in run_pack(tmp_path, "--size", "original", "--splits", "train").stdout
+    again = run_pack(tmp_path, "--size", "original", "--splits", "train").stdout
+    assert "nothing to do" in again and f"remove {out}/manifest.csv" in again
+    (out / "manifest.csv").unlink()
+    assert "packed" in run_pack(tmp_path, "--size", "original", "--splits", "train").stdout
+    assert table(out / "manifest.csv") == kept
 
 
 def test_twelve_bit_values_in_sixteen_bits_are_warned_of(tmp_path):
@@ -824,7 +858,9 @@ def test_mistakes_are_one_sentence(tmp_path):
     assert_user_error(attempt(b"path,split\nx.png,val\nx.png\n"), "row 3")
     assert_user_error(attempt(b"path,split\nx.png,val,1\n"), "row 2")
     assert_user_error(attempt("path\né.png\n".encode("latin-1")), "UTF-8")
-    assert_user_error(attempt(b"path\ny.png\nx.png\nz.png\n", "--require-files"), "'y.png' is missing")
+    said = attempt(b"path\ny.png\nx.png\nz.png\n", "--require-files", run=run_pack)
+    assert_user_error(said, "'y.png' is missing", "2 of 3 images", "complete the download")
+    assert not list((tmp_path / "out").iterdir())
     assert_user_error(attempt(b"path\ny.png\n", run=run_pack), "none of its rows", "missing", "rejected.csv")
     assert table(tmp_path / "out/rejected.csv") == [{"path": "y.png", "reason": "missing"}]
     assert sorted(contents(tmp_path / "out")) == ["rejected.csv"]
@@ -907,6 +943,38 @@ def test_killed_before_any_step_on_disk_it_ends_in_the_same_bytes(tmp_path, opti
         assert fork_pack(tmp_path, out, *options) == 0, kills
         assert finished_bytes(tmp_path, out) == expected, kills
     assert kills >= 19      # a part a row, two tables, images.npy, pack.json: synced, renamed; parts removed
+
+
+def test_a_second_packing_killed_before_any_step_on_disk_ends_in_the_bytes_of_a_first(tmp_path):
+    rows = mixed(tmp_path, 1)
+    write_index(tmp_path / "index.csv", rows[::3])
+    late = tmp_path / "raw" / next(row["path"] for row in rows[::3] if (tmp_path / "raw" / row["path"]).is_file())
+    content = late.read_bytes()
+    late.unlink()
+    assert fork_pack(tmp_path, "old") == 0
+    late.write_bytes(content)                           # it was missing at first
+    assert fork_pack(tmp_path, "whole") == 0
+    expected, kills, code = finished_bytes(tmp_path, "whole"), 0, -signal.SIGKILL
+    assert expected != finished_bytes(tmp_path, "old")
+    while code == -signal.SIGKILL:
+        kills += 1
+        out = f"cut{kills}"
+        shutil.copytree(tmp_path / "old", tmp_path / out)
+        text = (tmp_path / out / "pack.json").read_text()
+        (tmp_path / out / "pack.json").write_text(text.replace('"dataset": "old"', f'"dataset": "{out}"'))
+        (tmp_path / out / "images.npy").unlink()
+        code = fork_pack(tmp_path, out, kill_at=kills)
+        assert fork_pack(tmp_path, out) == 0, kills
+        assert finished_bytes(tmp_path, out) == expected, kills
+    assert code == 0 and kills >= 15
+
+
+def test_images_may_be_missing_from_a_finished_pack(tmp_path):
+    mixed(tmp_path, 1)
+    assert fork_pack(tmp_path, "out") == 0
+    missing = [row for row in table(tmp_path / "out/rejected.csv") if row["reason"] == "missing"]
+    assert missing and fork_pack(tmp_path, "out", "--require-files") == 0
+    assert fork_pack(tmp_path, "other", "--require-files") == 2
 
 
 def start(folder, out, *options, **popen):
@@ -992,6 +1060,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
     assert process.returncode == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert "File too large" in error and "the same command goes on" in error
     assert parts(tmp_path, "out") == 150 and not (tmp_path / "out/manifest.csv").exists()
+    assert not list((tmp_path / "out").rglob("*.tmp"))              # room for others on a full disk
     assert start(tmp_path, "out").wait() == 0
     assert finished_bytes(tmp_path, "out") == finished_bytes(tmp_path, "whole")
 
@@ -1011,6 +1080,36 @@ sys.addaudithook(lambda event, args: event == "open" and str(args[0]).endswith(c
     assert rejected == dict.fromkeys(["0040.png", "0043.png"], "unreadable: the decoder crashed")
     kept = [row["path"] for row in table(tmp_path / "out/manifest.csv")]
     assert kept == [f"{i:04}.png" for i in range(60) if i not in (31, 40, 43)]
+
+
+@pytest.mark.parametrize("problem, said", [
+    ("OSError(errno.ESTALE, os.strerror(errno.ESTALE))", "Stale file handle"),
+    ("OSError(errno.EIO, os.strerror(errno.EIO))", "Input/output error"), ("MemoryError()", "memory is short")])
+def test_storage_or_memory_that_fails_for_a_moment_costs_no_file(tmp_path, problem, said):
+    many(tmp_path, 60)
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(f"""
+import errno, os, sys
+def fail(event, args):
+    if event == "open" and str(args[0]).endswith("/0040.png"):
+        raise {problem}
+sys.addaudithook(fail)
+""")
+    result = run_pack(tmp_path, PYTHONPATH=str(tmp_path / "hook"))
+    assert_user_error(result, "0040.png", said, "the same command goes on")
+    assert run_pack(tmp_path).returncode == 0
+    assert [row["path"] for row in table(tmp_path / "out/rejected.csv")] == ["0031.png"]
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), OSError("truncated")])
+def test_a_file_that_may_not_be_read_is_rejected(tmp_path, monkeypatch, error):
+    def refuse(*_):
+        raise error
+
+    save(tmp_path / "raw/a.png", noise(9, 9))
+    monkeypatch.setattr(pack, "read_image", refuse)
+    config = {"raw": tmp_path / "raw", "size": 16, "channels": 1, "variant": "corrected", "dicom": "display"}
+    assert pack.pack_row("a.png", None, config)[0]["reason"].startswith("unreadable: ")
 
 
 def test_a_disk_that_is_full_in_a_worker_is_one_sentence(tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 import zlib
@@ -513,6 +514,22 @@ def test_a_sample_that_cannot_be_drawn_is_refused(refused, tmp_path, n):
     assert f"--n-pretrain {n}: 5 images are eligible" in message
 
 
+@pytest.mark.parametrize("dataset, flags", [
+    ("nih", []), ("nih", ["--pretrain", "all", "--n-pretrain", 2]), ("mimic_cxr", ["--n-pretrain", 2]),
+    ("covidx_ct", ["--n-pretrain", 2]), ("oct", ["--n-pretrain", 2]), ("imagenet", ["--n-pretrain", 2])])
+def test_a_negative_seed_is_refused(refused, tmp_path, dataset, flags):
+    message = refused(dataset, write(tmp_path / "raw", FILES[dataset]()), "--seed", "-1", *flags)
+    assert "--seed" in message and "-1" in message
+
+
+def test_ages_that_are_not_whole_are_rounded(read, tmp_path):
+    text = nih_files()["Data_Entry_2017_v2020.csv"].replace(",58,M", ",58.7,M")
+    table, _ = read("nih", write(tmp_path / "raw", nih_files() | {"Data_Entry_2017_v2020.csv": text}))
+    assert list(table.age) == ["59", "59", "0", "44", "71"]
+    rows = {PADCHEST_CSV: [PADCHEST_HEADER, padchest_row(1, PatientBirth="1950.7")]}
+    assert list(read("padchest", write(tmp_path / "pad", rows))[0].age) == ["63"]
+
+
 def test_nih_image_in_two_sizes_is_taken_from_the_shorter_path(read, tmp_path):
     small = {f"images-224/images-224/{Path(name).name}": b"" for name in nih_files() if name.endswith(".png")}
     table, _ = read("nih", write(tmp_path / "raw", nih_files() | small))
@@ -530,7 +547,8 @@ def test_nih_whole_findings_are_compared_and_unknown_ones_refused(refused, tmp_p
     ({"val_list.txt": None}, "no Xray14_val_official.txt* or val_list.txt*"),
     ({"val_list.txt": "00000007_001.png"}, "two lists"),
     ({"test_list.txt": None}, "test_list.txt"),
-    ({"test_list.txt": "00000099_000.png"}, "test_list.txt: no image of it ('00000099_000.png') is in"),
+    ({"test_list.txt": "00000099_000.png"}, "test_list.txt: 1 of its 1 images, as '00000099_000.png', are not in"),
+    ({"train_list.txt": "00000007_000.png\n00000007_002.png\n"}, "train_list.txt: 1 of its 2 images"),
     ({"Data_Entry_2017_v2020.csv": None}, "Data_Entry"),
 ])
 def test_nih_lists_that_cannot_be_are_refused(refused, tmp_path, change, said):
@@ -544,6 +562,12 @@ def test_nih_images_in_no_list_are_left_out(read, tmp_path):
 
 
 # ---- MIMIC-CXR ----
+
+def test_mimic_usage_lines_that_filter_write_an_index_of_their_own():
+    usage = re.findall(r"^    python (data_prep/.*)$", load_script("data_prep/mimic_cxr.py").__doc__, re.M)
+    filtered = [line for line in usage if "--views" in line]
+    assert len(filtered) == 1 and filtered[0].endswith("--out data/mimic_cxr_supervised/index.csv")
+
 
 @pytest.mark.parametrize("gz", ["", ".gz"])
 @pytest.mark.parametrize("below", ["", "2.0.0", "physionet.org/files/mimic-cxr-jpg/2.0.0"])
@@ -647,19 +671,22 @@ def test_chexpert_release_in_the_path_need_not_be_the_folder(read, tmp_path, rel
     assert list(table.columns) == FACTS + CHEXPERT
 
 
-def test_chexpert_full_release_in_parts_is_put_together(read, tmp_path):
+@pytest.mark.parametrize("below", ["chexpertchestxrays-u20210408", "download/chexpertchestxrays-u20210408"])
+def test_chexpert_full_release_in_parts_is_put_together(read, tmp_path, below):
     files = {Path(name).name: rows for name, rows in chexpert_files().items()}
     first = "CheXpert-v1.0 batch 1 (validate & csv)"
     parts = "CheXpert-v1.0 batch 2 (train 1)", "CheXpert-v1.0 batch 3 (train 2)"
-    raw = write(tmp_path / "raw" / "chexpertchestxrays-u20210408", {
+    raw = tmp_path / "raw"
+    write(raw / below, {
         **{f"{first}/{name}": rows for name, rows in files.items()},
         f"{first}/valid/patient00090/study1/view1_frontal.jpg": b"",
         f"{parts[0]}/patient00003/study1/view1_frontal.jpg": b"",
         f"{parts[0]}/patient00004/study2/view1_frontal.jpg": b"",
-        f"{parts[1]}/patient00004/study1/view1_frontal.jpg": b""}).parent
+        f"{parts[1]}/patient00004/study1/view1_frontal.jpg": b""})
     table, _ = read("chexpert", raw)
     assert all((raw / path).is_file() for path in table.path)
-    assert [path.split("/")[1] for path in table.path] == [first, parts[0], parts[1]]
+    folders = [path.removeprefix(f"{below}/").split("/")[0] for path in table.path]
+    assert folders == [first, parts[0], parts[1]]
 
 
 def test_chexpert_laterals_are_left_out_unless_all_views_are_asked(read, tmp_path):
@@ -851,6 +878,15 @@ def test_covidx_sample_is_drawn_from_all_splits(read, tmp_path):
     assert list(some.path) == list(table.path[:3])                      # nested
 
 
+def test_covidx_lists_that_are_absent_are_named(refused, tmp_path, capsys):
+    files = {name: text for name, text in covidx_files().items() if not name.startswith("train")}
+    raw = write(tmp_path / "raw", files)
+    with pytest.raises(SystemExit):
+        run("covidx_ct", raw, tmp_path / "out/index.csv", "--n-pretrain", 4)
+    said = capsys.readouterr()
+    assert "has no list of train" in said.out and "3 images are eligible" in said.err
+
+
 @pytest.mark.parametrize("folder", ["3A_images", "images", "COVIDx_CT-3A"])
 def test_covidx_image_folder_is_found_by_its_names(read, tmp_path, folder):
     files = {("splits/v3/" if name.endswith(".txt") else "") + name: text
@@ -910,6 +946,12 @@ def test_oct_passes_over_companions_and_childrens_radiographs(read, tmp_path):
         "CellData/chest_xray/train/NORMAL/NORMAL-28501-0001.jpeg": b"",
         "__MACOSX/OCT/train/CNV/._CNV-101-2.jpeg": b""})
     assert sorted(read("oct", raw, "--n-pretrain", "all")[0].path) == sorted(oct_files())
+
+
+def test_oct_files_of_unprintable_paths_are_counted_aloud(read, tmp_path, capsys):
+    odd = {"CellData/OCT/train/CNV/CNV-1\n1-1.jpeg": b"", "new\nline/train/CNV/CNV-9-1.jpeg": b""}
+    table, _ = read("oct", write(tmp_path / "raw", oct_files() | odd), "--n-pretrain", "all")
+    assert len(table) == 4 and "warning: 2 files left out" in capsys.readouterr().out
 
 
 def test_oct_second_copy_of_the_tree_counts_once(read, tmp_path):
@@ -1046,6 +1088,21 @@ def test_a_failed_run_leaves_the_index_of_the_last_one(read, refused, tmp_path):
     (raw / "test_list.txt").unlink()
     refused("nih", raw)
     assert (tmp_path / "out" / "index.csv").read_bytes() == before
+
+
+def test_a_disk_that_is_full_leaves_the_index_and_its_facts_as_they_were(read, refused, tmp_path):
+    raw, out = write(tmp_path / "raw", nih_files()), tmp_path / "out"
+    read("nih", raw)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert len(before["index.json"]) < len(before["index.csv"])
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["index.json"]), hard))        # bytes a file
+    try:
+        message = refused("nih", raw, "--pretrain", "all", "--n-pretrain", "all")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert "cannot be written" in message
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 # ---- hostile downloads ----

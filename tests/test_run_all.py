@@ -17,9 +17,10 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
+from PIL import Image
 
 META = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
-EXP, PLACE = "3.4", "results/demo"                  # an arm that needs another one's weights, c.0
+EXP, PLACE, DATA = "3.4", "results/demo-0.1", "data/demo-0.1"                  # an arm that needs another one's weights, c.0
 ENV = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
 
@@ -33,8 +34,8 @@ def project(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     # the miniature's miniature
     text = (folder / "experiments.yaml").read_text()
-    text, n = re.subn(r"(samples: 0, batch: 16, epochs: )10", r"\g<1>2", text)
-    text, m = re.subn(r"(finetune: \{epochs: )25(.*?seeds: )\[0, 11, 21\]", r"\g<1>2\2[0, 11]", text, flags=re.S)
+    text, n = re.subn(r"(samples: 0, batch: 16, epochs: )\d+", r"\g<1>2", text)
+    text, m = re.subn(r"(finetune: \{epochs: )\d+(.*?seeds: )\[0, 11, 21\]", r"\g<1>2\2[0, 11]", text, flags=re.S)
     assert n == m == 1
     (folder / "experiments.yaml").write_text(text)
     return folder
@@ -71,8 +72,8 @@ def test_the_demo_ends_in_a_report(project, demo):
     verdicts = pd.read_csv(project / PLACE / "verdicts.csv")
     assert len(verdicts) > 60
     # what is drawn says so at every stage
-    assert json.loads((project / "data/demo/mimic_cxr/pack.json").read_text())["stand_in"]
-    assert json.loads((project / "data/demo/nih/pack.json").read_text())["stand_in"]
+    assert json.loads((project / DATA / "mimic_cxr/pack.json").read_text())["stand_in"]
+    assert json.loads((project / DATA / "nih/pack.json").read_text())["stand_in"]
 
 
 @pytest.mark.slow
@@ -94,7 +95,7 @@ def test_running_twice_does_no_work_twice_and_a_newer_input_is_worked_on(project
 
 @pytest.mark.slow
 def test_index_and_manifest_contracts(project, demo):
-    folders = [path for path in (project / "data/demo").iterdir() if (path / "manifest.csv").exists()]
+    folders = [path for path in (project / DATA).iterdir() if (path / "manifest.csv").exists()]
     assert {path.name for path in folders} == {
         "nih", "mimic_cxr", "chexpert", "padchest", "vindr_cxr", "imagenet"}
     for folder in folders:
@@ -205,11 +206,11 @@ def test_slurm_jobs_are_chained_and_do_what_the_chain_does(project, demo, tmp_pa
     assert all("--account=me" in line for line in submitted)
     jobs = [(re.search(r"--dependency=(\S+)", line), line.split("job.sh ")[1]) for line in submitted]
     assert [(after and after[1], what) for after, what in jobs] == [
-        (None, "--only data"), ("afterok:1", "--only rows --exp c.0"),
+        (None, "--only data"), ("afterok:1", "--only pretrain --exp c.0"),
         ("afterok:1:2", f"--only rows --exp {EXP}"), ("afterok:2:3", "--only results")] or jobs[3][0][1] == "afterok:3:2"
     assert f"{EXP}/pretrain/backbone.pt is complete" in (tmp_path / "3.out").read_text()
-    new = {path for path in set(state(project)) - set(before)}
-    assert all("/runs/c.0/" in str(path) for path in new)           # its fine-tuning, which EXP has no use for
+    assert "c.0/pretrain/backbone.pt is complete" in (tmp_path / "2.out").read_text()
+    assert state(project) == before             # nothing but what the chain does: c.0 is not fine-tuned
 
 
 @pytest.mark.slow
@@ -227,7 +228,7 @@ def test_two_nodes_are_two_launchers_that_meet(project, demo):
         assert [node.returncode for node in running] == [0] * nodes, said
         return "".join(said)
 
-    row = ["--exp", "3.3", "--miniature", "true", "--data", "data/demo"]
+    row = ["--exp", "3.3", "--miniature", "true", "--data", DATA]
     for nodes in (1, 2):
         out = f"on{nodes}"
         said = run(["pretrain/gmml.py", *row, "--steps", "6", "--out", f"{out}/pretrain"], nodes)
@@ -235,7 +236,7 @@ def test_two_nodes_are_two_launchers_that_meet(project, demo):
         run(["finetune/classify.py", *row, "--seeds", "0", "--steps", "4", "--out", f"{out}/finetune",
              "--init", f"{out}/pretrain/backbone.pt"], nodes)
         run(["evaluate/predict.py", "--checkpoint", f"{out}/finetune/seed0/classifier.pt", "--manifest",
-             "data/demo/nih/manifest.csv", "--batch", "8", "--out", f"{out}/nih_test.csv"], nodes)
+             f"{DATA}/nih/manifest.csv", "--batch", "8", "--out", f"{out}/nih_test.csv"], nodes)
     for name in ("pretrain/backbone.pt", "finetune/seed0/classifier.pt"):
         one, two = (torch.load(project / f"on{nodes}" / name, weights_only=True)["model"] for nodes in (1, 2))
         assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5, name
@@ -277,10 +278,16 @@ def test_folders_and_python_may_have_blanks_and_quotes_in_their_names(project, t
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     flags = ["--demo", "--only", "data", "--exp", "2.1", "--tests", "nih_test", "--scale", 0.02]
-    result = run_all(project, *flags, "--data", "pa cks #1's", "--raw", "ra w#'s", env={**ENV, "PYTHON": str(python)})
+    flags += ["--data", "pa cks #1's", "--raw", "ra w#'s"]
+    result = run_all(project, *flags, env={**ENV, "PYTHON": str(python)})
     assert result.returncode == 0, result.stderr
     images = np.load(project / "pa cks #1's/nih/images.npy", mmap_mode="r")
     assert len(images) > 3 and (project / "ra w#'s/nih/Data_Entry_2017_v2020.csv").exists()
+    # At another scale into the same folder: drawn and packed anew.
+    flags[flags.index("--scale") + 1] = 0.03
+    assert run_all(project, *flags).returncode == 0
+    assert len(np.load(project / "pa cks #1's/nih/images.npy", mmap_mode="r")) > len(images)
+    assert all(line.endswith("is complete") for line in run_all(project, *flags).stdout.splitlines())
 
 
 def test_a_dry_run_at_another_scale_leaves_the_demo_as_it_is(project, demo):
@@ -308,10 +315,187 @@ def test_the_whole_grid_is_planned(project):
 @pytest.mark.parametrize("flags, fragment", [
     (["--exp", "3.44"], "no experiment '3.44'; nearest: 3.4"), (["--fast"], "unknown option --fast"),
     (["--nproc", "two"], "not a number of processes"), (["--exp"], "--exp needs a value"),
-    (["--tests", "nih_tets"], "--tests has no nih_tets"), (["--only", "some"], "--only is some")])
+    (["--tests", "nih_tets"], "--tests has no nih_tets"), (["--only", "some"], "--only is some"),
+    (["--tests", "nih_val"], "--tests has no nih_val")])            # which chooses the epoch
 def test_mistakes_on_the_command_line(project, flags, fragment):
     result = run_all(project, *flags)
     assert result.returncode == 2 and fragment in result.stderr.strip().splitlines()[-1]
+
+
+def test_a_python_without_torch_is_one_sentence(project, tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\necho Traceback >&2\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    result = run_all(project, env={**ENV, "PYTHON": str(tmp_path / "python")})
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {tmp_path}/python has no torch")
+    assert result.stderr.count("\n") == 1
+
+
+# The chain's own logic, with scripts that only write down their names and make their files
+
+STUB = '''#!{python}
+import os, re, sys
+from pathlib import Path
+if sys.argv[1] == "-c":
+    sys.exit(print(0))
+if sys.argv[1] == "evaluate/plan.py":
+    os.execv("{python}", ["{python}", *sys.argv[1:]])
+line = " ".join(sys.argv[1:])
+name = Path(sys.argv[1]).stem
+out = Path(sys.argv[sys.argv.index("--out") + 1])
+with open("{calls}", "a") as calls:
+    calls.write(name + "\\n")
+if name == os.environ.get("FAIL"):
+    sys.exit("error: it fails")
+made = {{"pack": ["manifest.csv"], "medmnist": ["manifest.csv"], "gmml": ["backbone.pt"],
+        "classify": [f"seed{{seed}}/classifier.pt" for seed in (0, 11, 21, 42, 100)], "compare": ["verdicts.csv"],
+        "describe": ["figure1.svg", "overlaps.csv"], "report": ["report.html"]}}.get(name, [""])
+files = [out / file for file in made]
+if name == "predict":
+    tests = re.findall("--set (\\\\w+)=", line)
+    files = [Path(str(out).format(seed=seed), f"{{test}}.csv") for seed in (0, 11, 21, 42, 100) for test in tests]
+for file in files:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(line)
+if os.environ.get("TOUCH") == name:
+    Path(os.environ["TOUCHED"]).touch()
+'''
+
+
+@pytest.fixture
+def chain(project, tmp_path):
+    """Call run_all.sh with the stub. Returns: the names of the scripts it ran, or its mistake."""
+    calls = tmp_path / "calls"
+    python = tmp_path / "python"
+    python.write_text(STUB.format(python=sys.executable, calls=calls))
+    python.chmod(0o755)
+
+    def call(*flags, **env):
+        calls.write_text("")
+        result = run_all(project, "--data", tmp_path / "data", "--out", tmp_path / "out", "--tests", "nih_test",
+                         *flags, env={**ENV, "PYTHON": str(python), **env})
+        return calls.read_text().split() if result.returncode == 0 else result.stderr
+    return call
+
+
+def test_a_step_runs_again_when_its_command_changes(chain, tmp_path):
+    assert chain("--exp", "2.1") == ["nih", "pack", "classify", "predict", "metrics", "compare", "compare",
+                                     "describe", "report"]
+    assert chain("--exp", "2.1") == []
+    assert chain("--exp", "2.2") == ["classify", "predict", "metrics", "compare", "report"]
+    assert "2.2/predictions" in (tmp_path / "out/results/metrics.csv").read_text()
+    assert chain("--exp", "2.1") == ["metrics", "compare", "report"]
+    assert "2.1/predictions" in (tmp_path / "out/results/metrics.csv").read_text()
+    assert chain("--exp", "2.1", "--nproc", 2) == []                # the same command on more processes
+
+
+def test_the_report_shows_overlaps_where_a_row_pretrains_on_a_pack(chain, tmp_path):
+    report = tmp_path / "out/results/report.html"
+    chain("--exp", "2.1,0.2.3")                                     # which reads the files themselves
+    assert "--overlaps" not in report.read_text()
+    chain("--exp", "2.1,3.1")
+    assert f"--overlaps {report.parent}/figures/overlaps.csv" in report.read_text()
+
+
+def test_a_step_that_failed_runs_again_though_an_older_run_ended_well(chain):
+    chain("--exp", "2.1")
+    assert "metrics.csv was not made" in chain("--exp", "2.2", FAIL="metrics")
+    assert chain("--exp", "2.1") == ["metrics", "compare", "report"]
+
+
+def test_an_input_that_changes_while_its_step_runs_is_newer(chain, tmp_path):
+    index = tmp_path / "data/nih/index.csv"
+    chain("--exp", "2.1", TOUCH="pack", TOUCHED=str(index))
+    assert chain("--exp", "2.1")[0] == "pack"
+    assert chain("--exp", "2.1") == []
+
+
+def test_the_index_is_made_again_until_its_images_are_packed(chain, tmp_path):
+    assert "manifest.csv was not made" in chain("--exp", "2.1", FAIL="pack")
+    assert chain("--exp", "2.1", "--only", "data") == ["nih", "pack"]
+    assert chain("--exp", "2.1", "--only", "data") == []
+
+
+def test_an_index_made_by_hand_is_not_the_chains(chain, tmp_path):
+    (tmp_path / "data/nih").mkdir(parents=True)
+    (tmp_path / "data/nih/index.csv").write_text("path\n")
+    assert chain("--exp", "2.1", "--only", "data") == ["nih", "pack"]
+    (tmp_path / "data/nih/index.csv").write_text("path\n")          # pack.py compares it with the one it packed
+    assert chain("--exp", "2.1", "--only", "data") == ["pack"]
+
+
+def test_pretraining_alone_is_no_fine_tuning(chain):
+    assert chain("--exp", "3.1", "--only", "data") == ["nih", "pack", "nih", "pack"]
+    assert chain("--exp", "3.1", "--only", "pretrain") == ["gmml"]
+    assert chain("--exp", "3.1", "--only", "rows") == ["classify", "predict"]
+
+
+def test_finished_packs_of_the_open_half_need_no_download(chain, tmp_path):
+    raw = tmp_path / "files"
+    assert "fetch chestmnist_224.npz" in chain("--open", "--exp", "2.1", "--raw", raw)
+    raw.mkdir()
+    (raw / "chestmnist_224.npz").touch()
+    assert chain("--open", "--exp", "2.1", "--raw", raw, "--only", "data") == ["medmnist"]
+    (raw / "chestmnist_224.npz").unlink()
+    assert chain("--open", "--exp", "2.1", "--raw", raw, "--only", "rows") == ["classify", "predict"]
+
+
+def test_a_download_that_is_not_complete_stops_the_chain_and_the_same_command_goes_on(project, tmp_path):
+    raw = tmp_path / "raw/nih"
+    (raw / "images").mkdir(parents=True)
+    names = [f"0000000{i}_000.png" for i in range(1, 7)]
+    header = "Image Index,Finding Labels,Patient Age,Patient Gender,View Position\n"
+    (raw / "Data_Entry_2017_v2020.csv").write_text(header + "".join(f"{name},Mass,50,F,PA\n" for name in names))
+    for split, some in (("train", names[:2]), ("val", names[2:4]), ("test", names[4:])):
+        (raw / f"{split}_list.txt").write_text("\n".join(some))
+
+    def download(names, folder="images"):
+        (raw / folder).mkdir(exist_ok=True)
+        for name in names:
+            Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(raw / folder / name)
+
+    command = ["--exp", "2.1", "--tests", "nih_test", "--only", "data", "--raw", raw.parent, "--data", tmp_path / "data"]
+    download(names[:4])
+    result = run_all(project, *command)
+    assert result.returncode == 2 and "2 of 6 images are" in result.stdout, result.stderr
+    assert not (tmp_path / "data/nih/manifest.csv").exists()
+    download(names[4:], "images_002")                               # elsewhere than the index of before said
+    assert run_all(project, *command).returncode == 0
+    assert list(pd.read_csv(tmp_path / "data/nih/manifest.csv").path) == [
+        f"{'images' if name in names[:4] else 'images_002'}/{name}" for name in names]
+    assert all(line.endswith("is complete") for line in run_all(project, *command).stdout.splitlines())
+
+
+@pytest.mark.parametrize("there, made", [
+    ([], True), (["bin/python"], False), (["requirements.sha256", "old"], True)])
+def test_a_virtual_environment_of_somebody_else_is_left_alone(project, tmp_path, there, made):
+    """With a stand-in for python3 that makes the environment's python, which pip's command fails under FAIL."""
+    for name in there:
+        (tmp_path / ".venv" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".venv" / name).write_text("theirs")
+    (tmp_path / "requirements.txt").write_text("numpy\n")
+    (tmp_path / "python3").write_text("""#!/bin/sh
+        [ "$1" = -m ] || exit 0
+        mkdir -p .venv/bin
+        printf '#!/bin/sh\\n[ -z "$FAIL" ]' > .venv/bin/python
+        chmod +x .venv/bin/python
+    """)
+    (tmp_path / "python3").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env.pop("PYTHON", None)
+
+    def set_up(**more):
+        command = ["bash", "-euc", f'. "{project}/tests/setup_env.sh"; echo "$PYTHON"']
+        return subprocess.run(command, cwd=tmp_path, env=env | more, capture_output=True, text=True)
+
+    result = set_up(FAIL="1")
+    assert result.returncode == 2 and result.stderr.startswith("error: "), result.stderr
+    if not made:
+        assert ".venv was not made" in result.stderr and (tmp_path / ".venv/bin/python").read_text() == "theirs"
+        return
+    assert "pip could not install" in result.stderr                 # and the half of it is no obstacle
+    result = set_up()
+    assert result.returncode == 0 and result.stdout.endswith(".venv/bin/python\n")
+    assert not (tmp_path / ".venv/old").exists() and set_up().stdout == ".venv/bin/python\n"
 
 
 def test_the_first_failure_stops_the_chain_with_output_and_log(project):
