@@ -146,5 +146,5 @@ step results "$results/figures/figure1.svg" "${packs[@]/%//manifest.csv}" -- \
   --overlap "${!seen[@]}" --against "${tested[@]}"
 step results "$results/report.html" "$results/verdicts.csv" "$results/figures/overlaps.csv" -- \
   "$PYTHON" evaluate/report.py --metrics "$results/metrics.csv" --out "$results" --runs "$runs" --predictions "$runs" \
-  --verdicts "$results"/{,published/}verdicts.csv ${seen[*]:+--overlaps "$results/figures/overlaps.csv"}
+  --data "$data" --verdicts "$results"/{,published/}verdicts.csv ${seen[*]:+--overlaps "$results/figures/overlaps.csv"}
 [ "$dry_run$only" ] || echo "complete; the report is $results/report.html"

@@ -359,6 +359,16 @@ def test_a_resnet_is_exported_without_its_classifier_and_with_its_statistics(fin
     assert content["bn1.num_batches_tracked"] == 4          # validated after two steps, and not one of them
 
 
+def test_validation_is_optional_and_its_images_in_training_are_pointed_out(findings, tmp_path, monkeypatch, capsys):
+    flags = ["--manifest", findings, "--device", "cpu", "--model_args", json.dumps(VIT), "--batch", 16, "--epochs", 2]
+    n_val = (pd.read_csv(findings)["split"] == "val").sum()
+    run_here(supervised, monkeypatch, *flags, "--out", tmp_path / "apart", "--val_epochs", 0)
+    assert "warning" not in capsys.readouterr().err
+    assert ["val_auc" in line for line in log_of(tmp_path / "apart")] == [True]         # at the end alone
+    run_here(supervised, monkeypatch, *flags, "--out", tmp_path / "all", "--split", "all")
+    assert f"warning: {n_val} images are in training and in validation" in capsys.readouterr().err
+
+
 def test_it_learns_labels(findings, tmp_path, monkeypatch):
     run_here(supervised, monkeypatch, "--manifest", findings, "--out", tmp_path, "--device", "cpu",
              "--model_args", json.dumps(VIT), "--batch", 16, "--epochs", 40, "--warmup_epochs", 1,
