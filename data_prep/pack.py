@@ -47,6 +47,8 @@ MAX_BYTES = 1 << 30                     # a DICOM file is read whole before its 
 SHARD = 32                              # most rows of a part: the work of a worker that a kill can cost
 STAND_IN = "drawn by data_prep/demo.py"
 DICOM = {"corrected": "display", "paper": "paper"}      # the conversion of each variant
+# Errors that come of a file itself, a decoder's own (None) or of a seek to nowhere: others are the storage's.
+OF_THE_FILE = None, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOVERFLOW, errno.ENAMETOOLONG
 TEXT = {"mode": "w", "newline": "", "encoding": "utf-8"}
 STOPS = signal.SIGINT, signal.SIGTERM
 
@@ -233,7 +235,7 @@ def pack_row(path, earlier, config):
     except MemoryError:
         raise OSError(errno.ENOMEM, "memory is short", path)
     except Exception as error:                  # a decoder may raise anything at all on a broken file
-        if getattr(error, "errno", None) not in (None, errno.EACCES, errno.ENAMETOOLONG):
+        if isinstance(error, OSError) and error.errno not in OF_THE_FILE:
             error.filename = path
             raise
         text = " ".join(str(error).split())[:300] or type(error).__name__

@@ -509,6 +509,7 @@ BAD = {     # name: (how to make it, what the reason starts with)
     "empty.png": (lambda path: path.touch(), "unreadable: cannot identify image file"),
     "empty.dcm": (lambda path: path.touch(), "wrong type: DICOM None"),
     "text.png": (lambda path: path.write_text("<html>404</html>"), "unreadable: cannot identify image file"),
+    "far.tif": (lambda path: path.write_bytes(b"II+\0\x08\0\0\0" + b"\xff" * 7 + b"\x7f"), "unreadable: [Errno 22]"),
     "text.dcm": (lambda path: path.write_text("not a dicom file at all, just words " * 9), "wrong type"),
     "folder.png": (lambda path: path.mkdir(), "wrong type: not a regular file"),
     "pipe.png": (os.mkfifo, "wrong type: not a regular file"),
@@ -1110,6 +1111,7 @@ def test_a_file_that_may_not_be_read_is_rejected(tmp_path, monkeypatch, error):
     monkeypatch.setattr(pack, "read_image", refuse)
     config = {"raw": tmp_path / "raw", "size": 16, "channels": 1, "variant": "corrected", "dicom": "display"}
     assert pack.pack_row("a.png", None, config)[0]["reason"].startswith("unreadable: ")
+    assert "reason" in pack.pack_row(f"{'a' * 300}.png", None, config)[0]
 
 
 def test_a_disk_that_is_full_in_a_worker_is_one_sentence(tmp_path):

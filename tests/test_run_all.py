@@ -20,7 +20,7 @@ from conftest import ROOT
 from PIL import Image
 
 META = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
-EXP, PLACE, DATA = "3.4", "results/demo-0.1", "data/demo-0.1"                  # an arm that needs another one's weights, c.0
+EXP, PLACE, DATA = "3.4", "results/demo-0.1", "data/demo-0.1"       # it needs the weights of c.0
 ENV = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
 
