@@ -140,7 +140,7 @@ def sample(pool, n, seed):
     size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
     if not 0 < size <= len(pool) or seed < 0:
         fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`, by a --seed "
-             f"of 0 or more, not {seed}")
+             f"of 0 or more ({seed} was given)")
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
@@ -162,7 +162,7 @@ def write_index(table, args, **facts):
         if part.exists():
             part.unlink()
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, facts)
+    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
 # --- end copy: write index ---
 
 

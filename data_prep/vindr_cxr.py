@@ -138,7 +138,7 @@ def write_index(table, args, **facts):
         if part.exists():
             part.unlink()
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, facts)
+    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
 # --- end copy: write index ---
 
 

@@ -1,8 +1,8 @@
 """Prediction: a trained classifier's probability of every label, for packed test sets or a folder of files.
 
     python evaluate/predict.py --checkpoint classifier.pt --manifest data/nih/manifest.csv --out nih_test.csv
-    python evaluate/predict.py --checkpoint run/seed*/classifier.pt --set nih_test=data/nih/manifest.csv:test
-        --out 'predictions/seed{seed}'
+    python evaluate/predict.py --checkpoint run/seed*/classifier.pt --out 'predictions/seed{seed}' \\
+        --set nih_test=data/nih/manifest.csv:test --set padchest=data/padchest/manifest.csv:test
     python evaluate/predict.py --checkpoint classifier.pt --images my_radiographs --out predictions.csv
     python evaluate/predict.py --checkpoint backbone.pt --features --images my_radiographs --out features.csv
 Reads   classifier.pt of finetune/classify.py; manifest.csv and images.npy beside it (without it the 8-bit PNG
@@ -239,8 +239,9 @@ def predict(model, facts, manifest, split, file, args, device):
     write_atomic(file, lambda stream: table.to_csv(                         # last: if it is there, all is
         stream, mode="wb", index=False, float_format="%.8g", lineterminator="\n"))
     counted = "are left out" if args.mask else "count as 0, with --mask they are left out"
-    if "patient" not in rows:
-        print(f"warning: {manifest} has no column patient: intervals will take images for patients")
+    if known and "patient" not in rows:
+        print(f"warning: {manifest} has no column patient: intervals will take images for patients",
+              file=sys.stderr)
     print(f"{file}: {n:,} images, {len(known)} of {len(labels)} labels with truth"
           + f"; {unknown:,} unknown cells {counted}" * (unknown > 0))
 

@@ -153,8 +153,6 @@ class Results:
         self.frame = frame
         self.exps = list(frame.exp.unique())
         self.arms = [exp for exp in self.exps if not exp.endswith("-ensemble")]
-        drawn = frame.exp[frame.stand_in != ""].unique()
-        self.marks = {exp: " (stand-ins)" if exp in drawn else "" for exp in self.arms}
         self.runs = frame.query("exp in @self.arms").groupby("exp").seed.nunique().sum()
         names = list(frame.dataset.unique())
         names = [name for name in names if not name.endswith("_val")] or names      # for thresholds
@@ -292,7 +290,7 @@ def difference_figure(found, results, names, baseline, path, narrow):
         y = rows.exp.map(exps.index) + .16 * (place - middle) * narrow
         errors = [rows.effect - rows.ci_low, rows.ci_high - rows.effect]
         axis.errorbar(rows.effect, y, xerr=errors, fmt="o", color=f"C{place}", label=shown)
-    shown = exps if narrow else [f"{exp} {names[exp]}{results.marks[exp]}" for exp in exps]
+    shown = exps if narrow else [f"{exp} {names[exp]}" for exp in exps]
     axis.set_yticks(range(len(exps)), shown)
     axis.set_ylim(len(exps) - .5, -.5)                  # the first on top
     axes[0, panels // 2].set_xlabel(f"difference in AUC to {baseline}, 95 % interval")
@@ -317,7 +315,7 @@ def disease_figure(results, grid, names, path):
             line = cells.query("exp == @exp and column in @ticks")
             shift = (place + .5) / len(results.arms) - .5               # side by side
             x = line.column.map(ticks.index) + .5 * shift
-            draw_line(axis, x, line, f"{exp} {names[exp]}{results.marks[exp]}")
+            draw_line(axis, x, line, f"{exp} {names[exp]}")
     return save(figure, path, legend=2)
 
 
@@ -385,8 +383,8 @@ def decision_figure(folder, exp, dataset, path):
     table = table.apply(pd.to_numeric, errors="coerce").groupby("path").mean()
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []
-    names = {column[5:] for column in table if column.startswith("true_")}
-    for label in sorted(name for name in names if f"prob_{name}" in table):
+    labels = [column[5:] for column in table if column.startswith("true_")]
+    for label in [label for label in labels if f"prob_{label}" in table]:
         y, p = table[[f"true_{label}", f"prob_{label}"]].dropna().to_numpy().T
         if len(set(y)) == 2:
             precision, recall, _ = precision_recall_curve(y, p)
@@ -540,6 +538,8 @@ def compose(args):
     columns = ["metric", "labels", "left", "right"]
     pairs = beside(args.verdicts[:1], "comparisons.csv", columns, ["effect", *ENDS])
     logs = read_logs(args.runs) if args.runs else None
+    drawn = set(results.frame.query("stand_in != ''").exp)
+    names = {exp: name + " (stand-ins)" * (exp in drawn) for exp, name in names.items()}    # in the figures
     folder = args.out / "figures"                       # written once everything is read
     if args.predictions:
         page["curves"] = decision_figure(args.predictions, args.arm, results.main, folder / "curves")
