@@ -196,7 +196,7 @@ def read_targets(manifest, rows, task):
     if len(labels) == 1 and task != "multilabel":
         cells = rows[labels[0]]
         if "" in cells:
-            fail(f"{manifest} row {rows['row'][cells.index('')] + 2}: no class in column '{labels[0]}'")
+            fail(f"{manifest} row {rows['row'][cells.index('')]}: no class in column '{labels[0]}'")
         names = sorted(set(cells), key=lambda name: (len(name), name))      # numbers in numeric order
         numbers = {name: number for number, name in enumerate(names)}
         return torch.tensor([numbers[cell] for cell in cells]), names
@@ -205,7 +205,7 @@ def read_targets(manifest, rows, task):
     if task == "multilabel" or task == "auto" and (n_positive != 1).any():
         return values, labels
     for place in (n_positive != 1).nonzero()[:1, 0]:
-        fail(f"{manifest} row {rows['row'][place] + 2}: {n_positive[place]:.0f} of the classes are 1; "
+        fail(f"{manifest} row {rows['row'][place]}: {n_positive[place]:.0f} of the classes are 1; "
              "task=classes needs exactly one")
     return values.argmax(1), labels
 
@@ -227,11 +227,10 @@ def augment(images, u, config):
 def validation_rows(manifest, rows, config):
     """The first rows of split `val`; variant paper: of the training images, as in the released loader."""
     paper = config["variant"] == "paper"
-    rows = rows if paper else read_manifest(manifest, "all")
+    rows = rows if paper else read_manifest(manifest)
     splits = rows.get("split", [""] * len(rows["row"]))
     places = [place for place, split in enumerate(splits) if paper or split == "val"][:config["val_samples"]]
-    chosen = {name: [rows[name][place] for place in places] for name in rows if name != "n_rows"}
-    return {**chosen, "row": rows["row"][places], "n_rows": rows["n_rows"]}
+    return {name: [rows[name][place] for place in places] for name in rows}
 
 
 def scores(logits, targets):
@@ -248,12 +247,12 @@ def train(config, args, rank, world_size, device):
     """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
     rows = read_manifest(args.manifest, args.split, config["samples"])
     val_rows = validation_rows(args.manifest, rows, config)
-    both = {name: [*rows[name], *val_rows[name]] for name in rows if name != "n_rows"}
+    both = {name: [*rows[name], *val_rows[name]] for name in rows}
     targets, labels = read_targets(args.manifest, both, config["task"])
     n_images, n_val, batch = len(rows["row"]), len(val_rows["row"]), config["batch"]
     val_targets, targets = targets[n_images:], targets[:n_images].to(device)
-    images = open_images(args.manifest, rows, config["in_chans"], device)
-    val_images = open_images(args.manifest, val_rows, config["in_chans"], device)
+    images = open_images(args.manifest, rows["path"], config["in_chans"], device)
+    val_images = open_images(args.manifest, val_rows["path"], config["in_chans"], device)
 
     torch.manual_seed(config["seed"])
     model = make_model(config, len(labels), config["drop_path"])
@@ -431,11 +430,10 @@ def mixed_precision(device):
 
 
 # --- begin copy: manifest ---
-def read_manifest(manifest, split, samples=0):
-    """The first `samples` rows of some splits (names with commas, or all) of a manifest.csv: {column: texts}.
+def read_manifest(manifest, split="all", samples=0):
+    """The first `samples` rows of some splits (names with commas, or all) of a manifest.csv.
 
-    Two more entries: "row", their numbers from 0, which are those of images.npy, int64 [N]; "n_rows", the
-    number of rows in the file.
+    Returns: {column: list of texts}; a further column, row, has their numbers in the file, whose header is 1.
     """
     with or_fail(f"read the manifest {manifest}"):
         with open(manifest, newline="", encoding="utf-8-sig") as file:
@@ -443,43 +441,45 @@ def read_manifest(manifest, split, samples=0):
         for number, row in enumerate(rows, 2):
             if len(row) != len(header):
                 raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
-        if "path" not in header or {"", "row", "n_rows"} & {*header} or len({*header}) < len(header):
+        if "path" not in header or "" in header or len({*header}) < len(header):
             raise ValueError("it needs columns with different names, one of them path, and commas between "
                              f"them; it has {', '.join(header)}")
         columns = dict(zip(header, zip(*rows)))
+        columns["row"] = range(2, 2 + len(rows))
         splits, names = columns.get("split", ["all"] * len(rows)), {*split.split(",")}
         if "all" in names or "split" not in columns:
             names = {*splits}
         for name in names - {*splits}:
             raise ValueError(f"no row is of split {name!r}; there are {', '.join(sorted({*splits}))}")
-        kept = [number for number, name in enumerate(splits) if name in names]
+        kept = [place for place, name in enumerate(splits) if name in names]
         if len(kept) < (samples or 1):
             raise ValueError(f"{len(kept)} rows of split {split}, {samples or 1} are needed")
     kept = kept[:samples or None]
-    columns = {name: [cells[number] for number in kept] for name, cells in columns.items()}
-    return {**columns, "row": torch.tensor(kept), "n_rows": len(rows)}
+    return {name: [cells[place] for place in kept] for name, cells in columns.items()}
 # --- end copy: manifest ---
 
 
 # --- begin copy: images ---
-def open_images(manifest, rows, in_chans, device):
-    """A function from places among the rows, int64 [B], to images, uint8 [B, C, H, W] on the device.
+def open_images(manifest, paths, in_chans, device):
+    """A function from places among the paths, int64 [B], to images, uint8 [B, C, H, W] on the device.
 
-    They come from images.npy beside the manifest, held in GPU memory if they fit. Without that file the 8-bit
-    PNG and JPEG files named in `path` are decoded, into a list as they may differ in size.
+    They come from images.npy beside the manifest, whose rows are those of manifest.csv there, held in GPU
+    memory if they fit. Without images.npy the 8-bit PNG and JPEG files themselves are decoded, into a list as
+    they may differ in size.
     """
-    file, pack = (Path(manifest).with_name(name) for name in ("images.npy", "pack.json"))
+    folder = Path(manifest).parent
+    file, own, pack = folder / "images.npy", folder / "manifest.csv", folder / "pack.json"
     if not file.is_file():
         with or_fail(f"read {pack}"):
-            root = Path(json.loads(pack.read_text())["raw"]) if pack.is_file() else file.parent
-        absent = [path for path in rows["path"] if not Path(root, path).is_file()]
+            root = Path(json.loads(pack.read_text())["raw"]) if pack.is_file() else folder
+        absent = [path for path in paths if not Path(root, path).is_file()]
         if absent:
-            fail(f"{len(absent):,} of {len(rows['path']):,} images of {manifest} are not there, the first is "
+            fail(f"{len(absent):,} of {len(paths):,} images of {manifest} are not there, the first is "
                  f"{root / absent[0]}; paths count from {root}")
         pool, mode = ThreadPoolExecutor(8), "L" if in_chans == 1 else "RGB"
 
         def read(place):
-            path = root / rows["path"][place]
+            path = root / paths[place]
             try:
                 image = Image.open(path, formats=["PNG", "JPEG"])
                 if image.mode[0] in "IF":
@@ -493,18 +493,18 @@ def open_images(manifest, rows, in_chans, device):
                 return list(pool.map(read, places))
         return read_all
 
+    packed_paths = read_manifest(own)["path"]
+    number_of = {path: number for number, path in enumerate(packed_paths)}
     with or_fail(f"read {file}; pack the dataset again"):
         packed = torch.from_numpy(np.load(file, mmap_mode="c"))             # c: torch wants it writable
         n, *sides = packed.shape
-        if packed.dtype != torch.uint8 or n != rows["n_rows"] or len(sides) != 2 and sides[2:] != [3]:
-            raise ValueError(f"{packed.dtype} {(n, *sides)} are not {rows['n_rows']} images")
-    own = file.with_name("manifest.csv")
-    if own.is_file() and own.name != Path(manifest).name:
-        paths = read_manifest(own, "all")["path"]
-        if rows["path"] != [paths[number] for number in rows["row"]]:
-            fail(f"the paths of {manifest} are not row by row those of {own}, the rows of {file}; put it "
-                 "into another folder to read the files themselves")
-    packed, numbers = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2), rows["row"]
+        matched = n == len(packed_paths) == len(number_of)
+        if packed.dtype != torch.uint8 or len(sides) != 2 and sides[2:] != [3] or not matched:
+            raise ValueError(f"{packed.dtype} {(n, *sides)} are not the images of {own}, "
+                             f"{len(packed_paths)} rows of {len(number_of)} paths")
+    with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
+        numbers = torch.tensor([number_of[path] for path in paths])
+    packed = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2)
     if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
@@ -522,7 +522,7 @@ def step_generator(*numbers, device="cpu"):
 
 
 # --- begin copy: label columns ---
-FACTS = ["path", "patient", "study", "split", "view", "sex", "age", "race", "row", "n_rows"]  # no labels
+FACTS = ["path", "patient", "study", "split", "view", "sex", "age", "race", "row"]           # no labels
 
 
 def read_labels(manifest, rows, columns, uncertain="zeros", blank="zero"):
@@ -534,7 +534,7 @@ def read_labels(manifest, rows, columns, uncertain="zeros", blank="zero"):
     table = np.array([[codes.get(cell, 3) for cell in rows[column]] for column in columns]).T
     for place, column in np.argwhere(table == 3)[:1]:
         name = columns[column]
-        fail(f"{manifest} row {rows['row'][place] + 2}: label '{name}' is '{rows[name][place]}'; "
+        fail(f"{manifest} row {rows['row'][place]}: label '{name}' is '{rows[name][place]}'; "
              "expected 1, 0, -1 or blank")
     unknown = (table == -1) & (uncertain == "ignore") | (table == 2) & (blank == "ignore")
     positive = (table == 1) | (table == -1) & (uncertain == "ones")

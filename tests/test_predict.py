@@ -180,17 +180,26 @@ def test_rows_in_another_order_have_the_same_values(model_file, packed, tmp_path
     np.testing.assert_allclose(np.load(tmp_path / "a.npy")[order], np.load(tmp_path / "b.npy"), atol=1e-5)
 
 
-def test_a_manifest_of_another_order_does_not_take_the_pixels_of_others(model_file, packed, tmp_path, monkeypatch, capsys):
+def test_another_csv_beside_the_pack_takes_its_pixels_by_path(model_file, packed, tmp_path, monkeypatch, capsys):
     shutil.copytree(packed.parent, tmp_path / "data")
     table = pd.read_csv(packed, dtype=str, keep_default_na=False)
-    table.assign(mine="1").to_csv(tmp_path / "data/mine.csv", index=False)          # as packed
-    table[::-1].to_csv(tmp_path / "data/turned.csv", index=False)
-    flags = ["--checkpoint", model_file[0], "--out", tmp_path / "p.csv", "--manifest"]
-    run(monkeypatch, *flags, tmp_path / "data/mine.csv")
-    assert {"turned.csv", "manifest.csv"} <= {Path(word.strip(",;")).name for word in refused(
-        monkeypatch, capsys, *flags, tmp_path / "data/turned.csv").split()}
-    said = refused(monkeypatch, capsys, *flags[:3], tmp_path / "data/mine.csv", "--manifest", tmp_path / "data/mine.csv")
-    assert "manifest itself" in said and pd.read_csv(tmp_path / "data/mine.csv", dtype=str).shape == (23, 8)
+    table[::-2].to_csv(tmp_path / "data/some.csv", index=False)             # fewer rows, from the last on
+    table.replace(table["path"][4], "x.png").to_csv(tmp_path / "data/alien.csv", index=False)
+    shutil.copytree(tmp_path / "data", tmp_path / "twice")
+    table.replace(table["path"][4], table["path"][0]).to_csv(tmp_path / "twice/manifest.csv", index=False)
+    flags = ["--checkpoint", model_file[0], "--split", "all", "--out", tmp_path / "p.csv", "--manifest"]
+    run(monkeypatch, *flags, packed)
+    whole = read(tmp_path / "p.csv").set_index("path")
+    run(monkeypatch, *flags, tmp_path / "data/some.csv")
+    some = read(tmp_path / "p.csv").set_index("path")
+    assert list(some.index) == list(table["path"][::-2])
+    pd.testing.assert_frame_equal(some, whole.loc[some.index], rtol=0, atol=1e-6)
+    said = refused(monkeypatch, capsys, *flags, tmp_path / "data/alien.csv")
+    assert "alien.csv" in said and "'x.png'" in said
+    assert "23 rows of 22 paths" in refused(monkeypatch, capsys, *flags, tmp_path / "twice/manifest.csv")
+    mine = tmp_path / "data/some.csv"
+    said = refused(monkeypatch, capsys, *flags[:-2], mine, "--manifest", mine)
+    assert "manifest itself" in said and len(pd.read_csv(mine)) == 12
 
 
 def test_any_number_of_processes_writes_the_same_bytes(model_file, packed, tmp_path):
