@@ -193,9 +193,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from timm.optim import param_groups_weight_decay
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
 from torch import distributed as dist, nn
-from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
+from torchvision.transforms.functional import center_crop, pil_to_tensor, rgb_to_grayscale
 
 
 def augment(images, u, config):
@@ -211,8 +212,7 @@ def validation_view(images, config):
     """Images stretched to img_size / crop_pct (224 of 256), their centre cut out, normalised."""
     size = config["img_size"]
     x = resize(images, round(size / config["crop_pct"]))
-    edge = round((x.shape[2] - size) / 2)
-    return normalise(x[:, :, edge:edge + size, edge:edge + size], config)
+    return normalise(center_crop(x, size), config)
 
 
 def label_loss(logits, values, known, pos_weight=None):
@@ -239,26 +239,245 @@ RECIPES = dict(                     # what they change in the defaults, unless f
 )
 
 
-def learning_rate(epoch, config):
-    """Learning rate at an epoch, from 0 and maybe fractional: linear from warmup_lr to lr, then a cosine.
-
-    The cosine spans all epochs, warm-up included. Source: timm's CosineLRScheduler, stepped once an epoch.
-    """
-    if epoch < config["warmup_epochs"]:
-        return config["warmup_lr"] + (config["lr"] - config["warmup_lr"]) * epoch / config["warmup_epochs"]
-    wave = (1 + math.cos(math.pi * min(epoch / config["epochs"], 1))) / 2
-    return config["min_lr"] + (config["lr"] - config["min_lr"]) * wave
-
-
 def make_optimizer(model, config):
-    """AdamW, Adam or Nesterov SGD, without decay of biases, norms and what timm's no_weight_decay() names."""
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = param_groups_weight_decay(model, config["wd"], no_weight_decay_list=spared)
-    lr = config["lr"] if config["schedule"] == "plateau" else learning_rate(0, config)
-    if config["optimizer"] == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    kind = torch.optim.AdamW if config["optimizer"] == "adamw" else torch.optim.Adam
-    return kind(groups, lr=lr, fused=True)
+    """AdamW, Adam or Nesterov SGD, and the scheduler of its learning rate, for a step an epoch.
+
+    Biases, norms and what timm's no_weight_decay() names do not decay. The cosine spans all epochs, warm-up
+    included, and takes fractions of epochs too.
+    """
+    fused = config["optimizer"] != "sgd" or None
+    optimizer = create_optimizer_v2(model, config["optimizer"], config["lr"], config["wd"], fused=fused)
+    if config["schedule"] == "plateau":
+        return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
+    warmup = dict(warmup_t=config["warmup_epochs"], warmup_lr_init=config["warmup_lr"])
+    return optimizer, CosineLRScheduler(optimizer, config["epochs"], config["min_lr"], **warmup)
+
+
+def start(config):
+    """The network of a seed with a new head, and a line on its initial weights."""
+    torch.manual_seed(config["seed"])
+    model = make_model(config, len(config["label_names"]), config["drop_path"])
+    head = model.get_classifier()
+    if not isinstance(head, nn.Linear):
+        fail(f"arch {config['arch']} has no linear head to learn labels with; choose another")
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    before = config.get("start")                        # hash of the weights that the last seed began with
+    note = load_backbone(model, config)
+    if before not in (None, config.get("start")):
+        fail(f"the weights of {config['init']} have changed since the previous seed")
+    return model, note
+
+
+def train(out, config, chosen, data, val, args, rank, world_size, device):
+    """Fine-tune a seed. What is random in a step depends on (seed, step): a resumed run is the same run."""
+    labels, batch = config["label_names"], config["batch"]
+    steps_an_epoch = len(chosen) // max(1, batch)
+    if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
+        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the "
+             f"{len(chosen)} images, --epochs at least 1")
+    n_steps = config["epochs"] * steps_an_epoch
+    last_step = min(n_steps, args.steps or n_steps)
+
+    model, note = start(config)
+    drop_paths = replace_drop_path(model)
+    model.to(device, memory_format=torch.channels_last)                     # faster for convolutions
+    if device.type == "cuda" and world_size > 1:
+        model = timm.layers.convert_sync_batchnorm(model)                   # on CPUs: of each process's share
+    if args.compile:
+        model.compile()
+    optimizer, scheduler = make_optimizer(model, config)
+    slipped = config["variant"] == "paper" and config["recipe"] in ("a", "b")           # divergence 14
+    amp, scaler = mixed_precision(device)
+    meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
+    curve = torch.full((config["epochs"], 2), 1e9).double()     # of an epoch: loss; what is lowest in the best
+    state = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, meter=meter,
+                 curve=curve)
+    first_step = open_run(out, [args.train, args.val], config, state, args.resume, rank)
+
+    def ended(step):
+        """After so many steps: are all done, or have more than `patience` epochs not brought a lower loss?"""
+        n_stale = step // steps_an_epoch - 1 - curve[:, 0].argmin()
+        return step == last_step or n_stale > config["patience"]
+
+    if rank == 0:
+        print(f"{out}: {note}; {sum(p.numel() for p in model.parameters()):,} parameters; "
+              f"{len(labels)} labels; {len(chosen):,} images, {len(val.values):,} to validate; "
+              f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
+    values, known = data.values.to(device), data.known.to(device)
+    pos_weight = positive_weight(config["pos_weight"], values[chosen], known[chosen])
+    net = model
+    if world_size > 1:
+        net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    local_batch = batch // world_size
+    micro = args.micro_batch or local_batch
+    local = slice(rank * local_batch, (rank + 1) * local_batch)
+    started = saved = time.monotonic()
+
+    for step in range(first_step, last_step):
+        if ended(step):
+            break
+        epoch, number = divmod(step, steps_an_epoch)
+        if number == 0 or step == first_step:
+            order = np.random.default_rng([config["seed"], epoch]).permutation(chosen)
+        places = order[number * batch:][:batch]
+        there = torch.from_numpy(places).to(device, non_blocking=True)
+        n_known = known[there].sum().clamp_min(1)                           # of the global batch
+        truth, counts = values[there[local]], known[there[local]]
+        generator = step_generator(config["seed"], step)
+        u = torch.rand(batch, N_CROP + 1 + len(drop_paths), generator=generator)[local]
+        u = u.to(device, non_blocking=True)
+        torch.manual_seed(generator.initial_seed() + rank)                  # for dropout, if any
+        views = augment(data.images(places[local]), u, config)
+        depth = u[:, N_CROP + 1:]
+
+        loss = torch.zeros((), device=device)
+        optimizer.zero_grad()
+        for begin in range(0, local_batch, micro):
+            part = slice(begin, begin + micro)
+            set_drop_path(drop_paths, depth[part])
+            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: only after the last pass
+            with amp:
+                part_loss = label_loss(net(views[part]), truth[part], counts[part], pos_weight) / n_known
+            scaler.scale(part_loss * world_size).backward()             # DDP averages over processes
+            loss += part_loss.detach()
+        scaler.step(optimizer)
+        scaler.update()
+        meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])
+
+        done, stopping, scores = step + 1, args.stop_asked(), {}
+        lr = optimizer.param_groups[0]["lr"]
+        if number + 1 == steps_an_epoch:
+            model.eval()
+            logits = forward_all(model, val.views, len(val.values), len(labels), batch, rank, world_size)
+            model.train()
+            stop_if_nan([logits], done, out)
+            scores = scores_of(logits, val.values, val.known, labels)
+            if config["select"] == "auc" and "val_auc" not in scores:
+                fail("no label has both classes among the validation images, hence no AUC; use --select loss")
+            curve[epoch, 0] = scores["val_loss"]
+            curve[epoch, 1] = -scores["val_auc"] if config["select"] == "auc" else scores["val_loss"]
+            by_loss = slipped or config["schedule"] == "plateau"
+            scheduler.step(scores["val_loss"] if by_loss else epoch + 1)
+        ending = ended(done)
+        best = curve[:, 1].argmin()                             # 0 within the first epoch
+        if rank == 0 and best == epoch and (scores or ending):
+            export(out, model, config, done, epoch + 1)
+        if args.log_steps and done % args.log_steps == 0 or scores or ending:
+            rate = (done - first_step) * batch / (time.monotonic() - started)
+            log_line(out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
+                     loss=(meter[0] / meter[1]).item(), lr=lr, img_per_s=round(rate, 1), **scores)
+            meter.zero_()
+        if rank == 0 and (stopping or ending or time.monotonic() - saved > 60 * args.save_minutes):
+            save_run(out, done, config, state, epoch=epoch + 1)
+            saved = time.monotonic()
+        if stopping and not ending:
+            sys.exit(75)                # EX_TEMPFAIL: run the same command again
+    if rank == 0:
+        print(f"{out}/classifier.pt is of epoch {curve[:, 1].argmin() + 1}", flush=True)
+
+
+PROBE_C = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]     # inverse penalties of the probe, chosen by validation AUC
+
+
+@torch.no_grad()
+def probe(out, config, chosen, data, val, args, rank, world_size, device):
+    """Linear probe: logistic regressions on the frozen backbone's standardised features become the head."""
+    from sklearn.linear_model import LogisticRegression
+    labels = config["label_names"]
+    model, note = start(config)
+    head = model.to(device).eval().get_classifier()
+    if open_run(out, [args.train, args.val], config, {}, args.resume, rank):
+        return
+    features = lambda x: model.forward_head(model.forward_features(x), pre_logits=True)
+    x, val_x = (forward_all(features, part.views, len(part.values), head.in_features, config["batch"], rank,
+                            world_size) for part in (data, val))
+    if args.stop_asked():
+        sys.exit(75)
+    if rank > 0:
+        return
+    print(f"{out}: {note}; {len(chosen):,} images x {head.in_features} features", flush=True)
+    x, values, known = x[chosen], data.values[chosen], data.known[chosen]
+    mean, sd = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
+    x, val_x = (x - mean) / sd, (val_x - mean) / sd
+    model.cpu()
+    head.weight.zero_()
+    for k in range(len(labels)):
+        seen = known[:, k] > 0
+        y = values[seen, k]
+        if len(y.unique()) < 2:
+            head.bias[k] = 10 if y.any() else -10            # for a label of one class: a constant logit
+            continue
+        fits = [LogisticRegression(C=strength, max_iter=1000).fit(x[seen], y) for strength in PROBE_C]
+        val_scores = [torch.from_numpy(fit.decision_function(val_x)) for fit in fits]
+        aucs = [auc(logits, val.values[:, k], val.known[:, k]) or 0 for logits in val_scores]
+        best = fits[np.argmax(aucs)]                    # without an AUC: the strongest penalty
+        head.weight[k], head.bias[k] = torch.from_numpy(best.coef_[0]), best.intercept_[0]
+    loss = scores_of(x @ head.weight.T + head.bias, values, known, labels)["val_loss"]
+    scores = scores_of(val_x @ head.weight.T + head.bias, val.values, val.known, labels)
+    log_line(out, rank, 0, step=1, epoch=0, loss=loss, **scores)
+    head.weight /= sd                                   # standardising becomes part of the head
+    head.bias -= head.weight @ mean
+    export(out, model, config, 1, 0)
+    save_run(out, 1, config, {}, epoch=0)
+
+
+def auc(logits, values, known):
+    """AUC of a label over the images where it is known, float [N] each; None where these are of one class."""
+    seen = known > 0
+    return float(roc_auc_score(values[seen], logits[seen])) if len(values[seen].unique()) == 2 else None
+
+
+def scores_of(logits, values, known, labels):
+    """val_loss, val_auc_<label> of the labels that have both classes, and val_auc, the mean of these."""
+    loss = label_loss(logits, values, known).item() / max(1, known.sum().item())
+    aucs = {}
+    for label, *columns in zip(labels, logits.T, values.T, known.T):
+        value = auc(*columns)
+        aucs |= {} if value is None else {f"val_auc_{label}": value}
+    mean = {"val_auc": sum(aucs.values()) / len(aucs)} if aucs else {}
+    return {"val_loss": loss, **mean, **aucs}
+
+
+def export(out, model, config, step, epoch):
+    """Write classifier.pt: weights under timm's names and the labels in the order of the outputs."""
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    stop_if_nan(weights.values(), step, out)
+    keys = ("arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "stand_in")
+    content = {key: config[key] for key in keys}
+    content |= dict(model=weights, labels=config["label_names"], step=step, epoch=epoch, config=config)
+    write_atomic(f"{out}/classifier.pt", lambda file: torch.save(content, file))
+
+
+NIH14 = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+         "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
+
+
+def open_labelled(manifest, split, config, device):
+    """Rows, labels, images and their validation views; sets label_names of the config where it has none."""
+    rows = read_manifest(manifest, split)
+    columns = [name for name in rows if name not in FACTS]
+    names = config["label_names"] or (NIH14 if {*NIH14} <= {*columns} else columns)
+    if not names or len({*names} & {*columns}) < len(names):
+        fail(f"{manifest} has the label columns {', '.join(columns) or '(none)'}; label_names has to name some "
+             f"of them, each once, and is {', '.join(names)}")
+    config["label_names"] = names
+    tables = read_labels(manifest, rows, names, config["uncertain"], config["blank"])
+    values, known = map(torch.from_numpy, tables)
+    images = open_images(manifest, rows["path"], config["in_chans"], device)
+    views = lambda places: validation_view(images(places), config)
+    return argparse.Namespace(rows=rows, images=images, views=views, values=values, known=known)
+
+
+def check_splits(args, data, val):
+    """Refuse to validate on the training images, save by --val_split all; warn of paths, patients in both."""
+    if args.train == args.val and "split" not in data.rows and args.val_split != "all":
+        fail(f"{args.train} has no column split: give --val another manifest, or validate on the images of "
+             "training by --val_split all")
+    for column in ("path", "patient"):
+        both = {*data.rows.get(column, ())} & {*val.rows.get(column, ())} - {""}
+        if both:
+            print(f"warning: {len(both):,} {column}s are in training and in validation", file=sys.stderr)
 
 
 def patient_subset(rows, values, share, seed):
@@ -285,261 +504,6 @@ def patient_subset(rows, values, share, seed):
     return np.flatnonzero(chosen[number])
 
 
-def scores_of(logits, values, known, labels):
-    """val_loss, val_auc_<label> of the labels that have both classes, and val_auc, the mean of these."""
-    aucs = {}
-    for k, label in enumerate(labels):
-        seen = known[:, k] > 0
-        if 0 < values[seen, k].sum() < seen.sum():
-            aucs[f"val_auc_{label}"] = float(roc_auc_score(values[seen, k], logits[seen, k]))
-    mean = {"val_auc": sum(aucs.values()) / len(aucs)} if aucs else {}
-    return {"val_loss": label_loss(logits, values, known).item() / max(1, known.sum().item()), **mean, **aucs}
-
-
-class Best:
-    """The best epoch so far, and how many epochs have not brought a lower validation loss."""
-
-    def __init__(self):
-        self.epoch, self.value, self.val_loss, self.stale = 0, -math.inf, math.inf, 0
-
-    def update(self, epoch, scores, select):
-        """Note the scores of an epoch; returns whether it is the best so far."""
-        if select == "auc" and "val_auc" not in scores:
-            fail("no label has both classes among the validation images, hence no AUC; use --select loss")
-        value = scores["val_auc"] if select == "auc" else -scores["val_loss"]
-        self.stale = 0 if scores["val_loss"] < self.val_loss else self.stale + 1
-        self.val_loss = min(self.val_loss, scores["val_loss"])
-        if value <= self.value:
-            return False
-        self.epoch, self.value = epoch, value
-        return True
-
-    def state_dict(self):
-        return dict(vars(self))
-
-    def load_state_dict(self, state):
-        vars(self).update(state)
-
-
-NIH14 = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
-         "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
-
-
-def open_labelled(manifest, split, config, device):
-    """Rows, images and labels of some splits; sets the label names of the config where it has none."""
-    rows = read_manifest(manifest, split)
-    columns = [name for name in rows if name not in FACTS]
-    names = config["label_names"] or (NIH14 if {*NIH14} <= {*columns} else columns)
-    if not names or len({*names}) < len(names):
-        fail(f"{manifest} has no label columns, or label_names has a duplicate")
-    for name in names:
-        if name not in columns:
-            near = difflib.get_close_matches(name, columns, 1) or ["none"]
-            fail(f"{manifest} has no label column {name}; nearest: {near[0]}")
-    config["label_names"] = names
-    tables = read_labels(manifest, rows, names, config["uncertain"], config["blank"])
-    values, known = map(torch.from_numpy, tables)
-    images = open_images(manifest, rows["path"], config["in_chans"], device)
-    return argparse.Namespace(rows=rows, images=images, values=values, known=known)
-
-
-def start(config):
-    """The network of a seed with a new head, and a line on its initial weights."""
-    torch.manual_seed(config["seed"])
-    model = make_model(config, len(config["label_names"]), config["drop_path"])
-    head = model.get_classifier()
-    if not isinstance(head, nn.Linear):
-        fail(f"arch {config['arch']} has no linear head to learn labels with; choose another")
-    nn.init.normal_(head.weight, std=0.01)
-    nn.init.zeros_(head.bias)
-    before = config.get("start")                        # hash of the weights that the last seed began with
-    note = load_backbone(model, config)
-    if before not in (None, config.get("start")):
-        fail(f"the weights of {config['init']} have changed since the previous seed")
-    return model, note
-
-
-def outputs_of(forward, data, n_outputs, config, rank, world_size):
-    """forward(validation view) of all images of a set in fp32: [N, n_outputs] on the CPU."""
-    return forward_all(lambda images: forward(validation_view(images, config)), data.images,
-                       len(data.values), n_outputs, config["batch"], rank, world_size)
-
-
-def export(model, config, step, epoch, out):
-    """Write classifier.pt: weights under timm's names and the labels in the order of the outputs."""
-    weights = {name: value.cpu() for name, value in model.state_dict().items()}
-    stop_if_nan(weights.values(), step, out)
-    keys = ("arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "stand_in")
-    content = {key: config[key] for key in keys}
-    content |= dict(model=weights, labels=config["label_names"], step=step, epoch=epoch, config=config)
-    write_atomic(f"{out}/classifier.pt", lambda file: torch.save(content, file))
-
-
-def train(config, chosen, data, val, args, rank, world_size, device):
-    """Fine-tune a seed. What is random in a step depends on (seed, step): a resumed run is the same run."""
-    out, labels, batch = f"{args.out}/seed{config['seed']}", config["label_names"], config["batch"]
-    steps_an_epoch = len(chosen) // max(1, batch)
-    if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
-        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the "
-             f"{len(chosen)} images, --epochs at least 1")
-    n_steps = config["epochs"] * steps_an_epoch
-    last_step = min(n_steps, args.steps or n_steps)
-
-    model, note = start(config)
-    drop_paths = replace_drop_path(model)
-    model.to(device, memory_format=torch.channels_last)                     # faster for convolutions
-    if device.type == "cuda" and world_size > 1:
-        model = timm.layers.convert_sync_batchnorm(model)                   # on CPUs: of each process's share
-    if args.compile:
-        model.compile()
-    optimizer = make_optimizer(model, config)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5, threshold=1e-4)
-    slipped = config["variant"] == "paper" and config["recipe"] in ("a", "b")
-    amp, scaler = mixed_precision(device)
-    best, meter = Best(), torch.zeros(2, device=device)                     # sum of the losses, steps
-    state = dict(model=model, optimizer=optimizer, plateau=plateau, scaler=scaler, best=best, meter=meter)
-    first_step = open_run(out, [args.train, args.val], config, state, args.resume, rank)
-    if best.stale > config["patience"]:
-        last_step = first_step
-    if rank == 0:
-        print(f"{out}: {note}; {sum(p.numel() for p in model.parameters()):,} parameters; "
-              f"{len(labels)} labels; {len(chosen):,} images, {len(val.values):,} to validate; "
-              f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
-    values, known = data.values[chosen].to(device), data.known[chosen].to(device)
-    pos_weight = positive_weight(config["pos_weight"], values, known)
-    net = model
-    if world_size > 1:
-        net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    local_batch = batch // world_size
-    micro = args.micro_batch or local_batch
-    local = slice(rank * local_batch, (rank + 1) * local_batch)
-    started = saved = time.monotonic()
-
-    for step in range(first_step, last_step):
-        epoch, number = divmod(step, steps_an_epoch)
-        if number == 0 or step == first_step:
-            order = np.random.default_rng([config["seed"], epoch]).permutation(len(chosen))
-        places = order[number * batch:][:batch]
-        there = torch.from_numpy(places).to(device, non_blocking=True)
-        n_known = known[there].sum().clamp_min(1)                           # of the global batch
-        truth, counts = values[there[local]], known[there[local]]
-        generator = step_generator(config["seed"], step)
-        u = torch.rand(batch, N_CROP + 1 + len(drop_paths), generator=generator)[local]
-        u = u.to(device, non_blocking=True)
-        torch.manual_seed(generator.initial_seed() + rank)                  # for dropout, if any
-        views = augment(data.images(chosen[places[local]]), u, config)
-        depth = u[:, N_CROP + 1:]
-
-        loss = torch.zeros((), device=device)
-        optimizer.zero_grad()
-        for begin in range(0, local_batch, micro):
-            part = slice(begin, begin + micro)
-            set_drop_path(drop_paths, depth[part])
-            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: only after the last pass
-            with amp:
-                part_loss = label_loss(net(views[part]), truth[part], counts[part], pos_weight) / n_known
-            scaler.scale(part_loss * world_size).backward()             # DDP averages over processes
-            loss += part_loss.detach()
-        scaler.step(optimizer)
-        scaler.update()
-        meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])
-
-        done, stopping, scores = step + 1, args.stop_asked(), {}
-        ending, lr = done == last_step, optimizer.param_groups[0]["lr"]
-        if number + 1 == steps_an_epoch:
-            model.eval()
-            logits = outputs_of(model, val, len(labels), config, rank, world_size)
-            model.train()
-            stop_if_nan([logits], done, out)
-            scores = scores_of(logits, val.values, val.known, labels)
-            if best.update(epoch + 1, scores, config["select"]) and rank == 0:
-                export(model, config, done, epoch + 1, out)
-            if config["schedule"] == "plateau":
-                plateau.step(scores["val_loss"])
-            else:                       # variant paper passes the loss in place of the epoch (divergence 14)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(scores["val_loss"] if slipped else epoch + 1, config)
-            ending = ending or best.stale > config["patience"]
-        if ending and not best.epoch and rank == 0:         # --steps ends within the first epoch
-            export(model, config, done, epoch + 1, out)
-        if args.log_steps and done % args.log_steps == 0 or scores or ending:
-            rate = (done - first_step) * batch / (time.monotonic() - started)
-            log_line(out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
-                     loss=(meter[0] / meter[1]).item(), lr=lr, img_per_s=round(rate, 1), **scores)
-            meter.zero_()
-        if rank == 0 and (stopping or ending or time.monotonic() - saved > 60 * args.save_minutes):
-            save_run(out, done, config, state, epoch=epoch + 1)
-            saved = time.monotonic()
-        if ending:
-            if rank == 0:
-                print(f"{out}/classifier.pt is of epoch {best.epoch or epoch + 1}", flush=True)
-            break
-        if stopping:
-            sys.exit(75)                # EX_TEMPFAIL: run the same command again
-
-
-PROBE_C = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]     # inverse penalties of the probe, chosen by validation AUC
-
-
-@torch.no_grad()
-def probe(config, chosen, data, val, args, rank, world_size, device):
-    """Linear probe: logistic regressions on the frozen backbone's standardised features become the head."""
-    from sklearn.linear_model import LogisticRegression
-    out, labels = f"{args.out}/seed{config['seed']}", config["label_names"]
-    model, note = start(config)
-    head = model.to(device).eval().get_classifier()
-    if open_run(out, [args.train, args.val], config, {}, args.resume, rank):
-        return
-
-    def forward(x):
-        return model.forward_head(model.forward_features(x), pre_logits=True)
-    x, val_x = (outputs_of(forward, part, head.in_features, config, rank, world_size) for part in (data, val))
-    if args.stop_asked():
-        sys.exit(75)
-    if rank > 0:
-        return
-    print(f"{out}: {note}; {len(chosen):,} images x {head.in_features} features", flush=True)
-    x, values, known = x[chosen], data.values[chosen], data.known[chosen]
-    mean, sd = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
-    x, val_x = (x - mean) / sd, (val_x - mean) / sd
-    weight, bias = torch.zeros(len(labels), head.in_features), torch.zeros(len(labels))
-    for k, label in enumerate(labels):
-        seen, best = known[:, k] > 0, -1
-        y = values[seen, k]
-        bias[k] = 10 if y.any() else -10                # for a label of one class: a constant logit
-        for strength in PROBE_C if len(y.unique()) > 1 else ():
-            regression = LogisticRegression(C=strength, max_iter=1000).fit(x[seen], y)
-            logits = torch.tensor(regression.decision_function(val_x))[:, None]
-            scores = scores_of(logits, val.values[:, [k]], val.known[:, [k]], [label])
-            if scores.get("val_auc", 0) > best:         # without an AUC: the strongest penalty
-                best, bias[k] = scores.get("val_auc", 0), regression.intercept_[0]
-                weight[k] = torch.tensor(regression.coef_[0])
-    loss = scores_of(x @ weight.T + bias, values, known, labels)["val_loss"]
-    scores = scores_of(val_x @ weight.T + bias, val.values, val.known, labels)
-    log_line(out, rank, 0, step=1, epoch=0, loss=loss, **scores)
-    weight /= sd                                        # standardising becomes part of the head
-    head.weight.copy_(weight)
-    head.bias.copy_(bias - weight @ mean)
-    export(model, config, 1, 0, out)
-    save_run(out, 1, config, {}, epoch=0)
-
-
-def stated_keys(args):
-    """The keys that command line, row of --exp or miniature state; `pretrain` if the row has pre-training."""
-    words = [word[2:].partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-    stated = {word.replace("-", "_") for word in words}
-    if args.exp:
-        file = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml"
-        table = yaml.safe_load(Path(file).read_text())
-        row = dict(table[args.exp])
-        if "pretrain" in row:
-            row.pop("init", None)                       # that of its pre-training
-        stated |= {*row, *row.get("finetune", {})}
-        if args.miniature:
-            stated |= {*table["miniature"], *table["miniature"].get("finetune", {})} - {"pretrain"}
-    return stated
-
-
 def checkpoint_facts(config):
     """What a checkpoint of this project, named by `init`, says of its network and pixels; else nothing."""
     if config["init"].partition(":")[0] in ("random", "timm", "torchvision"):
@@ -550,43 +514,33 @@ def checkpoint_facts(config):
 
 
 def resolve(args, config):
-    """The config of a run and its seeds: stated keys, then those of the checkpoint, the recipe, DEFAULTS."""
-    stated = stated_keys(args)
-    if "pretrain" in stated and "init" not in stated:
-        config["init"] = f"exp:{args.exp}"              # the row's own pre-training
+    """The config of a run and its seeds: flags, row and miniature, then checkpoint, recipe, DEFAULTS."""
+    stated = {word[2:].partition("=")[0].replace("-", "_") for word in sys.argv[1:]}
+    if args.exp:
+        file = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml"
+        table = yaml.safe_load(Path(file).read_text())
+        row = table[args.exp]
+        if "pretrain" in row and "init" not in {*stated, *row.get("finetune", {})}:
+            config["init"] = f"exp:{args.exp}"          # the row's own pre-training
+        for layer in [row, table["miniature"]] if args.miniature else [row]:
+            stated |= {*layer, *layer.get("finetune", {})}
     facts = checkpoint_facts(config)
     if facts and "img_size" in stated:
         facts["model_args"].pop("img_size", None)
     if facts and "in_chans" in stated and config["in_chans"] != facts["in_chans"]:
         stated |= {"mean", "std"}                       # the checkpoint's are of other channels
-    for key, value in {**RECIPES[config["recipe"]], **facts}.items():
-        if key not in stated:
-            config[key] = value
+    layers = RECIPES[config["recipe"]] | facts
+    config |= {key: value for key, value in layers.items() if key not in stated}
     for key in ("labels", "crop_pct"):
         if not 0 < config[key] <= 1:
             fail(f"{key} is {config[key]}, not a share above 0 and up to 1")
     if args.probe:
         config["crop_pct"] = 1.0                        # it learns from whole images, as they are tested
-    names = config["label_names"]
-    with or_fail(f"take {names} as label_names, a list such as A,C"):
-        names = yaml.safe_load(names) if names.startswith("[") else names.split(",")
-        config["label_names"] = [str(name) for name in names if name]
-    seeds = config.pop("seeds").strip("[]").split(",")
-    with or_fail(f"take {seeds} as seeds, whole numbers such as 0,11"):
-        seeds = [typed(0)(seed) for seed in seeds]
-    return fill_defaults(config), seeds
-
-
-def check_split(args, data, val):
-    """Refuse to validate on the training images, save by --val_split all; warn of paths, patients in both."""
-    same = Path(args.train).resolve() == Path(args.val).resolve()
-    if same and "split" not in data.rows and args.val_split != "all":
-        fail(f"{args.train} has no column split: give --val another manifest, or validate on the images of "
-             "training by --val_split all")
-    for column in ("path", "patient"):
-        both = {*data.rows.get(column, ())} & {*val.rows.get(column, ())} - {""}
-        if both:
-            print(f"warning: {len(both):,} {column}s are in training and in validation", file=sys.stderr)
+    listed = lambda text: [word.strip(" '\"") for word in text.strip("[]").split(",") if word]
+    config["label_names"], seeds = listed(config["label_names"]), listed(config.pop("seeds"))
+    if not all(seed.isdecimal() for seed in seeds):
+        fail(f"seeds are {seeds}, not whole numbers such as 0,11")
+    return fill_defaults(config), [int(seed) for seed in seeds]
 
 
 def main():
@@ -602,7 +556,7 @@ def main():
         data = open_labelled(args.train, args.train_split, config, device)
         val = open_labelled(args.val, args.val_split, config, device)
         if rank == 0:
-            check_split(args, data, val)
+            check_splits(args, data, val)
             print(json.dumps(config))
             if config["schedule"] == "cosine" and config["warmup_epochs"] >= config["epochs"] > 0:
                 print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
@@ -610,7 +564,7 @@ def main():
         for seed in seeds:
             config["seed"] = seed
             chosen = patient_subset(data.rows, data.values, config["labels"], seed)
-            run(config, chosen, data, val, args, rank, world_size, device)
+            run(f"{args.out}/seed{seed}", config, chosen, data, val, args, rank, world_size, device)
     except torch.cuda.OutOfMemoryError:
         micro = args.micro_batch or config["batch"] // world_size
         fail(f"GPU memory is too small for {micro} images per pass; try --micro-batch {max(1, micro // 2)}")

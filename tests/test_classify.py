@@ -18,7 +18,6 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.preprocessing import StandardScaler
-from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 classify = load_script("finetune/classify.py")
@@ -83,31 +82,43 @@ def assert_close(found, wanted, atol):
 
 # Recipes
 
-def timms_rates(config, steps):
-    """Rates of timm's scheduler: of the first epoch, and after each `step(value)`."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config["lr"])
-    scheduler = CosineLRScheduler(optimizer, t_initial=config["epochs"], lr_min=config["min_lr"],
-                                  warmup_t=config["warmup_epochs"], warmup_lr_init=config["warmup_lr"])
+def rates_of(config, values):
+    """The first epoch's rate, and after each step of the scheduler by `value`, written out from the definition.
+
+    Linear from warmup_lr to lr, then half a cosine over all epochs. value: of an epoch; the slip: a loss.
+    """
+    rates = []
+    for value in (0, *values):
+        warm, share = value / max(1, config["warmup_epochs"]), value / config["epochs"]
+        cosine = config["lr"] * (1 + math.cos(math.pi * share)) / 2 + \
+            config["min_lr"] * (1 - math.cos(math.pi * share)) / 2
+        linear = config["lr"] * warm + config["warmup_lr"] * (1 - warm)
+        rates.append(linear if value < config["warmup_epochs"] else cosine)
+    return rates
+
+
+def scheduled(config, values):
+    """Rates of the script's own scheduler, likewise."""
+    optimizer, scheduler = classify.make_optimizer(nn.Linear(2, 2), config)
     rates = [optimizer.param_groups[0]["lr"]]
-    for value in steps:
+    for value in values:
         scheduler.step(value)
         rates.append(optimizer.param_groups[0]["lr"])
     return rates
 
 
 @pytest.mark.parametrize("recipe", ["a", "b", "deit"])
-def test_rate_of_every_epoch_is_timms(recipe):
-    config = config_of(recipe)
-    ours = [classify.learning_rate(epoch, config) for epoch in range(31)]
-    assert ours == pytest.approx(timms_rates(config, range(1, 31)), rel=1e-12)
+def test_rate_of_every_epoch_is_warm_up_and_cosine(recipe):
+    config, epochs = config_of(recipe), range(1, 31)
+    assert scheduled(config, epochs) == pytest.approx(rates_of(config, epochs), rel=1e-12)
 
 
 @pytest.mark.parametrize("recipe, lowest, highest", [("a", 1e-6, 1.3e-6), ("b", 0.00998, 0.01)])
 def test_a_schedule_stepped_by_the_loss_stays_where_it_begins(recipe, lowest, highest):
     config, losses = config_of(recipe), [0.69, 0.4, 0.2]
-    ours = [classify.learning_rate(value, config) for value in (0, *losses)]
-    assert ours == pytest.approx(timms_rates(config, losses), rel=1e-12)
-    assert all(lowest <= rate <= highest for rate in ours)
+    rates = scheduled(config, losses)
+    assert rates == pytest.approx(rates_of(config, losses), rel=1e-12)
+    assert all(lowest <= rate <= highest for rate in rates)
 
 
 @pytest.mark.parametrize("variant, recipe", [
@@ -118,7 +129,7 @@ def test_every_step_has_the_rate_of_its_recipe(variant, recipe, pack, tmp_path, 
     log, config = log_of(tmp_path / "seed0"), config_of(recipe, epochs=3)
     losses = [line["val_loss"] for line in log if "val_loss" in line]
     slipped = variant == "paper" and recipe != "deit"
-    expected = np.repeat(timms_rates(config, losses[:2] if slipped else [1, 2]), 2)     # 24 images: two steps
+    expected = np.repeat(rates_of(config, losses[:2] if slipped else [1, 2]), 2)     # 24 images: two steps
     assert [line["lr"] for line in log] == pytest.approx(expected, rel=1e-9)
 
 
@@ -147,7 +158,7 @@ def test_optimisers_and_what_weight_decay_spares(arch, recipe, kind):
     small = dict(vit=dict(depth=1), swin=dict(depths=[1, 1], embed_dim=24, num_heads=[1, 1]), resnet18={})
     model = timm.create_model(arch, num_classes=3, **small[arch.split("_")[0]])
     config = config_of(recipe)
-    optimizer = classify.make_optimizer(model, config)
+    optimizer, _ = classify.make_optimizer(model, config)
     assert type(optimizer) is kind and config["wd"] == (0.05 if kind is torch.optim.AdamW else 0)
     decay = {parameter: group["weight_decay"]
              for group in optimizer.param_groups for parameter in group["params"]}
@@ -424,7 +435,7 @@ def test_eight_steps_in_double_precision_are_those_of_a_plain_loop(optimizer, pa
     args = {**VIT, "depth": 2}                      # whose last block is left out with 1/2: exact in fp32
     monkeypatch.setattr(classify, "start", lambda config: (start(config)[0].double(), ""))
     monkeypatch.setattr(classify, "augment", lambda *args: views.append(augment(*args).double()) or views[-1])
-    monkeypatch.setattr(classify, "outputs_of", lambda *_: torch.randn(24, 3))      # not in double precision
+    monkeypatch.setattr(classify, "forward_all", lambda *_: torch.randn(24, 3))      # not in double precision
     run(monkeypatch, "--train", pack, "--out", tmp_path, *SMALL, "--seeds", 0, "--epochs", 4, "--batch", 12,
         "--model_args", json.dumps(args), "--optimizer", optimizer, "--lr", 1e-3, "--warmup_lr", 1e-4,
         "--wd", 0.3, "--drop_path", 0.5)
@@ -433,7 +444,7 @@ def test_eight_steps_in_double_precision_are_those_of_a_plain_loop(optimizer, pa
     kind = dict(adamw=torch.optim.AdamW, sgd=partial(torch.optim.SGD, momentum=0.9, nesterov=True),
                 adam=torch.optim.Adam)[optimizer]
     trained, labels = kind(plain_groups(model, 0.3), lr=1), pd.read_csv(pack)[LABELS].to_numpy()[:24]
-    rates = timms_rates(config_of(epochs=4, lr=1e-3, warmup_lr=1e-4, warmup_epochs=1), [1, 2, 3])
+    rates = rates_of(config_of(epochs=4, lr=1e-3, warmup_lr=1e-4, warmup_epochs=1), [1, 2, 3])
     assert len(views) == 8
     for step, view in enumerate(views):
         order = np.random.default_rng([0, step // 2]).permutation(24)[step % 2 * 12:][:12]
@@ -467,7 +478,7 @@ def test_a_run_is_the_definition_written_out(pack, tmp_path, monkeypatch):
     known, values = torch.tensor(cells >= 0), torch.tensor(cells > 0).float()
     model, skips = plain_model(11, 0.3, **VIT)
     optimizer = torch.optim.AdamW(plain_groups(model, 0.3))
-    rates, losses, kept = timms_rates(config, [1]), [], []
+    rates, losses, kept = rates_of(config, [1]), [], []
     for step in range(8):
         epoch, number = divmod(step, 4)
         order = np.random.default_rng([11, epoch]).permutation(24)[6 * number:6 * number + 6]
@@ -543,7 +554,7 @@ def assert_same_run(one, other, but=()):
     """The same checkpoints and log lines with scores, apart from times and what is said."""
     for file in ("last.pt", "classifier.pt"):
         a, b = load(one / file), load(other / file)
-        for name in ("model", "optimizer", "meter"):
+        for name in ("model", "optimizer", "meter", "curve"):
             flat = classify.flatten({name: a.pop(name, {})}), classify.flatten({name: b.pop(name, {})})
             if name not in but:
                 assert_close(flat[0], flat[1], 0)
@@ -696,10 +707,10 @@ def test_mistakes_are_named_in_one_sentence(pack, tmp_path, monkeypatch, capsys)
     for argv, parts in (
             (["--train", odd], [f"{odd} row 9", "'A'", "'yes'"]),
             (["--train", same], ["no AUC", "--select loss"]),
-            (["--train", bare], [str(bare), "no label columns"]),
+            (["--train", bare], [str(bare), "label columns (none)"]),
             (["--val", tmp_path / "none.csv"], ["none.csv"]),
             (["--val-split", "dev"], ["split 'dev'"]),
-            (["--label_names", "[A, Bb]"], ["no label column Bb; nearest: B"]),
+            (["--label_names", "[A, Bb]"], [str(pack), "label columns C, A, B", "label_names", "A, Bb"]),
             (["--label_names", "A,A"], ["label_names"]),
             (["--labels", 2], ["labels is 2.0"]),
             (["--crop_pct", 0], ["crop_pct is 0.0"]),
