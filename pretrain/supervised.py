@@ -183,6 +183,49 @@ from torch import distributed as dist, nn
 from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 
+def augment(images, u, config):
+    """The views of fine-tuning: bilinear crop of area 0.08-1, flip, rotation within 7 degrees, normalised.
+
+    images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, >= N_CROP + 1].
+    """
+    x = random_resized_crop(images, u, config["crop_scale"], config["img_size"], cubic=False)
+    x = normalise(rotate(x, u[:, N_CROP], config["rotation"]), config)
+    return x.contiguous(memory_format=torch.channels_last)    # the faster layout for convolutions
+
+
+def label_loss(logits, targets):
+    """Mean binary cross-entropy of labels (targets float [B, L]) or cross-entropy of classes (int [B])."""
+    if targets.ndim == 2:
+        return F.binary_cross_entropy_with_logits(logits, targets)
+    return F.cross_entropy(logits, targets)
+
+
+def scores(logits, targets):
+    """Loss, and accuracy of classes or the mean AUC of those labels that have positives and negatives."""
+    from sklearn.metrics import roc_auc_score
+    loss = label_loss(logits, targets).item()
+    if targets.ndim == 1:
+        return dict(val_loss=loss, val_accuracy=(logits.argmax(1) == targets).float().mean().item())
+    aucs = [roc_auc_score(truth, score) for truth, score in zip(targets.T, logits.T) if 0 < truth.mean() < 1]
+    return dict(val_loss=loss, val_auc=float(np.mean(aucs))) if aucs else dict(val_loss=loss)
+
+
+def read_rows(manifest, split, config):
+    """Manifest rows to train on and, behind them, to validate on: {column: texts}; and how many the former are.
+
+    Validated are the first rows of split `val`; variant paper: of the training images, as in the released
+    loader.
+    """
+    rows = read_manifest(manifest, split, config["samples"])
+    val = rows
+    if config["variant"] != "paper":
+        val = read_manifest(manifest)
+        places = [place for place, name in enumerate(val.get("split", ())) if name == "val"]
+        val = {name: [cells[place] for place in places] for name, cells in val.items()}
+    both = {name: cells + val[name][:config["val_samples"]] for name, cells in rows.items()}
+    return both, len(rows["path"])
+
+
 def read_targets(manifest, rows, task):
     """The targets of manifest rows, and the names of the labels or classes.
 
@@ -201,58 +244,24 @@ def read_targets(manifest, rows, task):
         numbers = {name: number for number, name in enumerate(names)}
         return torch.tensor([numbers[cell] for cell in cells]), names
     values = torch.from_numpy(read_labels(manifest, rows, labels)[0])
-    n_positive = values.sum(1)
-    if task == "multilabel" or task == "auto" and (n_positive != 1).any():
+    odd = (values.sum(1) != 1).nonzero()[:1, 0]                             # the first without a single 1
+    if task == "multilabel" or task == "auto" and len(odd):
         return values, labels
-    for place in (n_positive != 1).nonzero()[:1, 0]:
-        fail(f"{manifest} row {rows['row'][place]}: {n_positive[place]:.0f} of the classes are 1; "
-             "task=classes needs exactly one")
+    for place in odd:
+        fail(f"{manifest} row {rows['row'][place]}: task=classes needs exactly one label that is 1")
     return values.argmax(1), labels
-
-
-def label_loss(logits, targets):
-    """Mean binary cross-entropy of labels (targets float [B, L]) or cross-entropy of classes (int [B])."""
-    if targets.ndim == 2:
-        return F.binary_cross_entropy_with_logits(logits, targets)
-    return F.cross_entropy(logits, targets)
-
-
-def augment(images, u, config):
-    """The views of fine-tuning: bilinear crop of area 0.08-1, flip, rotation within 7 degrees, normalised."""
-    x = random_resized_crop(images, u, config["crop_scale"], config["img_size"], cubic=False)
-    x = normalise(rotate(x, u[:, N_CROP], config["rotation"]), config)
-    return x.contiguous(memory_format=torch.channels_last)    # the faster layout for convolutions
-
-
-def validation_rows(manifest, rows, config):
-    """The first rows of split `val`; variant paper: of the training images, as in the released loader."""
-    paper = config["variant"] == "paper"
-    rows = rows if paper else read_manifest(manifest)
-    splits = rows.get("split", [""] * len(rows["row"]))
-    places = [place for place, split in enumerate(splits) if paper or split == "val"][:config["val_samples"]]
-    return {name: [rows[name][place] for place in places] for name in rows}
-
-
-def scores(logits, targets):
-    """Loss, and accuracy of classes or the mean AUC of those labels that have positives and negatives."""
-    from sklearn.metrics import roc_auc_score
-    loss = label_loss(logits, targets).item()
-    if targets.ndim == 1:
-        return dict(val_loss=loss, val_accuracy=(logits.argmax(1) == targets).float().mean().item())
-    aucs = [roc_auc_score(truth, score) for truth, score in zip(targets.T, logits.T) if 0 < truth.mean() < 1]
-    return dict(val_loss=loss, val_auc=float(np.mean(aucs))) if aucs else dict(val_loss=loss)
 
 
 def train(config, args, rank, world_size, device):
     """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
-    rows = read_manifest(args.manifest, args.split, config["samples"])
-    val_rows = validation_rows(args.manifest, rows, config)
-    both = {name: [*rows[name], *val_rows[name]] for name in rows}
-    targets, labels = read_targets(args.manifest, both, config["task"])
-    n_images, n_val, batch = len(rows["row"]), len(val_rows["row"]), config["batch"]
-    val_targets, targets = targets[n_images:], targets[:n_images].to(device)
+    rows, n_images = read_rows(args.manifest, args.split, config)
+    targets, labels = read_targets(args.manifest, rows, config["task"])
     images = open_images(args.manifest, rows["path"], config["in_chans"], device)
-    val_images = open_images(args.manifest, val_rows["path"], config["in_chans"], device)
+    n_val, batch = len(targets) - n_images, config["batch"]
+    val_targets, targets = targets[n_images:], targets[:n_images].to(device)
+
+    def val_views(places):
+        return normalise(resize(images(places + n_images), config["img_size"]), config)
 
     torch.manual_seed(config["seed"])
     model = make_model(config, len(labels), config["drop_path"])
@@ -275,7 +284,7 @@ def train(config, args, rank, world_size, device):
     last_step = min(n_steps, args.steps or n_steps)
     first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
-        both = {*rows["path"]} & {*val_rows["path"]}
+        both = {*rows["path"][:n_images]} & {*rows["path"][n_images:]}
         if both:
             print(f"warning: {len(both):,} images are in training and in validation", file=sys.stderr)
         print(json.dumps(config))
@@ -329,26 +338,25 @@ def train(config, args, rank, world_size, device):
         meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])
 
         done, stopping, scored = step + 1, stop_asked(), {}
-        val_steps = config["val_epochs"] * steps_an_epoch
-        if n_val and (done == last_step or val_steps and done % val_steps == 0):
+        ending, val_steps = done == last_step, config["val_epochs"] * steps_an_epoch
+        if n_val and (ending or val_steps and done % val_steps == 0):
             model.eval()
-            forward = lambda images: model(normalise(resize(images, config["img_size"]), config))
-            outputs = forward_all(forward, val_images, n_val, len(labels), batch, rank, world_size)
+            outputs = forward_all(model, val_views, n_val, len(labels), batch, rank, world_size)
             model.train()
             stop_if_nan([outputs], done, args.out)
             scored = scores(outputs, val_targets)
-        if args.log_steps and done % args.log_steps == 0 or done == last_step or scored:
+        if args.log_steps and done % args.log_steps == 0 or ending or scored:
             rate = (done - first_step) * batch / (time.monotonic() - started)
             log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
                      loss=(meter[0] / meter[1]).item(), lr=lr, wd=wd, **scored, img_per_s=round(rate, 1))
             meter.zero_()
-        if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
-            weights = {name: value for name, value in model.state_dict().items()
-                       if not name.startswith(prefixes(model, "classifier"))}
-            weights = weights if done == last_step else None
-            save_run(args.out, done, config, state, weights, labels=labels, epoch=done // steps_an_epoch)
+        if rank == 0 and (stopping or ending or time.monotonic() - saved > 60 * args.save_minutes):
+            backbone = {name: value for name, value in model.state_dict().items()
+                        if not name.startswith(prefixes(model, "classifier"))}
+            save_run(args.out, done, config, state, ending and backbone, labels=labels,
+                     epoch=done // steps_an_epoch)
             saved = time.monotonic()
-        if stopping and done < last_step:
+        if stopping and not ending:
             sys.exit(75)                # EX_TEMPFAIL: run the same command again
 
 

@@ -141,13 +141,15 @@ def test_loss_equals_a_loop_over_images_and_labels():
 
 
 def test_validation_images_are_of_split_val_or_in_the_paper_face_the_first_trained_on(findings, tmp_path):
-    rows = supervised.read_manifest(findings, "pretrain", 40)
-    numbers = lambda **changes: supervised.validation_rows(
-        findings, rows, config_of(val_samples=10, **changes))["row"]
+    def numbers(**changes):
+        config = config_of(samples=40, val_samples=10, **changes)
+        rows, n_images = supervised.read_rows(findings, "pretrain", config)
+        assert rows["row"][:n_images] == list(range(26, 66))
+        return rows["row"][n_images:]
     assert numbers() == list(range(2, 12)) and numbers(variant="paper") == list(range(26, 36))
     (tmp_path / "m.csv").write_text("path,a\nx,1\n")
-    rows = supervised.read_manifest(tmp_path / "m.csv", "pretrain")
-    assert len(supervised.validation_rows(tmp_path / "m.csv", rows, config_of())["row"]) == 0
+    rows, n_images = supervised.read_rows(tmp_path / "m.csv", "pretrain", config_of())
+    assert rows["path"] == ["x"] and n_images == 1                          # none to validate
 
 
 def mean_auc(logits, truth):
@@ -381,7 +383,7 @@ def test_it_learns_labels(findings, tmp_path, monkeypatch):
     ("path,a,b\nx.png,1,0\ny.png,1,yes\n", [], ["row 3", "'b'", "'yes'"]),
     ("path,class\nx.png,1\ny.png,\n", [], ["row 3", "no class in column 'class'"]),
     ("path,split\nx.png,pretrain\n", [], ["no label column"]),
-    ("path,a,b\nx.png,1,0\ny.png,1,1\n", ["--task", "classes"], ["row 3", "2 of the classes are 1"]),
+    ("path,a,b\nx.png,1,0\ny.png,1,1\n", ["--task", "classes"], ["row 3", "task=classes"]),
     ("path,a,b\nx.png,1,0\ny.png,1,1\n", ["--task", "labels"], ["task", "labels"]),
 ])
 def test_unusable_labels_are_refused(tmp_path, monkeypatch, capsys, content, flags, words):
