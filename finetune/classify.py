@@ -1,10 +1,8 @@
 """Fine-tuning: a network from any initialisation learns the labels of radiographs by a recipe of the study.
 
-The loss is the binary cross-entropy of the known labels (label_loss); the epoch that is best on the
-validation images is kept (Best).
-
-Recipes a and b: Ma et al., "Benchmarking and boosting transformers for medical image classification", 2022;
-deit: Marikkar et al., "LT-ViT", 2023; resnet: Hosseinzadeh Taher et al., DART 2021.
+The loss is the binary cross-entropy of the known labels; the epoch that is best on the validation images is
+kept. Recipes a and b: Ma et al., "Benchmarking and boosting transformers for medical image classification",
+2022; deit: Marikkar et al., "LT-ViT", 2023; resnet: Hosseinzadeh Taher et al., DART 2021.
 
     torchrun --nproc_per_node=4 finetune/classify.py --exp 3.4        all seeds of a row, one after the other
     python finetune/classify.py --init weights.pth --train my/manifest.csv --out my/run --seeds 0
@@ -12,8 +10,7 @@ deit: Marikkar et al., "LT-ViT", 2023; resnet: Hosseinzadeh Taher et al., DART 2
     python finetune/classify.py --exp 3.4 --probe                     a linear probe of the frozen backbone
 
 Reads   manifest.csv with split train and val (images as in pre-training) and the weights that `init` names.
-        Flags and row of --exp beat what a checkpoint of ours says of its network, size, mean and sd, and the
-        recipe.
+        Flags and row of --exp beat what a checkpoint of ours says of network and pixels, and the recipe.
 Writes  --out/seed<k>: classifier.pt (best epoch, weights for timm and labels), last.pt, log.jsonl.
 The same command resumes a run that was killed and repeats no finished seed; SIGTERM saves and exits with 75.
 """
@@ -290,7 +287,8 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
     slipped = config["variant"] == "paper" and config["recipe"] in ("a", "b")           # divergence 14
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
-    curve = torch.full((config["epochs"], 2), 1e9).double()     # of an epoch: loss; what is lowest in the best
+    # validation loss of each epoch, and what is lowest in the best one; 1e9: not there yet
+    curve = torch.full((config["epochs"], 2), 1e9).double()
     state = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, meter=meter,
                  curve=curve)
     first_step = open_run(out, [args.train, args.val], config, state, args.resume, rank)
@@ -434,7 +432,8 @@ def scores_of(logits, values, known, labels):
     aucs = {}
     for label, *columns in zip(labels, logits.T, values.T, known.T):
         value = auc(*columns)
-        aucs |= {} if value is None else {f"val_auc_{label}": value}
+        if value is not None:
+            aucs[f"val_auc_{label}"] = value
     mean = {"val_auc": sum(aucs.values()) / len(aucs)} if aucs else {}
     return {"val_loss": loss, **mean, **aucs}
 
@@ -459,11 +458,10 @@ def open_labelled(manifest, split, config, device):
     columns = [name for name in rows if name not in FACTS]
     names = config["label_names"] or (NIH14 if {*NIH14} <= {*columns} else columns)
     if not names or len({*names} & {*columns}) < len(names):
-        fail(f"{manifest} has the label columns {', '.join(columns) or '(none)'}; label_names has to name some "
+        fail(f"{manifest} has the label columns {', '.join(columns) or '(none)'}; label_names has to be some "
              f"of them, each once, and is {', '.join(names)}")
     config["label_names"] = names
-    tables = read_labels(manifest, rows, names, config["uncertain"], config["blank"])
-    values, known = map(torch.from_numpy, tables)
+    values, known = read_labels(manifest, rows, names, config["uncertain"], config["blank"])
     images = open_images(manifest, rows["path"], config["in_chans"], device)
     views = lambda places: validation_view(images(places), config)
     return argparse.Namespace(rows=rows, images=images, views=views, values=values, known=known)
@@ -515,7 +513,8 @@ def checkpoint_facts(config):
 
 def resolve(args, config):
     """The config of a run and its seeds: flags, row and miniature, then checkpoint, recipe, DEFAULTS."""
-    stated = {word[2:].partition("=")[0].replace("-", "_") for word in sys.argv[1:]}
+    flags = [word[2:].partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    stated = {flag.replace("-", "_") for flag in flags}
     if args.exp:
         file = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml"
         table = yaml.safe_load(Path(file).read_text())
@@ -525,9 +524,9 @@ def resolve(args, config):
         for layer in [row, table["miniature"]] if args.miniature else [row]:
             stated |= {*layer, *layer.get("finetune", {})}
     facts = checkpoint_facts(config)
-    if facts and "img_size" in stated:
-        facts["model_args"].pop("img_size", None)
-    if facts and "in_chans" in stated and config["in_chans"] != facts["in_chans"]:
+    if "img_size" in stated:
+        facts.get("model_args", {}).pop("img_size", None)
+    if "in_chans" in stated and config["in_chans"] != facts.get("in_chans"):
         stated |= {"mean", "std"}                       # the checkpoint's are of other channels
     layers = RECIPES[config["recipe"]] | facts
     config |= {key: value for key, value in layers.items() if key not in stated}
@@ -734,15 +733,16 @@ def read_labels(manifest, rows, columns, uncertain="zeros", blank="zero"):
 
     Cells are 1, 0, -1 (uncertain: zeros, ones or ignore) or blank (zero or ignore), or the run ends.
     """
-    codes = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": 2}
-    table = np.array([[codes.get(cell, 3) for cell in rows[column]] for column in columns]).T
-    for place, column in np.argwhere(table == 3)[:1]:
+    policy = {"zeros": 0, "zero": 0, "ones": 1, "ignore": 2}
+    codes = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": policy[blank]}
+    codes["-1"] = codes["-1.0"] = policy[uncertain]
+    table = np.array([[codes.get(cell, 3) for cell in rows[column]] for column in columns])
+    for column, place in np.argwhere(table == 3)[:1]:
         name = columns[column]
         fail(f"{manifest} row {rows['row'][place]}: label '{name}' is '{rows[name][place]}'; "
              "expected 1, 0, -1 or blank")
-    unknown = (table == -1) & (uncertain == "ignore") | (table == 2) & (blank == "ignore")
-    positive = (table == 1) | (table == -1) & (uncertain == "ones")
-    return positive.astype(np.float32), 1 - unknown.astype(np.float32)
+    table = torch.from_numpy(table).T
+    return (table == 1).float(), (table < 2).float()
 # --- end copy: label columns ---
 
 

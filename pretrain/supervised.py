@@ -211,7 +211,7 @@ def scores(logits, targets):
 
 
 def read_rows(manifest, split, config):
-    """Manifest rows to train on and, behind them, to validate on: {column: texts}; and how many the former are.
+    """Rows to train on and, behind them, to validate on: {column: texts}; and how many the former are.
 
     Validated are the first rows of split `val`; variant paper: of the training images, as in the released
     loader.
@@ -243,7 +243,7 @@ def read_targets(manifest, rows, task):
         names = sorted(set(cells), key=lambda name: (len(name), name))      # numbers in numeric order
         numbers = {name: number for number, name in enumerate(names)}
         return torch.tensor([numbers[cell] for cell in cells]), names
-    values = torch.from_numpy(read_labels(manifest, rows, labels)[0])
+    values, _ = read_labels(manifest, rows, labels)
     odd = (values.sum(1) != 1).nonzero()[:1, 0]                             # the first without a single 1
     if task == "multilabel" or task == "auto" and len(odd):
         return values, labels
@@ -538,15 +538,16 @@ def read_labels(manifest, rows, columns, uncertain="zeros", blank="zero"):
 
     Cells are 1, 0, -1 (uncertain: zeros, ones or ignore) or blank (zero or ignore), or the run ends.
     """
-    codes = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": 2}
-    table = np.array([[codes.get(cell, 3) for cell in rows[column]] for column in columns]).T
-    for place, column in np.argwhere(table == 3)[:1]:
+    policy = {"zeros": 0, "zero": 0, "ones": 1, "ignore": 2}
+    codes = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": policy[blank]}
+    codes["-1"] = codes["-1.0"] = policy[uncertain]
+    table = np.array([[codes.get(cell, 3) for cell in rows[column]] for column in columns])
+    for column, place in np.argwhere(table == 3)[:1]:
         name = columns[column]
         fail(f"{manifest} row {rows['row'][place]}: label '{name}' is '{rows[name][place]}'; "
              "expected 1, 0, -1 or blank")
-    unknown = (table == -1) & (uncertain == "ignore") | (table == 2) & (blank == "ignore")
-    positive = (table == 1) | (table == -1) & (uncertain == "ones")
-    return positive.astype(np.float32), 1 - unknown.astype(np.float32)
+    table = torch.from_numpy(table).T
+    return (table == 1).float(), (table < 2).float()
 # --- end copy: label columns ---
 
 

@@ -202,7 +202,7 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     rows = {"defaults": {"in_chans": 1, "arch": "resnet50", "init": "random", "finetune": {"recipe": "deit"}},
             "x": {"pretrain": {"img_size": 96}, "finetune": {"recipe": "b", "lr": 0.5}},
             "y": {"init": "exp:x", "img_size": 224, "in_chans": 1,
-                  "finetune": {"seeds": [3, 4], "drop_path": 0.2}},
+                  "finetune": {"seeds": [3, 4], "drop_path": 0.2, "label_names": ["No Finding", "A"]}},
             "w": {"init": "timm", "pretrain": {}}, "v": {"pretrain": {}, "finetune": {"init": "moco.pth"}},
             "z": {}, "miniature": {"arch": "resnet18", "finetune": {"lr": 0.25}}}
     row = partial(resolved, monkeypatch, tmp_path, rows, "--exp")
@@ -213,6 +213,7 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     config, seeds = row("y")
     assert (config["in_chans"], config["img_size"], config["mean"], seeds) == (1, 224, [0.485], [3, 4])
     assert (config["lr"], config["drop_path"]) == (6.25e-5, 0.2)
+    assert config["label_names"] == ["No Finding", "A"]
     assert row("y", "--recipe", "a")[0]["drop_path"] == 0.2 and row("z", "--recipe", "a")[0]["drop_path"] == 0
     assert (row("x", "--img-size", 64)[0]["img_size"], row("x", "--mean=0.4")[0]["mean"]) == (64, [0.4] * 3)
     (tmp_path / "runs/w/pretrain").mkdir(parents=True)
@@ -335,11 +336,18 @@ def test_a_share_of_the_labels_is_taken_by_patient_and_by_rarest_finding(seed):
 
 
 def test_few_and_ignored_labels_train_in_the_order_asked_for(pack, tmp_path, monkeypatch, capsys):
+    augment, seen = classify.augment, []
+    monkeypatch.setattr(classify, "augment", lambda images, u, config: (
+        seen.extend(image.numpy().tobytes() for image in images), augment(images, u, config))[1])
     marked = pd.read_csv(pack, dtype=str)["A"].where(np.arange(72) % 3 > 0, "-1")
     manifest = changed_pack(pack, tmp_path / "pack", A=marked)
     run(monkeypatch, "--train", manifest, "--out", tmp_path / "run", *SMALL, "--seeds", 0, "--epochs", 2,
         "--labels", 0.5, "--uncertain", "ignore", "--pos_weight", "balanced", "--label_names", "[B, A]",
-        "--batch", 6)
+        "--batch", 2)
+    table, images = pd.read_csv(manifest)[:24], np.load(pack.parent / "images.npy")
+    values = torch.tensor(table[["B", "A"]].to_numpy() == 1).float()
+    chosen = classify.patient_subset({name: table[name].tolist() for name in table}, values, 0.5, 0)
+    assert {*seen} == {images[place].tobytes() for place in chosen} and 2 < len(chosen) < 24
     out = capsys.readouterr().out
     assert "2 labels" in out and "24 to validate" in out and " 24 images" not in out
     assert load(tmp_path / "run/seed0/classifier.pt")["labels"] == ["B", "A"]

@@ -109,7 +109,7 @@ def test_policies_of_uncertain_and_blank_cells(uncertain, blank, values, known):
     rows = {"a": ["1", "0", "-1", ""], "b": ["1.0", "0.0", "-1.0", ""], "row": torch.arange(4)}
     got = supervised.read_labels("m.csv", rows, ["b", "a"], uncertain, blank)
     for table, wanted in zip(got, (values, known)):
-        assert table.dtype == np.float32 and table.T.tolist() == [wanted, wanted]
+        assert table.dtype == torch.float32 and table.T.tolist() == [wanted, wanted]
 
 
 def test_a_single_column_holds_the_class_numbers_in_numeric_order(classes):
