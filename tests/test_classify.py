@@ -83,7 +83,7 @@ def assert_close(found, wanted, atol):
 # Recipes
 
 def rates_of(config, values):
-    """The first epoch's rate, and after each step of the scheduler by `value`, written out from the definition.
+    """The first epoch's rate, and after each step of the scheduler by `value`, from the definition.
 
     Linear from warmup_lr to lr, then half a cosine over all epochs. value: of an epoch; the slip: a loss.
     """
@@ -140,6 +140,27 @@ def test_plateau_halves_after_six_epochs_that_are_no_better_and_through_a_resume
         run(monkeypatch, *flags, "--steps", steps)
     rates = [line["lr"] for line in log_of(tmp_path / "seed0")]
     assert rates == pytest.approx([1e-7] * 7 + [5e-8] * 6 + [2.5e-8])   # the first epoch is the best
+
+
+def test_plateau_is_of_the_validation_loss(pack, tmp_path, monkeypatch):
+    """Counted out where the loss falls too; better is by 1e-4 of the lowest."""
+    run(monkeypatch, "--train", pack, "--out", tmp_path, *SMALL, *EASY, "--seeds", 0, "--recipe", "resnet",
+        "--lr", "1e-3", "--epochs", 12, "--batch", 24, "--patience", 100)
+    log, rate, lowest, stale = log_of(tmp_path / "seed0"), 1e-3, math.inf, 0
+    better = []
+    for line in log:
+        assert line["lr"] == pytest.approx(rate)
+        better.append(line["val_loss"] < lowest * (1 - 1e-4))
+        lowest, stale = (line["val_loss"], 0) if better[-1] else (lowest, stale + 1)
+        if stale == 6:
+            rate, stale = rate / 2, 0
+    assert sum(better) > 7                                              # counting epochs would halve it
+
+
+def test_sigterm_in_the_last_step_ends_a_seed_as_ever(pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(classify, "catch_sigterm", lambda: lambda: True)
+    run(monkeypatch, "--train", pack, "--out", tmp_path, *SMALL, "--seeds", 0, "--batch", 12, "--steps", 1)
+    assert load(tmp_path / "seed0/last.pt")["step"] == load(tmp_path / "seed0/classifier.pt")["step"] == 1
 
 
 def spared(arch, name):

@@ -371,6 +371,13 @@ def test_validation_is_optional_and_its_images_in_training_are_pointed_out(findi
     assert f"warning: {n_val} images are in training and in validation" in capsys.readouterr().err
 
 
+def test_sigterm_in_the_last_step_ends_the_run_as_ever(findings, tmp_path, monkeypatch):
+    monkeypatch.setattr(supervised, "catch_sigterm", lambda: lambda: True)
+    run_here(supervised, monkeypatch, "--manifest", findings, "--out", tmp_path, "--device", "cpu",
+             "--model_args", json.dumps(VIT), "--batch", 16, "--steps", 1)
+    assert torch.load(tmp_path / "backbone.pt", weights_only=True)["step"] == 1
+
+
 def test_it_learns_labels(findings, tmp_path, monkeypatch):
     run_here(supervised, monkeypatch, "--manifest", findings, "--out", tmp_path, "--device", "cpu",
              "--model_args", json.dumps(VIT), "--batch", 16, "--epochs", 40, "--warmup_epochs", 1,
