@@ -96,20 +96,6 @@ def fail(message):
 
 
 # --- begin copy: flags ---
-@contextlib.contextmanager
-def or_fail(doing):
-    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
-    try:
-        yield
-    except Exception as problem:
-        text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                                          # torch.load's long message
-            what = re.search(r"GLOBAL [\w.]+|$", text)[0]
-            text = (f"{what or 'its content'} is not a tensor; if you trust the file, save its tensors: "
-                    "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)")
-        fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
-
-
 def typed(default):
     """A type for argparse from a flag's default value: numbers are not negative, the rest is read as YAML."""
     kind = type(default)
@@ -132,7 +118,7 @@ def typed(default):
 # --- begin copy: options ---
 def read_row(file, exp, section, miniature):
     """A row of experiments.yaml as flags: `defaults`, the row, the miniature, each with its `section`."""
-    with or_fail(f"read {file}"):
+    try:
         table = yaml.safe_load(Path(file).read_text())
         if exp not in table:
             near = difflib.get_close_matches(exp, map(str, table)) or ["none"]
@@ -144,6 +130,8 @@ def read_row(file, exp, section, miniature):
         row = {"strategy": "none"} if section == "pretrain" else {}
         for layer in layers:
             row |= layer | layer.get(section, {})
+    except Exception as problem:
+        fail(f"cannot read {file}: {' '.join(str(problem).split())}")
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in row.items()
             if key not in ("about", "pretrain", "finetune")]
 
@@ -517,6 +505,22 @@ def main():
 
 
 # ------------------------------------------------------------------------------------- shared by all scripts
+
+# --- begin copy: reading ---
+@contextlib.contextmanager
+def or_fail(doing):
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
+    try:
+        yield
+    except Exception as problem:
+        text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
+        if "weights_only" in text:                                          # torch.load's long message
+            what = re.search(r"GLOBAL [\w.]+|$", text)[0]
+            text = (f"{what or 'its content'} is not a tensor; if you trust the file, save its tensors: "
+                    "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)")
+        fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
+# --- end copy: reading ---
+
 
 # --- begin copy: sync batch norm ---
 class GatherRows(torch.autograd.Function):
