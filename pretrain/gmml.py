@@ -284,20 +284,21 @@ def masked_l1(recon, clean, masks):
 
 
 def draw_step(config, step, places, n_drop_paths, device):
-    """The random numbers of a step for the images at some places of the global batch.
+    """The random numbers of a step for the images at b places of the global batch and the one after them.
 
-    They are drawn for the whole batch: any number of processes draws the same. Returns, for two views of each
-    image: uniforms of crop, colour and stochastic depth [2, b, n], masks bool [2, b, S, S] and whether the
-    view is replaced, bool [2, b].
+    They are drawn for the whole batch: any number of processes draws the same. Returns: uniforms of crop and
+    colour of two views [2, b + 1, n]; of the 2b views uniforms of stochastic depth [2b, n], masks
+    bool [2b, S, S] and whether the view is replaced, bool [2b].
     """
     sizes = [N_CROP, N_COLOUR, n_drop_paths, 2, 4 * N_BLOCKS]
     generator = step_generator(config["seed"], step)
     draws = torch.rand(2, config["batch"], sum(sizes), generator=generator)[:, places]
-    crop, colour, depth, corruption, blocks = draws.to(device, non_blocking=True).split(sizes, 2)
-    blocks = blocks.flatten(0, 1).unflatten(1, (N_BLOCKS, 4))
-    masks, replaced = draw_masks(corruption.flatten(0, 1), blocks, config["img_size"], config["drop"],
-                                 config["replace"], config["align"])
-    return crop, colour, depth, masks.unflatten(0, (2, -1)), replaced.view(2, -1)
+    crop, colour, *others = draws.to(device, non_blocking=True).split(sizes, 2)
+    depth, corruption, blocks = (u[:, :-1].flatten(0, 1) for u in others)
+    blocks = blocks.unflatten(1, (N_BLOCKS, 4))
+    masks, replaced = draw_masks(corruption, blocks, config["img_size"], config["drop"], config["replace"],
+                                 config["align"])
+    return crop, colour, depth, masks, replaced
 
 
 def augment(images, crop, colour, config):
@@ -310,13 +311,14 @@ def augment(images, crop, colour, config):
 def make_views(images, crop, colour, masks, replaced, noise, config):
     """Two views of b images, clean and corrupted, float [2b, C, S, S], from b + 1 images.
 
-    Masked pixels, masks bool [2, b, S, S], show noise, float [2, b, C, S, S], or, in replaced views, the next
+    Masked pixels, masks bool [2b, S, S], show noise, float [2b, C, S, S], or, in replaced views, the next
     image of the batch; as the order is random, it may be any other image.
     """
     views = torch.stack([augment(images, *uniforms, config) for uniforms in zip(crop, colour)])
-    clean, donors = views[:, :-1], views[:, 1:]
-    fill = torch.where(replaced[..., None, None, None], donors, noise)
-    return clean.flatten(0, 1), corrupt(clean.flatten(0, 1), fill.flatten(0, 1), masks.flatten(0, 1))
+    clean = views[:, :-1].flatten(0, 1)
+    donors = views[:, 1:].flatten(0, 1)
+    fill = torch.where(replaced[:, None, None, None], donors, noise)
+    return clean, corrupt(clean, fill, masks)
 
 
 def train(config, args, rank, world_size, device):
@@ -375,15 +377,13 @@ def train(config, args, rank, world_size, device):
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
-        crop, colour, *draws = draw_step(config, step, local, len(drop_paths), device)
+        crop, colour, depth, masks, replaced = draw_step(config, step, local, len(drop_paths), device)
         torch.manual_seed(step_generator(config["seed"], step).initial_seed())          # for dropout, if any
-        depth, masks, replaced = (part[:, :-1] for part in draws)
-        shape = 2, config["in_chans"], *masks.shape[2:]
+        shape = 2, config["in_chans"], *masks.shape[1:]
         generators = [step_generator(config["seed"], step, 1 + place, device=device)
                       for place in local[:-1].tolist()]                     # no other process needs these
         noise = torch.stack([torch.randn(shape, generator=g, device=device) for g in generators], 1)
-        clean, corrupted = make_views(chosen, crop, colour, masks, replaced, noise, config)
-        masks, depth = masks.flatten(0, 1), depth.flatten(0, 1)
+        clean, corrupted = make_views(chosen, crop, colour, masks, replaced, noise.flatten(0, 1), config)
         n_masked = sum_over_processes(masks.sum()) * clean.shape[1]
 
         loss = torch.zeros((), device=device)
