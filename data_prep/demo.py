@@ -6,10 +6,8 @@ pattern of its own, visible at 64 pixels. Patients keep their anatomy from film 
 a case mix and labelling errors of its own. CT, OCT and natural images are drawn in the same way.
 
     python data_prep/demo.py --out data/demo/raw                     # half a minute on 2 cores, 160 MB
-    python data_prep/demo.py --out /tmp/tiny --scale 0.05 --seed 1   # a twentieth of it, other patients
-    python data_prep/demo.py --out raw --keep                        # beside real downloads, which stay
+    python data_prep/demo.py --out raw --keep --scale 0.05 --seed 1  # beside real downloads, which stay
 
-Reads:  nothing.
 Writes: <out>/<dataset>/ for nih, mimic_cxr, chexpert, padchest, vindr_cxr, covidx_ct, oct and imagenet: the
         files and columns of the public downloads that our readers use, and a README.txt that says what it
         is; <out>/demo.json last of all, when everything is complete. Same seed, same bytes.
@@ -113,7 +111,6 @@ def clouds(rng, shape, cells):
 
 
 # The chest. The patient's right side lies at x < 0, left on the film; one unit is half the film's width.
-
 APEX = -0.80            # y of the lungs' tips
 
 
@@ -239,8 +236,6 @@ def radiograph(film):
     return np.clip(grey + site.noise * rng.standard_normal(grey.shape), 0, 1)
 
 
-# Chest CT, retina OCT, natural images.
-
 def ct_slice(patient, disease, level, key):
     """An axial CT slice, float [144, 144] 0–1; disease: 0, 1 pneumonia, 2 COVID-19; level: 0 (apex) … 1."""
     own, rng = np.random.default_rng(patient), np.random.default_rng(key)
@@ -318,15 +313,12 @@ def natural_image(wnid, key):
     return np.clip(picture + 0.02 * rng.standard_normal(picture.shape), 0, 1)
 
 
-# Who is on which film.
-
 def cohort(site_name, key, sizes):
     """Films still to be drawn, no patient in two splits; sizes: {split: number of films}.
 
-    A film has: site, split, patient (1, 2, …), study (of this patient), view, anatomy, causes (heart failure,
-    infection, chronic lung disease), key (its seed); in common with its study's other films shows {finding:
-    severity 0–1} and labels {finding}, as claimed. Findings follow a liability model: what the causes give
-    (FINDINGS), plus chance. The most liable studies are affected: each split has the site's prevalence.
+    A film has site, split, patient and study (1, 2, …), view, anatomy, causes (heart failure, infection, lung
+    disease), key (its seed); all films of a study show {finding: severity 0–1} and have labels {finding}, as
+    claimed. The studies most liable, by causes (FINDINGS) and chance, are affected, as many as the site has.
     """
     site, everybody, patient = SITES[site_name], [], 0
     for number, (split, size) in enumerate(sizes.items()):
@@ -356,8 +348,6 @@ def cohort(site_name, key, sizes):
         everybody += films
     return everybody
 
-
-# Drawing and saving one picture: the work of the processes.
 
 def save_picture(path, picture, mode="L"):
     """PNG or JPEG, by the path's extension; mode I;16 has 12-bit values stretched over 16, as PadChest."""
@@ -535,8 +525,7 @@ def mimic_cxr(root, key, count):
 def chexpert(root, key, count):
     """The small release; a hand-labelled valid.csv; the test split as row numbers of train.csv."""
     release, tables, tasks, split, people = "CheXpert-v1.0-small", {"train": [], "valid": []}, [], [], {}
-    sizes = {"test": count(345), "other": count(120), "valid": count(116)}
-    for film in cohort("chexpert", key, sizes):
+    for film in cohort("chexpert", key, {"test": count(345), "other": count(120), "valid": count(116)}):
         side = "Lateral" if film.view == "LATERAL" else "Frontal"
         folder = "valid" if film.split == "valid" else "train"
         study = f"{release}/{folder}/patient{film.patient:05d}/study{film.study}"
@@ -665,8 +654,7 @@ def generate(out, settings):
             if name in settings["kept"]:
                 continue
             place, partly = out / name, out / f"{name}.partial"
-            if partly.exists():                                 # from an interrupted run
-                shutil.rmtree(partly)
+            shutil.rmtree(partly, ignore_errors=True)           # from an interrupted run
             partly.mkdir(parents=True)
             tasks = dataset(partly, (settings["seed"], number), lambda n: max(6, round(n * scale)))
             list(pool.map(make, tasks, chunksize=16))
@@ -675,8 +663,7 @@ def generate(out, settings):
                 "labels are invented: no number computed from them says anything about the real data.",
                 f"Made with seed {settings['seed']}, scale {scale}.",
                 f"Digest of the files' names and sizes: {contents(partly)}."])
-            if place.exists():
-                shutil.rmtree(place)
+            shutil.rmtree(place, ignore_errors=True)
             os.replace(partly, place)
             images[name] = len(tasks)
             print(f"stand-in for {name:9s} {len(tasks):6,d} images", flush=True)
@@ -687,14 +674,12 @@ def generate(out, settings):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write <dataset>/ into")
     parser.add_argument("--seed", type=int, default=0, help="other patients, other pictures (default 0)")
     parser.add_argument("--scale", type=float, default=1.0, help="1 is 12,531 images, 0.1 a tenth (default 1)")
-    parser.add_argument("--keep", action="store_true",
-                        help="leave a folder that holds anything but drawings as it is, instead of refusing; "
-                             "folders of drawings alone are drawn anew, with --keep or without")
+    parser.add_argument("--keep", action="store_true", help="leave folders that hold anything but drawings, "
+                        "instead of refusing; folders of drawings alone are always drawn anew")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     if args.seed < 0 or not 0 < args.scale <= 100:

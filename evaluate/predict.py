@@ -305,7 +305,8 @@ def read_manifest(manifest, split="all", samples=0):
                              f"them; it has {', '.join(header)}")
         columns = dict(zip(header, zip(*rows)))
         columns["row"] = range(2, 2 + len(rows))
-        splits, names = columns.get("split", ["all"] * len(rows)), {*split.split(",")}
+        splits = columns.get("split", ["all"] * len(rows))
+        names = {*split.split(",")}
         if "all" in names or "split" not in columns:
             names = {*splits}
         for name in names - {*splits}:
@@ -364,7 +365,8 @@ def open_images(manifest, paths, in_chans, device):
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = torch.tensor([number_of[path] for path in paths])
     packed = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2)
-    if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
+    n_bytes = len(numbers) * packed[0].numel()
+    if device.type == "cuda" and n_bytes < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
     rows_of = lambda places: numbers[places].to(packed.device, non_blocking=True)

@@ -96,20 +96,6 @@ def fail(message):
 
 
 # --- begin copy: flags ---
-@contextlib.contextmanager
-def or_fail(doing):
-    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
-    try:
-        yield
-    except Exception as problem:
-        text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        if "weights_only" in text:                                          # torch.load's long message
-            what = re.search(r"GLOBAL [\w.]+|$", text)[0]
-            text = (f"{what or 'its content'} is not a tensor; if you trust the file, save its tensors: "
-                    "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)")
-        fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
-
-
 def typed(default):
     """A type for argparse from a flag's default value: numbers are not negative, the rest is read as YAML."""
     kind = type(default)
@@ -132,7 +118,7 @@ def typed(default):
 # --- begin copy: options ---
 def read_row(file, exp, section, miniature):
     """A row of experiments.yaml as flags: `defaults`, the row, the miniature, each with its `section`."""
-    with or_fail(f"read {file}"):
+    try:
         table = yaml.safe_load(Path(file).read_text())
         if exp not in table:
             near = difflib.get_close_matches(exp, map(str, table)) or ["none"]
@@ -144,6 +130,8 @@ def read_row(file, exp, section, miniature):
         row = {"strategy": "none"} if section == "pretrain" else {}
         for layer in layers:
             row |= layer | layer.get(section, {})
+    except Exception as problem:
+        fail(f"cannot read {file}: {' '.join(str(problem).split())}")
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in row.items()
             if key not in ("about", "pretrain", "finetune")]
 
@@ -167,13 +155,16 @@ def options(section):
     flags = [re.sub("^--[^=]+", underscored, word) for word in sys.argv[1:]]
     args, unknown = parser.parse_known_args(flags)
     if args.exp and not unknown:
-        file, exp = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml", args.exp
+        file = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml"
+        exp = args.exp
         parser.error = lambda message: fail(f"{file} row {exp}: {message}")
         args, unknown = parser.parse_known_args(read_row(file, exp, section, args.miniature) + flags)
     for word in unknown:
-        near = difflib.get_close_matches(word[2:].split("=")[0], vars(args), 1) or ["none"]
+        name = word[2:].split("=")[0]
+        near = difflib.get_close_matches(name, vars(args), 1) or ["none"]
         parser.error(f"unknown {word}; nearest: {near[0]} (a flag takes one value)")
-    return args, {"exp": args.exp or None, **{key: getattr(args, key) for key in DEFAULTS}}
+    config = {key: getattr(args, key) for key in DEFAULTS}
+    return args, {"exp": args.exp or None, **config}
 # --- end copy: options ---
 
 
@@ -261,7 +252,9 @@ class ReconstructionHead(nn.Module):
     def __init__(self, dim, out_chans, patch_size):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU())
+            nn.Linear(dim, dim), nn.GELU(),
+            nn.Linear(dim, dim), nn.GELU(),
+            nn.Linear(dim, dim), nn.GELU())
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -518,6 +511,22 @@ def main():
 
 # ------------------------------------------------------------------------------------- shared by all scripts
 
+# --- begin copy: reading ---
+@contextlib.contextmanager
+def or_fail(doing):
+    """Turn an exception about a user's file or value into one sentence: cannot <doing>: <reason>."""
+    try:
+        yield
+    except Exception as problem:
+        text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
+        if "weights_only" in text:                                          # torch.load's long message
+            what = re.search(r"GLOBAL [\w.]+|$", text)[0]
+            text = (f"{what or 'its content'} is not a tensor; if you trust the file, save its tensors: "
+                    "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)")
+        fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
+# --- end copy: reading ---
+
+
 # --- begin copy: sync batch norm ---
 class GatherRows(torch.autograd.Function):
     """Rows [b, D] of each process -> the rows of all processes [B, D], in the order of the batch."""
@@ -646,7 +655,8 @@ def read_manifest(manifest, split="all", samples=0):
                              f"them; it has {', '.join(header)}")
         columns = dict(zip(header, zip(*rows)))
         columns["row"] = range(2, 2 + len(rows))
-        splits, names = columns.get("split", ["all"] * len(rows)), {*split.split(",")}
+        splits = columns.get("split", ["all"] * len(rows))
+        names = {*split.split(",")}
         if "all" in names or "split" not in columns:
             names = {*splits}
         for name in names - {*splits}:
@@ -705,7 +715,8 @@ def open_images(manifest, paths, in_chans, device):
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = torch.tensor([number_of[path] for path in paths])
     packed = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2)
-    if device.type == "cuda" and len(numbers) * packed[0].numel() < torch.cuda.mem_get_info()[0] // 3:
+    n_bytes = len(numbers) * packed[0].numel()
+    if device.type == "cuda" and n_bytes < torch.cuda.mem_get_info()[0] // 3:
         parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
         packed, numbers = torch.cat(parts), torch.arange(len(numbers))
     rows_of = lambda places: numbers[places].to(packed.device, non_blocking=True)
@@ -734,10 +745,12 @@ def crop_boxes(u, height, width, scale):
     """
     area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
     ratio = (4 / 3) ** (1 - 2 * u[:, 10:20])                                # height / width, 3/4 to 4/3
-    heights, widths = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    first = ((heights <= height) & (widths <= width)).int().argmax(1, keepdim=True)
+    heights = (area * ratio).sqrt().round()
+    widths = (area / ratio).sqrt().round()
+    fits = (heights <= height) & (widths <= width)
+    first = fits.int().argmax(1, keepdim=True)
     box = []
-    for tries, side, place in zip((heights, widths), (height, width), u[:, 20:22].T):
+    for tries, side, place in ((heights, height, u[:, 20]), (widths, width, u[:, 21])):
         length = tries.gather(1, first)[:, 0].clamp(1, side)
         box.append((((side - length + 1) * place).floor(), length))
     return box
@@ -788,7 +801,8 @@ def shift_hue(rgb, turn):
     safe = chroma.clamp_min(1e-8)
     sixth = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
     sixth = torch.where(value == r, (g - b) / safe, sixth)
-    k = (5 - 2 * torch.arange(3, device=rgb.device).view(1, 3, 1, 1) + sixth + 6 * turn) % 6
+    channel = torch.arange(3, device=rgb.device).view(1, 3, 1, 1)
+    k = (5 - 2 * channel + sixth + 6 * turn) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -801,7 +815,8 @@ def colour_jitter(x, u, strength, p):
     brightness, contrast, saturation, hue = (
         largest * amount.view(-1, 1, 1, 1) for largest, amount in zip(strength, amounts.T))
     x = (x * (1 + brightness)).clamp_(0, 255)
-    x = torch.lerp(rgb_to_grayscale(x).mean((2, 3), keepdim=True), x, 1 + contrast).clamp_(0, 255)
+    mean = rgb_to_grayscale(x).mean((2, 3), keepdim=True)
+    x = torch.lerp(mean, x, 1 + contrast).clamp_(0, 255)
     if x.shape[1] == 1:
         return x                                                            # grey has no colour to change
     x = torch.lerp(rgb_to_grayscale(x), x, 1 + saturation).clamp_(0, 255)
@@ -810,10 +825,12 @@ def colour_jitter(x, u, strength, p):
 
 def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
     """Blur a share p of the images x [B, C, S, S] with sd U(sigma) pixels; u uniform [B, >= 2]."""
-    sd = torch.where(u[:, 0] < p, sigma[0] + u[:, 1] * (sigma[1] - sigma[0]), 0.01)     # 0.01: no blur
+    sd = sigma[0] + u[:, 1] * (sigma[1] - sigma[0])
+    sd = torch.where(u[:, 0] < p, sd, 0.01)                                 # 0.01: no blur
     pixels = torch.arange(x.shape[3], device=x.device)
     distance = (pixels - pixels[:, None]) / sd[:, None, None]
-    weights = torch.exp((-0.5 * distance ** 2).clamp_min(-80))[:, None]     # denormal numbers are slow
+    exponent = (-0.5 * distance ** 2).clamp_min(-80)                        # denormal numbers are slow
+    weights = exponent.exp()[:, None]
     matrix = weights / weights.sum(-1, keepdim=True)
     return matrix @ x @ matrix.mT
 # --- end copy: colour and blur ---
@@ -879,7 +896,10 @@ class DropPath(nn.Module):
     """Stochastic depth (arXiv:1603.09382) from given draws: the same on any number of processes."""
 
     def forward(self, x):
-        return x * self.kept.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if self.training else x
+        if not self.training:
+            return x
+        kept = self.kept.view(-1, *[1] * (x.ndim - 1))
+        return x * kept.to(x.dtype)
 
 
 def replace_drop_path(model):
@@ -963,17 +983,26 @@ def timm_names(state, wanted):
             state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     last, preferred = list(wanted)[-1], "ema|teacher|base_encoder|encoder_q"
     prefixes = [name.removesuffix(last) for name in state if name.endswith(last)]
-    n_found = lambda prefix: sum(prefix + name in state for name in wanted)
-    best = max(prefixes, default="", key=lambda prefix: (n_found(prefix), bool(re.search(preferred, prefix))))
-    return {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}, best
+
+    def rank(prefix):
+        n_found = sum(prefix + name in state for name in wanted)
+        return n_found, bool(re.search(preferred, prefix))
+    best = max(prefixes, default="", key=rank)
+    state = {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}
+    return state, best
 
 
+# --- end copy: timm names ---
+
+
+# --- begin copy: adapt ---
 def fit_channels(kernel, in_chans, how):
     """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
     if kernel.shape[1] == in_chans:
         return kernel
     divisors = {"average": kernel.shape[1], "duplicate_mean": in_chans}
-    return kernel.sum(1, keepdim=True).repeat(1, in_chans, 1, 1) / divisors.get(how, 1)
+    grey = kernel.sum(1, keepdim=True) / divisors.get(how, 1)
+    return grey.repeat(1, in_chans, 1, 1)
 
 
 def loading_note(content, prefix, given, loaded, config, n_heads):
@@ -995,7 +1024,7 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     notes += [f"ATTENTION: made with {key} {theirs[key]}, used with {value}"
               for key, value in ours.items() if theirs.get(key, value) != value]
     return "; ".join(notes)
-# --- end copy: timm names ---
+# --- end copy: adapt ---
 
 
 # --- begin copy: load transformer ---
@@ -1016,7 +1045,8 @@ def load_backbone(model, config):
         kept = {name: x for name, x in given.items() if re.search(r"gamma|^blocks\..*norm1\.weight", name)}
         model.load_state_dict(kept | loaded)    # refuses what is absent, blocks and a layer scale it has not
     config["stand_in"] = content.get("stand_in")
-    config["start"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in loaded.values())).hexdigest()
+    numbers = b"".join(x.numpy().tobytes() for x in loaded.values())
+    config["start"] = hashlib.sha256(numbers).hexdigest()
     return loading_note(content, prefix, given, loaded, config, model.blocks[0].attn.num_heads)
 # --- end copy: load transformer ---
 
@@ -1026,7 +1056,8 @@ def cosine(step, n_steps, start, end, n_warm=0):
     """Value at `step`: linear warm-up 0 to start (reached in its last step), then a cosine to end."""
     if step < n_warm:
         return start * step / max(1, n_warm - 1)
-    return end + (start - end) * (1 + math.cos(math.pi * (step - n_warm) / (n_steps - n_warm))) / 2
+    progress = (step - n_warm) / (n_steps - n_warm)
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def decay_groups(model):
@@ -1039,7 +1070,8 @@ def decay_groups(model):
 def clip_each(parameters, largest):
     """Clip the norm of the gradient of each parameter tensor, one by one, to `largest`."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    factors = (largest / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)).clamp(max=1)
+    norms = torch.stack(torch._foreach_norm(gradients))
+    factors = (largest / (norms + 1e-6)).clamp(max=1)
     torch._foreach_mul_(gradients, factors.unbind())
 # --- end copy: schedule ---
 
@@ -1064,7 +1096,8 @@ def open_run(out, manifests, config, parts, resume, rank):
     and the mark of drawn images, which a pack or the initial weights carry.
     """
     packs = [Path(manifest).with_name("pack.json") for manifest in manifests]
-    contents = [file.read_bytes() for file in (*map(Path, manifests), *packs) if file.is_file()]
+    files = [*map(Path, manifests), *packs]
+    contents = [file.read_bytes() for file in files if file.is_file()]
     config["data"] = [hashlib.sha256(content).hexdigest() for content in contents]
     with or_fail(f"read {' or '.join(map(str, packs))}"):
         facts = [json.loads(content) for content in contents[len(manifests):]]
@@ -1106,6 +1139,10 @@ def open_run(out, manifests, config, parts, resume, rank):
     return state["step"]
 
 
+# --- end copy: run folder ---
+
+
+# --- begin copy: save ---
 def save_run(out, step, config, parts, weights=None, **values):
     """Write last.pt and, if given, `weights` as backbone.pt; NaN in the state ends the run instead."""
     values.update(step=step, config=config, **{key: config[key] for key in ("exp", "seed", "stand_in")})
@@ -1117,7 +1154,7 @@ def save_run(out, step, config, parts, weights=None, **values):
         card["model"] = {name: value.cpu() for name, value in weights.items()}
         write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**card, **values}, file))
     write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
-# --- end copy: run folder ---
+# --- end copy: save ---
 
 
 # --- begin copy: log ---
@@ -1144,7 +1181,8 @@ def log_line(out, rank, left, **values):
 def picture(path, config, *rows):
     """Rows of images, each normalised [B, C, S, S], as one PNG."""
     from torchvision.utils import save_image
-    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    stats = torch.tensor([config["mean"], config["std"]])
+    mean, std = stats[..., None, None]
     images = torch.cat(rows).float().cpu() * std + mean
     write_atomic(path, lambda file: save_image(images, file, format="png", nrow=len(rows[0]), padding=0))
 # --- end copy: picture ---
