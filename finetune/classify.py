@@ -228,12 +228,12 @@ RECIPES = dict(                     # what they change in the defaults, unless f
 
 
 def make_optimizer(model, config):
-    """AdamW, Adam or Nesterov SGD, and the scheduler of its learning rate, for a step an epoch.
+    """AdamW, Adam or Nesterov SGD, and the scheduler of its learning rate, stepped once an epoch.
 
     Biases, norms and what timm's no_weight_decay() names do not decay. The cosine spans all epochs, warm-up
-    included, and takes fractions of epochs too.
+    included, and takes fractions of an epoch too. Source: timm, as in the released code.
     """
-    fused = config["optimizer"] != "sgd" or None
+    fused = config["optimizer"] != "sgd" or None        # None: PyTorch's choice
     optimizer = create_optimizer_v2(model, config["optimizer"], config["lr"], config["wd"], fused=fused)
     if config["schedule"] == "plateau":
         return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
@@ -275,7 +275,8 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
     if args.compile:
         model.compile()
     optimizer, scheduler = make_optimizer(model, config)
-    slipped = config["variant"] == "paper" and config["recipe"] in ("a", "b")           # divergence 14
+    # variant paper steps the cosine by the loss in place of the epoch (divergence 14)
+    slipped = config["variant"] == "paper" and config["recipe"] in ("a", "b")
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
     # validation loss of each epoch, and what is lowest in the best one; 1e9: not there yet
@@ -395,7 +396,7 @@ def probe(out, config, chosen, data, val, args, rank, world_size, device):
         seen = known[:, k] > 0
         y = values[seen, k]
         if len(y.unique()) < 2:
-            head.bias[k] = 10 if y.any() else -10            # for a label of one class: a constant logit
+            head.bias[k] = 10 if y.any() else -10       # for a label of one class: a constant logit
             continue
         fits = [LogisticRegression(C=strength, max_iter=1000).fit(x[seen], y) for strength in PROBE_C]
         val_scores = [torch.from_numpy(fit.decision_function(val_x)) for fit in fits]
@@ -528,7 +529,7 @@ def resolve(args, config):
         config["crop_pct"] = 1.0                        # it learns from whole images, as they are tested
     listed = lambda text: [word.strip(" '\"") for word in text.strip("[]").split(",") if word]
     config["label_names"], seeds = listed(config["label_names"]), listed(config.pop("seeds"))
-    if not all(seed.isdecimal() for seed in seeds):
+    if not seeds or not all(seed.isdecimal() for seed in seeds):
         fail(f"seeds are {seeds}, not whole numbers such as 0,11")
     return fill_defaults(config), [int(seed) for seed in seeds]
 

@@ -745,6 +745,7 @@ def test_mistakes_are_named_in_one_sentence(pack, tmp_path, monkeypatch, capsys)
             (["--crop_pct", 0], ["crop_pct is 0.0"]),
             (["--seeds", "one"], ["'one'", "seeds"]),
             (["--seeds", "0,-1"], ["'-1'", "seeds"]),
+            (["--seeds", ""], ["seeds are []"]),
             (["--pos_weight", "[1, 2]"], ["[1, 2]", "pos_weight"]),
             (["--pos_weight", "much"], ["much", "pos_weight"]),
             (["--recipe", "c"], ["recipe", "deit"]),
