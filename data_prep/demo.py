@@ -214,7 +214,6 @@ def chest(a, severity, view, rng, size):
         sac = np.hypot(x - 0.06, y - g.floor + 0.08)
         air = air * below(radius - sac) + 0.8 * below(sac - 0.85 * radius, 0.04) * (y < g.floor - 0.06)
     air += 0.25 * bump(x, 0.035) * below(y + 0.35)          # windpipe
-    # Tissue: torso, neck, heart, belly. Bone: ribs, spine.
     body = below(0.5 * np.clip(wide - 0.22, 0, 1) - 0.95 - y, 0.03) * below(wide - 1.02, 0.05)
     solid = body * a.fat * (0.66 + 0.2 * np.sqrt(np.clip(1 - wide ** 2, 0, 1)))
     solid += 0.14 * g.heart + 0.10 * below(g.dome - y, 0.1)
@@ -280,7 +279,8 @@ def retina(patient, disease, key):
     stops = [0, .02, .2, .4, .5, .58, .64, .84, .93, 1.04, 1.08]
     tones = [.05, .7, .45, .45, .26, .45, .22, .2, .8, .85, .45]
     choroid = 0.45 * np.exp(-np.clip(y - floor, 0, None) / 0.09)
-    grey = np.where(y > floor + 0.015, choroid, np.interp(depth, stops, tones)) * (1 - 0.85 * fluid)
+    layers = np.interp(depth, stops, tones)
+    grey = np.where(y > floor + 0.015, choroid, layers) * (1 - 0.85 * fluid)
     return np.clip(grey * rng.gamma(9, 1 / 9, x.shape), 0, 1)       # with speckle
 
 
@@ -305,8 +305,8 @@ def natural_image(wnid, key):
     surface = 0.65 - 0.2 * u - 0.25 * v + 0.25 * np.cos(stripes * u)
     fractal = sum(clouds(rng, x.shape, 3 * 2 ** k) / 1.6 ** k for k in range(5))
     ground = 0.55 + 0.12 * fractal - 0.25 * np.tanh(6 * (y - rng.uniform(-0.1, 0.5)))
-    # Object and scene stand in coloured light.
-    hues, saturation = rng.normal((hue, scene), 0.03), rng.uniform(0.3, 0.8, (2, 1))
+    hues = rng.normal((hue, scene), 0.03)
+    saturation = rng.uniform(0.3, 0.8, (2, 1))
     wheel = 0.5 + 0.5 * np.cos(2 * np.pi * (hues[:, None] - np.arange(3) / 3))
     light = 1 - saturation + saturation * wheel
     picture = inside * surface[..., None] * light[0] + (1 - inside) * ground[..., None] * light[1]
@@ -339,7 +339,8 @@ def cohort(site_name, key, sizes):
             affected = min(len(studies) - 1, max(2, round(share * site.share * len(studies))))
             affected *= finding not in site.absent
             order = np.argsort(liability)[::-1]
-            positive, negative = rng.permutation(order[:affected]), rng.permutation(order[affected:])
+            positive = rng.permutation(order[:affected])
+            negative = rng.permutation(order[affected:])
             for i in positive:
                 studies[i].shows[finding] = rng.uniform(0.4, 1)
             wrong = int(site.error * affected)
@@ -383,8 +384,7 @@ def make(task):
     save(path, drawing())
 
 
-# The layouts, one function a dataset, which writes its tables and returns the tasks of its pictures.
-# root: its folder; key: its seed; count: scales a number of pictures.
+# The layouts: each writes its tables into `root` and returns the tasks of its pictures; `count` scales numbers.
 
 NIH_HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
