@@ -303,14 +303,13 @@ def update_teacher(teacher, student, momentum):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
-def feature_std(features):
+def feature_std(features, world_size):
     """Spread of unit features [b, D] over the batch of all processes: 1 in all directions, 0 collapsed.
 
     The root of the summed variances of the D components, which for unit vectors is sqrt(1 - |mean|^2).
     """
-    unit = F.normalize(features.float(), dim=1)
-    total = sum_over_processes(torch.cat([unit.sum(0), unit.new_full((1,), len(unit))]))
-    return (1 - (total[:-1] / total[-1]).square().sum()).clamp_min(0).sqrt()
+    mean = sum_over_processes(F.normalize(features.float(), dim=1).mean(0)) / world_size
+    return (1 - mean.square().sum()).clamp_min(0).sqrt()
 # --- end copy: teacher ---
 
 
@@ -456,7 +455,7 @@ def train(config, args, rank, world_size, device):
         terms, mean_target, mean_logits = sum_over_processes(sums).split([2, len(centre), len(centre)])
         centre.lerp_(mean_logits, 1 - config["centre_momentum"])
         batch_entropy = torch.special.entr(mean_target).sum()
-        spread = feature_std(torch.cat(features))
+        spread = feature_std(torch.cat(features), world_size)
         meter += torch.cat([terms, torch.stack([batch_entropy, spread, torch.ones_like(spread)])])
 
         done, stopping = step + 1, stop_asked()
@@ -776,12 +775,13 @@ def strong_view(images, u, scale, size, blur, solarise, config, cubic=True):
     Crop, flip, jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, greyscale with p 0.2, blur and solarise (at 128) with
     the shares given.
     """
-    x = random_resized_crop(images, u[:, :N_CROP], scale, size, cubic)
-    x = colour_jitter(x, u[:, N_CROP:], strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
-    x = torch.where(u[:, -2].view(-1, 1, 1, 1) < 0.2, rgb_to_grayscale(x), x)
-    x = gaussian_blur(x, u[:, N_CROP + 5:], blur)
-    solarised = u[:, -1].view(-1, 1, 1, 1) < solarise
-    return normalise(torch.where(solarised & (x >= 128), 255 - x, x), config)
+    crop, colour, grey, inverted = u.split([N_CROP, N_COLOUR, 1, 1], 1)
+    x = random_resized_crop(images, crop, scale, size, cubic)
+    x = colour_jitter(x, colour, strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
+    x = torch.where(grey[..., None, None] < 0.2, rgb_to_grayscale(x), x)
+    x = gaussian_blur(x, colour[:, 5:], blur)
+    solarised = (inverted[..., None, None] < solarise) & (x >= 128)
+    return normalise(torch.where(solarised, 255 - x, x), config)
 # --- end copy: strong view ---
 
 

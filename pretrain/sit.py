@@ -186,6 +186,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import distributed as dist, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
@@ -245,9 +246,8 @@ def in_passes(backbone, x, micro=None, drop_paths=(), u=None):
         set_drop_path(drop_paths, u)
         return backbone.forward_features(x)
 
-    micro = micro or len(x)
     u = x.new_zeros(len(x), 0) if u is None else u                          # none: no stochastic depth
-    if micro >= len(x):
+    if not micro or micro >= len(x):
         return one_pass(x, u)
     passes = zip(x.split(micro), u.split(micro))
     return torch.cat([checkpoint(one_pass, *part, use_reentrant=False) for part in passes])
@@ -473,7 +473,7 @@ def train(config, args, rank, world_size, device):
         scaler.update()
         update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
         losses = sum_over_processes(torch.stack([contrast_loss, recon_loss]).detach())
-        meter += torch.stack([*losses, feature_std(tokens[:, 0]), torch.ones_like(loss)])
+        meter += torch.stack([*losses, feature_std(tokens[:, 0], world_size), torch.ones_like(loss)])
 
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
@@ -519,36 +519,25 @@ def main():
 # ------------------------------------------------------------------------------------- shared by all scripts
 
 # --- begin copy: sync batch norm ---
-class GatherRows(torch.autograd.Function):
-    """Rows [b, D] of each process -> the rows of all processes [B, D], in the order of the batch."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.contiguous()
-        shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(shares, x)
-        return torch.cat(shares)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return own_rows(sum_over_processes(gradient.clone()))               # all processes used the rows
-
-
 def gather_rows(x):
-    """GatherRows where there are several processes; process r holds the r-th share of the batch."""
-    return GatherRows.apply(x) if dist.is_initialized() else x
+    """Rows [b, D] of each process -> the rows of all processes [B, D], in the order of the batch.
 
-
-def own_rows(x):
-    """This process's share of rows made by gather_rows."""
-    return x.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else x
+    All processes use the rows, so their gradients are summed as well.
+    """
+    if not dist.is_initialized():
+        return x
+    shares = x.new_zeros(dist.get_world_size(), *x.shape)
+    shares[dist.get_rank()] = x
+    return all_reduce(shares).flatten(0, 1)
 
 
 class SyncBatchNorm(nn.BatchNorm1d):
     """BatchNorm1d over the batch of all processes: each normalises all rows and keeps its share."""
 
     def forward(self, x):
-        return own_rows(super().forward(gather_rows(x))) if self.training else super().forward(x)
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        return super().forward(gather_rows(x)).chunk(dist.get_world_size())[dist.get_rank()]
 # --- end copy: sync batch norm ---
 
 
@@ -559,14 +548,13 @@ def update_teacher(teacher, student, momentum):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
-def feature_std(features):
+def feature_std(features, world_size):
     """Spread of unit features [b, D] over the batch of all processes: 1 in all directions, 0 collapsed.
 
     The root of the summed variances of the D components, which for unit vectors is sqrt(1 - |mean|^2).
     """
-    unit = F.normalize(features.float(), dim=1)
-    total = sum_over_processes(torch.cat([unit.sum(0), unit.new_full((1,), len(unit))]))
-    return (1 - (total[:-1] / total[-1]).square().sum()).clamp_min(0).sqrt()
+    mean = sum_over_processes(F.normalize(features.float(), dim=1).mean(0)) / world_size
+    return (1 - mean.square().sum()).clamp_min(0).sqrt()
 # --- end copy: teacher ---
 
 
@@ -850,12 +838,13 @@ def strong_view(images, u, scale, size, blur, solarise, config, cubic=True):
     Crop, flip, jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, greyscale with p 0.2, blur and solarise (at 128) with
     the shares given.
     """
-    x = random_resized_crop(images, u[:, :N_CROP], scale, size, cubic)
-    x = colour_jitter(x, u[:, N_CROP:], strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
-    x = torch.where(u[:, -2].view(-1, 1, 1, 1) < 0.2, rgb_to_grayscale(x), x)
-    x = gaussian_blur(x, u[:, N_CROP + 5:], blur)
-    solarised = u[:, -1].view(-1, 1, 1, 1) < solarise
-    return normalise(torch.where(solarised & (x >= 128), 255 - x, x), config)
+    crop, colour, grey, inverted = u.split([N_CROP, N_COLOUR, 1, 1], 1)
+    x = random_resized_crop(images, crop, scale, size, cubic)
+    x = colour_jitter(x, colour, strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
+    x = torch.where(grey[..., None, None] < 0.2, rgb_to_grayscale(x), x)
+    x = gaussian_blur(x, colour[:, 5:], blur)
+    solarised = (inverted[..., None, None] < solarise) & (x >= 128)
+    return normalise(torch.where(solarised, 255 - x, x), config)
 # --- end copy: strong view ---
 
 
