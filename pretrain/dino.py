@@ -223,9 +223,12 @@ class DINO(nn.Module):
         for views in crops:                                                 # one pass for each size
             if depth is not None:
                 set_drop_path(self.drop_paths, depth[done:done + len(views)].flatten(0, 1))
-            tokens = vit.norm(vit.blocks(embed(vit, views.flatten(0, 1), self.by_scale)))
-            features.append(tokens[:, 0].unflatten(0, views.shape[:2]))
             done += len(views)
+            patches = vit.patch_embed(views.flatten(0, 1))                  # [V * B, N, D]
+            cls = vit.cls_token.expand(len(patches), -1, -1)
+            positions = fit_to_grid(vit.pos_embed, math.isqrt(patches.shape[1]), self.by_scale)
+            tokens = vit.norm_pre(torch.cat([cls, patches], 1) + positions)
+            features.append(vit.norm(vit.blocks(tokens))[:, 0].unflatten(0, views.shape[:2]))
         features = torch.cat(features)
         return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2]), features
 
@@ -250,13 +253,6 @@ class DINOHead(nn.Module):
     def forward(self, features):
         """features [B, D] -> logits [B, out_dim]."""
         return self.last_layer(F.normalize(self.mlp(features), dim=1))
-
-
-def embed(vit, x, by_scale=False):
-    """Square images [B, C, s, s] of any number of patches -> class and patch tokens with positions."""
-    patches = vit.patch_embed(x)                                            # [B, N, D]
-    tokens = torch.cat([vit.cls_token.expand(len(x), -1, -1), patches], 1)
-    return vit.norm_pre(tokens + fit_to_grid(vit.pos_embed, math.isqrt(patches.shape[1]), by_scale))
 
 
 def fit_to_grid(pos_embed, side, by_scale=False):
@@ -325,11 +321,11 @@ def make_crops(images, uniforms, local_size, config):
 
     Args: images uint8 [b, C, H, W] or a list of [C, H, W]; uniforms [2 + V, b, N_VIEW].
     """
-    size, large, small = config["img_size"], config["global_crop_scale"], config["local_crop_scale"]
-    first = strong_view(images, uniforms[0], large, size, 1.0, 0.0, config)         # shares of blur, solarise
-    second = strong_view(images, uniforms[1], large, size, 0.1, 0.2, config)
-    local = [strong_view(images, u, small, local_size, 0.5, 0.0, config) for u in uniforms[2:]]
-    return [torch.stack(views) for views in ([first, second], local) if views]
+    whole = config["global_crop_scale"], config["img_size"]
+    kinds = [(*whole, 1.0, 0.0), (*whole, 0.1, 0.2)]                        # shares of blur and solarise
+    kinds += [(config["local_crop_scale"], local_size, 0.5, 0.0)] * config["n_local_crops"]
+    views = [strong_view(images, u, *kind, config) for u, kind in zip(uniforms, kinds)]
+    return [torch.stack(part) for part in (views[:2], views[2:]) if part]
 
 
 @torch.no_grad()
@@ -338,10 +334,9 @@ def cls_attention(vit, x):
     attention, seen = vit.blocks[-1].attn, []
     hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
     fused, attention.fused_attn = attention.fused_attn, False               # which computes no attention map
-    with torch.compiler.set_stance("force_eager"):                          # hooks see no compiled blocks
+    with hook, torch.compiler.set_stance("force_eager"):                    # hooks see no compiled blocks
         vit(x)
     attention.fused_attn = fused
-    hook.remove()
     return seen[0][:, :, 0, 1:].unflatten(2, vit.patch_embed.grid_size)     # its row, patches' columns
 
 
@@ -361,12 +356,18 @@ def attention_picture(vit, images, config, path):
     write_atomic(path, lambda file: image.save(file, format="png"))
 
 
-# collapse shows as an entropy near log(out_dim), or a batch_entropy or feature_std near 0
-LOGGED = "loss", "entropy", "batch_entropy", "feature_std"
-
-
 def train(config, args, rank, world_size, device):
     """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
+    rows = read_manifest(args.manifest, args.split, config["samples"])
+    images = open_images(args.manifest, rows, config["in_chans"], device)
+    n_images, batch = len(rows["row"]), config["batch"]
+    steps_an_epoch = n_images // batch if batch else 0
+    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    if batch % world_size or not n_steps:
+        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
+             "images, --epochs at least 1")
+    last_step = min(n_steps, args.steps or n_steps)
+
     torch.manual_seed(config["seed"])
     backbone = make_model(config, 0, config["drop_path"])
     with or_fail(f"use {config['arch']}, which has to be a vision transformer with a class token"):
@@ -384,15 +385,6 @@ def train(config, args, rank, world_size, device):
     meter = torch.zeros(5, device=device)                                   # sums of the logged terms, steps
     state = dict(student=student, teacher=teacher, centre=centre, optimizer=optimizer, scaler=scaler,
                  meter=meter)
-    rows = read_manifest(args.manifest, args.split, config["samples"])
-    images = open_images(args.manifest, rows, config["in_chans"], device)
-    n_images, batch = len(rows["row"]), config["batch"]
-    steps_an_epoch = n_images // max(1, batch)
-    if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
-        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
-             "images, --epochs at least 1")
-    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
-    last_step = min(n_steps, args.steps or n_steps)
     first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
         print(json.dumps(config))
@@ -403,9 +395,8 @@ def train(config, args, rank, world_size, device):
     net = student
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
-    local_batch = batch // world_size
-    micro = args.micro_batch or local_batch
-    local = torch.arange(rank * local_batch, (rank + 1) * local_batch)      # places in the batch
+    local = torch.arange(batch).chunk(world_size)[rank]                     # places in the batch
+    micro = args.micro_batch or len(local)
     local_size = local_crop_size(config, backbone.patch_embed.patch_size[0])
     n_crops, n_drop_paths = 2 + config["n_local_crops"], len(student.drop_paths)
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
@@ -428,11 +419,11 @@ def train(config, args, rank, world_size, device):
         crops = make_crops(chosen, uniforms, local_size, config)
         torch.manual_seed(generator.initial_seed())                         # for dropout, if any
 
-        sums, features = torch.zeros(2 + 2 * len(centre), device=device), []
+        sums, features = [], []
         optimizer.zero_grad()
-        for begin in range(0, local_batch, micro):
+        for begin in range(0, len(local), micro):
             part = [views[:, begin:begin + micro] for views in crops]
-            net.require_backward_grad_sync = begin + micro >= local_batch   # DDP: only after the last pass
+            net.require_backward_grad_sync = begin + micro >= len(local)     # DDP: only after the last pass
             with torch.no_grad(), amp:
                 teacher_logits, teacher_features = teacher(part[:1])
             with amp:
@@ -443,7 +434,7 @@ def train(config, args, rank, world_size, device):
             scaler.scale(loss * share * world_size).backward()              # DDP averages over processes
             entropy = torch.special.entr(targets).sum(-1).mean()
             means = targets.mean((0, 1)), teacher_logits.mean((0, 1), dtype=centre.dtype)
-            sums += share * torch.cat([torch.stack([loss.detach(), entropy]), *means])
+            sums.append(share * torch.cat([torch.stack([loss.detach(), entropy]), *means]))
             features.append(teacher_features[0])
         scaler.unscale_(optimizer)
         clip_each(student.parameters(), config["clip"])
@@ -452,18 +443,21 @@ def train(config, args, rank, world_size, device):
         scaler.step(optimizer)
         scaler.update()
         update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
-        terms, mean_target, mean_logits = sum_over_processes(sums).split([2, len(centre), len(centre)])
+        sums = sum_over_processes(sum(sums))
+        terms, mean_target, mean_logits = sums.split([2, len(centre), len(centre)])
         centre.lerp_(mean_logits, 1 - config["centre_momentum"])
         batch_entropy = torch.special.entr(mean_target).sum()
         spread = feature_std(torch.cat(features), world_size)
-        meter += torch.cat([terms, torch.stack([batch_entropy, spread, torch.ones_like(spread)])])
+        meter += torch.stack([*terms, batch_entropy, spread, torch.ones_like(spread)])
 
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
-            rate = (done - first_step) * batch / (time.monotonic() - started)
-            terms = dict(zip(LOGGED, (meter[:4] / meter[4]).tolist()))
-            log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1, **terms,
-                     lr=lr, wd=wd, teacher_temp=teacher_temp, img_per_s=round(rate, 1))
+            seconds = (time.monotonic() - started) / (done - first_step)        # a step
+            # collapse shows as an entropy near log(out_dim), or a batch_entropy or feature_std near 0
+            names = "loss", "entropy", "batch_entropy", "feature_std"
+            terms = dict(zip(names, (meter[:4] / meter[4]).tolist()))
+            log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1, **terms,
+                     lr=lr, wd=wd, teacher_temp=teacher_temp, img_per_s=round(batch / seconds, 1))
             meter.zero_()
         picture_steps = args.picture_epochs * steps_an_epoch
         if rank == 0 and (done == last_step or picture_steps and done % picture_steps == 0):

@@ -324,6 +324,16 @@ def make_views(images, uniforms, config):
 
 def train(config, args, rank, world_size, device):
     """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
+    rows = read_manifest(args.manifest, args.split, config["samples"])
+    images = open_images(args.manifest, rows, config["in_chans"], device)
+    n_images, batch = len(rows["row"]), config["batch"]
+    steps_an_epoch = n_images // batch if batch else 0
+    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    if batch % world_size or batch < 2 or not n_steps:
+        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and 2 to the {n_images} "
+             "images, --epochs at least 1")
+    last_step = min(n_steps, args.steps or n_steps)
+
     torch.manual_seed(config["seed"])
     backbone, note = make_backbone(config)
     model = MoCo(backbone, config["hidden_dim"], config["out_dim"]).to(device)
@@ -335,18 +345,8 @@ def train(config, args, rank, world_size, device):
     temperature = config["temperature"] or (1.0 if config["variant"] == "paper" else 0.2)
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(5, device=device)               # sums of loss, entropy, accuracy, feature_std; steps
-    state = dict(model=model, momentum_encoder=momentum_encoder,
-                 optimizer=optimizer, scaler=scaler, meter=meter)
-
-    rows = read_manifest(args.manifest, args.split, config["samples"])
-    images = open_images(args.manifest, rows, config["in_chans"], device)
-    n_images, batch = len(rows["row"]), config["batch"]
-    steps_an_epoch = n_images // max(1, batch)
-    if batch % world_size or batch < 2 or not steps_an_epoch * config["epochs"]:
-        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and 2 to the {n_images} "
-             "images, --epochs at least 1")
-    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
-    last_step = min(n_steps, args.steps or n_steps)
+    state = dict(model=model, momentum_encoder=momentum_encoder, optimizer=optimizer, scaler=scaler,
+                 meter=meter)
     first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
         print(json.dumps(config))
@@ -357,9 +357,8 @@ def train(config, args, rank, world_size, device):
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    local_batch = batch // world_size
-    micro = 2 * (args.micro_batch or local_batch)                           # two views an image
-    local = torch.arange(rank * local_batch, (rank + 1) * local_batch)      # places in the batch
+    micro = 2 * args.micro_batch                                            # two views an image; 0: all
+    local = torch.arange(batch).chunk(world_size)[rank]                     # places in the batch
     positives = local.to(device)
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
@@ -392,14 +391,14 @@ def train(config, args, rank, world_size, device):
         scaler.update()
         found = retrieval(queries[0], keys[1], positives, temperature)
         terms = sum_over_processes(torch.stack([loss.detach(), *found])) / world_size
-        meter += torch.stack([*terms, feature_std(features[0], world_size), torch.ones_like(loss)]).detach()
+        meter += torch.stack([*terms, feature_std(features[0], world_size), torch.ones_like(loss)])
 
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
-            rate = (done - first_step) * batch / (time.monotonic() - started)
+            seconds = (time.monotonic() - started) / (done - first_step)        # a step
             terms = dict(zip(("loss", "entropy", "accuracy", "feature_std"), (meter[:4] / meter[4]).tolist()))
-            log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1, **terms,
-                     lr=lr, ema=ema, img_per_s=round(rate, 1))
+            log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1, **terms,
+                     lr=lr, ema=ema, img_per_s=round(batch / seconds, 1))
             meter.zero_()
         if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
             weights = backbone.state_dict() if done == last_step else None
@@ -446,7 +445,7 @@ class SyncBatchNorm(nn.BatchNorm1d):
     def forward(self, x):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
-        return super().forward(gather_rows(x)).chunk(dist.get_world_size())[dist.get_rank()]
+        return super().forward(gather_rows(x)).split(len(x))[dist.get_rank()]
 # --- end copy: sync batch norm ---
 
 
