@@ -264,8 +264,7 @@ def fit_to_grid(pos_embed, side, by_scale=False):
     if side == h:
         return pos_embed
     how = dict(scale_factor=(side + 0.1) / h) if by_scale else dict(size=(side, side))
-    grid = pos_embed[:, 1:].mT.unflatten(2, (h, h))
-    grid = F.interpolate(grid, mode="bicubic", **how)
+    grid = F.interpolate(pos_embed[:, 1:].mT.unflatten(2, (h, h)), mode="bicubic", **how)
     return torch.cat([pos_embed[:, :1], grid.flatten(2).mT], 1)
 
 
@@ -331,12 +330,11 @@ def make_crops(images, uniforms, local_size, config):
 @torch.no_grad()
 def cls_attention(vit, x):
     """Attention of the class token to the patches in the last block: x [B, C, S, S] -> [B, heads, h, w]."""
-    attention, seen = vit.blocks[-1].attn, []
-    hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    fused, attention.fused_attn = attention.fused_attn, False               # which computes no attention map
-    with hook, torch.compiler.set_stance("force_eager"):                    # hooks see no compiled blocks
-        vit(x)
-    attention.fused_attn = fused
+    vit, seen = copy.deepcopy(vit), []                  # a copy is not compiled: hooks see its blocks
+    attention = vit.blocks[-1].attn
+    attention.fused_attn = False                        # which computes no attention map
+    attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    vit(x)
     return seen[0][:, :, 0, 1:].unflatten(2, vit.patch_embed.grid_size)     # its row, patches' columns
 
 
@@ -345,13 +343,12 @@ def attention_picture(vit, images, config, path):
 
     Args: images uint8 [B, C, H, W] or a list of [C, H, W].
     """
-    size = config["img_size"]
     middle = torch.full((len(images), N_CROP), 0.5, device=images[0].device)
-    whole = random_resized_crop(images, middle, (1.0, 1.0), size)           # the middle, not mirrored
+    whole = random_resized_crop(images, middle, (1.0, 1.0), config["img_size"])     # the middle, not mirrored
     maps = cls_attention(vit, normalise(whole, config))
-    maps = F.interpolate(maps / maps.amax((2, 3), keepdim=True), size=(size, size)) * 255
-    columns = torch.cat([rgb_to_grayscale(whole), maps], 1)                 # [B, 1 + heads, S, S]
-    pixels = columns.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).round().byte()
+    maps = F.interpolate(maps / maps.amax((2, 3), keepdim=True), whole.shape[2:]) * 255
+    row = torch.cat([rgb_to_grayscale(whole), *maps.split(1, 1)], 3)        # [B, 1, S, (1 + heads) * S]
+    pixels = row.flatten(0, 2).round().byte()
     image = Image.fromarray(pixels.cpu().numpy())
     write_atomic(path, lambda file: image.save(file, format="png"))
 

@@ -363,8 +363,8 @@ def test_teacher_temperature_is_linear_by_epoch_then_constant(first, last, n):
 def test_feature_std_is_the_root_of_the_summed_variances():
     features = torch.randn(50, 8) + torch.arange(8)
     unit = features / features.norm(dim=1, keepdim=True)
-    assert torch.allclose(dino.feature_std(features), unit.var(0, unbiased=False).sum().sqrt(), atol=1e-5)
-    assert float(dino.feature_std(torch.ones(9, 4))) < 1e-3                 # root of the rounding of 1
+    assert torch.allclose(dino.feature_std(features, 1), unit.var(0, unbiased=False).sum().sqrt(), atol=1e-5)
+    assert float(dino.feature_std(torch.ones(9, 4), 1)) < 1e-3                 # root of the rounding of 1
 
 
 # Network
