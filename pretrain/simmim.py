@@ -338,9 +338,8 @@ def train(config, args, rank, world_size, device):
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
         generator = step_generator(config["seed"], step)
-        u = torch.rand(batch, N_CROP + (size // unit) ** 2, generator=generator)[local]
-        depth = torch.rand(batch, len(drop_paths), generator=generator)[local]
-        u, depth = u.to(device, non_blocking=True), depth.to(device, non_blocking=True)
+        draw = lambda n: torch.rand(batch, n, generator=generator)[local].to(device, non_blocking=True)
+        u, depth = draw(N_CROP + (size // unit) ** 2), draw(len(drop_paths))
         torch.manual_seed(generator.initial_seed())                         # for dropout, if any
         clean, masks = make_views(chosen, u, config)
 

@@ -412,7 +412,8 @@ def test_crops_of_a_size_are_one_pass():
     dict(model_args={**MODEL, "class_token": False, "global_pool": "avg"})])
 def test_networks_without_cls_token_are_refused(pack, tmp_path, monkeypatch, capsys, flags):
     with pytest.raises(SystemExit) as ended:
-        run_here(dino, monkeypatch, "--manifest", pack, "--out", tmp_path / "run", *TINY, *words(flags))
+        run_here(dino, monkeypatch, "--manifest", pack, "--out", tmp_path / "run", "--batch", 8, *TINY,
+                 *words(flags))
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("error: cannot use ") and error.count("\n") == 1
     assert "class token" in error and not (tmp_path / "run").exists()

@@ -227,6 +227,6 @@ def test_a_network_without_a_class_token_is_refused(tmp_path, monkeypatch, capsy
     manifest = write_pack(tmp_path, blobs(4))
     with pytest.raises(SystemExit) as stop:
         run_here(sit, monkeypatch, "--manifest", manifest, "--out", tmp_path / "run", "--device", "cpu",
-                 "--arch", arch, "--model_args", args)
+                 "--batch", 4, "--arch", arch, "--model_args", args)
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and line.startswith("error: ") and arch in line and "class token" in line
