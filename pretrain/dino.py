@@ -2,7 +2,8 @@
 
 A student sees ten crops of an image, its teacher (the student's moving average) the two large ones. From each
 crop the student predicts the teacher's output for another crop, a softmax over 65,536 dimensions: the loss is
-the cross-entropy between the two (dino_loss).
+the cross-entropy between the two (dino_loss). In the log collapse shows as an entropy near log(out_dim), or a
+batch_entropy or feature_std near 0.
 
     torchrun --nproc_per_node=4 pretrain/dino.py --exp 4.1.1-100k     one row of experiments.yaml on 4 GPUs
     python pretrain/dino.py --manifest my/manifest.csv --split all --out my/run    your own images
@@ -395,7 +396,7 @@ def train(config, args, rank, world_size, device):
     local = torch.arange(batch).chunk(world_size)[rank]                     # places in the batch
     micro = args.micro_batch or len(local)
     local_size = local_crop_size(config, backbone.patch_embed.patch_size[0])
-    n_crops, n_drop_paths = 2 + config["n_local_crops"], len(student.drop_paths)
+    sizes = [N_VIEW, len(student.drop_paths)]                               # numbers drawn for a crop
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
     for step in range(first_step, last_step):
@@ -411,8 +412,8 @@ def train(config, args, rank, world_size, device):
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
         generator = step_generator(config["seed"], step)
-        draws = torch.rand(n_crops, batch, N_VIEW + n_drop_paths, generator=generator)[:, local]
-        uniforms, depth = draws.to(device, non_blocking=True).split([N_VIEW, n_drop_paths], 2)
+        draws = torch.rand(2 + config["n_local_crops"], batch, sum(sizes), generator=generator)[:, local]
+        uniforms, depth = draws.to(device, non_blocking=True).split(sizes, 2)
         crops = make_crops(chosen, uniforms, local_size, config)
         torch.manual_seed(generator.initial_seed())                         # for dropout, if any
 
@@ -440,17 +441,14 @@ def train(config, args, rank, world_size, device):
         scaler.step(optimizer)
         scaler.update()
         update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
-        sums = sum_over_processes(sum(sums))
-        terms, mean_target, mean_logits = sums.split([2, len(centre), len(centre)])
+        terms, mean_target, mean_logits = sum_over_processes(sum(sums)).split([2, len(centre), len(centre)])
         centre.lerp_(mean_logits, 1 - config["centre_momentum"])
-        batch_entropy = torch.special.entr(mean_target).sum()
-        spread = feature_std(torch.cat(features), world_size)
-        meter += torch.stack([*terms, batch_entropy, spread, torch.ones_like(spread)])
+        spreads = torch.special.entr(mean_target).sum(), feature_std(torch.cat(features), world_size)
+        meter += torch.stack([*terms, *spreads, torch.ones_like(loss)])
 
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
             seconds = (time.monotonic() - started) / (done - first_step)        # a step
-            # collapse shows as an entropy near log(out_dim), or a batch_entropy or feature_std near 0
             names = "loss", "entropy", "batch_entropy", "feature_std"
             terms = dict(zip(names, (meter[:4] / meter[4]).tolist()))
             log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1, **terms,

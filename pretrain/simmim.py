@@ -301,7 +301,8 @@ def train(config, args, rank, world_size, device):
     drop_paths, note = replace_drop_path(encoder), load_backbone(encoder, config)
     size, unit = config["img_size"], config["mask_unit"]
     with or_fail(f"hide patches from {config['arch']}, which has to be a ViT, Swin or BEiT"):
-        model = SimMIM(encoder, config["in_chans"], size).to(device)
+        model = SimMIM(encoder, config["in_chans"], size)
+    model.to(device)
     if not 0 < config["mask_ratio"] < 1:
         fail(f"--mask_ratio {config['mask_ratio']}: give a share between 0 and 1")
     if not unit or size % unit or unit % model.patch_size:

@@ -401,7 +401,8 @@ def train(config, args, rank, world_size, device):
     backbone = make_model(config, 0, config["drop_path"])
     drop_paths, note = replace_drop_path(backbone), load_backbone(backbone, config)
     with or_fail(f"use {config['arch']}, which has to be a vision transformer with a class token"):
-        student = SiT(backbone, config["in_chans"], config["hidden_dim"], config["out_dim"]).to(device)
+        student = SiT(backbone, config["in_chans"], config["hidden_dim"], config["out_dim"])
+    student.to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)                  # its batch norm stays in training
     teacher.backbone.eval()                                                 # no stochastic depth
     if args.compile:
