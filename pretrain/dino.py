@@ -417,7 +417,7 @@ def train(config, args, rank, world_size, device):
         crops = make_crops(chosen, uniforms, local_size, config)
         torch.manual_seed(generator.initial_seed())                         # for dropout, if any
 
-        sums, features = [], []
+        sums, features = 0, []
         optimizer.zero_grad()
         for begin in range(0, len(local), micro):
             part = [views[:, begin:begin + micro] for views in crops]
@@ -432,7 +432,7 @@ def train(config, args, rank, world_size, device):
             scaler.scale(loss * share * world_size).backward()              # DDP averages over processes
             entropy = torch.special.entr(targets).sum(-1).mean()
             means = targets.mean((0, 1)), teacher_logits.mean((0, 1), dtype=centre.dtype)
-            sums.append(share * torch.cat([torch.stack([loss.detach(), entropy]), *means]))
+            sums += share * torch.cat([torch.stack([loss.detach(), entropy]), *means])
             features.append(teacher_features[0])
         scaler.unscale_(optimizer)
         clip_each(student.parameters(), config["clip"])
@@ -441,7 +441,7 @@ def train(config, args, rank, world_size, device):
         scaler.step(optimizer)
         scaler.update()
         update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
-        terms, mean_target, mean_logits = sum_over_processes(sum(sums)).split([2, len(centre), len(centre)])
+        terms, mean_target, mean_logits = sum_over_processes(sums).split([2, len(centre), len(centre)])
         centre.lerp_(mean_logits, 1 - config["centre_momentum"])
         spreads = torch.special.entr(mean_target).sum(), feature_std(torch.cat(features), world_size)
         meter += torch.stack([*terms, *spreads, torch.ones_like(loss)])

@@ -344,7 +344,7 @@ def train(config, args, rank, world_size, device):
         torch.manual_seed(generator.initial_seed())                         # for dropout, if any
         clean, masks = make_views(chosen, u, config)
 
-        loss = torch.zeros((), device=device)
+        loss = 0
         optimizer.zero_grad()
         for begin in range(0, len(local), micro):
             part = slice(begin, begin + micro)
