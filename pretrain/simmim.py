@@ -366,7 +366,8 @@ def train(config, args, rank, world_size, device):
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
             seconds = (time.monotonic() - started) / (done - first_step)        # a step
             log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1,
-                     loss=(meter[0] / meter[1]).item(), lr=lr, wd=config["wd"], img_per_s=round(batch / seconds, 1))
+                     loss=(meter[0] / meter[1]).item(), lr=lr, wd=config["wd"],
+                     img_per_s=round(batch / seconds, 1))
             meter.zero_()
         picture_steps = args.picture_epochs * steps_an_epoch
         if rank == 0 and (done == last_step or picture_steps and done % picture_steps == 0):

@@ -351,11 +351,11 @@ def masked_l1(recon, clean, masks):
 
 
 def draw_step(config, step, places, n_drop_paths, device):
-    """The random numbers of a step for b + 1 places of the global batch, of which the last only gives pixels.
+    """The random numbers of a step for b + 1 places of the global batch; the last image only gives pixels.
 
-    They are drawn for the whole batch: any number of processes draws the same. Returns uniforms of the views
-    [2, b + 1, N_VIEW], and for the 2b views of the first b images: uniforms of stochastic depth [2b, n], masks
-    bool [2b, S, S] and whether pixels are replaced, bool [2b].
+    They are drawn for the whole batch: any number of processes draws the same. Returns uniforms of two views
+    of each image [2, b + 1, N_VIEW] and, for the views of the first b images, uniforms of stochastic depth
+    [2b, n], masks bool [2b, S, S] and whether the pixels are replaced, bool [2b].
     """
     sizes = [N_VIEW, n_drop_paths, 2, 4 * N_BLOCKS]
     generator = step_generator(config["seed"], step)
@@ -448,7 +448,7 @@ def train(config, args, rank, world_size, device):
         optimizer.zero_grad()           # before the passes: their peak of memory is then without gradients
         with torch.no_grad(), amp:
             features = in_passes(teacher.backbone, clean, micro)[:, 0]
-            keys = [gather_rows(view) for view in teacher.cls_head(features).chunk(2)]  # each [batch, out_dim]
+            keys = [gather_rows(view) for view in teacher.cls_head(features).chunk(2)]  # each [B, out_dim]
         with amp:
             embedding, recon = net(corrupted, micro, drop_paths, depth)
         contrast_loss = contrast(embedding, keys, positives, config["temperature"]) / world_size
