@@ -309,18 +309,15 @@ def feature_std(features, world_size):
 # --- end copy: teacher ---
 
 
-def local_crop_size(config, patch):
-    """Side of a local crop in pixels: 96 where a global one has 224, rounded to whole patches."""
-    return max(1, round(config["img_size"] * 96 / 224 / patch)) * patch
-
-
-def make_crops(images, uniforms, local_size, config):
+def make_crops(images, uniforms, patch_size, config):
     """Two global crops [2, b, C, S, S], and local ones [V, b, C, s, s] where there are any.
 
-    The first global crop is always blurred, the second rarely and sometimes solarised, half of the local are.
+    s is 96 where S is 224, in whole patches. The first global crop is always blurred, the second rarely and
+    sometimes solarised, half of the local are blurred.
 
     Args: images uint8 [b, C, H, W] or a list of [C, H, W]; uniforms [2 + V, b, N_VIEW].
     """
+    local_size = max(1, round(config["img_size"] * 96 / 224 / patch_size)) * patch_size
     whole = config["global_crop_scale"], config["img_size"]
     kinds = [(*whole, 1.0, 0.0), (*whole, 0.1, 0.2)]                        # shares of blur and solarise
     kinds += [(config["local_crop_scale"], local_size, 0.5, 0.0)] * config["n_local_crops"]
@@ -395,7 +392,6 @@ def train(config, args, rank, world_size, device):
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     local = torch.arange(batch).chunk(world_size)[rank]                     # places in the batch
     micro = args.micro_batch or len(local)
-    local_size = local_crop_size(config, backbone.patch_embed.patch_size[0])
     sizes = [N_VIEW, len(student.drop_paths)]                               # numbers drawn for a crop
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
@@ -414,7 +410,7 @@ def train(config, args, rank, world_size, device):
         generator = step_generator(config["seed"], step)
         draws = torch.rand(2 + config["n_local_crops"], batch, sum(sizes), generator=generator)[:, local]
         uniforms, depth = draws.to(device, non_blocking=True).split(sizes, 2)
-        crops = make_crops(chosen, uniforms, local_size, config)
+        crops = make_crops(chosen, uniforms, backbone.patch_embed.patch_size[0], config)
         torch.manual_seed(generator.initial_seed())                         # for dropout, if any
 
         sums, features = 0, []

@@ -198,7 +198,7 @@ class ContrastiveHead(nn.Sequential):
             nn.Linear(dim, hidden_dim), SyncBatchNorm(hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim), SyncBatchNorm(hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, out_dim), SyncBatchNorm(out_dim, affine=False))
-        for layer in (self[0], self[3], self[6]):
+        for layer in list(self)[::3]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 

@@ -436,7 +436,9 @@ def test_strong_views_are_pillows_a_step_after_the_other(channels):
 @pytest.mark.parametrize("size, patch, expected", [
     (224, 16, 96), (64, 8, 24), (32, 8, 16), (64, 16, 32), (16, 16, 16)])
 def test_local_crops_are_in_proportion_and_whole_patches(size, patch, expected):
-    assert dino.local_crop_size(config_of(img_size=size), patch) == expected
+    images, config = torch.zeros(1, 1, 40, 40, dtype=torch.uint8), config_of(img_size=size, n_local_crops=1)
+    crops = dino.make_crops(images, torch.zeros(3, 1, dino.N_VIEW), patch, config)
+    assert [tuple(views.shape) for views in crops] == [(2, 1, 1, size, size), (1, 1, 1, expected, expected)]
 
 
 # Learning
