@@ -185,7 +185,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import distributed as dist, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
@@ -507,15 +506,16 @@ def main():
 
 # --- begin copy: sync batch norm ---
 def gather_rows(x):
-    """Rows [b, D] of each process -> the rows of all processes [B, D], in the order of the batch.
-
-    All processes use the rows, so their gradients are summed as well.
-    """
+    """Rows [b, D] of each process -> the rows of all processes [B, D], in the order of the batch."""
     if not dist.is_initialized():
         return x
-    shares = x.new_zeros(dist.get_world_size(), *x.shape)
-    shares[dist.get_rank()] = x
-    return all_reduce(shares).flatten(0, 1)
+    shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, x.detach().contiguous())
+    shares[dist.get_rank()] = x                         # the one that takes a gradient:
+    rows = torch.cat(shares)
+    if rows.requires_grad:                              # the sum over the processes, as all use the rows
+        rows.register_hook(lambda gradient: sum_over_processes(gradient.clone()))
+    return rows
 
 
 class SyncBatchNorm(nn.BatchNorm1d):
