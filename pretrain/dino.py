@@ -2,7 +2,8 @@
 
 A student sees ten crops of an image, its teacher (the student's moving average) the two large ones. From each
 crop the student predicts the teacher's output for another crop, a softmax over 65,536 dimensions: the loss is
-the cross-entropy between the two (dino_loss).
+the cross-entropy between the two (dino_loss). In the log collapse shows as an entropy near log(out_dim), or a
+batch_entropy or feature_std near 0.
 
     torchrun --nproc_per_node=4 pretrain/dino.py --exp 4.1.1-100k     one row of experiments.yaml on 4 GPUs
     python pretrain/dino.py --manifest my/manifest.csv --split all --out my/run    your own images
@@ -214,9 +215,12 @@ class DINO(nn.Module):
         for views in crops:                                                 # one pass for each size
             if depth is not None:
                 set_drop_path(self.drop_paths, depth[done:done + len(views)].flatten(0, 1))
-            tokens = vit.norm(vit.blocks(embed(vit, views.flatten(0, 1), self.by_scale)))
-            features.append(tokens[:, 0].unflatten(0, views.shape[:2]))
             done += len(views)
+            patches = vit.patch_embed(views.flatten(0, 1))                  # [V * B, N, D]
+            cls = vit.cls_token.expand(len(patches), -1, -1)
+            positions = fit_to_grid(vit.pos_embed, math.isqrt(patches.shape[1]), self.by_scale)
+            tokens = vit.norm_pre(torch.cat([cls, patches], 1) + positions)
+            features.append(vit.norm(vit.blocks(tokens))[:, 0].unflatten(0, views.shape[:2]))
         features = torch.cat(features)
         return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2]), features
 
@@ -243,13 +247,6 @@ class DINOHead(nn.Module):
         return self.last_layer(F.normalize(self.mlp(features), dim=1))
 
 
-def embed(vit, x, by_scale=False):
-    """Square images [B, C, s, s] of any number of patches -> class and patch tokens with positions."""
-    patches = vit.patch_embed(x)                                            # [B, N, D]
-    tokens = torch.cat([vit.cls_token.expand(len(x), -1, -1), patches], 1)
-    return vit.norm_pre(tokens + fit_to_grid(vit.pos_embed, math.isqrt(patches.shape[1]), by_scale))
-
-
 def fit_to_grid(pos_embed, side, by_scale=False):
     """Position embeddings [1, 1 + h * h, D] on a grid side x side, bicubic; the class token's is untouched.
 
@@ -259,8 +256,7 @@ def fit_to_grid(pos_embed, side, by_scale=False):
     if side == h:
         return pos_embed
     how = dict(scale_factor=(side + 0.1) / h) if by_scale else dict(size=(side, side))
-    grid = pos_embed[:, 1:].mT.unflatten(2, (h, h))
-    grid = F.interpolate(grid, mode="bicubic", **how)
+    grid = F.interpolate(pos_embed[:, 1:].mT.unflatten(2, (h, h)), mode="bicubic", **how)
     return torch.cat([pos_embed[:, :1], grid.flatten(2).mT], 1)
 
 
@@ -294,46 +290,40 @@ def update_teacher(teacher, student, momentum):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
-def feature_std(features):
+def feature_std(features, world_size):
     """Spread of unit features [b, D] over the batch of all processes: 1 in all directions, 0 collapsed.
 
     The root of the summed variances of the D components, which for unit vectors is sqrt(1 - |mean|^2).
     """
-    unit = F.normalize(features.float(), dim=1)
-    total = sum_over_processes(torch.cat([unit.sum(0), unit.new_full((1,), len(unit))]))
-    return (1 - (total[:-1] / total[-1]).square().sum()).clamp_min(0).sqrt()
+    mean = sum_over_processes(F.normalize(features.float(), dim=1).mean(0)) / world_size
+    return (1 - mean.square().sum()).clamp_min(0).sqrt()
 # --- end copy: teacher ---
 
 
-def local_crop_size(config, patch):
-    """Side of a local crop in pixels: 96 where a global one has 224, rounded to whole patches."""
-    return max(1, round(config["img_size"] * 96 / 224 / patch)) * patch
-
-
-def make_crops(images, uniforms, local_size, config):
+def make_crops(images, uniforms, patch_size, config):
     """Two global crops [2, b, C, S, S], and local ones [V, b, C, s, s] where there are any.
 
-    The first global crop is always blurred, the second rarely and sometimes solarised, half of the local are.
+    s is 96 where S is 224, in whole patches. The first global crop is always blurred, the second rarely and
+    sometimes solarised, half of the local are blurred.
 
     Args: images uint8 [b, C, H, W] or a list of [C, H, W]; uniforms [2 + V, b, N_VIEW].
     """
-    size, large, small = config["img_size"], config["global_crop_scale"], config["local_crop_scale"]
-    first = strong_view(images, uniforms[0], large, size, 1.0, 0.0, config)         # shares of blur, solarise
-    second = strong_view(images, uniforms[1], large, size, 0.1, 0.2, config)
-    local = [strong_view(images, u, small, local_size, 0.5, 0.0, config) for u in uniforms[2:]]
-    return [torch.stack(views) for views in ([first, second], local) if views]
+    local_size = max(1, round(config["img_size"] * 96 / 224 / patch_size)) * patch_size
+    whole = config["global_crop_scale"], config["img_size"]
+    kinds = [(*whole, 1.0, 0.0), (*whole, 0.1, 0.2)]                        # shares of blur and solarise
+    kinds += [(config["local_crop_scale"], local_size, 0.5, 0.0)] * config["n_local_crops"]
+    views = [strong_view(images, u, *kind, config) for u, kind in zip(uniforms, kinds)]
+    return [torch.stack(part) for part in (views[:2], views[2:]) if part]
 
 
 @torch.no_grad()
 def cls_attention(vit, x):
     """Attention of the class token to the patches in the last block: x [B, C, S, S] -> [B, heads, h, w]."""
-    attention, seen = vit.blocks[-1].attn, []
-    hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    fused, attention.fused_attn = attention.fused_attn, False               # which computes no attention map
-    with torch.compiler.set_stance("force_eager"):                          # hooks see no compiled blocks
-        vit(x)
-    attention.fused_attn = fused
-    hook.remove()
+    vit, seen = copy.deepcopy(vit), []                  # a copy is not compiled: hooks see its blocks
+    attention = vit.blocks[-1].attn
+    attention.fused_attn = False                        # which computes no attention map
+    attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    vit(x)
     return seen[0][:, :, 0, 1:].unflatten(2, vit.patch_embed.grid_size)     # its row, patches' columns
 
 
@@ -342,23 +332,28 @@ def attention_picture(vit, images, config, path):
 
     Args: images uint8 [B, C, H, W] or a list of [C, H, W].
     """
-    size = config["img_size"]
     middle = torch.full((len(images), N_CROP), 0.5, device=images[0].device)
-    whole = random_resized_crop(images, middle, (1.0, 1.0), size)           # the middle, not mirrored
+    whole = random_resized_crop(images, middle, (1.0, 1.0), config["img_size"])     # the middle, not mirrored
     maps = cls_attention(vit, normalise(whole, config))
-    maps = F.interpolate(maps / maps.amax((2, 3), keepdim=True), size=(size, size)) * 255
-    columns = torch.cat([rgb_to_grayscale(whole), maps], 1)                 # [B, 1 + heads, S, S]
-    pixels = columns.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).round().byte()
+    maps = F.interpolate(maps / maps.amax((2, 3), keepdim=True), whole.shape[2:]) * 255
+    row = torch.cat([rgb_to_grayscale(whole), *maps.split(1, 1)], 3)        # [B, 1, S, (1 + heads) * S]
+    pixels = row.flatten(0, 2).round().byte()
     image = Image.fromarray(pixels.cpu().numpy())
     write_atomic(path, lambda file: image.save(file, format="png"))
 
 
-# collapse shows as an entropy near log(out_dim), or a batch_entropy or feature_std near 0
-LOGGED = "loss", "entropy", "batch_entropy", "feature_std"
-
-
 def train(config, args, rank, world_size, device):
     """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
+    rows = read_manifest(args.manifest, args.split, config["samples"])
+    images = open_images(args.manifest, rows["path"], config["in_chans"], device)
+    n_images, batch = len(rows["row"]), config["batch"]
+    steps_an_epoch = n_images // batch if batch else 0
+    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    if batch % world_size or not n_steps:
+        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
+             "images, --epochs at least 1")
+    last_step = min(n_steps, args.steps or n_steps)
+
     torch.manual_seed(config["seed"])
     backbone = make_model(config, 0, config["drop_path"])
     with or_fail(f"use {config['arch']}, which has to be a vision transformer with a class token"):
@@ -376,15 +371,6 @@ def train(config, args, rank, world_size, device):
     meter = torch.zeros(5, device=device)                                   # sums of the logged terms, steps
     state = dict(student=student, teacher=teacher, centre=centre, optimizer=optimizer, scaler=scaler,
                  meter=meter)
-    rows = read_manifest(args.manifest, args.split, config["samples"])
-    images = open_images(args.manifest, rows["path"], config["in_chans"], device)
-    n_images, batch = len(rows["row"]), config["batch"]
-    steps_an_epoch = n_images // max(1, batch)
-    if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
-        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
-             "images, --epochs at least 1")
-    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
-    last_step = min(n_steps, args.steps or n_steps)
     first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
         print(json.dumps(config))
@@ -395,11 +381,9 @@ def train(config, args, rank, world_size, device):
     net = student
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
-    local_batch = batch // world_size
-    micro = args.micro_batch or local_batch
-    local = torch.arange(rank * local_batch, (rank + 1) * local_batch)      # places in the batch
-    local_size = local_crop_size(config, backbone.patch_embed.patch_size[0])
-    n_crops, n_drop_paths = 2 + config["n_local_crops"], len(student.drop_paths)
+    local = torch.arange(batch).chunk(world_size)[rank]                     # places in the batch
+    micro = args.micro_batch or len(local)
+    sizes = [N_VIEW, len(student.drop_paths)]                               # numbers drawn for a crop
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
     for step in range(first_step, last_step):
@@ -415,16 +399,16 @@ def train(config, args, rank, world_size, device):
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
         generator = step_generator(config["seed"], step)
-        draws = torch.rand(n_crops, batch, N_VIEW + n_drop_paths, generator=generator)[:, local]
-        uniforms, depth = draws.to(device, non_blocking=True).split([N_VIEW, n_drop_paths], 2)
-        crops = make_crops(chosen, uniforms, local_size, config)
+        draws = torch.rand(2 + config["n_local_crops"], batch, sum(sizes), generator=generator)[:, local]
+        uniforms, depth = draws.to(device, non_blocking=True).split(sizes, 2)
+        crops = make_crops(chosen, uniforms, backbone.patch_embed.patch_size[0], config)
         torch.manual_seed(generator.initial_seed())                         # for dropout, if any
 
-        sums, features = torch.zeros(2 + 2 * len(centre), device=device), []
+        sums, features = 0, []
         optimizer.zero_grad()
-        for begin in range(0, local_batch, micro):
+        for begin in range(0, len(local), micro):
             part = [views[:, begin:begin + micro] for views in crops]
-            net.require_backward_grad_sync = begin + micro >= local_batch   # DDP: only after the last pass
+            net.require_backward_grad_sync = begin + micro >= len(local)     # DDP: only after the last pass
             with torch.no_grad(), amp:
                 teacher_logits, teacher_features = teacher(part[:1])
             with amp:
@@ -446,16 +430,16 @@ def train(config, args, rank, world_size, device):
         update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
         terms, mean_target, mean_logits = sum_over_processes(sums).split([2, len(centre), len(centre)])
         centre.lerp_(mean_logits, 1 - config["centre_momentum"])
-        batch_entropy = torch.special.entr(mean_target).sum()
-        spread = feature_std(torch.cat(features))
-        meter += torch.cat([terms, torch.stack([batch_entropy, spread, torch.ones_like(spread)])])
+        spreads = torch.special.entr(mean_target).sum(), feature_std(torch.cat(features), world_size)
+        meter += torch.stack([*terms, *spreads, torch.ones_like(loss)])
 
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
-            rate = (done - first_step) * batch / (time.monotonic() - started)
-            terms = dict(zip(LOGGED, (meter[:4] / meter[4]).tolist()))
-            log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1, **terms,
-                     lr=lr, wd=wd, teacher_temp=teacher_temp, img_per_s=round(rate, 1))
+            seconds = (time.monotonic() - started) / (done - first_step)        # a step
+            names = "loss", "entropy", "batch_entropy", "feature_std"
+            terms = dict(zip(names, (meter[:4] / meter[4]).tolist()))
+            log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1, **terms,
+                     lr=lr, wd=wd, teacher_temp=teacher_temp, img_per_s=round(batch / seconds, 1))
             meter.zero_()
         picture_steps = args.picture_epochs * steps_an_epoch
         if rank == 0 and (done == last_step or picture_steps and done % picture_steps == 0):
@@ -792,12 +776,13 @@ def strong_view(images, u, scale, size, blur, solarise, config, cubic=True):
     Crop, flip, jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, greyscale with p 0.2, blur and solarise (at 128) with
     the shares given.
     """
-    x = random_resized_crop(images, u[:, :N_CROP], scale, size, cubic)
-    x = colour_jitter(x, u[:, N_CROP:], strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
-    x = torch.where(u[:, -2].view(-1, 1, 1, 1) < 0.2, rgb_to_grayscale(x), x)
-    x = gaussian_blur(x, u[:, N_CROP + 5:], blur)
-    solarised = u[:, -1].view(-1, 1, 1, 1) < solarise
-    return normalise(torch.where(solarised & (x >= 128), 255 - x, x), config)
+    crop, colour, grey, inverted = u.split([N_CROP, N_COLOUR, 1, 1], 1)
+    x = random_resized_crop(images, crop, scale, size, cubic)
+    x = colour_jitter(x, colour, strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
+    x = torch.where(grey[..., None, None] < 0.2, rgb_to_grayscale(x), x)
+    x = gaussian_blur(x, colour[:, 5:], blur)
+    solarised = (inverted[..., None, None] < solarise) & (x >= 128)
+    return normalise(torch.where(solarised, 255 - x, x), config)
 # --- end copy: strong view ---
 
 

@@ -224,9 +224,8 @@ def in_passes(backbone, x, micro=None, drop_paths=(), u=None):
         set_drop_path(drop_paths, u)
         return backbone.forward_features(x)
 
-    micro = micro or len(x)
     u = x.new_zeros(len(x), 0) if u is None else u                          # none: no stochastic depth
-    if micro >= len(x):
+    if not micro or micro >= len(x):
         return one_pass(x, u)
     passes = zip(x.split(micro), u.split(micro))
     return torch.cat([checkpoint(one_pass, *part, use_reentrant=False) for part in passes])
@@ -315,6 +314,16 @@ def make_views(images, uniforms, config):
 
 def train(config, args, rank, world_size, device):
     """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
+    rows = read_manifest(args.manifest, args.split, config["samples"])
+    images = open_images(args.manifest, rows["path"], config["in_chans"], device)
+    n_images, batch = len(rows["row"]), config["batch"]
+    steps_an_epoch = n_images // batch if batch else 0
+    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    if batch % world_size or batch < 2 or not n_steps:
+        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and 2 to the {n_images} "
+             "images, --epochs at least 1")
+    last_step = min(n_steps, args.steps or n_steps)
+
     torch.manual_seed(config["seed"])
     backbone, note = make_backbone(config)
     model = MoCo(backbone, config["hidden_dim"], config["out_dim"]).to(device)
@@ -326,18 +335,8 @@ def train(config, args, rank, world_size, device):
     temperature = config["temperature"] or (1.0 if config["variant"] == "paper" else 0.2)
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(5, device=device)               # sums of loss, entropy, accuracy, feature_std; steps
-    state = dict(model=model, momentum_encoder=momentum_encoder,
-                 optimizer=optimizer, scaler=scaler, meter=meter)
-
-    rows = read_manifest(args.manifest, args.split, config["samples"])
-    images = open_images(args.manifest, rows["path"], config["in_chans"], device)
-    n_images, batch = len(rows["row"]), config["batch"]
-    steps_an_epoch = n_images // max(1, batch)
-    if batch % world_size or batch < 2 or not steps_an_epoch * config["epochs"]:
-        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and 2 to the {n_images} "
-             "images, --epochs at least 1")
-    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
-    last_step = min(n_steps, args.steps or n_steps)
+    state = dict(model=model, momentum_encoder=momentum_encoder, optimizer=optimizer, scaler=scaler,
+                 meter=meter)
     first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
         print(json.dumps(config))
@@ -348,9 +347,8 @@ def train(config, args, rank, world_size, device):
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    local_batch = batch // world_size
-    micro = 2 * (args.micro_batch or local_batch)                           # two views an image
-    local = torch.arange(rank * local_batch, (rank + 1) * local_batch)      # places in the batch
+    micro = 2 * args.micro_batch                                            # two views an image; 0: all
+    local = torch.arange(batch).chunk(world_size)[rank]                     # places in the batch
     positives = local.to(device)
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
@@ -383,14 +381,14 @@ def train(config, args, rank, world_size, device):
         scaler.update()
         found = retrieval(queries[0], keys[1], positives, temperature)
         terms = sum_over_processes(torch.stack([loss.detach(), *found])) / world_size
-        meter += torch.stack([*terms, feature_std(features[0]), torch.ones_like(loss)]).detach()
+        meter += torch.stack([*terms, feature_std(features[0], world_size), torch.ones_like(loss)])
 
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
-            rate = (done - first_step) * batch / (time.monotonic() - started)
+            seconds = (time.monotonic() - started) / (done - first_step)        # a step
             terms = dict(zip(("loss", "entropy", "accuracy", "feature_std"), (meter[:4] / meter[4]).tolist()))
-            log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1, **terms,
-                     lr=lr, ema=ema, img_per_s=round(rate, 1))
+            log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1, **terms,
+                     lr=lr, ema=ema, img_per_s=round(batch / seconds, 1))
             meter.zero_()
         if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
             weights = backbone.state_dict() if done == last_step else None
@@ -435,36 +433,26 @@ def or_fail(doing):
 
 
 # --- begin copy: sync batch norm ---
-class GatherRows(torch.autograd.Function):
-    """Rows [b, D] of each process -> the rows of all processes [B, D], in the order of the batch."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.contiguous()
-        shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(shares, x)
-        return torch.cat(shares)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return own_rows(sum_over_processes(gradient.clone()))               # all processes used the rows
-
-
 def gather_rows(x):
-    """GatherRows where there are several processes; process r holds the r-th share of the batch."""
-    return GatherRows.apply(x) if dist.is_initialized() else x
-
-
-def own_rows(x):
-    """This process's share of rows made by gather_rows."""
-    return x.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else x
+    """Rows [b, D] of each process -> the rows of all processes [B, D], in the order of the batch."""
+    if not dist.is_initialized():
+        return x
+    shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, x.detach().contiguous())
+    shares[dist.get_rank()] = x                         # the one that takes a gradient:
+    rows = torch.cat(shares)
+    if rows.requires_grad:                              # the sum over the processes, as all use the rows
+        rows.register_hook(lambda gradient: sum_over_processes(gradient.clone()))
+    return rows
 
 
 class SyncBatchNorm(nn.BatchNorm1d):
     """BatchNorm1d over the batch of all processes: each normalises all rows and keeps its share."""
 
     def forward(self, x):
-        return own_rows(super().forward(gather_rows(x))) if self.training else super().forward(x)
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        return super().forward(gather_rows(x)).split(len(x))[dist.get_rank()]
 # --- end copy: sync batch norm ---
 
 
@@ -475,14 +463,13 @@ def update_teacher(teacher, student, momentum):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
-def feature_std(features):
+def feature_std(features, world_size):
     """Spread of unit features [b, D] over the batch of all processes: 1 in all directions, 0 collapsed.
 
     The root of the summed variances of the D components, which for unit vectors is sqrt(1 - |mean|^2).
     """
-    unit = F.normalize(features.float(), dim=1)
-    total = sum_over_processes(torch.cat([unit.sum(0), unit.new_full((1,), len(unit))]))
-    return (1 - (total[:-1] / total[-1]).square().sum()).clamp_min(0).sqrt()
+    mean = sum_over_processes(F.normalize(features.float(), dim=1).mean(0)) / world_size
+    return (1 - mean.square().sum()).clamp_min(0).sqrt()
 # --- end copy: teacher ---
 
 
@@ -775,12 +762,13 @@ def strong_view(images, u, scale, size, blur, solarise, config, cubic=True):
     Crop, flip, jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, greyscale with p 0.2, blur and solarise (at 128) with
     the shares given.
     """
-    x = random_resized_crop(images, u[:, :N_CROP], scale, size, cubic)
-    x = colour_jitter(x, u[:, N_CROP:], strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
-    x = torch.where(u[:, -2].view(-1, 1, 1, 1) < 0.2, rgb_to_grayscale(x), x)
-    x = gaussian_blur(x, u[:, N_CROP + 5:], blur)
-    solarised = u[:, -1].view(-1, 1, 1, 1) < solarise
-    return normalise(torch.where(solarised & (x >= 128), 255 - x, x), config)
+    crop, colour, grey, inverted = u.split([N_CROP, N_COLOUR, 1, 1], 1)
+    x = random_resized_crop(images, crop, scale, size, cubic)
+    x = colour_jitter(x, colour, strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
+    x = torch.where(grey[..., None, None] < 0.2, rgb_to_grayscale(x), x)
+    x = gaussian_blur(x, colour[:, 5:], blur)
+    solarised = (inverted[..., None, None] < solarise) & (x >= 128)
+    return normalise(torch.where(solarised, 255 - x, x), config)
 # --- end copy: strong view ---
 
 

@@ -217,10 +217,9 @@ def unit_masks(u, ratio, unit):
     Args: u uniform [B, h, w], one a square of `unit` x `unit` pixels; the least are hidden.
     Returns: bool [B, h * unit, w * unit], True = hidden. Source: SimMIM (arXiv:2111.09886), section 3.2.
     """
-    n_hidden = math.ceil(ratio * u[0].numel())
-    chosen = u.flatten(1).argsort(1)[:, :n_hidden]
-    hidden = torch.zeros(len(u), u[0].numel(), dtype=torch.bool, device=u.device).scatter_(1, chosen, True)
-    return hidden.view_as(u).repeat_interleave(unit, 1).repeat_interleave(unit, 2)
+    ranks = u.flatten(1).argsort(1).argsort(1)
+    hidden = (ranks < math.ceil(ratio * u[0].numel())).view_as(u)
+    return hidden.repeat_interleave(unit, 1).repeat_interleave(unit, 2)
 
 
 def masked_l1(recon, clean, masks):
@@ -238,7 +237,7 @@ def learning_rate(step, config, steps_an_epoch):
     variant paper: the rate of the step before; the cosine counts from step 0, not from the warm-up's end.
     """
     paper = config["variant"] == "paper"
-    step = max(0, step - 1) if paper else step
+    step = max(0, step - paper)
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     lr, warmup_lr, min_lr = (config[key] * config["batch"] / 512 for key in ("lr", "warmup_lr", "min_lr"))
     if step < n_warm:
@@ -256,12 +255,16 @@ def decay_groups(model, variant):
     The released code intends no decay for the tables of relative position bias but misses their names; so
     does variant paper. The mask token of a ViT is decayed, that of a Swin is not, as in the released code.
     """
-    spared = ("cls_token", "pos_embed") + (("relative_position_bias_table",) if variant != "paper" else ())
-    spared += () if hasattr(model.encoder, "blocks") else ("mask_token",)
-    groups = {True: [], False: []}
+    names = ["cls_token", "pos_embed"]
+    if variant != "paper":
+        names.append("relative_position_bias_table")
+    if not hasattr(model.encoder, "blocks"):
+        names.append("mask_token")
+    decayed, spared = [], []
     for name, parameter in model.named_parameters():
-        groups[parameter.ndim > 1 and not name.endswith(spared)].append(parameter)
-    return [dict(params=groups[True]), dict(params=groups[False], weight_decay=0.0)]
+        group = spared if parameter.ndim <= 1 or name.endswith(tuple(names)) else decayed
+        group.append(parameter)
+    return [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
 
 
 def make_views(images, u, config):
@@ -274,12 +277,23 @@ def make_views(images, u, config):
 
 def train(config, args, rank, world_size, device):
     """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
+    rows = read_manifest(args.manifest, args.split, config["samples"])
+    images = open_images(args.manifest, rows["path"], config["in_chans"], device)
+    n_images, batch = len(rows["row"]), config["batch"]
+    steps_an_epoch = n_images // batch if batch else 0
+    n_steps = config["epochs"] * steps_an_epoch
+    if batch % world_size or not n_steps:
+        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
+             "images, --epochs at least 1")
+    last_step = min(n_steps, args.steps or n_steps)
+
     torch.manual_seed(config["seed"])
     encoder = make_model(config, 0, config["drop_path"])
     drop_paths, note = replace_drop_path(encoder), load_backbone(encoder, config)
-    size, unit, batch = (config[key] for key in ("img_size", "mask_unit", "batch"))
+    size, unit = config["img_size"], config["mask_unit"]
     with or_fail(f"hide patches from {config['arch']}, which has to be a ViT, Swin or BEiT"):
-        model = SimMIM(encoder, config["in_chans"], size).to(device)
+        model = SimMIM(encoder, config["in_chans"], size)
+    model.to(device)
     if not 0 < config["mask_ratio"] < 1:
         fail(f"--mask_ratio {config['mask_ratio']}: give a share between 0 and 1")
     if not unit or size % unit or unit % model.patch_size:
@@ -292,16 +306,6 @@ def train(config, args, rank, world_size, device):
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
-
-    rows = read_manifest(args.manifest, args.split, config["samples"])
-    images = open_images(args.manifest, rows["path"], config["in_chans"], device)
-    n_images = len(rows["row"])
-    steps_an_epoch = n_images // max(1, batch)
-    if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
-        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
-             "images, --epochs at least 1")
-    n_steps = config["epochs"] * steps_an_epoch
-    last_step = min(n_steps, args.steps or n_steps)
     first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
         print(json.dumps(config))
@@ -312,9 +316,8 @@ def train(config, args, rank, world_size, device):
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    local_batch = batch // world_size
-    micro = args.micro_batch or local_batch
-    local = slice(rank * local_batch, (rank + 1) * local_batch)             # places in the global batch
+    local = torch.arange(batch).chunk(world_size)[rank]                     # places in the batch
+    micro = args.micro_batch or len(local)
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
     for step in range(first_step, last_step):
@@ -325,20 +328,19 @@ def train(config, args, rank, world_size, device):
 
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
-        chosen = images(order[number * batch:][local])
+        chosen = images(order[number * batch + local])
         generator = step_generator(config["seed"], step)
-        u = torch.rand(batch, N_CROP + (size // unit) ** 2, generator=generator)[local]
-        depth = torch.rand(batch, len(drop_paths), generator=generator)[local]
-        u, depth = u.to(device, non_blocking=True), depth.to(device, non_blocking=True)
+        draw = lambda n: torch.rand(batch, n, generator=generator)[local].to(device, non_blocking=True)
+        u, depth = draw(N_CROP + (size // unit) ** 2), draw(len(drop_paths))
         torch.manual_seed(generator.initial_seed())                         # for dropout, if any
         clean, masks = make_views(chosen, u, config)
 
-        loss = torch.zeros((), device=device)
+        loss = 0
         optimizer.zero_grad()
-        for begin in range(0, local_batch, micro):
+        for begin in range(0, len(local), micro):
             part = slice(begin, begin + micro)
             set_drop_path(drop_paths, depth[part])
-            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: only after the last pass
+            net.require_backward_grad_sync = begin + micro >= len(local)    # DDP: only after the last pass
             with amp:
                 recon = net(clean[part], masks[part])
             # all images have equally many hidden pixels: the mean over images is the mean over pixels
@@ -353,9 +355,10 @@ def train(config, args, rank, world_size, device):
 
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
-            rate = (done - first_step) * batch / (time.monotonic() - started)
-            log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
-                     loss=(meter[0] / meter[1]).item(), lr=lr, wd=config["wd"], img_per_s=round(rate, 1))
+            seconds = (time.monotonic() - started) / (done - first_step)        # a step
+            log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1,
+                     loss=(meter[0] / meter[1]).item(), lr=lr, wd=config["wd"],
+                     img_per_s=round(batch / seconds, 1))
             meter.zero_()
         picture_steps = args.picture_epochs * steps_an_epoch
         if rank == 0 and (done == last_step or picture_steps and done % picture_steps == 0):

@@ -9,7 +9,7 @@ clean in its other view by the teacher, the student's moving average (contrast).
     python pretrain/sit.py --exp 4.3.1-100k --wd_end 0.1             any key of a row is a flag
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
-Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.
+Writes  --out: backbone.pt (the teacher's, for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.
 The same command resumes a run that was killed; SIGTERM saves and exits with code 75.
 """
 
@@ -67,7 +67,6 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     temperature=0.2,                # of the contrastive softmax
     recon_weight=5.0,               # lambda: loss = contrast + lambda * recon; first publication: 1
     ema=0.996,                      # momentum of the teacher, by a cosine to 1
-    export="teacher",               # teacher | student; whose backbone becomes backbone.pt
 )
 FLAGS = dict(                       # of the command line only, not of a row
     exp="",                         # row of experiments.yaml, as in 4.3.1-100k; none: the defaults
@@ -189,7 +188,7 @@ class ContrastiveHead(nn.Sequential):
             nn.Linear(dim, hidden_dim), SyncBatchNorm(hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim), SyncBatchNorm(hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, out_dim), SyncBatchNorm(out_dim, affine=False))
-        for layer in (self[0], self[3], self[6]):
+        for layer in list(self)[::3]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
@@ -209,19 +208,11 @@ class SiT(nn.Module):
         self.cls_head = ContrastiveHead(backbone.embed_dim, hidden_dim, out_dim)
         self.rec_head = ReconstructionHead(backbone.embed_dim, in_chans, backbone.patch_embed.patch_size[0])
 
-    def embed(self, x, *how):
-        """x [B, C, S, S] -> embedding [B, out_dim], and the tokens [B, 1 + N, D] after the final norm.
-
-        how: see in_passes.
-        """
-        tokens = in_passes(self.backbone, x, *how)
-        return self.cls_head(tokens[:, 0]), tokens
-
     def forward(self, x, *how):
-        """x [B, C, S, S] -> embedding [B, out_dim] and reconstruction [B, C, S, S]."""
-        embedding, tokens = self.embed(x, *how)
+        """x [B, C, S, S] -> embedding [B, out_dim] and reconstruction [B, C, S, S]; how: see in_passes."""
+        tokens = in_passes(self.backbone, x, *how)                          # [B, 1 + N, D]
         patches = tokens[:, self.backbone.num_prefix_tokens:]
-        return embedding, self.rec_head(patches, self.backbone.patch_embed.grid_size)
+        return self.cls_head(tokens[:, 0]), self.rec_head(patches, self.backbone.patch_embed.grid_size)
 
 
 # --- begin copy: passes ---
@@ -236,9 +227,8 @@ def in_passes(backbone, x, micro=None, drop_paths=(), u=None):
         set_drop_path(drop_paths, u)
         return backbone.forward_features(x)
 
-    micro = micro or len(x)
     u = x.new_zeros(len(x), 0) if u is None else u                          # none: no stochastic depth
-    if micro >= len(x):
+    if not micro or micro >= len(x):
         return one_pass(x, u)
     passes = zip(x.split(micro), u.split(micro))
     return torch.cat([checkpoint(one_pass, *part, use_reentrant=False) for part in passes])
@@ -272,8 +262,7 @@ def contrast(student, keys, positives, temperature):
     Args: student [2b, D], view 1 before view 2; keys: the teacher's of the whole batch, for each view [B, D];
     positives: rows of the student's images among them, int64 [b]. No gradient goes to the keys.
     """
-    first, second = student.chunk(2)
-    pairs = (first, keys[1]), (second, keys[0])
+    pairs = zip(student.chunk(2), reversed(keys))
     return sum(info_nce(queries, others, positives, temperature) for queries, others in pairs)
 
 
@@ -354,44 +343,58 @@ def masked_l1(recon, clean, masks):
 
 
 def draw_step(config, step, places, n_drop_paths, device):
-    """The random numbers of a step for the images at some places of the global batch.
+    """The random numbers of a step for b + 1 places of the global batch; the last image only gives pixels.
 
-    They are drawn for the whole batch: any number of processes draws the same. Returns, for two views of each
-    image: uniforms of the view and of stochastic depth [2, b, n], masks bool [2, b, S, S] and whether
-    the view is replaced, bool [2, b].
+    They are drawn for the whole batch: any number of processes draws the same. Returns uniforms of two views
+    of each image [2, b + 1, N_VIEW] and, for the views of the first b images, uniforms of stochastic depth
+    [2b, n], masks bool [2b, S, S] and whether the pixels are replaced, bool [2b].
     """
     sizes = [N_VIEW, n_drop_paths, 2, 4 * N_BLOCKS]
     generator = step_generator(config["seed"], step)
     draws = torch.rand(2, config["batch"], sum(sizes), generator=generator)[:, places]
-    uniforms, depth, corruption, blocks = draws.to(device, non_blocking=True).split(sizes, 2)
-    blocks = blocks.flatten(0, 1).unflatten(1, (N_BLOCKS, 4))
-    masks, replaced = draw_masks(corruption.flatten(0, 1), blocks, config["img_size"], config["drop"],
-                                 config["replace"], config["align"])
-    return uniforms, depth, masks.unflatten(0, (2, -1)), replaced.view(2, -1)
+    uniforms, *draws = draws.to(device, non_blocking=True).split(sizes, 2)
+    depth, corruption, blocks = (part[:, :-1].flatten(0, 1) for part in draws)
+    masks, replaced = draw_masks(corruption, blocks.unflatten(1, (N_BLOCKS, 4)), config["img_size"],
+                                 config["drop"], config["replace"], config["align"])
+    return uniforms, depth, masks, replaced
 
 
 def make_views(images, uniforms, masks, replaced, config):
     """Two views of b images, clean and corrupted, float [2b, C, S, S], from b + 1 images.
 
     The first view is always blurred; the second rarely, but sometimes solarised. Masked pixels, masks bool
-    [2, b, S, S], become 0, the mean grey, or, in replaced views, bool [2, b], those of the next image of the
+    [2b, S, S], become 0, the mean grey, or, in replaced views, bool [2b], those of the next image of the
     batch; as the order is random, it may be any other image.
     """
     views = torch.stack([
         strong_view(images, u, config["crop_scale"], config["img_size"], blur, solarise, config)
         for u, blur, solarise in zip(uniforms, (1.0, 0.1), (0.0, 0.2))])
-    clean, donors = views[:, :-1], views[:, 1:]
-    fill = donors * replaced[..., None, None, None]
-    return clean.flatten(0, 1), corrupt(clean.flatten(0, 1), fill.flatten(0, 1), masks.flatten(0, 1))
+    clean, donors = views[:, :-1].flatten(0, 1), views[:, 1:].flatten(0, 1)
+    return clean, corrupt(clean, donors * replaced[:, None, None, None], masks)
 
 
 def train(config, args, rank, world_size, device):
     """Pre-train. Random numbers of a step depend on (seed, step) only, so a resumed run is the same run."""
+    rows = read_manifest(args.manifest, args.split, config["samples"])
+    images = open_images(args.manifest, rows["path"], config["in_chans"], device)
+    n_images, batch = len(rows["row"]), config["batch"]
+    steps_an_epoch = n_images // batch if batch else 0
+    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    if batch % world_size or not n_steps:
+        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
+             "images, --epochs at least 1")
+    if not 0 < max(config["drop"], config["replace"]) <= 0.85:
+        fail(f"--drop {config['drop']} and --replace {config['replace']}: give shares up to 0.85, not both 0")
+    if not 1 <= config["align"] <= 0.3 * config["img_size"]:
+        fail(f"--align {config['align']}: blocks are up to 0.3 of the image; give 1 to that many pixels")
+    last_step = min(n_steps, args.steps or n_steps)
+
     torch.manual_seed(config["seed"])
     backbone = make_model(config, 0, config["drop_path"])
     drop_paths, note = replace_drop_path(backbone), load_backbone(backbone, config)
     with or_fail(f"use {config['arch']}, which has to be a vision transformer with a class token"):
-        student = SiT(backbone, config["in_chans"], config["hidden_dim"], config["out_dim"]).to(device)
+        student = SiT(backbone, config["in_chans"], config["hidden_dim"], config["out_dim"])
+    student.to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)                  # its batch norm stays in training
     teacher.backbone.eval()                                                 # no stochastic depth
     if args.compile:
@@ -401,20 +404,6 @@ def train(config, args, rank, world_size, device):
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(4, device=device)               # sums of contrast, recon and feature_std; steps
     state = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler, meter=meter)
-
-    rows = read_manifest(args.manifest, args.split, config["samples"])
-    images = open_images(args.manifest, rows["path"], config["in_chans"], device)
-    n_images, batch = len(rows["row"]), config["batch"]
-    steps_an_epoch = n_images // max(1, batch)
-    if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
-        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
-             "images, --epochs at least 1")
-    if not 0 < max(config["drop"], config["replace"]) <= 0.85:
-        fail(f"--drop {config['drop']} and --replace {config['replace']}: give shares up to 0.85, not both 0")
-    if not 1 <= config["align"] <= 0.3 * config["img_size"]:
-        fail(f"--align {config['align']}: blocks are up to 0.3 of the image; give 1 to that many pixels")
-    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
-    last_step = min(n_steps, args.steps or n_steps)
     first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
         print(json.dumps(config))
@@ -426,7 +415,7 @@ def train(config, args, rank, world_size, device):
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     local_batch = batch // world_size
-    micro = 2 * (args.micro_batch or local_batch)                           # two views an image
+    micro = 2 * args.micro_batch                                            # two views an image; 0: all
     # places of this process's images in the batch, and of the next, which only replaces pixels of the last
     local = torch.arange(rank * local_batch, (rank + 1) * local_batch + 1) % batch
     positives = local[:-1].to(device)
@@ -443,17 +432,15 @@ def train(config, args, rank, world_size, device):
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
-        uniforms, *draws = draw_step(config, step, local, len(drop_paths), device)
+        uniforms, depth, masks, replaced = draw_step(config, step, local, len(drop_paths), device)
         torch.manual_seed(step_generator(config["seed"], step).initial_seed())          # for dropout, if any
-        depth, masks, replaced = (part[:, :-1] for part in draws)
         clean, corrupted = make_views(chosen, uniforms, masks, replaced, config)
-        masks, depth = masks.flatten(0, 1), depth.flatten(0, 1)
         n_masked = sum_over_processes(masks.sum()) * clean.shape[1]
 
         optimizer.zero_grad()           # before the passes: their peak of memory is then without gradients
         with torch.no_grad(), amp:
-            embedding, tokens = teacher.embed(clean, micro)
-        keys = [gather_rows(view) for view in embedding.chunk(2)]           # each [batch, out_dim]
+            features = in_passes(teacher.backbone, clean, micro)[:, 0]
+            keys = [gather_rows(view) for view in teacher.cls_head(features).chunk(2)]  # each [B, out_dim]
         with amp:
             embedding, recon = net(corrupted, micro, drop_paths, depth)
         contrast_loss = contrast(embedding, keys, positives, config["temperature"]) / world_size
@@ -466,15 +453,15 @@ def train(config, args, rank, world_size, device):
         scaler.update()
         update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
         losses = sum_over_processes(torch.stack([contrast_loss, recon_loss]).detach())
-        meter += torch.stack([*losses, feature_std(tokens[:, 0]), torch.ones_like(loss)])
+        meter += torch.stack([*losses, feature_std(features, world_size), torch.ones_like(loss)])
 
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
-            rate = (done - first_step) * batch / (time.monotonic() - started)
+            seconds = (time.monotonic() - started) / (done - first_step)        # a step
             contrast_mean, recon_mean, spread = (meter[:3] / meter[3]).tolist()
-            log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
+            log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1,
                      loss=contrast_mean + config["recon_weight"] * recon_mean, contrast=contrast_mean,
-                     recon=recon_mean, feature_std=spread, lr=lr, wd=wd, img_per_s=round(rate, 1))
+                     recon=recon_mean, feature_std=spread, lr=lr, wd=wd, img_per_s=round(batch / seconds, 1))
             meter.zero_()
         picture_steps = args.picture_epochs * steps_an_epoch
         if rank == 0 and (done == last_step or picture_steps and done % picture_steps == 0):
@@ -485,8 +472,7 @@ def train(config, args, rank, world_size, device):
             restored = corrupt(clean[:8], recon, masks[:8])
             picture(f"{args.out}/recon_{epoch + 1:04}.png", config, clean[:8], corrupted[:8], recon, restored)
         if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
-            exported = teacher if config["export"] == "teacher" else student
-            weights = exported.backbone.state_dict() if done == last_step else None
+            weights = teacher.backbone.state_dict() if done == last_step else None
             save_run(args.out, done, config, state, weights, epoch=done // steps_an_epoch)
             saved = time.monotonic()
         if stopping and done < last_step:
@@ -528,36 +514,26 @@ def or_fail(doing):
 
 
 # --- begin copy: sync batch norm ---
-class GatherRows(torch.autograd.Function):
-    """Rows [b, D] of each process -> the rows of all processes [B, D], in the order of the batch."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.contiguous()
-        shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(shares, x)
-        return torch.cat(shares)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return own_rows(sum_over_processes(gradient.clone()))               # all processes used the rows
-
-
 def gather_rows(x):
-    """GatherRows where there are several processes; process r holds the r-th share of the batch."""
-    return GatherRows.apply(x) if dist.is_initialized() else x
-
-
-def own_rows(x):
-    """This process's share of rows made by gather_rows."""
-    return x.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else x
+    """Rows [b, D] of each process -> the rows of all processes [B, D], in the order of the batch."""
+    if not dist.is_initialized():
+        return x
+    shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, x.detach().contiguous())
+    shares[dist.get_rank()] = x                         # the one that takes a gradient:
+    rows = torch.cat(shares)
+    if rows.requires_grad:                              # the sum over the processes, as all use the rows
+        rows.register_hook(lambda gradient: sum_over_processes(gradient.clone()))
+    return rows
 
 
 class SyncBatchNorm(nn.BatchNorm1d):
     """BatchNorm1d over the batch of all processes: each normalises all rows and keeps its share."""
 
     def forward(self, x):
-        return own_rows(super().forward(gather_rows(x))) if self.training else super().forward(x)
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        return super().forward(gather_rows(x)).split(len(x))[dist.get_rank()]
 # --- end copy: sync batch norm ---
 
 
@@ -568,14 +544,13 @@ def update_teacher(teacher, student, momentum):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
-def feature_std(features):
+def feature_std(features, world_size):
     """Spread of unit features [b, D] over the batch of all processes: 1 in all directions, 0 collapsed.
 
     The root of the summed variances of the D components, which for unit vectors is sqrt(1 - |mean|^2).
     """
-    unit = F.normalize(features.float(), dim=1)
-    total = sum_over_processes(torch.cat([unit.sum(0), unit.new_full((1,), len(unit))]))
-    return (1 - (total[:-1] / total[-1]).square().sum()).clamp_min(0).sqrt()
+    mean = sum_over_processes(F.normalize(features.float(), dim=1).mean(0)) / world_size
+    return (1 - mean.square().sum()).clamp_min(0).sqrt()
 # --- end copy: teacher ---
 
 
@@ -868,12 +843,13 @@ def strong_view(images, u, scale, size, blur, solarise, config, cubic=True):
     Crop, flip, jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, greyscale with p 0.2, blur and solarise (at 128) with
     the shares given.
     """
-    x = random_resized_crop(images, u[:, :N_CROP], scale, size, cubic)
-    x = colour_jitter(x, u[:, N_CROP:], strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
-    x = torch.where(u[:, -2].view(-1, 1, 1, 1) < 0.2, rgb_to_grayscale(x), x)
-    x = gaussian_blur(x, u[:, N_CROP + 5:], blur)
-    solarised = u[:, -1].view(-1, 1, 1, 1) < solarise
-    return normalise(torch.where(solarised & (x >= 128), 255 - x, x), config)
+    crop, colour, grey, inverted = u.split([N_CROP, N_COLOUR, 1, 1], 1)
+    x = random_resized_crop(images, crop, scale, size, cubic)
+    x = colour_jitter(x, colour, strength=(0.4, 0.4, 0.2, 0.1), p=0.8)
+    x = torch.where(grey[..., None, None] < 0.2, rgb_to_grayscale(x), x)
+    x = gaussian_blur(x, colour[:, 5:], blur)
+    solarised = (inverted[..., None, None] < solarise) & (x >= 128)
+    return normalise(torch.where(solarised, 255 - x, x), config)
 # --- end copy: strong view ---
 
 

@@ -363,8 +363,8 @@ def test_teacher_temperature_is_linear_by_epoch_then_constant(first, last, n):
 def test_feature_std_is_the_root_of_the_summed_variances():
     features = torch.randn(50, 8) + torch.arange(8)
     unit = features / features.norm(dim=1, keepdim=True)
-    assert torch.allclose(dino.feature_std(features), unit.var(0, unbiased=False).sum().sqrt(), atol=1e-5)
-    assert float(dino.feature_std(torch.ones(9, 4))) < 1e-3                 # root of the rounding of 1
+    assert torch.allclose(dino.feature_std(features, 1), unit.var(0, unbiased=False).sum().sqrt(), atol=1e-5)
+    assert float(dino.feature_std(torch.ones(9, 4), 1)) < 1e-3                 # root of the rounding of 1
 
 
 # Network
@@ -412,7 +412,8 @@ def test_crops_of_a_size_are_one_pass():
     dict(model_args={**MODEL, "class_token": False, "global_pool": "avg"})])
 def test_networks_without_cls_token_are_refused(pack, tmp_path, monkeypatch, capsys, flags):
     with pytest.raises(SystemExit) as ended:
-        run_here(dino, monkeypatch, "--manifest", pack, "--out", tmp_path / "run", *TINY, *words(flags))
+        run_here(dino, monkeypatch, "--manifest", pack, "--out", tmp_path / "run", "--batch", 8, *TINY,
+                 *words(flags))
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("error: cannot use ") and error.count("\n") == 1
     assert "class token" in error and not (tmp_path / "run").exists()
@@ -435,7 +436,9 @@ def test_strong_views_are_pillows_a_step_after_the_other(channels):
 @pytest.mark.parametrize("size, patch, expected", [
     (224, 16, 96), (64, 8, 24), (32, 8, 16), (64, 16, 32), (16, 16, 16)])
 def test_local_crops_are_in_proportion_and_whole_patches(size, patch, expected):
-    assert dino.local_crop_size(config_of(img_size=size), patch) == expected
+    images, config = torch.zeros(1, 1, 40, 40, dtype=torch.uint8), config_of(img_size=size, n_local_crops=1)
+    crops = dino.make_crops(images, torch.zeros(3, 1, dino.N_VIEW), patch, config)
+    assert [tuple(views.shape) for views in crops] == [(2, 1, 1, size, size), (1, 1, 1, expected, expected)]
 
 
 # Learning

@@ -195,7 +195,7 @@ def test_what_the_method_cannot_use_is_refused(tmp_path, monkeypatch, capsys, fl
     manifest = write_pack(tmp_path, blobs(4))
     with pytest.raises(SystemExit) as stop:
         run_here(moco, monkeypatch, "--manifest", manifest, "--out", tmp_path / "run", "--device", "cpu",
-                 "--model_args", json.dumps(VIT), "--hidden_dim", 64, "--out_dim", 16, *flags)
+                 "--batch", 4, "--model_args", json.dumps(VIT), "--hidden_dim", 64, "--out_dim", 16, *flags)
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and line.startswith("error: "), line
     assert all(text in line for text in fragments), line

@@ -393,7 +393,7 @@ def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch):
 def test_what_cannot_be_masked_is_refused(flags, words, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as leaving:
         run_here(simmim, monkeypatch, "--manifest", write_pack(tmp_path, blobs(4)), "--out", tmp_path / "run",
-                 "--device", "cpu", *flags)
+                 "--device", "cpu", "--batch", 4, *flags)
     said = capsys.readouterr().err
     assert leaving.value.code == 2 and all(word in said for word in words), said
 

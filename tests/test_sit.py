@@ -95,10 +95,10 @@ def test_the_strong_view_is_torchvisions(double, channels, cubic):
 
 def test_fractions_of_the_corruption_are_those_of_the_released_code():
     config = {**sit.DEFAULTS, "batch": 100}
-    uniforms, _, masks, replaced = sit.draw_step(config, 3, torch.arange(100), 0, "cpu")
-    share = masks.double().mean((2, 3))                                 # within some 4 standard errors
+    uniforms, _, masks, replaced = sit.draw_step(config, 3, torch.arange(101) % 100, 0, "cpu")
+    share = masks.double().mean((1, 2))                                 # within some 4 standard errors
     assert abs(share[~replaced].mean() - 0.511) < 0.004 and abs(share[replaced].mean() - 0.313) < 0.004
-    assert uniforms.shape == (2, 100, sit.N_VIEW) and 70 < replaced.sum() < 130
+    assert uniforms.shape == (2, 101, sit.N_VIEW) and len(share) == 200 and 70 < replaced.sum() < 130
 
 
 # Training
@@ -195,8 +195,8 @@ def written_out(images, config):
     return student, teacher, lines, [clean[0, :8], corrupted[0, :8], recon, restored]
 
 
-@pytest.mark.parametrize("micro, export", [(0, "teacher"), (4, "student")])
-def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch, double, micro, export):
+@pytest.mark.parametrize("micro", [0, 4])
+def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch, double, micro):
     """Order, views, masks, depth, both losses, clip, AdamW, teacher, log, picture, weights of 8 steps."""
     images = blobs(43)
     manifest = write_pack(tmp_path, images)
@@ -204,14 +204,14 @@ def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch, double, micr
              "--device", "cpu", "--hidden_dim", 64, "--out_dim", 16, "--batch", 10, "--epochs", 2,
              "--warmup_epochs", 1, "--lr", 0.05, "--min_lr", 0.01, "--wd", 4, "--wd_end", 20, "--clip", 0.05,
              "--drop_path", 0.3, "--ema", 0.5, "--temperature", 0.3, "--recon_weight", 3, "--seed", 11,
-             "--log_steps", 3, "--micro_batch", micro, "--export", export)
+             "--log_steps", 3, "--micro_batch", micro)
     last = torch.load(tmp_path / "last.pt", weights_only=True)
     student, teacher, lines, rows = written_out(torch.from_numpy(images), last["config"])
     for whose, network in (("student", student), ("teacher", teacher)):
         for name, value in network.state_dict().items():
             assert (last[whose][name] - value).abs().max() < 1e-9, (whose, name)
     exported = torch.load(tmp_path / "backbone.pt", weights_only=True)["model"]
-    assert all(torch.equal(value, last[export][f"backbone.{name}"]) for name, value in exported.items())
+    assert all(torch.equal(value, last["teacher"][f"backbone.{name}"]) for name, value in exported.items())
     assert len(exported) == len(student["backbone"].state_dict())
     for line, wanted in zip(log_of(tmp_path), lines, strict=True):
         assert set(line) == {*wanted, "img_per_s", "time"}
@@ -227,6 +227,6 @@ def test_a_network_without_a_class_token_is_refused(tmp_path, monkeypatch, capsy
     manifest = write_pack(tmp_path, blobs(4))
     with pytest.raises(SystemExit) as stop:
         run_here(sit, monkeypatch, "--manifest", manifest, "--out", tmp_path / "run", "--device", "cpu",
-                 "--arch", arch, "--model_args", args)
+                 "--batch", 4, "--arch", arch, "--model_args", args)
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and line.startswith("error: ") and arch in line and "class token" in line
