@@ -128,11 +128,11 @@ def join(table, other, keys, path):
 # --- begin copy: label values ---
 def label_values(table, path):
     """The columns LABELS of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
-    values = table[LABELS].replace(r"\.0$", "", regex=True)
-    odd = values.mask(values.isin(["1", "0", "-1", ""])).stack().dropna()
-    if len(odd):
-        row, label = odd.index[0]
-        fail(f"{path} row {row}: label '{label}' is {odd.iloc[0]!r}; expected 1, 0, -1 or blank")
+    values = table[LABELS].map(lambda cell: cell.removesuffix(".0"))
+    wrong = ~values.isin(["1", "0", "-1", ""])
+    if wrong.any(axis=None):
+        row, label = wrong.stack().idxmax()
+        fail(f"{path} row {row}: label '{label}' is {values.loc[row, label]!r}; expected 1, 0, -1 or blank")
     return values
 # --- end copy: label values ---
 # --- begin copy: write index ---
