@@ -7,14 +7,13 @@ Test split of Glocker et al.: chexpert_split_2021_08_20.csv of https://github.co
 
     python data_prep/chexpert.py --raw raw/chexpert --out data/chexpert/index.csv
 
-Reads valid.csv, train.csv, the split and, where there is one, "CHEXPERT DEMO.csv" (race). Images lie in one
-folder or in the parts of the full release ("CheXpert-v1.0 batch 2 (train 1)/"). Writes split val (202 frontal
+Reads valid.csv, train.csv, the split and, where there is one, "CHEXPERT DEMO.csv" (race). train/ lies beside
+the tables or spread over folders such as "CheXpert-v1.0 batch 2 (train 1)". Writes split val (202 frontal
 images of 200 patients) and test. Labels are 1, 0, -1 (uncertain) and blank (not mentioned)."""
 
 import argparse
 import json
 import sys
-import zlib
 from pathlib import Path
 
 import pandas as pd
@@ -34,16 +33,16 @@ def fail(message):
 
 
 def read_rows(path):
-    """The rows of train.csv, valid.csv or a file in their form, with `place`: train/... below the release."""
+    """The rows of train.csv, valid.csv or a file in their form; paths below the release: train/..."""
     table = read_table(path, ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *LABELS])
-    rows = table.Path.str.extract(r"^[^/]+/(?P<place>\w+/(?P<study>(?P<patient>patient\d+)/[^/.]+)/[^/]+)$")
-    odd = rows.index[rows.place.isna()]
+    rows = table.Path.str.extract(r"^[^/]+/(?P<path>\w+/(?P<study>(?P<patient>patient\d+)/[^/.]+)/[^/]+)$")
+    odd = rows.index[rows.path.isna()]
     if len(odd):
         fail(f"{path} row {odd[0]}: Path {table.Path[odd[0]]!r} is not like X/train/patient1/study1/a.jpg")
     rows["view"] = table["AP/PA"].where(table["Frontal/Lateral"] == "Frontal", "Lateral")
     rows["sex"] = table.Sex.map({"Female": "F", "Male": "M"})
-    rows["age"] = table.Age.where(table.Age != "0", "")                     # 0 is unknown
-    return rows.join(label_values(table, LABELS, path))
+    rows["age"] = table.Age.replace("0", "")                                # 0 is unknown
+    return rows.join(label_values(table, path))
 
 
 def read_test(raw):
@@ -52,49 +51,41 @@ def read_test(raw):
     if "Glocker" in path.name:
         return read_rows(path).assign(split="test")
     split, source = read_table(path, ["index", "split"]), find(raw, "train.csv*")
-    train, numbers = read_rows(source), pd.to_numeric(split["index"], errors="coerce")
-    wrong = ~numbers.isin(range(len(train))) | ~split.split.isin(SPLIT_PATIENTS)
-    if wrong.any():
-        fail(f"{path} row {split.index[wrong][0]}: not a row number of {source} and train, validate or test")
-    rows = train.iloc[numbers.astype(int)].assign(split=split.split.to_numpy())
-    patients = rows.groupby("split").patient.nunique()
-    # In a train.csv of another order lateral rows are hit, patients shared, counts wrong.
-    if (rows.view == "Lateral").any() or patients.sum() > rows.patient.nunique() or (
-            len(rows) == SPLIT_ROWS and patients.to_dict() != SPLIT_PATIENTS):
+    split["index"] = pd.to_numeric(split["index"], errors="coerce") + 2     # the row number: the header is 1
+    rows = split.join(read_rows(source), on="index")
+    wrong = rows.index[rows.patient.isna() | ~rows.split.isin(SPLIT_PATIENTS)]
+    if len(wrong):
+        fail(f"{path} row {wrong[0]}: not a row number of {source} and train, validate or test")
+    patients = rows.groupby("split").patient.nunique().to_dict()
+    # In a train.csv of another order lateral rows are hit, and counts are wrong.
+    if (rows.view == "Lateral").any() or len(rows) == SPLIT_ROWS and patients != SPLIT_PATIENTS:
         fail(f"{path}: its row numbers don't fit {source}; take train.csv as published, in its order")
-    return rows[rows.split == "test"]
-
-
-def locate(places, raw):
-    """Paths below `raw`: train/ lies beside the tables or spread over the "batch" folders of the release."""
-    home = find(raw, "train.csv*", "valid.csv*").parent
-    parts = [part for level in ("", "*/", "*/*/") for part in raw.glob(f"{level}*batch*")]
-    paths = []
-    for place in places:
-        choices = [home / place, *(part / place.removeprefix("train/") for part in parts)]
-        paths.append(next((path for path in choices if path.is_file()), choices[0]))
-    return [path.relative_to(raw).as_posix() for path in paths]
+    return rows[rows.split == "test"].drop(columns="index")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    option = parser.add_argument
-    option("--raw", type=Path, default="raw/chexpert", help="the download (%(default)s)")
-    option("--out", type=Path, default="data/chexpert/index.csv", help="the index (%(default)s)")
-    option("--views", choices=["frontal", "all"], default="frontal", help="(%(default)s)")
+    parser.add_argument("--raw", type=Path, default="raw/chexpert", help="the download (%(default)s)")
+    parser.add_argument("--out", type=Path, default="data/chexpert/index.csv", help="the index (%(default)s)")
+    parser.add_argument("--views", choices=["frontal", "all"], default="frontal", help="(%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
 
-    valid = read_rows(find(args.raw, "valid.csv*"))
-    table = pd.concat([valid.assign(split="val"), read_test(args.raw)], ignore_index=True)
+    source = find(args.raw, "valid.csv*")
+    table = pd.concat([read_rows(source).assign(split="val"), read_test(args.raw)], ignore_index=True)
     table = table[(table.view != "Lateral") | (args.views == "all")]
     path = find(args.raw, "CHEXPERT?DEMO*.csv*", required=False)
     if path:
         people = read_table(path, ["PATIENT", "PRIMARY_RACE"]).set_axis(["patient", "race"], axis=1)
         people = people.groupby("patient", as_index=False).max()            # a blank gives way to a text
         table = join(table, people, ["patient"], path)
-    table["path"] = locate(table.pop("place"), args.raw)
-    write_index(table.sort_values("path"), args, dataset="chexpert")
+    parts = [part for level in ("", "*/", "*/*/") for part in args.raw.glob(f"{level}*batch*")]
+    paths = []
+    for path in table.path:
+        choices = [source.parent / path, *(part / path.removeprefix("train/") for part in parts)]
+        paths.append(next(filter(Path.is_file, choices), choices[0]).relative_to(args.raw).as_posix())
+    table["path"] = paths
+    write_index(table.sort_values("path"), args.out, dataset="chexpert")
 
 
 # --- begin copy: tables ---
@@ -111,61 +102,57 @@ def find(raw, *names, required=True):
 def read_table(path, columns=(), **options):
     """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
     try:
-        table = pd.read_csv(path, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig",
-                            na_values=["NaN", "nan", "None"], **options).fillna("")
-    except (OSError, EOFError, ValueError, zlib.error) as problem:
+        table = pd.read_csv(path, dtype=str, index_col=False, encoding="utf-8-sig", **options).fillna("")
+    except Exception as problem:                    # a broken file is anything to pandas, gzip and zlib
         fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
     for name in columns:
         if name not in table or f"{name}.1" in table:
             fail(f"{path} row 1: no column '{name}', or two; download the file again")
     table.index += 1 if "header" in options else 2
-    return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
+    return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
-
 # --- begin copy: join ---
 def join(table, other, keys, path):
     """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
-    twice = other.duplicated(keys)
-    if twice.any():
-        fail(f"{path} row {other.index[twice][0]}: its {' and '.join(keys)} stand there twice; remove one")
-    joined = table.merge(other, on=keys, how="left", indicator=True).set_index(table.index)
-    met = (joined.pop("_merge") == "both").mean()
+    twice = other.index[other.duplicated(keys)]
+    if len(twice):
+        fail(f"{path} row {twice[0]}: its {' and '.join(keys)} stand there twice; remove one")
+    joined = table.join(other.set_index(keys), on=keys)
+    met = joined[other.columns[-1]].notna().mean()
     if met == 0:
-        theirs, ours = ([*rows[keys].head(1).values.ravel()] for rows in (other, table))
-        fail(f"{path}: no image has a row in it; it has {' and '.join(keys)} {theirs}, the images {ours}")
+        fail(f"{path}: no image has a row in it; its first {' and '.join(keys)} are "
+             f"{other[keys].values[:1].tolist()}, those of the images {table[keys].values[:1].tolist()}")
     print(f"{path}: rows for {met:.1%} of the images")
     return joined.fillna("")
 # --- end copy: join ---
-
 # --- begin copy: label values ---
-def label_values(table, labels, path):
-    """The label columns of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
-    values = table[labels].apply(lambda cells: cells.str.removesuffix(".0"))
+def label_values(table, path):
+    """The columns LABELS of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
+    values = table[LABELS].map(lambda cell: cell.removesuffix(".0"))
     wrong = ~values.isin(["1", "0", "-1", ""])
     if wrong.any(axis=None):
         row, label = wrong.stack().idxmax()
         fail(f"{path} row {row}: label '{label}' is {values.loc[row, label]!r}; expected 1, 0, -1 or blank")
     return values
 # --- end copy: label values ---
-
 # --- begin copy: write index ---
-def write_index(table, args, **facts):
+def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
-    first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
-    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
+    first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
+    table = table.reindex(columns=first.union(table.columns, sort=False))
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{args.out}.part")
+    part = Path(f"{out}.part")
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(part, index=False)
-        part.replace(args.out)
+        part.replace(out)
         part.write_text(json.dumps(facts, indent=1) + "\n")
-        part.replace(args.out.with_suffix(".json"))
+        part.replace(out.with_suffix(".json"))
     except OSError as problem:
         if part.exists():
             part.unlink()
-        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+        fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
+    print(out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
 # --- end copy: write index ---
 
 

@@ -3,21 +3,18 @@
 Gunraj et al., "COVID-Net CT-2", arXiv:2101.07433; https://github.com/haydengunraj/COVIDNet-CT. Creative
 Commons by source, several of them non-commercial. Tens of GB of PNG:
     kaggle datasets download -d hgunraj/covidxct -p raw/covidx_ct --unzip
-Kaggle carries 3A. 3B, the "430k" of the study, adds weakly verified training slices and is built by its
-makers' scripts: see --release.
+Kaggle has 3A; 3B, the "430k" of the study, adds weakly verified slices and is built by its makers' scripts.
 
     python data_prep/covidx_ct.py --raw raw/covidx_ct --out data/covidx_ct/index.csv
 
 Reads {train,val,test}_COVIDx_CT-3A.txt (name class xmin ymin xmax ymax) and metadata.csv; images lie in
 3A_images/, images/ or COVIDx_CT-3A/. All splits are eligible. Writes split pretrain in the order of the draw,
-and the class as three 0/1 columns. The study does not crop to the body's box. The slices of a volume are
-near-copies: look at the number of patients, too."""
+and the class as three 0/1 columns. The slices of a volume are near-copies: mind the number of patients."""
 
 import argparse
 import json
 import re
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +29,6 @@ def fail(message):
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 # --- end copy: error ---
-
-
-def read_list(path, split):
-    """The slices of a list file: name, class."""
-    table = read_table(path, sep=r"\s+", header=None, names=["name", "class", "xmin", "ymin", "xmax", "ymax"])
-    numbers = table.drop(columns="name").apply(lambda cells: cells.str.isdecimal()).all(axis=1)
-    wrong = table.index[~numbers | ~table["class"].isin(["0", "1", "2"])]
-    if len(wrong) or table.empty:
-        fail(f"{path} row {[*wrong, 1][0]}: not `name class xmin ymin xmax ymax`; download the file again")
-    return table[["name", "class"]].assign(split=split)
 
 
 def patient_of(name, known):
@@ -66,33 +53,38 @@ def main():
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
 
-    first = find(args.raw, f"*_COVIDx_CT-{args.release}.txt*")
-    lists = {split: find(first.parent, f"{split}_COVIDx_CT-{args.release}.txt*", required=False)
-             for split in ("train", "val", "test")}
-    absent = [split for split in lists if not lists[split]]
-    if absent:
-        print(f"warning: {first.parent} has no list of {' and '.join(absent)}")
-    tables = [read_list(path, split) for split, path in lists.items() if path]
+    home = find(args.raw, f"*_COVIDx_CT-{args.release}.txt*").parent
+    tables, absent = [], []
+    for split in ("train", "val", "test"):
+        path = find(home, f"{split}_COVIDx_CT-{args.release}.txt*", required=False)
+        if not path:
+            print(f"warning: {home} has no list of {split}")
+            absent.append(split)
+            continue
+        lines = read_table(path, sep="\t", header=None)[0]                  # whole lines: there is no tab
+        rows = lines.str.extract(r"^(?P<path>\S+) +(?P<number>[012])(?: +\d+){4}$").assign(split=split)
+        wrong = rows.index[rows.path.isna()]
+        if len(wrong):
+            fail(f"{path} row {wrong[0]}: not `name class xmin ymin xmax ymax`; download the file again")
+        tables.append(rows)
     table = pd.concat(tables, ignore_index=True)
     path = find(args.raw, "metadata.csv*")
     people = read_table(path, ["patient id", "sex", "age", "view"])
     people = people.rename(columns={"patient id": "patient"}).drop_duplicates("patient")
     known = set(people.patient)
-    table["study"] = table.name.str.replace(r"[_-][^_-]*$", "", regex=True)                 # the volume
-    table["patient"] = table.name.map(lambda name: patient_of(name, known)).fillna(table.study)
+    table["study"] = table.path.str.replace(r"[_-][^_-]*$", "", regex=True)                 # the volume
+    table["patient"] = table.path.map(lambda name: patient_of(name, known)).fillna(table.study)
     table = join(table, people, ["patient"], path)
     age = pd.to_numeric(table.age, errors="coerce")
     table["age"] = age.where(age.between(0, 120)).round().astype("Int64")
-    for number, label in enumerate(CLASSES):
-        table[label] = (table["class"] == str(number)).astype(int)
+    table[CLASSES] = np.eye(3, dtype=int)[table.pop("number").astype(int)]
     names = [f"{args.release}_images", "images", f"COVIDx_CT-{args.release}"]
-    folder = find(args.raw, *names, required=False) or first.parent / names[0]
-    table["path"] = folder.relative_to(args.raw).as_posix() + "/" + table.pop("name")
-
+    folder = find(args.raw, *names, required=False) or home / names[0]
+    table["path"] = f"{folder.relative_to(args.raw).as_posix()}/" + table.path
     shared = int((table.groupby("patient").split.nunique() > 1).sum())
     rows = table.sort_values("path") if args.n_pretrain == "0" else sample(table, args.n_pretrain, args.seed)
-    write_index(rows.drop(columns="class"), args, dataset="covidx_ct", available=len(table),
-                absent_lists=absent, patients_in_two_lists=shared)
+    write_index(rows, args.out, dataset="covidx_ct", available=len(table), absent_lists=absent,
+                patients_in_two_lists=shared)
 
 
 # --- begin copy: tables ---
@@ -109,61 +101,56 @@ def find(raw, *names, required=True):
 def read_table(path, columns=(), **options):
     """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
     try:
-        table = pd.read_csv(path, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig",
-                            na_values=["NaN", "nan", "None"], **options).fillna("")
-    except (OSError, EOFError, ValueError, zlib.error) as problem:
+        table = pd.read_csv(path, dtype=str, index_col=False, encoding="utf-8-sig", **options).fillna("")
+    except Exception as problem:                    # a broken file is anything to pandas, gzip and zlib
         fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
     for name in columns:
         if name not in table or f"{name}.1" in table:
             fail(f"{path} row 1: no column '{name}', or two; download the file again")
     table.index += 1 if "header" in options else 2
-    return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
+    return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
-
 # --- begin copy: join ---
 def join(table, other, keys, path):
     """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
-    twice = other.duplicated(keys)
-    if twice.any():
-        fail(f"{path} row {other.index[twice][0]}: its {' and '.join(keys)} stand there twice; remove one")
-    joined = table.merge(other, on=keys, how="left", indicator=True).set_index(table.index)
-    met = (joined.pop("_merge") == "both").mean()
+    twice = other.index[other.duplicated(keys)]
+    if len(twice):
+        fail(f"{path} row {twice[0]}: its {' and '.join(keys)} stand there twice; remove one")
+    joined = table.join(other.set_index(keys), on=keys)
+    met = joined[other.columns[-1]].notna().mean()
     if met == 0:
-        theirs, ours = ([*rows[keys].head(1).values.ravel()] for rows in (other, table))
-        fail(f"{path}: no image has a row in it; it has {' and '.join(keys)} {theirs}, the images {ours}")
+        fail(f"{path}: no image has a row in it; its first {' and '.join(keys)} are "
+             f"{other[keys].values[:1].tolist()}, those of the images {table[keys].values[:1].tolist()}")
     print(f"{path}: rows for {met:.1%} of the images")
     return joined.fillna("")
 # --- end copy: join ---
-
 # --- begin copy: sample ---
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
     size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
     if not 0 < size <= len(pool) or seed < 0:
-        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`, by a --seed "
-             f"of 0 or more ({seed} was given)")
+        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible, or `all`; --seed {seed}: 0 or more")
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
-
 # --- begin copy: write index ---
-def write_index(table, args, **facts):
+def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
-    first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
-    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
+    first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
+    table = table.reindex(columns=first.union(table.columns, sort=False))
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{args.out}.part")
+    part = Path(f"{out}.part")
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(part, index=False)
-        part.replace(args.out)
+        part.replace(out)
         part.write_text(json.dumps(facts, indent=1) + "\n")
-        part.replace(args.out.with_suffix(".json"))
+        part.replace(out.with_suffix(".json"))
     except OSError as problem:
         if part.exists():
             part.unlink()
-        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+        fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
+    print(out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
 # --- end copy: write index ---
 
 

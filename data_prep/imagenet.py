@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,7 @@ def main():
     table["class"] = wnids.codes
     drawn = sample(table[table.split == "train"], args.n_pretrain, args.seed)
     rows = pd.concat([drawn, table[table.split == "val"].sort_values("path")])
-    write_index(rows, args, dataset="imagenet", available=len(table), wnids=list(wnids.categories))
+    write_index(rows, args.out, dataset="imagenet", available=len(table), wnids=list(wnids.categories))
 
 
 # --- begin copy: scan ---
@@ -75,7 +74,6 @@ def scan(raw, *endings):
         print(f"warning: {len(paths) - len(fair):,} files left out, as their paths are unprintable")
     return fair
 # --- end copy: scan ---
-
 # --- begin copy: tables ---
 def find(raw, *names, required=True):
     """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
@@ -90,46 +88,42 @@ def find(raw, *names, required=True):
 def read_table(path, columns=(), **options):
     """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
     try:
-        table = pd.read_csv(path, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig",
-                            na_values=["NaN", "nan", "None"], **options).fillna("")
-    except (OSError, EOFError, ValueError, zlib.error) as problem:
+        table = pd.read_csv(path, dtype=str, index_col=False, encoding="utf-8-sig", **options).fillna("")
+    except Exception as problem:                    # a broken file is anything to pandas, gzip and zlib
         fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
     for name in columns:
         if name not in table or f"{name}.1" in table:
             fail(f"{path} row 1: no column '{name}', or two; download the file again")
     table.index += 1 if "header" in options else 2
-    return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
+    return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
-
 # --- begin copy: sample ---
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
     size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
     if not 0 < size <= len(pool) or seed < 0:
-        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`, by a --seed "
-             f"of 0 or more ({seed} was given)")
+        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible, or `all`; --seed {seed}: 0 or more")
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
-
 # --- begin copy: write index ---
-def write_index(table, args, **facts):
+def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
-    first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
-    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
+    first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
+    table = table.reindex(columns=first.union(table.columns, sort=False))
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{args.out}.part")
+    part = Path(f"{out}.part")
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(part, index=False)
-        part.replace(args.out)
+        part.replace(out)
         part.write_text(json.dumps(facts, indent=1) + "\n")
-        part.replace(args.out.with_suffix(".json"))
+        part.replace(out.with_suffix(".json"))
     except OSError as problem:
         if part.exists():
             part.unlink()
-        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+        fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
+    print(out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
 # --- end copy: write index ---
 
 

@@ -29,8 +29,9 @@ NIH = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodul
        "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
 ORGANS = ["bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver",
           "lung-left", "lung-right", "pancreas", "spleen"]
-# Label columns in the order of the file, class numbers that stand for them (None: a column each), images.
-SETS = {"chestmnist": (NIH, None, (78_468, 11_219, 22_433)),
+SPLITS = ["train", "val", "test"]
+# Label columns in the order of the file, numbers in the file that stand for them, images of each split.
+SETS = {"chestmnist": (NIH, [1], (78_468, 11_219, 22_433)),
         "octmnist": (["CNV", "DME", "DRUSEN", "NORMAL"], range(4), (97_477, 10_832, 1_000)),
         "pneumoniamnist": (["Pneumonia"], [1], (4_708, 524, 624)),                      # 0: normal
         "organamnist": (ORGANS, range(11), (34_561, 6_491, 17_778)),
@@ -57,36 +58,37 @@ def read(path, name):
 
 def read_rows(path, name, split):
     """The index rows of a split, labels as 0 and 1."""
-    labels, classes, _ = SETS[name]
+    labels, classes, sizes = SETS[name]
     marks = read(path, f"{split}_labels")
-    wide = len(labels) if classes is None else 1
-    highest = 1 if classes is None else max(classes)
-    if marks.ndim != 2 or marks.shape[1] != wide or not np.isin(marks, range(highest + 1)).all():
-        fail(f"{path}: {split}_labels have shape {marks.shape}; expected [N, {wide}], each of 0 to {highest}")
-    if classes is not None:
-        marks = marks == np.array(classes)                              # [N, 1] to [N, labels]
-    rows = pd.DataFrame(marks.astype(int), columns=labels)
+    wide = len(labels) // len(classes)
+    if marks.shape[1:] != (wide,) or not np.isin(marks, range(max(classes) + 1)).all():
+        fail(f"{path}: {split}_labels have shape {marks.shape}; not [N, {wide}] of 0 to {max(classes)}")
+    published = sizes[SPLITS.index(split)]
+    if len(marks) != published:
+        print(f"warning: {path} has {len(marks):,} images of {split}, {published:,} were published")
+    rows = pd.DataFrame((marks == np.array(classes)).astype(int), columns=labels)       # [N, labels]
     rows["path"] = rows["patient"] = [f"{name}/{split}/{number:06}" for number in range(len(rows))]
     return rows.assign(split=split).reindex(columns=[*COLUMNS, *labels], fill_value="")
 
 
-def write_images(target, path, table, splits):
-    """Write images.npy in the order of `table`. Returns: its side, how many pixels have each grey level."""
-    counts, array = np.zeros(256, np.int64), None
-    for split in splits:
+def write_images(target, path, splits, sizes, order):
+    """Write images.npy: row i is image order[i] of the splits joined. Returns: side, pixels by grey level."""
+    counts = np.zeros(256, np.int64)
+    array, begin = None, 0
+    for split, n in zip(splits, sizes):
         images = read(path, f"{split}_images")
-        positions = np.flatnonzero(table["from"] == split)
-        numbers = table.number.to_numpy()[positions]
         side = (images if array is None else array).shape[-1:]
-        if images.dtype != np.uint8 or images.shape != (len(numbers), *side, *side):
-            fail(f"{path}: {split}_images {images.dtype} {images.shape}; not uint8 [{len(numbers)}, S, S]")
+        if images.dtype != np.uint8 or images.shape != (n, *side, *side):
+            fail(f"{path}: {split}_images {images.dtype} {images.shape}; not uint8 [{n}, S, S]")
         if array is None:
-            array = np.lib.format.open_memmap(target, "w+", np.uint8, (len(table), *side, *side))
-            with open(target, "r+b") as file:                   # a full disk is an error here, not a crash later
+            array = np.lib.format.open_memmap(target, "w+", np.uint8, (len(order), *side, *side))
+            with open(target, "r+b") as file:               # a full disk is an error here, not a crash later
                 os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
-        for some in np.array_split(np.arange(len(numbers)), len(numbers) // 1000 + 1):     # little at a time
-            array[positions[some]] = part = images[numbers[some]]
+        rows = np.flatnonzero((order >= begin) & (order < begin + n))
+        for some in np.array_split(rows, n // 1000 + 1):                    # little at a time
+            array[some] = part = images[order[some] - begin]
             counts += np.bincount(part.ravel(), minlength=256)
+        begin += n
     array.flush()
     return side[0], counts
 
@@ -103,28 +105,24 @@ def main():
     name = args.raw.stem.split("_")[0]
     if name not in SETS:
         fail(f"--raw {args.raw}: its name begins with none of {', '.join(SETS)}; keep the published one")
-    splits = args.pretrain.split(",") if args.pretrain else ["train", "val", "test"]
-    if not set(splits) <= {"train", "val", "test"}:
+    splits = args.pretrain.split(",") if args.pretrain else SPLITS
+    if not set(splits) <= set(SPLITS):
         fail(f"--pretrain {args.pretrain}: give one or more of train, val and test, joined by commas")
 
     tables = [read_rows(args.raw, name, split) for split in splits]
-    for split, rows in zip(splits, tables):
-        published = SETS[name][2]["train val test".split().index(split)]
-        if len(rows) != published:
-            print(f"warning: {args.raw} has {len(rows):,} images of {split}, {published:,} were published")
-        rows["from"], rows["number"] = split, range(len(rows))
-    table = pd.concat(tables, ignore_index=True)
+    sizes = [len(rows) for rows in tables]
+    rows = pd.concat(tables)
+    order = np.arange(len(rows))
     if args.pretrain:
-        order = np.random.default_rng(42).permutation(len(table))
-        table = table.iloc[order].assign(split="pretrain")
-    rows = table.drop(columns=["from", "number"])
-    text = rows.to_csv(index=False, lineterminator="\n")
+        order = np.random.default_rng(42).permutation(order)
+        rows = rows.iloc[order].assign(split="pretrain")
+    text = rows.to_csv(index=False)
     facts = {"dataset": name, "available": sum(SETS[name][2]),
              "splits": rows.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")}
     part = args.out / "images.npy.part"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        side, counts = write_images(part, args.raw, table, splits)
+        side, counts = write_images(part, args.raw, splits, sizes, order)
         level, n = np.arange(256), counts.sum()
         mean = float(counts @ level / n)
         std = float(counts @ (level - mean) ** 2 / n) ** 0.5
@@ -135,11 +133,11 @@ def main():
                 "mean": mean / 255, "std": std / 255, "stand_in": None}
         (args.out / "pack.json").unlink(missing_ok=True)                # it is written last
         os.replace(part, args.out / "images.npy")
-        for file, content in {"index.csv": text, "index.json": json.dumps(facts, indent=1) + "\n",
-                              "manifest.csv": text, "rejected.csv": "path,reason\n",
-                              "pack.json": json.dumps(pack, indent=1) + "\n"}.items():
-            (args.out / f"{file}.part").write_text(content)
-            os.replace(args.out / f"{file}.part", args.out / file)
+        texts = {"index.csv": text, "index.json": json.dumps(facts, indent=1) + "\n", "manifest.csv": text,
+                 "rejected.csv": "path,reason\n", "pack.json": json.dumps(pack, indent=1) + "\n"}
+        for file, content in texts.items():
+            part.write_text(content)
+            os.replace(part, args.out / file)
     except OSError as problem:
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
     finally:

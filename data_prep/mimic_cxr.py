@@ -2,8 +2,7 @@
 
 Johnson et al., arXiv:1901.07042. PhysioNet credentialed access (training certificate, signed agreement);
 nothing derived from single images may be passed on, so keep index and pack to yourself. 570 GB of JPEG:
-    wget -r -N -c -np -P raw/mimic_cxr --user <you> --ask-password \\
-        https://physionet.org/files/mimic-cxr-jpg/2.0.0/
+    wget -rNc -np -P raw/mimic_cxr --user YOU --ask-password https://physionet.org/files/mimic-cxr-jpg/2.0.0/
 
     python data_prep/mimic_cxr.py --raw raw/mimic_cxr --out data/mimic_cxr/index.csv
     python data_prep/mimic_cxr.py --n-pretrain 250000                   # holds its first 50,000, 100,000
@@ -16,7 +15,6 @@ from, no other images are kept; the filters hold for every split. Sex and age ar
 import argparse
 import json
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -65,24 +63,23 @@ def main():
     table = join(table, read_table(path, [*ids, "ViewPosition"]), ids, path)
     path = find(source.parent, "mimic-cxr-2.*-chexpert.csv*")
     labels = read_table(path, [*ids[1:], *LABELS])
-    labels[LABELS] = label_values(labels, LABELS, path)
+    labels[LABELS] = label_values(labels, path)
     table = join(table, labels, ids[1:], path)
     table = table.rename(columns={"subject_id": "patient", "study_id": "study", "ViewPosition": "view"})
     files = (source.parent.relative_to(args.raw) / "files").as_posix()
     folder = files + "/p" + table.patient.str[:2] + "/p" + table.patient + "/s" + table.study
     table["path"] = folder + "/" + table.pop("dicom_id") + ".jpg"
-
     labelled, frontal = (table[LABELS] != "").any(axis=1), table.view.isin(["AP", "PA"])
     rows = table[(frontal | (args.views == "all")) & (labelled | (not args.labelled_only))]
-    pool, rest = rows[rows.split.isin(splits)], rows[~rows.split.isin(splits)].sort_values("path")
-    if args.n_pretrain == "0":
-        drawn = pool.sort_values("path")
-    else:
+    eligible = rows.split.isin(splits)
+    pool, rest = rows[eligible], rows[~eligible].sort_values("path")
+    drawn = pool.sort_values("path")
+    if args.n_pretrain != "0":
         drawn = sample(pool, args.n_pretrain, args.seed)
         if args.sample_like == "paper":
             drawn = pool.iloc[released_rows(len(pool), len(drawn), args.seed)].assign(split="pretrain")
     rows = pd.concat([drawn, rest]).replace({"split": {"validate": "val"}})
-    write_index(rows, args, dataset="mimic_cxr", available=len(table), eligible=len(pool))
+    write_index(rows, args.out, dataset="mimic_cxr", available=len(table), eligible=len(pool))
 
 
 # --- begin copy: tables ---
@@ -99,72 +96,66 @@ def find(raw, *names, required=True):
 def read_table(path, columns=(), **options):
     """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
     try:
-        table = pd.read_csv(path, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig",
-                            na_values=["NaN", "nan", "None"], **options).fillna("")
-    except (OSError, EOFError, ValueError, zlib.error) as problem:
+        table = pd.read_csv(path, dtype=str, index_col=False, encoding="utf-8-sig", **options).fillna("")
+    except Exception as problem:                    # a broken file is anything to pandas, gzip and zlib
         fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
     for name in columns:
         if name not in table or f"{name}.1" in table:
             fail(f"{path} row 1: no column '{name}', or two; download the file again")
     table.index += 1 if "header" in options else 2
-    return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
+    return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
-
 # --- begin copy: join ---
 def join(table, other, keys, path):
     """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
-    twice = other.duplicated(keys)
-    if twice.any():
-        fail(f"{path} row {other.index[twice][0]}: its {' and '.join(keys)} stand there twice; remove one")
-    joined = table.merge(other, on=keys, how="left", indicator=True).set_index(table.index)
-    met = (joined.pop("_merge") == "both").mean()
+    twice = other.index[other.duplicated(keys)]
+    if len(twice):
+        fail(f"{path} row {twice[0]}: its {' and '.join(keys)} stand there twice; remove one")
+    joined = table.join(other.set_index(keys), on=keys)
+    met = joined[other.columns[-1]].notna().mean()
     if met == 0:
-        theirs, ours = ([*rows[keys].head(1).values.ravel()] for rows in (other, table))
-        fail(f"{path}: no image has a row in it; it has {' and '.join(keys)} {theirs}, the images {ours}")
+        fail(f"{path}: no image has a row in it; its first {' and '.join(keys)} are "
+             f"{other[keys].values[:1].tolist()}, those of the images {table[keys].values[:1].tolist()}")
     print(f"{path}: rows for {met:.1%} of the images")
     return joined.fillna("")
 # --- end copy: join ---
-
 # --- begin copy: label values ---
-def label_values(table, labels, path):
-    """The label columns of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
-    values = table[labels].apply(lambda cells: cells.str.removesuffix(".0"))
+def label_values(table, path):
+    """The columns LABELS of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
+    values = table[LABELS].map(lambda cell: cell.removesuffix(".0"))
     wrong = ~values.isin(["1", "0", "-1", ""])
     if wrong.any(axis=None):
         row, label = wrong.stack().idxmax()
         fail(f"{path} row {row}: label '{label}' is {values.loc[row, label]!r}; expected 1, 0, -1 or blank")
     return values
 # --- end copy: label values ---
-
 # --- begin copy: sample ---
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
     size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
     if not 0 < size <= len(pool) or seed < 0:
-        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`, by a --seed "
-             f"of 0 or more ({seed} was given)")
+        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible, or `all`; --seed {seed}: 0 or more")
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
-
 # --- begin copy: write index ---
-def write_index(table, args, **facts):
+def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
-    first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
-    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
+    first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
+    table = table.reindex(columns=first.union(table.columns, sort=False))
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{args.out}.part")
+    part = Path(f"{out}.part")
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(part, index=False)
-        part.replace(args.out)
+        part.replace(out)
         part.write_text(json.dumps(facts, indent=1) + "\n")
-        part.replace(args.out.with_suffix(".json"))
+        part.replace(out.with_suffix(".json"))
     except OSError as problem:
         if part.exists():
             part.unlink()
-        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+        fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
+    print(out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
 # --- end copy: write index ---
 
 

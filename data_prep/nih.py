@@ -1,7 +1,7 @@
 """NIH ChestX-ray14 -> index.csv: 112,120 frontal radiographs of 30,805 patients, 14 labels from reports.
 
-Wang et al., "ChestX-ray8", arXiv:1705.02315. Free use: cite the paper, link to the download, name the NIH
-Clinical Center as provider. 45 GB of PNG: https://nihcc.app.box.com/v/ChestXray-NIHCC (12 archives), or
+Wang et al., arXiv:1705.02315. Free use: cite the paper, link to the download, name the NIH Clinical Center as
+provider. 45 GB of PNG: https://nihcc.app.box.com/v/ChestXray-NIHCC (12 archives), or
     kaggle datasets download -d nih-chest-xrays/data -p raw/nih --unzip
 The study's Xray14_{train,val,test}_official.txt: https://github.com/jlianglab/BenchmarkTransferLearning
 
@@ -10,12 +10,11 @@ The study's Xray14_{train,val,test}_official.txt: https://github.com/jlianglab/B
 
 Reads Data_Entry_2017*.csv and the lists; images lie anywhere below --raw. Without a train and a val list
 the official train_val list is cut by a seeded draw of patients (fallback_split). --pretrain writes a sample
-alone: 100,000 are more than the 86,524 of train and val, so test images are among them, and are counted."""
+alone: train and val hold 86,524, so test images are among 100,000, and are counted."""
 
 import argparse
 import json
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,30 +43,6 @@ def draw_validation(patients, n, seed):
     return chosen
 
 
-def assign_splits(table, args):
-    """Split of every image by the lists, '' in none, and whether the train/val cut is the fallback."""
-    lists = {name: [f"Xray14_{name}_official.txt*", f"{name}_list.txt*"] for name in ("train", "val", "test")}
-    fallback = not any(find(args.raw, *lists[name], required=False) for name in ("train", "val"))
-    if fallback:
-        lists = {"train": ["train_val_list.txt*"], "test": lists["test"]}
-    splits = pd.Series("", table.index)
-    for split, patterns in lists.items():
-        path = find(args.raw, *patterns)
-        names = read_table(path, sep=r"\s+", header=None)[0]
-        listed, absent = table.name.isin(names), names[~names.isin(table.name)]
-        if len(absent):
-            fail(f"{path}: {len(absent):,} of its {len(names):,} images, as {absent.iloc[0]!r}, are not in "
-                 "Data_Entry; download both again")
-        if (splits[listed] != "").any():
-            fail(f"{path}: {table.name[listed & (splits != '')].iloc[0]!r} is in two lists; remove one")
-        splits[listed] = split
-    if fallback:
-        patients = table.patient[splits == "train"]
-        drawn = draw_validation(patients, round(len(patients) * 11_212 / 86_524), args.seed)    # as the study
-        splits[patients.index[patients.isin(drawn)]] = "val"
-    return splits, fallback
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     option = parser.add_argument
@@ -82,31 +57,45 @@ def main():
         fail(f"--seed {args.seed}: seeds begin at 0")
 
     source = find(args.raw, "Data_Entry_2017_v2020.csv*", "Data_Entry_2017*.csv*")
-    # By name: every line of the older file ends with a comma, a twelfth column.
     columns = ["Image Index", "Finding Labels", "Patient Age", "Patient Gender", "View Position"]
-    table = read_table(source, columns).set_axis(["name", "findings", "age", "sex", "view"], axis=1)
-    findings = table.findings.str.split("|").explode()
+    table = read_table(source, columns).set_axis(["path", "findings", "age", "sex", "view"], axis=1)
+    findings = table.pop("findings").str.split("|").explode()
     unknown = findings[~findings.isin([*LABELS, "No Finding"])]
     if len(unknown):
         fail(f"{source} row {unknown.index[0]}: finding {unknown.iloc[0]!r} is none of the 14; correct it")
     for label in LABELS:
         table[label] = table.index.isin(findings.index[findings == label]).astype(int)
-    table["patient"], table["study"] = table.name.str[:8], table.name.str.removesuffix(".png")
+    table["patient"], table["study"] = table.path.str[:8], table.path.str.removesuffix(".png")
     age = pd.to_numeric(table.age.str.rstrip("Y"), errors="coerce")       # 58; 058Y and 413 in older files
     table["age"] = age.where(age.between(0, 120)).round().astype("Int64")
-    table["split"], fallback = assign_splits(table, args)
-
-    rows = table[table.split != ""].assign(path=table.name).sort_values("path")     # by name in every layout
+    table["split"] = ""
+    fallback = not find(args.raw, "Xray14_train*", "Xray14_val*", "train_list*", "val_list*", required=False)
+    for split in ["train_val", "test"] if fallback else ["train", "val", "test"]:
+        path = find(args.raw, f"Xray14_{split}_official.txt*", f"{split}_list.txt*")
+        names = read_table(path, sep=r"\s+", header=None)[0]
+        odd = names[~names.isin(table.path)]
+        if len(odd):
+            fail(f"{path}: {len(odd):,} of its {len(names):,} images, as {odd.iloc[0]!r}, are not in "
+                 f"{source}; download both again")
+        listed = table.path.isin(names)
+        if table.split[listed].any():
+            fail(f"{path}: some of its images are in two lists; remove one of them")
+        table.loc[listed, "split"] = split
+    if fallback:
+        pool = table.patient[table.split == "train_val"]
+        val = draw_validation(pool, round(len(pool) * 11_212 / 86_524), args.seed)      # the study's share
+        table.loc[pool.index, "split"] = np.where(pool.isin(val), "val", "train")
+    rows = table[table.split != ""].sort_values("path")                 # by name in every layout
     facts = {"dataset": "nih", "available": len(table), "fallback_split": fallback}
     if args.pretrain:
         facts["dataset"] = "nih_pretrain"
         rows = sample(rows[(rows.split != "test") | (args.pretrain == "all")], args.n_pretrain, args.seed)
         facts["test_images"] = int((table.split[rows.index] == "test").sum())
     files = sorted(args.raw.rglob("*.png"), key=lambda path: -len(str(path)))
-    where = {path.name: path for path in files}                   # of two copies, the shorter path
-    paths = [where.get(name, source.parent / "images" / name) for name in rows.name]
-    rows["path"] = [path.relative_to(args.raw).as_posix() for path in paths]
-    write_index(rows.drop(columns=["name", "findings"]), args, **facts)
+    where = {path.name: path for path in files}                         # of two copies, the shorter path
+    home = source.parent / "images"
+    rows["path"] = [where.get(name, home / name).relative_to(args.raw).as_posix() for name in rows.path]
+    write_index(rows, args.out, **facts)
 
 
 # --- begin copy: tables ---
@@ -123,46 +112,42 @@ def find(raw, *names, required=True):
 def read_table(path, columns=(), **options):
     """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
     try:
-        table = pd.read_csv(path, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig",
-                            na_values=["NaN", "nan", "None"], **options).fillna("")
-    except (OSError, EOFError, ValueError, zlib.error) as problem:
+        table = pd.read_csv(path, dtype=str, index_col=False, encoding="utf-8-sig", **options).fillna("")
+    except Exception as problem:                    # a broken file is anything to pandas, gzip and zlib
         fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
     for name in columns:
         if name not in table or f"{name}.1" in table:
             fail(f"{path} row 1: no column '{name}', or two; download the file again")
     table.index += 1 if "header" in options else 2
-    return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
+    return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
-
 # --- begin copy: sample ---
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
     size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
     if not 0 < size <= len(pool) or seed < 0:
-        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`, by a --seed "
-             f"of 0 or more ({seed} was given)")
+        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible, or `all`; --seed {seed}: 0 or more")
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
-
 # --- begin copy: write index ---
-def write_index(table, args, **facts):
+def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
-    first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
-    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
+    first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
+    table = table.reindex(columns=first.union(table.columns, sort=False))
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{args.out}.part")
+    part = Path(f"{out}.part")
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(part, index=False)
-        part.replace(args.out)
+        part.replace(out)
         part.write_text(json.dumps(facts, indent=1) + "\n")
-        part.replace(args.out.with_suffix(".json"))
+        part.replace(out.with_suffix(".json"))
     except OSError as problem:
         if part.exists():
             part.unlink()
-        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+        fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
+    print(out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
 # --- end copy: write index ---
 
 

@@ -61,7 +61,7 @@ def main():
     test = table.patient[table.split == "test"]
     leak = test[test.isin(table.patient[table.split == "train"])].nunique()
     rows = sample(table.drop(columns=["class", "name"]), args.n_pretrain, args.seed)
-    write_index(rows, args, dataset="oct", available=len(table), second_copies=found - len(table),
+    write_index(rows, args.out, dataset="oct", available=len(table), second_copies=found - len(table),
                 test_patients_in_train=leak)
 
 
@@ -76,36 +76,33 @@ def scan(raw, *endings):
         print(f"warning: {len(paths) - len(fair):,} files left out, as their paths are unprintable")
     return fair
 # --- end copy: scan ---
-
 # --- begin copy: sample ---
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
     size = len(pool) if n == "all" else int(n) if n.isdecimal() else 0
     if not 0 < size <= len(pool) or seed < 0:
-        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible; ask for fewer, or for `all`, by a --seed "
-             f"of 0 or more ({seed} was given)")
+        fail(f"--n-pretrain {n}: {len(pool):,} images are eligible, or `all`; --seed {seed}: 0 or more")
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
-
 # --- begin copy: write index ---
-def write_index(table, args, **facts):
+def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
-    first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
-    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
+    first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
+    table = table.reindex(columns=first.union(table.columns, sort=False))
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{args.out}.part")
+    part = Path(f"{out}.part")
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(part, index=False)
-        part.replace(args.out)
+        part.replace(out)
         part.write_text(json.dumps(facts, indent=1) + "\n")
-        part.replace(args.out.with_suffix(".json"))
+        part.replace(out.with_suffix(".json"))
     except OSError as problem:
         if part.exists():
             part.unlink()
-        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+        fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
+    print(out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
 # --- end copy: write index ---
 
 

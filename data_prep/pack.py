@@ -10,12 +10,10 @@ and ends in the same bytes, whatever the number of workers.
 
 Reads   the index (its column path is relative to --raw; nothing outside --raw is opened) and the images
 Writes  images.npy      uint8 [N, S, S] or [N, S, S, 3]; none with --size original
-        manifest.csv    the packed rows of the index; row i describes images.npy[i]; blank sex and age are
-                        filled from DICOM headers
+        manifest.csv    the packed rows; row i describes images.npy[i]; blank sex and age as in DICOM headers
         rejected.csv    path, reason
-        pack.json       written last: settings, counts, mean and standard deviation of the pixels (0..1), and
-                        stand_in: "drawn by data_prep/demo.py" or null
-"""
+        pack.json       written last: settings, counts, mean and standard deviation of the pixels (0..1),
+                        stand_in: "drawn by data_prep/demo.py" or null"""
 
 import argparse
 import contextlib
@@ -45,6 +43,7 @@ MAX_PIXELS = 89_478_485                 # Pillow's mark of a decompression bomb;
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2        # at twice this Pillow refuses, before that it only warns
 MAX_BYTES = 1 << 30                     # a DICOM file is read whole before its header can be judged
 SHARD = 32                              # most rows of a part: the work of a worker that a kill can cost
+CRASHED = {"reason": "unreadable: the decoder crashed"}, b""
 STAND_IN = "drawn by data_prep/demo.py"
 DICOM = {"corrected": "display", "paper": "paper"}      # the conversion of each variant
 # Errors that come of a file itself, a decoder's own (None) or of a seek to nowhere: others are the storage's.
@@ -64,8 +63,6 @@ def fail(message):
 class Rejected(Exception):
     """Why an image is not packed: the reason in rejected.csv, its kind standing before the first colon."""
 
-
-# ---- pixels: any file to 8 bits ----
 
 def to_grey8(values, variant="corrected", top=65535):
     """Scale 16-bit grey, x / top * 255, rounded (corrected) or cut toward zero (paper). Returns: uint8."""
@@ -96,10 +93,8 @@ def prepare_lut(ds, name, values):
 def dicom_display(values, code, ds):
     """What a viewer shows: modality LUT or rescale, then VOI LUT or first window or else the 0.5-99.5
     percentiles; MONOCHROME1 inverted once, padding black. Source: DICOM PS3.3, C.7.5.1.1.2, C.11.1, C.11.2.
-
-    Args: values: int32, the stored value behind every code; code: uint8 or uint16 [H, W], the pixels' words.
-    Returns: uint8, the grey level of each of the values.
-    """
+    values: int32, the stored value behind every code; code: uint8 or uint16 [H, W], the pixels' words.
+    Returns: uint8, the grey level of each of the values."""
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
     padded = np.zeros(len(values), bool)
     if ds.get("PixelPaddingValue") is not None:
@@ -117,9 +112,9 @@ def dicom_display(values, code, ds):
     else:
         black = -np.inf
         with contextlib.suppress(TypeError, ValueError):                # no window, or one that cannot be
-            black, white = apply_voi_lut(np.array([-np.inf, np.inf]), ds, prefer_lut=False)
+            black, white = apply_voi_lut(np.array([-np.inf, np.inf]), ds)
         if np.isfinite(black):
-            values = apply_voi_lut(values, ds, prefer_lut=False)
+            values = apply_voi_lut(values, ds)
         else:
             counts = np.where(padded, 0, np.bincount(code.ravel(), minlength=len(values)))
             black, white = percentile_window(values, counts) if counts.any() else (0, 1)
@@ -167,12 +162,10 @@ def read_dicom(file, dicom="display"):
 
 
 def read_image(file, channels=1, variant="corrected", dicom="display"):
-    """Decode a file of any supported kind to 8 bits at its own size.
-
-    Alpha is dropped, not composited; colour becomes Pillow's L (0.299, 0.587, 0.114); no EXIF rotation.
-    Returns: a Pillow image of mode L (1 channel) or RGB (3), and facts about the file: monochrome1,
-    sixteen_bit, sixteen_bit_below_4096 (bool), person. Raises: Rejected, or what the decoder raises.
-    """
+    """Decode a file of any supported kind to 8 bits at its own size. Alpha is dropped, not composited; colour
+    becomes Pillow's L (0.299, 0.587, 0.114); no EXIF rotation. Returns: a Pillow image of mode L (1 channel)
+    or RGB (3), and facts: monochrome1, sixteen_bit, sixteen_bit_below_4096 (bool), person. Raises: Rejected,
+    or what the decoder raises."""
     if os.path.getsize(file) > MAX_BYTES:
         raise Rejected(f"too large: {os.path.getsize(file):,} bytes")
     with open(file, "rb") as stream:
@@ -200,8 +193,6 @@ def read_image(file, channels=1, variant="corrected", dicom="display"):
     return image if image.mode == mode else image.convert(mode), facts          # convert would copy
 
 
-# ---- rows: in worker processes, which write parts ----
-
 def locate(root, path):
     """The file behind an index path. Raises: Rejected where there is no regular file inside `root`."""
     file = Path(os.path.realpath(os.path.join(root, path)))
@@ -213,11 +204,9 @@ def locate(root, path):
 
 
 def pack_row(path, earlier, config):
-    """Answer one index row, `earlier` being the number of an earlier row of this path, or None.
-
-    Returns: its record, and its pixels as bytes, none if it is rejected or kept at original size.
-    Raises: OSError where memory or the storage failed, which says nothing about the file.
-    """
+    """Answer one index row, `earlier` being the number of an earlier row of this path, or None. Returns: its
+    record, and its pixels as bytes, none if it is rejected or kept at original size. Raises: OSError where
+    memory or the storage failed, which says nothing about the file."""
     size = config["size"]
     try:
         if earlier:
@@ -262,14 +251,11 @@ def replacing(path, folder, **how):
 
 def pack_shard(part, rows, crashed, config, say):
     """Write a part: a line of JSON with a record a row, then the pixels. Rows `crashed` are not opened."""
-    records, pixels = [], []
+    answers = []
     for number, row in enumerate(rows):
         say(number)
-        record, image = {"reason": "unreadable: the decoder crashed"}, b""
-        if number not in crashed:
-            record, image = pack_row(*row, config)
-        records.append(record)
-        pixels.append(image)
+        answers.append(CRASHED if number in crashed else pack_row(*row, config))
+    records, pixels = zip(*answers)
     with replacing(part, part.parent, mode="wb") as file:
         file.write(json.dumps(records).encode() + b"\n")
         file.writelines(pixels)
@@ -334,8 +320,6 @@ def pack_shards(shards, workers, config):
         for worker, *_ in team.values():
             worker.kill()
 
-
-# ---- files: the index, the parts, the pack ----
 
 def index_rows(index, splits=()):
     """Yield the index rows of these splits (of all, if empty) as {column: cell}, each with the number of the
@@ -480,8 +464,8 @@ def pack(args):
         print(f"{out} is packed already: nothing to do (to pack it again, remove {out}/manifest.csv)")
     else:
         if args.require_files:
-            paths = [row["path"] for row, _ in index_rows(index, splits)]
-            absent = [path for path in paths if not (args.raw / path).is_file()]
+            rows = (row["path"] for row, _ in index_rows(index, splits))
+            absent = [path for path in rows if not (args.raw / path).is_file()]
             if absent:
                 fail(f"{absent[0]!r} is missing in {args.raw}, as {len(absent):,} of {total:,} images are; "
                      "complete the download and make the index again, or drop --require-files")

@@ -19,7 +19,6 @@ import argparse
 import ast
 import json
 import sys
-import zlib
 from pathlib import Path
 
 import pandas as pd
@@ -78,7 +77,7 @@ def main():
                           "age": age.where(age.between(0, 120)).round().astype("Int64")}, table.index)
     rounded = table.PatientID.str.contains("e+", case=False, regex=False).any()
     release = "the authors' copy, ids rounded" if rounded else "the original table"
-    write_index(index.join(findings).sort_values("path"), args, dataset="padchest", available=len(images),
+    write_index(index.join(findings).sort_values("path"), args.out, dataset="padchest", available=len(images),
                 without_labels=int(blank.sum()), release=release)
 
 
@@ -96,35 +95,33 @@ def find(raw, *names, required=True):
 def read_table(path, columns=(), **options):
     """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
     try:
-        table = pd.read_csv(path, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig",
-                            na_values=["NaN", "nan", "None"], **options).fillna("")
-    except (OSError, EOFError, ValueError, zlib.error) as problem:
+        table = pd.read_csv(path, dtype=str, index_col=False, encoding="utf-8-sig", **options).fillna("")
+    except Exception as problem:                    # a broken file is anything to pandas, gzip and zlib
         fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
     for name in columns:
         if name not in table or f"{name}.1" in table:
             fail(f"{path} row 1: no column '{name}', or two; download the file again")
     table.index += 1 if "header" in options else 2
-    return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
+    return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
-
 # --- begin copy: write index ---
-def write_index(table, args, **facts):
+def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
-    first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
-    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
+    first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
+    table = table.reindex(columns=first.union(table.columns, sort=False))
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{args.out}.part")
+    part = Path(f"{out}.part")
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(part, index=False)
-        part.replace(args.out)
+        part.replace(out)
         part.write_text(json.dumps(facts, indent=1) + "\n")
-        part.replace(args.out.with_suffix(".json"))
+        part.replace(out.with_suffix(".json"))
     except OSError as problem:
         if part.exists():
             part.unlink()
-        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+        fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
+    print(out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
 # --- end copy: write index ---
 
 

@@ -3,8 +3,7 @@
 Nguyen et al., arXiv:2012.15029. PhysioNet credentialed access (training certificate, signed agreement);
 nothing derived from single images may be passed on. 190 GB, of which the study needs test/ (32 GB) and
 annotations/:
-    wget -r -N -c -np -P raw/vindr_cxr --user <you> --ask-password \\
-        https://physionet.org/files/vindr-cxr/1.0.0/
+    wget -rNc -np -P raw/vindr_cxr --user YOU --ask-password https://physionet.org/files/vindr-cxr/1.0.0/
 Kaggle's release cannot stand in: other ids, no labelled test set.
 
     python data_prep/vindr_cxr.py --raw raw/vindr_cxr --out data/vindr_cxr/index.csv
@@ -18,7 +17,6 @@ import argparse
 import json
 import os
 import sys
-import zlib
 from pathlib import Path
 
 import pandas as pd
@@ -46,7 +44,7 @@ def read_labels(path):
     if "image_id" not in table or not any(known.values()):
         fail(f"{path} row 1: no column 'image_id', or none of the 28 labels; download the file again")
     labels = pd.DataFrame({label: table[name] if name else "" for label, name in known.items()}, table.index)
-    return label_values(labels, LABELS, path).assign(patient=table.image_id)
+    return label_values(labels, path).assign(patient=table.image_id)
 
 
 def vote(readings, rule):
@@ -82,7 +80,7 @@ def main():
     table["study"], table["view"] = table.patient, "PA"
     blank = [label for label in LABELS if (table[label] == "").all()]
     table = table.sort_values("path")
-    write_index(table, args, dataset="vindr_cxr", available=len(table), blank_labels=blank)
+    write_index(table, args.out, dataset="vindr_cxr", available=len(table), blank_labels=blank)
 
 
 # --- begin copy: tables ---
@@ -99,46 +97,43 @@ def find(raw, *names, required=True):
 def read_table(path, columns=(), **options):
     """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
     try:
-        table = pd.read_csv(path, dtype=str, index_col=False, keep_default_na=False, encoding="utf-8-sig",
-                            na_values=["NaN", "nan", "None"], **options).fillna("")
-    except (OSError, EOFError, ValueError, zlib.error) as problem:
+        table = pd.read_csv(path, dtype=str, index_col=False, encoding="utf-8-sig", **options).fillna("")
+    except Exception as problem:                    # a broken file is anything to pandas, gzip and zlib
         fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
     for name in columns:
         if name not in table or f"{name}.1" in table:
             fail(f"{path} row 1: no column '{name}', or two; download the file again")
     table.index += 1 if "header" in options else 2
-    return table[[*columns] or list(table)].apply(lambda cells: cells.str.strip())
+    return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
-
 # --- begin copy: label values ---
-def label_values(table, labels, path):
-    """The label columns of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
-    values = table[labels].apply(lambda cells: cells.str.removesuffix(".0"))
+def label_values(table, path):
+    """The columns LABELS of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
+    values = table[LABELS].map(lambda cell: cell.removesuffix(".0"))
     wrong = ~values.isin(["1", "0", "-1", ""])
     if wrong.any(axis=None):
         row, label = wrong.stack().idxmax()
         fail(f"{path} row {row}: label '{label}' is {values.loc[row, label]!r}; expected 1, 0, -1 or blank")
     return values
 # --- end copy: label values ---
-
 # --- begin copy: write index ---
-def write_index(table, args, **facts):
+def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
-    first = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
-    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)], fill_value="")
+    first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
+    table = table.reindex(columns=first.union(table.columns, sort=False))
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{args.out}.part")
+    part = Path(f"{out}.part")
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(part, index=False)
-        part.replace(args.out)
+        part.replace(out)
         part.write_text(json.dumps(facts, indent=1) + "\n")
-        part.replace(args.out.with_suffix(".json"))
+        part.replace(out.with_suffix(".json"))
     except OSError as problem:
         if part.exists():
             part.unlink()
-        fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
-    print(args.out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+        fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
+    print(out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
 # --- end copy: write index ---
 
 
