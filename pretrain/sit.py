@@ -861,10 +861,10 @@ def make_model(config, num_classes, drop_path=0.0):
         fixed = getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False)
         size = {"img_size": config["img_size"]} if fixed else {}
         model = timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
-                                  drop_path_rate=drop_path, **{**size, **config["model_args"]})
-        patch_size = model.patch_embed.patch_size[0] if hasattr(model, "patch_embed") else 1
-        if config["img_size"] % patch_size:
-            raise ValueError(f"img_size {config['img_size']} is no multiple of the patch size {patch_size}")
+                                  **{"drop_path_rate": drop_path, **size, **config["model_args"]})
+        patches = getattr(model, "patch_embed", None)
+        if isinstance(patches, timm.layers.PatchEmbed) and config["img_size"] % patches.patch_size[0]:
+            raise ValueError(f"img_size {config['img_size']} is no multiple of patches of {patches.patch_size}")
         return model
 
 
@@ -931,13 +931,13 @@ def read_weights(init, arch):
 
 # --- begin copy: timm names ---
 def flatten(content, path=""):
-    """{dotted path: tensor} of nested dicts."""
+    """{dotted path: tensor} of nested dicts, without quantised numbers."""
     flat = {}
     for name, value in content.items() if isinstance(content, dict) else ():
-        if isinstance(value, torch.Tensor):
-            flat[f"{path}{name}"] = value
-        else:
+        if not isinstance(value, torch.Tensor):
             flat |= flatten(value, f"{path}{name}.")
+        elif value.is_floating_point() or value.dtype == torch.int64:
+            flat[f"{path}{name}"] = value
     return flat
 
 
@@ -954,11 +954,11 @@ def timm_names(state, wanted):
         if ".attention.query." in name:                                     # Hugging Face: three layers
             parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
             state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
-        if name.endswith("q_bias"):                                         # SimMIM's ViT: keys have no bias
+        if name.endswith("q_bias") and not any("q_bias" in name for name in wanted):    # SimMIM: no key bias
             q, v = state[name], state[name.replace("q_bias", "v_bias")]
             state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    last, preferred = list(wanted)[-1], "ema|teacher|base_encoder|encoder_q"
-    prefixes = [name.removesuffix(last) for name in state if name.endswith(last)]
+    last, preferred = list(wanted)[-1], r"\b(\w*_)?(ema|teacher|base_encoder|encoder_q)"
+    prefixes = [name.removesuffix(last) for name in state if f".{name}".endswith(f".{last}")]
 
     def rank(prefix):
         n_found = sum(prefix + name in state for name in wanted)
@@ -1004,6 +1004,9 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
 
 
 # --- begin copy: load transformer ---
+KEPT = r"gamma|^blocks\..*(norm\w*|qkv)\.(weight|bias)|^reg\w*_token"       # without them it is another network
+
+
 def load_backbone(model, config):
     """Fill all of a timm vision transformer without a head from `init`, or fail; returns a line about it."""
     init, arch = config["init"], config["arch"]
@@ -1011,15 +1014,17 @@ def load_backbone(model, config):
         return "random initialisation"
     content, kernel = read_weights(init, arch), "patch_embed.proj.weight"
     named = {name: x for name, x in flatten(content).items() if config["init_key"] in name}
-    given, prefix = timm_names(named, model.state_dict())
-    loaded = {name: given[name].detach().float() for name in model.state_dict() if name in given}
+    wanted = model.state_dict()
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
+        given, prefix = timm_names(named, wanted)
+        loaded = {name: given[name].detach().float() for name in wanted if name in given}
         loaded[kernel] = fit_channels(loaded[kernel], config["in_chans"], config["channel_adapt"])
-        loaded["pos_embed"] = timm.layers.resample_abs_pos_embed(
-            loaded["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens,
-            antialias=False)
-        kept = {name: x for name, x in given.items() if re.search(r"gamma|^blocks\..*norm1\.weight", name)}
-        model.load_state_dict(kept | loaded)    # refuses what is absent, blocks and a layer scale it has not
+        if "pos_embed" in wanted:
+            n_prefix = wanted["pos_embed"].shape[1] - model.patch_embed.num_patches
+            loaded["pos_embed"] = timm.layers.resample_abs_pos_embed(
+                loaded["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=n_prefix, antialias=False)
+        kept = {name: x for name, x in given.items() if re.search(KEPT, name)}
+        model.load_state_dict(kept | loaded)    # refuses what is absent, and what the model lacks of KEPT
     config["stand_in"] = content.get("stand_in")
     numbers = b"".join(x.numpy().tobytes() for x in loaded.values())
     config["start"] = hashlib.sha256(numbers).hexdigest()

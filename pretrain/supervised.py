@@ -227,8 +227,8 @@ def read_targets(manifest, rows, task):
     labels = [name for name in rows if name not in FACTS]
     if not labels:
         fail(f"{manifest} has no label column; supervised pre-training needs labels")
-    if len(labels) == 1 and task != "multilabel":
-        cells = rows[labels[0]]
+    cells = rows[labels[0]]
+    if len(labels) == 1 and (task == "classes" or task == "auto" and "-1" not in cells):
         if "" in cells:
             fail(f"{manifest} row {rows['row'][cells.index('')]}: no class in column '{labels[0]}'")
         names = sorted(set(cells), key=lambda name: (len(name), name))      # numbers in numeric order
@@ -666,10 +666,10 @@ def make_model(config, num_classes, drop_path=0.0):
         fixed = getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False)
         size = {"img_size": config["img_size"]} if fixed else {}
         model = timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
-                                  drop_path_rate=drop_path, **{**size, **config["model_args"]})
-        patch_size = model.patch_embed.patch_size[0] if hasattr(model, "patch_embed") else 1
-        if config["img_size"] % patch_size:
-            raise ValueError(f"img_size {config['img_size']} is no multiple of the patch size {patch_size}")
+                                  **{"drop_path_rate": drop_path, **size, **config["model_args"]})
+        patches = getattr(model, "patch_embed", None)
+        if isinstance(patches, timm.layers.PatchEmbed) and config["img_size"] % patches.patch_size[0]:
+            raise ValueError(f"img_size {config['img_size']} is no multiple of patches of {patches.patch_size}")
         return model
 
 
@@ -736,13 +736,13 @@ def read_weights(init, arch):
 
 # --- begin copy: timm names ---
 def flatten(content, path=""):
-    """{dotted path: tensor} of nested dicts."""
+    """{dotted path: tensor} of nested dicts, without quantised numbers."""
     flat = {}
     for name, value in content.items() if isinstance(content, dict) else ():
-        if isinstance(value, torch.Tensor):
-            flat[f"{path}{name}"] = value
-        else:
+        if not isinstance(value, torch.Tensor):
             flat |= flatten(value, f"{path}{name}.")
+        elif value.is_floating_point() or value.dtype == torch.int64:
+            flat[f"{path}{name}"] = value
     return flat
 
 
@@ -759,11 +759,11 @@ def timm_names(state, wanted):
         if ".attention.query." in name:                                     # Hugging Face: three layers
             parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
             state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
-        if name.endswith("q_bias"):                                         # SimMIM's ViT: keys have no bias
+        if name.endswith("q_bias") and not any("q_bias" in name for name in wanted):    # SimMIM: no key bias
             q, v = state[name], state[name.replace("q_bias", "v_bias")]
             state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    last, preferred = list(wanted)[-1], "ema|teacher|base_encoder|encoder_q"
-    prefixes = [name.removesuffix(last) for name in state if name.endswith(last)]
+    last, preferred = list(wanted)[-1], r"\b(\w*_)?(ema|teacher|base_encoder|encoder_q)"
+    prefixes = [name.removesuffix(last) for name in state if f".{name}".endswith(f".{last}")]
 
     def rank(prefix):
         n_found = sum(prefix + name in state for name in wanted)
@@ -826,6 +826,8 @@ def fit_positions(value, shape):
 
 
 # --- begin copy: load backbone ---
+# without them it is another network
+KEPT = r"gamma|bias_table|reg\w*_token|^(blocks|layers?\d?|stages)\..*(norm\w*|bn1|qkv)\.(weight|bias)$"
 STAND_INS = {                       # for what a file lacks: BEiT's pooled norm, bias tables, layer scale
     r"^fc_norm": "norm", r"^blocks\.\d+\.attn\.(rel)": r"rel_pos_bias.\1", r"ls(\d)\.gamma": r"gamma_\1"}
 
@@ -845,13 +847,17 @@ def load_backbone(model, config):
     head = {name: x for name, x in model.state_dict().items()
             if name.startswith(prefixes(model, "classifier")) or name.endswith("num_batches_tracked")}
     wanted = {name: x.shape for name, x in model.state_dict().items() if name not in head}
-    given, prefix = timm_names(named, sorted(wanted, key=lambda name: not name.startswith("fc_norm")))
+    ours = sorted(wanted, key=lambda name: not name.startswith("fc_norm"))
+    with or_fail(f"find the names of {arch} in {init}"):
+        given, prefix = timm_names(named, ours)
     if "layers.0.downsample.reduction.weight" in given:                     # Swin's release: a stage earlier
         given = {re.sub(r"(?<=^layers\.)\d(?=\.downsample)", lambda stage: str(int(stage[0]) + 1), name): x
                  for name, x in given.items()}
     rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if rename and wanted.keys() - given.keys() and not any("pos" in name for name in wanted):
         with or_fail(f"rename the tensors of {init} for {arch}"):       # it would resample positions
+            if any("downsample_layers" in name for name in named):          # ConvNeXt's release
+                content = timm_names(named, ["downsample_layers.0.0.weight"])[0]
             given = rename(content, model)
     others = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()
                  for old, new in STAND_INS.items() if re.sub(old, new, name) in given}
@@ -866,9 +872,8 @@ def load_backbone(model, config):
             x = fit_positions(x, shape)
         loaded[name] = x
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
-        pattern = r"gamma|bias_table|^(blocks|layers?\d?)\..*(norm1|bn1)\.weight"
-        kept = {name: x for name, x in given.items() if re.search(pattern, name)}
-        model.load_state_dict(kept | head | loaded)     # refuses what is absent, blocks and scales it has not
+        kept = {name: x for name, x in given.items() if re.search(KEPT, name)}
+        model.load_state_dict(kept | head | loaded)     # refuses what is absent, and what it lacks of KEPT
     config["stand_in"] = content.get("stand_in")
     numbers = b"".join(x.numpy().tobytes() for x in loaded.values())
     config["start"] = hashlib.sha256(numbers).hexdigest()
