@@ -57,6 +57,7 @@ UNKNOWN = "(?i)^(|nan|none|na|n/a|<na>|null|unknown|patient refused)$"      # pa
 NORMAL = 1.959964                                    # half width of a 95 % interval in standard errors
 MEANS = {"auc": "auc_mean", "accuracy": "mean_accuracy"}        # names of means over labels
 UNREAD = re.compile("balanced_accuracy|.*_(f1|youden)$")        # whose resamples no script reads
+WHOLE = {("", ""): [0]}                              # the place of a number about all images
 COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high stand_in".split()
 
 
@@ -69,9 +70,9 @@ def fail(message):
 
 
 # --------------------------------------------------------------------------------------------------- ranking
-# y [n, K] is 1, 0, anything else is unknown and counts nowhere; p float [n, K] in [0, 1]; a row is an image, a
-# column a label. Values are [K], a label each; NaN is undefined. Influences, [n, K]: what a little more weight
-# of each image adds to each value.
+# y [n, K] is 1, 0, anything else is unknown and counts nowhere; p float [n, K] in [0, 1]; a row is an image,
+# a column a label; functions "of one label" take [n]. Values are [K], NaN is undefined. Influences, [n, K]:
+# what a little more weight of each image adds to a value.
 
 undefined_is_nan = np.errstate(invalid="ignore", divide="ignore")
 
@@ -115,7 +116,7 @@ def class_counts(y, level):
 
 @undefined_is_nan
 def placements(y, level):
-    """AUC of one label, and the share of its positives and of its negatives below each rank, [2, ranks]."""
+    """AUC of one label, and the shares of its positives and negatives below each rank, [2, ranks]."""
     counts = class_counts(y, level)
     total = counts.sum(1)
     below = (counts.cumsum(1) - counts / 2) / total[:, None]                # a tie is 1/2
@@ -253,7 +254,8 @@ def auc_draws(y, p, patient, counts, chunk=64):
         shape = (len(leaders) // 32 + 1) * 32, counts.shape[1]
         negatives = np.concatenate(between), np.tile(patient[low], 2)
         pair = negatives, (at, patient[high])
-        maps.append([csr_matrix((np.ones(len(rows[0]), np.float32), rows), shape) for rows in pair])
+        ones = [np.ones(len(rows), np.float32) for rows, _ in pair]
+        maps.append([csr_matrix(cells, shape) for cells in zip(ones, pair)])
     for start in range(0, len(counts), chunk):
         weights = counts[start:start + chunk].T.astype(np.float32, order="C")       # [P, b]
         for k, pair in enumerate(maps):
@@ -336,7 +338,7 @@ def images_seen(n, fractions, variant="corrected"):
 
 
 def turns(u):
-    """Place of each image in the order in which an expert is asked, least u first, ties by row; per column."""
+    """Place of each image in the order in which an expert is asked: least u first, ties by row."""
     return np.argsort(np.argsort(u, 0, kind="stable"), 0)
 
 
@@ -384,7 +386,8 @@ def calibration_error(y, p, thresholds=THRESHOLDS):
     upper = np.linspace(0, 0.5, BINS + 1)[:-1] + 1 / BINS
     confidence, known = np.abs(p - 0.5), is_known(y)
     bins = np.searchsorted(upper, confidence, "right")
-    errors = [each_label(binned_error, bins, confidence - is_right(y, p, t), known)[0] for t in thresholds]
+    excesses = [confidence - is_right(y, p, t) for t in thresholds]
+    errors = [each_label(binned_error, bins, excess, known)[0] for excess in excesses]
     return np.array(errors)
 
 
@@ -494,7 +497,7 @@ def label_metrics(y, p, level, chosen, temperature):
 
 
 def group_metrics(y, p, level, threshold, suffix):
-    """Yields the metrics of each label of a group of people: AUC, calibration, FNR and FPR."""
+    """Yields the metrics of each label of a group of people: AUC, ECE, FNR and FPR."""
     yield "auc", *each_label(ranked_auc, y, level)
     yield "ece", *ece_of(y, p)
     yield from list(decisions(y, p, threshold, suffix))[:2]
@@ -524,23 +527,25 @@ def joint_metrics(y, p, level, answers):
         yield f"subset_accuracy@{t:g}", value, influence[:, None]
     n, turn = len(y), turns(certainty(p))
     seen = images_seen(n, FRACTIONS)
-    found = [each_label(ranked_auc, y, np.where(turn < k, answers, level)) for k in seen]
-    areas, influences = zip(*found)
-    values, defined = mean_over_labels(np.array(areas)), ~np.isnan(areas[0])
+    areas, influences = [], []
+    for k in seen:
+        area, influence = each_label(ranked_auc, y, np.where(turn < k, answers, level))
+        defined = ~np.isnan(area)
+        areas.append(mean_over_labels(area))
+        influences.append(influence[:, defined].sum(1, keepdims=True) / max(defined.sum(), 1))
     yield "auc_labels", defined.sum()
-    influences = [influence[:, defined].sum(1, keepdims=True) / max(defined.sum(), 1) for influence in influences]
-    slopes = np.gradient(values, FRACTIONS)                             # what a larger share would add
-    for q, k, value, slope, influence in zip(FRACTIONS, seen, values, slopes, influences):
+    slopes = np.gradient(areas, FRACTIONS)                              # what a larger share would add
+    for q, k, value, slope, influence in zip(FRACTIONS, seen, areas, slopes, influences):
         left = turn >= k
         # a resample refers the same share: where it has more images above the cut, the cut moves
         yield f"oracle_auc@{q:g}", value, influence + slope * (k / n - ~left) / n
         untouched = (n - k) * (n - k - 1) / (n * (n - 1))               # share of the pairs, at random
-        at_random = 1 - untouched * (1 - values[0])
+        at_random = 1 - untouched * (1 - areas[0])
         yield f"random_referral_auc@{q:g}", at_random, untouched * influences[0]
         yield f"rejection_auc@{q:g}", mean_over_labels(level_auc(np.where(left, y, -1), level))
     for q, k in zip(FRACTIONS, images_seen(n, FRACTIONS, "paper")):
-        areas = level_auc(y, np.where(turn < k, answers, level))
-        yield f"paper oracle_auc@{q:g}", mean_over_labels(areas, "paper")
+        area = level_auc(y, np.where(turn < k, answers, level))
+        yield f"paper oracle_auc@{q:g}", mean_over_labels(area, "paper")
 
 
 # ---------------------------------------------------------------------------------------------- reading files
@@ -596,8 +601,8 @@ def write(path, save):
 # --- end copy: files ---
 
 
-# One predictions file: its K labels, y int8 [n, K] (-1: unknown), p float64 [n, K], patient and path (of the
-# image) str [n], people: sex, age band and race, a DataFrame of str by image; the file, and the mark of stand-ins.
+# One predictions file: its K labels, y int8 [n, K] (-1: unknown), p float64 [n, K], patient and path of the
+# image str [n], people: sex, age band and race, a DataFrame of str by image; the file; the mark of stand-ins.
 Predictions = namedtuple("Predictions", "labels y p patient path people file mark", defaults=[""])
 
 
@@ -671,15 +676,6 @@ def read_manifests(manifests):
     return people
 
 
-def find_people(test, manifests):
-    """The predictions with sex, age band and race from the manifests."""
-    people = read_manifests(manifests)
-    for image in test.path[~np.isin(test.path, people.index)]:
-        raise InputError(f"{test.file}: image '{image}' is in no manifest; give the one that the predictions "
-                         "were made from")
-    return test._replace(people=people.loc[test.path].reset_index(drop=True))
-
-
 def read_mark(path):
     """The sentence "stand_in" of the facts beside a predictions file, "" without."""
     facts = path.with_suffix(".json")
@@ -692,7 +688,7 @@ def read_mark(path):
 # --------------------------------------------------------------------------------------------- scoring a file
 
 def label_sets(labels):
-    """{(name, ""): columns} that means are over: 5 (at least four), 14 and all, unless that is one of them."""
+    """{(name, ""): columns} that means are over: 5 (at least four), 14, and all if that is another set."""
     sets = {}
     for name, members, least in (("5", STUDY5, 4), ("14", NIH14, 14), ("all", labels, 1)):
         columns = [labels.index(label) for label in members if label in labels]
@@ -705,37 +701,41 @@ class Rows:
     """The rows of one predictions file of a run (exp, seed, dataset), and their patient resamples."""
 
     def __init__(self, run, test, resamples):
-        self.run, self.mark, self.main = run, test.mark, next(iter(label_sets(test.labels)))
+        self.run, self.mark, self.sets = run, test.mark, label_sets(test.labels)
+        self.main, _ = next(iter(self.sets))
         self.patient, self.counts = draw_patients(test.patient, resamples, zlib.crc32(run[-1].encode()))
         self.auc_draws = pd.DataFrame(auc_draws(test.y, test.p, self.patient, self.counts))
         self.rows, self.drawn, self.linear = [], {}, {}
 
     @undefined_is_nan
-    def put(self, metric, values, influences=None, places={("", ""): [0]}, group="", shared=True):
-        """A row for each of the places, {(labels, label): columns}: the mean of `values`, [K] or a number, over
-        the defined and `shared` ones in those columns +- 1.96 standard errors from `influences`, [n, K].
+    def put(self, metric, values, influences=None, places=WHOLE, group="", shared=True):
+        """A row for each of the places, {(labels, label): columns}: the mean of the values, [K] or a number,
+        that are defined and `shared` in these columns, +- 1.96 standard errors from influences, [n, K].
 
         AUCs have resamples by ranks; of everything else the means over the main label set have linear ones.
         """
         name, _, threshold = metric.removeprefix("paper ").partition("@")
-        variant, name = "paper" if metric.startswith("paper") else "corrected", name + group
+        variant = "paper" if metric.startswith("paper") else "corrected"
         values = np.atleast_1d(values)
         used = shared & (values > (0 if metric == "paper auc" else -1))     # the released mean is of AUCs > 0
         for (labels, label), columns in places.items():
             kept = [k for k in columns if label or used[k]]
-            value, sums = values[kept].sum() / len(kept), np.nan
+            value = values[kept].sum() / len(kept)
+            sums = np.nan
             if influences is not None:
                 sums = np.bincount(self.patient, influences[:, kept].sum(1) / len(kept))
-            shown, error = name if label else MEANS.get(name, name), np.linalg.norm(sums)
+            error = np.linalg.norm(sums)
+            shown = (name if label or group else MEANS.get(name, name)) + group
             key = "|".join((labels, shown, label, threshold))
             if metric + group == "auc" and not np.isnan(value):
                 draws = self.auc_draws[kept].mean(axis=1)
                 error, self.drawn[key] = draws.std(ddof=0), draws
-            elif (labels, label) == self.main and not np.isnan(value + error) and not UNREAD.match(name):
+            elif labels == self.main and not np.isnan(value + error) and not UNREAD.match(shown):
                 self.linear[key] = value, sums
             margin = NORMAL * error if error > 1e-12 else np.nan            # no spread at all tells nothing
             ends = max(value - margin, 0), min(value + margin, 1)
-            self.rows.append((*self.run, labels, shown, variant, label, threshold, value, *ends, self.mark))
+            row = labels, shown, variant, label, threshold, value, *ends, self.mark
+            self.rows.append((*self.run, *row))
 
     def put_groups(self, people, y, p, level, chosen, places):
         """Rows of each group of people and of the gap between the best and the worst group.
@@ -744,12 +744,14 @@ class Rows:
         images only the number is a row. A gap has no interval: resampling adds noise to every group, hence to
         the largest difference.
         """
-        groups, (t, suffix) = {}, (chosen["youden"], "_youden") if chosen else (0.5, "@0.5")
+        t, suffix = (chosen["youden"], "_youden") if chosen else (0.5, "@0.5")
+        groups = {}
         for group in sorted(set(people) - {""}):
             inside, name = np.c_[people == group], f"[{people.name}={group}]"
             self.put("images", inside.sum(), group=name)
             if inside.sum() >= LEAST:
-                groups[name] = list(group_metrics(np.where(inside, y, -1), p, level, t, suffix))
+                theirs = np.where(inside, y, -1)                            # of all others nothing is known
+                groups[name] = list(group_metrics(theirs, p, level, t, suffix))
         for parts in zip(*groups.values()):                                 # a metric in each group
             table = pd.DataFrame([values for _, values, _ in parts])        # [groups, K]
             shared = table.dropna(how="all").notna().all().to_numpy()
@@ -769,7 +771,7 @@ class Rows:
 
 
 def choose(validation, labels):
-    """What validation predictions decide: {rule: threshold of each label, [K]}, a temperature for the model."""
+    """What validation predictions decide: {rule: threshold of each label, [K]}, and one temperature."""
     chosen = {rule: np.full(len(labels), np.nan) for rule in ("f1", "youden")}
     for label, y, p in zip(validation.labels, validation.y.T, validation.p.T):
         for rule in chosen if label in labels else ():
@@ -779,7 +781,7 @@ def choose(validation, labels):
 
 def score_file(run, test, validation, resamples):
     """Rows and resamples of the predictions of a run (exp, seed, dataset), with its validation or None."""
-    rows, sets = Rows(run, test, resamples), label_sets(test.labels)
+    rows = Rows(run, test, resamples)
     each = {("", label): [k] for k, label in enumerate(test.labels)}
     level, top = levels(test.p)
     tables = test.y, test.p, level, (test.y == 1) * top                     # the last: as an expert answers
@@ -789,15 +791,15 @@ def score_file(run, test, validation, resamples):
     if temperature:
         rows.put("temperature", temperature)
     for part in label_metrics(*tables[:3], chosen, temperature):
-        rows.put(*part, places=each | sets)
-    for place, columns in sets.items():
+        rows.put(*part, places=each | rows.sets)
+    for place, columns in rows.sets.items():
         for part in joint_metrics(*(table[:, columns] for table in tables)):
             rows.put(*part, places={place: [0]})
     for k, place in enumerate(each):
         for part in single_metrics(*(table[:, k] for table in tables), rows.auc_draws[k]):
             rows.put(*part, places={place: [0]})
     for attribute in test.people:
-        rows.put_groups(test.people[attribute], *tables[:3], chosen, each | sets)
+        rows.put_groups(test.people[attribute], *tables[:3], chosen, each | rows.sets)
     return rows.rows, rows.draws()
 
 
@@ -825,47 +827,46 @@ def mean_of(runs):
         check_same(digest(run), digest(runs[0]))
     tables = [pd.DataFrame(run.p, run.path, run.labels) for run in runs]
     total = sum(tables).reindex_like(tables[0])                     # by image and label
-    return runs[0]._replace(p=total.to_numpy() / len(runs), mark=max(run.mark for run in runs))
+    mark = max(run.mark for run in runs)
+    return runs[0]._replace(p=total.to_numpy() / len(runs), mark=mark)
 
 
 def read_run(path, args):
-    """Predictions of a file and of the validation set: --validation, else nih_val.csv beside it, else None."""
+    """Predictions of a file and of validation: --validation, else nih_val.csv beside it, else None."""
     test, validation = read_predictions(path), None
     beside = args.validation or path.with_name("nih_val.csv")
     if args.validation or beside != path and beside.is_file():
         validation = read_predictions(beside)
     if args.manifest:
-        test = find_people(test, tuple(args.manifest))
+        people = read_manifests(tuple(args.manifest))
+        for image in test.path[~np.isin(test.path, people.index)]:
+            raise InputError(f"{path}: image '{image}' is in no manifest; give the one that the predictions "
+                             "were made from")
+        test = test._replace(people=people.loc[test.path].reset_index(drop=True))
     return test._replace(mark=read_mark(path)), validation
 
 
 def score_arm(args, arm, files):
-    """score_file() of the runs of an arm on a test set, files {seed: path}, and of their ensemble; a digest."""
+    """score_file() of an arm's runs on a test set, files {seed: path}, and of their ensemble; the digest."""
     exp, dataset = arm
-    runs = {seed: read_run(path, args) for seed, path in files.items()}
+    runs = {(exp, seed, dataset): read_run(path, args) for seed, path in files.items()}
     tests, validations = zip(*runs.values())
-    scored = [score_file((exp, seed, dataset), *sets, args.bootstrap) for seed, sets in runs.items()]
     if len(files) > 1:
         validation = mean_of(validations) if all(validations) else None
-        ensemble = f"{exp}-ensemble", "", dataset
-        scored.append(score_file(ensemble, mean_of(tests), validation, args.bootstrap))
+        runs[f"{exp}-ensemble", "", dataset] = mean_of(tests), validation
+    scored = [score_file(run, *sets, args.bootstrap) for run, sets in runs.items()]
     return scored, digest(tests[0])
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
-def identify(path, args):
-    """(exp, seed, dataset) of a file: the flags, else its path, else its name."""
-    found = re.search(r"([^/]+)/predictions/seed(\d+)/([^/]+)\.csv$", path.absolute().as_posix())
-    exp, seed, dataset = found.groups() if found else (path.stem, "0", "test")
-    return args.exp or exp, args.seed or seed, args.dataset or dataset
-
-
 def arms_of(args):
-    """{(exp, dataset): {seed: file}} of the predictions given."""
+    """{(exp, dataset): {seed: file}} of the predictions given; each from the flags, else its path or name."""
     arms, models = defaultdict(dict), {}
     for path in args.predictions:
-        exp, seed, dataset = identify(path, args)
+        found = re.search(r"([^/]+)/predictions/seed(\d+)/([^/]+)\.csv$", path.absolute().as_posix())
+        exp, seed, dataset = found.groups() if found else (path.stem, "0", "test")
+        exp, seed, dataset = args.exp or exp, args.seed or seed, args.dataset or dataset
         val = args.validation or path.with_name("nih_val.csv")
         if models.setdefault(val, (exp, seed)) != (exp, seed) and val.is_file():
             raise InputError(f"{val} belongs to one run and would choose thresholds for others, as {path}; "
@@ -893,8 +894,8 @@ def run(args):
                 rows += lines
                 resamples |= draws
     table = pd.DataFrame(rows, columns=COLUMNS)
-    names = ["auc_mean", "auc"] if len(args.predictions) <= 2 else ["auc_mean"]     # two at most: each label
-    shown = table[table.metric.isin(names) & (table.variant == "corrected")]
+    names = "auc_mean" if len(args.predictions) > 2 else "auc(_mean)?"      # two at most: each label
+    shown = table[table["metric"].str.fullmatch(names) & (table["variant"] == "corrected")]
     shown = shown.drop(columns=["variant", "threshold", "stand_in"])
     print(shown.to_string(index=False, float_format="%.4f", na_rep=""))
     for mark in sorted(set(table["stand_in"]) - {""}):
@@ -902,7 +903,8 @@ def run(args):
     if args.out:
         draws = args.out.with_name(f"{args.out.stem}.draws.npz".removeprefix("metrics."))
         write(draws, lambda file: np.savez(file, **resamples))
-        write(args.out, lambda file: table.to_csv(file, index=False, float_format="%.10g", lineterminator="\n"))
+        layout = dict(index=False, float_format="%.10g", lineterminator="\n")
+        write(args.out, lambda file: table.to_csv(file, **layout))
         print(f"{args.out}: {len(rows):,} rows of {len(args.predictions)} files; {draws.name} beside it")
 
 
