@@ -717,13 +717,13 @@ class Rows:
         name, _, threshold = metric.removeprefix("paper ").partition("@")
         variant = "paper" if metric.startswith("paper") else "corrected"
         values = np.atleast_1d(values)
+        by_patient = np.full((len(values), 1), np.nan)
+        if influences is not None:
+            by_patient = np.array([np.bincount(self.patient, column) for column in influences.T])
         used = shared & (values > (0 if metric == "paper auc" else -1))     # the released mean is of AUCs > 0
         for (labels, label), columns in places.items():
             kept = [k for k in columns if label or used[k]]
-            value = values[kept].sum() / len(kept)
-            sums = np.nan
-            if influences is not None:
-                sums = np.bincount(self.patient, influences[:, kept].sum(1) / len(kept))
+            value, sums = (part[kept].sum(0) / len(kept) for part in (values, by_patient))
             error = np.linalg.norm(sums)
             shown = (name if label or group else MEANS.get(name, name)) + group
             key = "|".join((labels, shown, label, threshold))
