@@ -16,7 +16,8 @@ Reads   predictions: path, patient, true_<label> (1, 0, blank if unknown), prob_
 Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, threshold, value, ci_low, ci_high,
         stand_in. labels: what a mean is over: 5 (at least four of the study's), 14 (NIH's), all (if others).
         label: of one label; both blank: of whole images. threshold: of p > threshold, the share referred, or
-        a bin's lower edge. value: blank if undefined. <exp>-ensemble, no seed: mean probability of its runs.
+        a bin's lower edge. value: blank if undefined, as where validation chooses no threshold for a label.
+        <exp>-ensemble, no seed: mean probability of its runs.
         draws.npz beside it (NAME.draws.npz of NAME.csv): for "exp/seed/dataset" float32 [rows, resamples],
         the values of a metric when patients are drawn with replacement, the same ones for every run;
         "exp/seed/dataset/rows": which, as labels|metric|label|threshold: AUCs, and for labels 5, else 14,
@@ -33,7 +34,7 @@ import sys
 import zlib
 from collections import defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache, wraps
+from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
 
