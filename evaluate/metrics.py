@@ -487,8 +487,9 @@ def label_metrics(y, p, level, chosen, temperature):
         found = [sensitivity_at(*column, least) for column in zip(y.T, level.T)]
         yield f"sensitivity_at_specificity_{least:g}", np.array(found)
     for t, error in zip(THRESHOLDS, calibration_error(y, p)):
-        yield from decisions(y, p, t, f"@{t:g}")
-        yield f"paper accuracy@{t:g}", share(is_right(y, p, t), known)[0].round(4)
+        found = list(decisions(y, p, t, f"@{t:g}"))
+        yield from found
+        yield f"paper accuracy@{t:g}", found[-1][1].round(4)
         yield f"paper calibration_error@{t:g}", error
     for rule, t in chosen.items():
         yield f"threshold_{rule}", t
