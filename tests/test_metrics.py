@@ -630,6 +630,8 @@ def test_unknown_cells_are_left_out_of_every_metric(monkeypatch, tmp_path):
         assert cell(table, "fpr", label=label, threshold="0.3") == pytest.approx(
             1 - sk.recall_score(1 - y, p <= 0.3))
         assert cell(table, "ece", label=label) == pytest.approx(m.ece(y[:, None], p[:, None])[0])
+        adaptive = m.ece(y[:, None], p[:, None], adaptive=True)[0]
+        assert cell(table, "adaptive_ece", label=label) == pytest.approx(adaptive)
         assert cell(table, "calibration_error", "paper", label, "0.3") == pytest.approx(
             calibration_error_as_written(y, p, 0.3))
         accuracies.append(sk.accuracy_score(y, p > 0.3))
@@ -723,6 +725,10 @@ def test_the_runs_of_an_arm_also_make_an_ensemble_whatever_the_order_of_rows(mon
     pd.testing.assert_frame_equal(made.drop(columns=["exp", "seed", "value"]),
                                   alone.drop(columns=["exp", "seed", "value"]))
     np.testing.assert_allclose(*(pd.to_numeric(part.value) for part in (made, alone)), atol=1e-9)
+    turned = command(monkeypatch, tmp_path, *reversed(paths))               # the shuffled file first
+    for label in FIVE:
+        area = sk.roc_auc_score(mean[f"true_{label}"], mean[f"prob_{label}"])
+        assert cell(turned, "auc", label=label, exp="3.4-ensemble") == pytest.approx(area)
 
 
 def test_runs_on_other_images_are_refused(monkeypatch, tmp_path, capsys):
