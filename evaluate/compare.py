@@ -2,9 +2,9 @@
 
 An interval is effect +- t * error; error^2 is the variance from the choice of runs (seeds) plus that from the
 choice of patients; of published and printed numbers only the runs are known: "seeds only". In simulations it
-covered the truth in 95 to 97 % for pairs of arms with 2, 3 or 5 runs, in 87, 93 and 93 % for one arm where runs
-dominate; that of a single run is over patients. Study: "From pre-training to downstream performance: does
-domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819).
+covered the truth in 95 to 97 % for pairs of arms with 2, 3 or 5 runs, in 87, 93 and 93 % for one arm where
+runs dominate; that of a single run is over patients. Study: "From pre-training to downstream performance:
+does domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819).
 
     python evaluate/compare.py --metrics metrics.csv --arms a b                two models of yours
     python evaluate/compare.py --metrics results/metrics.csv --out results     all arms, the study's claims
@@ -363,8 +363,8 @@ def compare_claims(claims, arms):
                 result = compare_spreads(arms, *(s[3:-1].replace("ood", testset) for s in (left, right)))
             else:
                 result = compare(arms, *terms_of(claim, left, right, testset))
-            row = {"claim": number, "family": claim["family"], "testset": testset, "left": left, "right": right}
-            rows.append(row | dict.fromkeys(INTERVAL, np.nan) | result)
+            row = {"claim": number, "family": claim["family"], "testset": testset, "left": left}
+            rows.append(row | {"right": right} | dict.fromkeys(INTERVAL, np.nan) | result)
     table = pd.DataFrame(rows)
     table["p_holm"] = table.groupby("family")["p"].transform(holm)
     clear = table["p_holm"].lt(0.05) & (table["ci_low"].gt(0) | table["ci_high"].lt(0))

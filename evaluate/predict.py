@@ -156,7 +156,7 @@ def means(column, label):
 
 
 def truth(manifest, rows, labels):
-    """1, 0 or NaN (unknown) of every row, for the labels not blank throughout: DataFrame, float [n, labels]."""
+    """1, 0 or NaN (unknown) of every row, for labels that are not blank throughout: a frame, float [n, K]."""
     codes = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": 0.5, "-1.0": 0.5, "": 0.5}
     known = {}
     for label in labels:
