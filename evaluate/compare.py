@@ -496,9 +496,9 @@ def main():
             claims, remarks = read_csv(args.claims, CLAIM), ()
             claims["margin"] = pd.to_numeric(claims["margin"], errors="coerce")
             decided = verdicts(claims.to_dict("records"), complete(arms, printed))
-            ensembles = [exp for exp in exps if exp.endswith("-ensemble")]
             pairs = []
-            for family in ([exp for exp in exps if exp not in ensembles], ensembles):   # among themselves
+            for ensemble in (False, True):                                      # each kind among themselves
+                family = [exp for exp in exps if exp.endswith("-ensemble") == ensemble]
                 table = pd.DataFrame(pairs_of(arms, family, "|auc"), columns=PAIRS)
                 table["p_holm"] = table.groupby(["dataset", *KEY])["p"].transform(holm)
                 pairs.append(table)

@@ -54,9 +54,10 @@ def or_fail(doing):
 
 
 def named_set(text):
-    """NAME=MANIFEST[:SPLIT], of a flag: name, manifest, split."""
+    """NAME=MANIFEST[:SPLIT], of a flag: the file's name below --out, manifest, split."""
     name, manifest = text.split("=", 1)
-    return name, *manifest.partition(":")[::2]
+    manifest, _, split = manifest.partition(":")
+    return f"/{name}.csv", manifest, split
 
 
 def options():
@@ -278,8 +279,7 @@ def main():
         for out, (model, facts) in networks.items():
             model.to(device, memory_format=torch.channels_last)
             for name, manifest, split in sets:
-                file = Path(out, f"{name}.csv") if name else Path(out)
-                predict(model, facts, manifest, split or args.split, file, args, device)
+                predict(model, facts, manifest, split or args.split, Path(out + name), args, device)
     except torch.cuda.OutOfMemoryError:
         fail(f"the GPU has no memory for {args.batch} images a pass; try --batch {args.batch // 2 or 1}")
     finally:
