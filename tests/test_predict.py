@@ -250,6 +250,15 @@ def test_labels_are_found_under_every_sources_spelling(columns, expected, model_
         assert found[f"true_{label}"].tolist() == [int(column in expected[label]) for column in columns]
 
 
+def test_a_classifier_with_another_sources_spelling_finds_the_labels_too(tmp_path, monkeypatch):
+    classifier(tmp_path / "c.pt", labels=["Cardiomegaly", "Pleural Effusion"])
+    manifest = write_pack(tmp_path, blobs(3), Effusion=["1", "0", "1"], split="test")
+    run(monkeypatch, "--checkpoint", tmp_path / "c.pt", "--manifest", manifest, "--out", tmp_path / "p.csv")
+    found = read(tmp_path / "p.csv")
+    assert list(found.columns[2:]) == ["true_Pleural Effusion", "prob_Pleural Effusion"]
+    assert found["true_Pleural Effusion"].tolist() == [1, 0, 1]
+
+
 def test_of_several_columns_a_positive_counts_and_an_unknown_one_hides_a_negative(model_file, tmp_path, monkeypatch):
     cells = {"atelectasis": ["0", "0", "1", "-1"], "lobar atelectasis": ["0", "-1", "", ""], "split": "test"}
     manifest = write_pack(tmp_path, blobs(4), **cells)
