@@ -54,24 +54,25 @@ def or_fail(doing):
 
 
 def named_set(text):
-    """NAME=MANIFEST[:SPLIT], of a flag: name, manifest, split."""
+    """NAME=MANIFEST[:SPLIT], of a flag: the file's name below --out, manifest, split."""
     name, manifest = text.split("=", 1)
-    return name, *manifest.partition(":")[::2]
+    manifest, _, split = manifest.partition(":")
+    return f"/{name}.csv", manifest, split
 
 
 def options():
     """The command line."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail                                 # one sentence, like every other mistake
     add = parser.add_argument
     add("--checkpoint", required=True, nargs="+",
         help="classifier.pt, one or several; for --features a backbone.pt will do")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--manifest", help="manifest.csv of the images")
-    what.add_argument("--images", help="folder of image files of any kind that pack.py reads")
-    what.add_argument("--set", action="append", type=named_set,
-                      help="NAME=MANIFEST[:SPLIT]; may be repeated, --out is then the folder of <NAME>.csv")
+    what = parser.add_mutually_exclusive_group(required=True).add_argument
+    what("--manifest", help="manifest.csv of the images")
+    what("--images", help="folder of image files of any kind that pack.py reads")
+    what("--set", action="append", type=named_set,
+         help="NAME=MANIFEST[:SPLIT]; may be repeated, --out is then the folder of <NAME>.csv")
     add("--split", default="test",
         help="splits to predict, comma-separated, or all; without a column split all rows [test]")
     add("--out", required=True, help="the .csv to write; {seed} in it becomes that of the checkpoint")
@@ -100,13 +101,16 @@ def load_network(file, features):
     """The network of a checkpoint and the facts beside its weights; for features it needs no labels."""
     with or_fail(f"find in {file} what a classifier.pt of finetune/classify.py has"):
         facts = torch.load(file, map_location="cpu", weights_only=True)
-        facts = {"labels": [], **facts} if features else facts
         facts["file"] = file
+        if features:
+            facts.setdefault("labels", [])
         normalise(torch.zeros(1, 1, 1, 1), facts)           # mean and std are those of its channels
-        fixed = getattr(timm.get_pretrained_cfg(facts["arch"]), "fixed_input_size", False)
-        size = {"img_size": facts["img_size"]} if fixed else {}
-        model = timm.create_model(facts["arch"], in_chans=facts["in_chans"],
-                                  num_classes=len(facts["labels"]), **size | facts["model_args"])
+        args = {}
+        if getattr(timm.get_pretrained_cfg(facts["arch"]), "fixed_input_size", False):
+            args["img_size"] = facts["img_size"]
+        args |= facts["model_args"]
+        model = timm.create_model(
+            facts["arch"], in_chans=facts["in_chans"], num_classes=len(facts["labels"]), **args)
         model.load_state_dict(facts["model"])
     return model.eval(), facts
 
@@ -145,28 +149,28 @@ def forward_all(model, images, n, facts, batch, crops, device):
     return outputs
 
 
-def columns_of(label, columns):
-    """The columns that mean a label: case, spaces and underscores apart, and every kind of atelectasis."""
-    plain = {name: re.sub(r"[\W_]", "", name).lower().replace("pleuraleffusion", "effusion")
-             for name in (label, *columns)}
-    wanted = plain[label]
-    return [name for name in columns
-            if plain[name] == wanted or wanted == "atelectasis" and wanted in plain[name]]
+def means(column, label):
+    """Whether a column is about a label: case, spaces and underscores apart; any kind of atelectasis is."""
+    plain = [re.sub(r"[\W_]", "", name).lower() for name in (column, label)]
+    column, label = [name.replace("pleuraleffusion", "effusion") for name in plain]
+    return column == label or label == "atelectasis" and label in column
 
 
 def truth(manifest, rows, labels):
-    """{label: "1", "0" or "" (unknown) for every row} of the labels not blank throughout."""
-    known, codes = {}, {"1": "1", "1.0": "1", "0": "0", "0.0": "0", "-1": "", "-1.0": "", "": ""}
+    """1, 0 or NaN (unknown) of every row, for labels that are not blank throughout: a frame, float [n, K]."""
+    codes = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": 0.5, "-1.0": 0.5, "": 0.5}
+    known = {}
     for label in labels:
-        names = [name for name in columns_of(label, rows) if any(rows[name])]
+        names = [label] if label in rows else [name for name in rows if means(name, label)]
         for name in names:
             for row, cell in zip(rows["row"], rows[name]):
                 if cell not in codes:
                     fail(f"{manifest} row {row}: label '{name}' is '{cell}'; expected 1, 0, -1 or blank")
-        if names:
-            cells = zip(*(rows[name] for name in names))
-            known[label] = [max(map(codes.get, row), key=["0", "", "1"].index) for row in cells]
-    return known
+            if any(rows[name]):
+                values = [codes[cell] for cell in rows[name]]
+                known[label] = np.maximum(values, known.get(label, 0))      # 1 counts, unknown hides 0
+    known = pd.DataFrame(known)
+    return known.mask(known == 0.5)
 
 
 def write_atomic(path, write):
@@ -187,63 +191,65 @@ def write_atomic(path, write):
 def pack_folder(folder, facts, args):
     """Pack all files below --images into a folder by data_prep/pack.py; returns how many it rejected."""
     here = Path(__file__).resolve().parent
-    packer = here / "pack.py" if (here / "pack.py").is_file() else here.parent / "data_prep/pack.py"
+    packer = next(here.glob("pack.py"), here.parent / "data_prep/pack.py")
     if not packer.is_file():
         fail(f"--images needs pack.py, which reads the files; copy it to {here}")
     root, index, rejected = Path(args.images), folder / "index.csv", folder / "rejected.csv"
-    kept = folder.with_suffix(".rejected.csv")              # beside the predictions
-    files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
-    paths = pd.Series(files, name="path")
+    files = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
+    paths = pd.Series(sorted(files), name="path")
     write_atomic(index, lambda file: paths.to_csv(file, mode="wb", index=False, errors="replace"))
     command = [sys.executable, packer, "--index", index, "--raw", root, "--out", folder,
                "--size", facts["img_size"], "--channels", facts["in_chans"]]
     done = subprocess.run(map(str, command), stderr=subprocess.PIPE, errors="replace")
+    beside = folder.with_suffix(".rejected.csv")            # the predictions
     if rejected.is_file():
-        write_atomic(kept, lambda file: file.write(rejected.read_bytes()))
+        write_atomic(beside, lambda file: file.write(rejected.read_bytes()))
     if done.returncode:
-        said = done.stderr.replace(str(rejected), str(kept)).strip()
+        said = done.stderr.replace(str(rejected), str(beside)).strip()
         fail(f"--images {args.images} cannot be packed: {said.rpartition('error: ')[2]}")
-    return len(pd.read_csv(rejected))
+    return len(pd.read_csv(beside))
 
 
 def predict(model, facts, manifest, split, file, args, device):
     """Predict the images of a manifest; process 0 writes them to `file`, facts and features beside it."""
-    if file.resolve() == Path(manifest).resolve():
-        fail(f"--out {file} is the manifest itself; choose another name")
+    pack, packed = (Path(manifest).with_name(name) for name in ("pack.json", "images.npy"))
+    theirs = {path.resolve() for path in (Path(manifest), pack, packed)}
+    written = {file.resolve().with_suffix(kind) for kind in (".csv", ".json", ".npy")}
+    if file.suffix != ".csv" or written & theirs:
+        fail(f"--out {file}: give the name of a .csv that is not one of the files of {manifest}")
     rows, labels = read_manifest(manifest, split), facts["labels"]
     known = truth(manifest, rows, labels)
-    unknown = sum(cells.count("") for cells in known.values())
-    if not args.mask:
-        known = {label: [cell or "0" for cell in cells] for label, cells in known.items()}
-    pack = Path(manifest).with_name("pack.json")
     with or_fail(f"read {pack}"):
         data = json.loads(pack.read_text()) if pack.is_file() else {}
         marks = {data.get("stand_in"), facts.get("stand_in")} - {None}
     images = open_images(manifest, rows["path"], facts["in_chans"], device)
     n = len(rows["path"])
-    outputs = forward_all(model, images, n, facts, args.batch, args.test_crops, device)
-    for place in (~outputs.isfinite().all(1)).nonzero()[:1]:
+    outputs = forward_all(model, images, n, facts, args.batch, args.test_crops, device).numpy()
+    for place in np.flatnonzero(~np.isfinite(outputs).all(1))[:1]:
         fail(f"{facts['file']} gives NaN or infinity for {rows['path'][place]}; it has diverged")
     if RANK > 0:
         return
     card = {"checkpoint": facts["file"], "exp": facts.get("exp"), "seed": facts.get("seed"),
             "manifest": args.images or manifest, "split": split, "n": n, "test_crops": args.test_crops,
             "stand_in": "; ".join(sorted(marks)) or None}
-    columns = {"path": rows["path"], "patient": rows.get("patient", "")}
-    columns |= {f"true_{label}": cells for label, cells in known.items()}
-    columns |= {f"prob_{label}": outputs[:, labels.index(label)] for label in known or labels}
-    table = pd.DataFrame(columns)
     write_atomic(file.with_suffix(".json"), lambda stream: stream.write(json.dumps(card).encode()))
     if args.features:
         write_atomic(file.with_suffix(".npy"), lambda stream: np.save(stream, outputs[:, len(labels):]))
+    columns = pd.DataFrame({"path": rows["path"], "patient": rows.get("patient", "")})
+    scores = pd.DataFrame(outputs[:, :len(labels)], columns=labels)[list(known) or labels]
+    true = known if args.mask else known.fillna(0)
+    table = pd.concat([columns, true.add_prefix("true_"), scores.add_prefix("prob_")], axis=1)
     write_atomic(file, lambda stream: table.to_csv(                         # last: if it is there, all is
         stream, mode="wb", index=False, float_format="%.8g", lineterminator="\n"))
-    counted = "are left out" if args.mask else "count as 0, with --mask they are left out"
-    if known and "patient" not in rows:
+    if len(known) and "patient" not in rows:
         print(f"warning: {manifest} has no column patient: intervals will take images for patients",
               file=sys.stderr)
-    print(f"{file}: {n:,} images, {len(known)} of {len(labels)} labels with truth"
-          + f"; {unknown:,} unknown cells {counted}" * (unknown > 0))
+    said = f"{file}: {n:,} images, {known.shape[1]} of {len(labels)} labels with truth"
+    unknown = known.isna().sum().sum()
+    if unknown:
+        counted = "are left out" if args.mask else "count as 0, with --mask they are left out"
+        said += f"; {unknown:,} unknown cells {counted}"
+    print(said)
 
 
 def main():
@@ -274,8 +280,7 @@ def main():
         for out, (model, facts) in networks.items():
             model.to(device, memory_format=torch.channels_last)
             for name, manifest, split in sets:
-                file = Path(out, f"{name}.csv") if name else Path(out)
-                predict(model, facts, manifest, split or args.split, file, args, device)
+                predict(model, facts, manifest, split or args.split, Path(out + name), args, device)
     except torch.cuda.OutOfMemoryError:
         fail(f"the GPU has no memory for {args.batch} images a pass; try --batch {args.batch // 2 or 1}")
     finally:

@@ -7,7 +7,6 @@ sense?" (Krones 2026, arXiv:2605.08819).
     python evaluate/report.py --metrics results/metrics.csv --out results
     python evaluate/report.py --metrics results/metrics.csv --out results --runs runs --predictions runs \\
         --verdicts results/verdicts.csv results/published/verdicts.csv
-
 Reads   metrics.csv; report.yaml (what stands where), report.*.html, report.css and reported/ beside this
         script; what the options name, with arms.csv, comparisons.csv and detectable.csv beside verdicts.csv
 Writes  OUT/report.html, OUT/printed.html (the paper's tables), OUT/tables/*.csv and *.tex, OUT/figures/*.svg
@@ -18,6 +17,7 @@ are left out unless asked for.
 
 import argparse
 import base64
+import contextlib
 import csv
 import hashlib
 import io
@@ -68,7 +68,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 REPORTED = HERE / "reported"
 SHOWN = yaml.safe_load((HERE / "report.yaml").read_text())
-COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high".split()
+COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high stand_in".split()
 KEY = "exp dataset labels metric variant label threshold".split()           # of a cell
 ENDS = ["ci_low", "ci_high"]
 TEST_SETS = SHOWN["test sets"]                  # {name: as it is shown}
@@ -97,10 +97,10 @@ def read_metrics(path):
         line = frame.loc[row]
         raise InputError(f"{path} line {row + 2}: {line.metric} of exp {line.exp}, seed {line.seed} on "
                          f"{line.dataset} stands there a second time; remove one of the two rows")
-    frame["stand_in"] = frame.get("stand_in", "")
-    saw = frame.exp.str.removesuffix("-ensemble").isin(SHOWN["saw NIH test"]) & (frame.dataset == "nih_test")
-    # in this order the largest mark of several runs is that of all
-    frame["mark"] = np.where(saw, "†", "") + np.where(frame.stand_in == "", "", "°").astype(object)
+    saw = frame.exp.str.removesuffix("-ensemble").isin(SHOWN["saw NIH test"])
+    saw &= frame.dataset == "nih_test"
+    frame["mark"] = np.where(saw, "†", "")              # in this order the largest of runs is that of all
+    frame["mark"] += np.where(frame.stand_in == "", "", "°")
     return frame
 
 
@@ -118,8 +118,8 @@ def mean_over_runs(frame, arms=None):
 def best_runs(frame, labels):
     """Cells of variant "best": each arm's run with the best mean AUC here; labels: {test set: label set}."""
     means = frame.query("metric == 'auc_mean' and variant == 'paper' and labels == dataset.map(@labels)")
-    means = means.dropna(subset="value").sort_values("value", ascending=False, kind="stable")
-    best = means.drop_duplicates(["exp", "dataset"])[["exp", "dataset", "seed"]]
+    place = means.dropna(subset="value").groupby(["exp", "dataset"]).value.idxmax()
+    best = frame.loc[place, ["exp", "dataset", "seed"]]
     rows = frame.merge(best).sort_values("variant", ascending=False)        # "paper" before "corrected"
     rows = rows.assign(variant="best", sd=np.nan, runs=1).drop_duplicates(KEY)
     return rows.set_index(KEY)[["value", "sd", "runs", *ENDS, "mark", "seed"]]
@@ -145,18 +145,17 @@ def printed_numbers():
 
 class Results:
     """Arms, test sets and cells of metrics.csv; cells: a frame by KEY with value, interval and texts to show.
-
-    arms: arms.csv of compare.py, for the intervals of several runs; printed: {key: text}.
-    """
+    arms: arms.csv of compare.py, for the intervals of several runs; printed: {key: text}."""
 
     def __init__(self, frame, arms, printed):
         self.frame = frame
         self.exps = list(frame.exp.unique())
         self.arms = [exp for exp in self.exps if not exp.endswith("-ensemble")]
-        self.runs = frame.query("exp in @self.arms").groupby("exp").seed.nunique().sum()
+        seeds = frame.query("exp in @self.arms").groupby("exp").seed
+        self.runs = seeds.nunique().sum()
         names = list(frame.dataset.unique())
         names = [name for name in names if not name.endswith("_val")] or names      # for thresholds
-        names = sorted(names, key=lambda name: [*TEST_SETS, name].index(name))
+        names = sorted(names, key=[*TEST_SETS, *names].index)
         self.datasets = {name: TEST_SETS.get(name, name) for name in names}
         self.main = "chexpert_valid" if "chexpert_valid" in names else names[0]
         self.labels = {}                                # that tables are about: 5, else 14, else all
@@ -195,7 +194,8 @@ def table_specs(results):
                       "note": spec["note"].format(*negative),
                       "columns": columns.get(str(spec["columns"]), spec["columns"])}
     metrics = results.frame.metric.drop_duplicates()
-    groups = metrics.str.extract(r"^auc\[(\w+)=(.+)\]$").dropna().sort_values([0, 1]).to_numpy()
+    groups = metrics.str.extract(r"^auc\[(\w+)=(.+)\]$").dropna()
+    groups = groups.sort_values([0, 1]).to_numpy()
     parts = {f"{attribute} {group}": f"[{attribute}={group}]" for attribute, group in groups}
     parts |= {f"{attribute}: gap": f"_gap[{attribute}]" for attribute, _ in groups}
     youden = metrics.str.startswith("fnr_youden[").any()
@@ -250,7 +250,8 @@ def save(figure, path, legend=0):
         return plt.close(figure)
     entries = {}
     for axis in figure.axes:
-        entries |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+        lines, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, lines))
     if legend:
         figure.legend(entries.values(), entries, loc="outside lower center", ncols=legend)
     svg = io.StringIO()
@@ -383,8 +384,7 @@ def decision_figure(folder, exp, dataset, path):
     table = table.apply(pd.to_numeric, errors="coerce").groupby("path").mean()
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []
-    labels = [column[5:] for column in table if column.startswith("true_")]
-    for label in [label for label in labels if f"prob_{label}" in table]:
+    for label in table.filter(like="true_").columns.str.removeprefix("true_"):
         y, p = table[[f"true_{label}", f"prob_{label}"]].dropna().to_numpy().T
         if len(set(y)) == 2:
             precision, recall, _ = precision_recall_curve(y, p)
@@ -413,7 +413,8 @@ def read_logs(runs):
         lines = path.read_text().splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                entries.append({**json.loads(line), "exp": exp, "part": part, "run": str(path)})
+                entry = dict(json.loads(line), exp=exp, part=part, run=str(path))
+                entries.append(entry)
             except (ValueError, TypeError):
                 if number < len(lines):
                     raise InputError(f"{path} line {number} is no JSON object; delete the line") from None
@@ -428,21 +429,14 @@ def learning_figure(logs, path):
     for axis, (title, (part, column)) in zip(axes, SHOWN["learning"].items()):
         axis.set(title=title, xlabel="epoch")
         for exp in logs.exp.unique():
-            y = logs.query("exp == @exp and part == @part").groupby(["run", "epoch"])[column].mean()
+            own = logs.query("exp == @exp and part == @part")
+            y = own.groupby(["run", "epoch"])[column].mean()
             y = y.groupby("epoch").agg(["mean", "min", "max"]).dropna()             # over runs
             if part == "pretrain":
                 y = y / y["mean"].head(1).sum()
             line, = axis.plot(y["mean"], label=exp, markevery=.1)
             axis.fill_between(y.index, y["min"], y["max"], color=line.get_color(), alpha=.12)
     return save(figure, path, legend=8)
-
-
-def is_drawn(pack):
-    """Whether pack.json says that images are stand-ins."""
-    try:
-        return bool(json.loads((pack / "pack.json").read_text())["stand_in"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
 
 
 def pictures(runs, packs, data, allowed):
@@ -452,11 +446,13 @@ def pictures(runs, packs, data, allowed):
         last[path.parts[-3], path.stem.rpartition("_")[0]] = path
     for (exp, kind), path in last.items():
         pack = packs.get(exp)
-        restricted = not pack or re.search("mimic|vindr", pack)
-        if restricted and not allowed and not (pack and data and is_drawn(data / pack)):
-            left_out.append(exp)
-        else:
+        drawn = False
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):             # of unknown data
+            drawn = json.loads((data / pack / "pack.json").read_text())["stand_in"]
+        if allowed or drawn or pack and not re.search("mimic|vindr", pack):
             shown.append((f"{exp}: {kind}", data_uri("png", path.read_bytes())))
+        else:
+            left_out.append(exp)
     return shown, left_out
 
 
@@ -498,18 +494,15 @@ def read_tables(paths, columns, numeric=()):
     return pd.concat(tables) if tables else None
 
 
-def beside(paths, name, columns, numeric=()):
-    """The tables called `name` beside those of the paths as one, if they have rows: one arm has no pairs."""
-    files = []
-    for file in (path.with_name(name) for path in paths):
-        if file.is_file() and file.read_text().count("\n") > 1:
-            files.append(file)
-    return read_tables(files, columns, numeric)
+def beside(paths, name):
+    """The files called `name` beside those of the paths, if they have rows: one arm has no pairs."""
+    files = [path.with_name(name) for path in paths]
+    return [file for file in files if file.is_file() and file.read_text().count("\n") > 1]
 
 
 def compose(args):
     """What the template shows of the runs; figures are drawn on the way."""
-    arms = beside(args.verdicts[:1], "arms.csv", [*KEY[:4], "label", "threshold"], ENDS)
+    arms = read_tables(beside(args.verdicts[:1], "arms.csv"), KEY[:4], ENDS)
     results = Results(read_metrics(args.metrics), arms, printed_numbers())
     if args.baseline not in results.arms:
         args.baseline = results.arms[0]
@@ -530,16 +523,18 @@ def compose(args):
         "claims": [read_claims(path) for path in args.verdicts],
         "overlaps": read_tables(args.overlaps, ["pack", "other", "images"], ["equal", "near"]),
         "errata": read_csv(REPORTED / "errata.csv").rename(columns=str.capitalize),
-        "detectable": beside(args.verdicts, "detectable.csv", ["dataset", "labels", "detectable"]),
-        "sources": {},
+        "detectable": read_tables(beside(args.verdicts, "detectable.csv"), ["dataset", "detectable"]),
     }
-    for path in (args.metrics, *args.verdicts, *args.overlaps):
-        page["sources"][path] = hashlib.sha256(path.read_bytes()).hexdigest()
+    page["sources"] = {path: hashlib.sha256(path.read_bytes()).hexdigest()
+                       for path in (args.metrics, *args.verdicts, *args.overlaps)}
     columns = ["metric", "labels", "left", "right"]
-    pairs = beside(args.verdicts[:1], "comparisons.csv", columns, ["effect", *ENDS])
+    pairs = beside(args.verdicts[:1], "comparisons.csv")
+    pairs = read_tables(pairs, columns, ["effect", *ENDS])
     logs = read_logs(args.runs) if args.runs else None
-    drawn = set(results.frame.query("stand_in != ''").exp)
-    names = {exp: name + " (stand-ins)" * (exp in drawn) for exp, name in names.items()}    # in the figures
+    drawn = results.frame.query("stand_in != ''").exp
+    names = dict(names)                                 # in the figures; the tables have marks
+    for exp in names.keys() & set(drawn):
+        names[exp] += " (stand-ins)"
     folder = args.out / "figures"                       # written once everything is read
     if args.predictions:
         page["curves"] = decision_figure(args.predictions, args.arm, results.main, folder / "curves")
@@ -561,14 +556,17 @@ def write_tables(tables, folder):
     """The tables for spreadsheets and LaTeX; Table 2 on the terminal."""
     for spec, cells in tables:
         if len(cells):
-            lead = {"exp": "Arm", "head": spec["of"]} if "of" in spec else {"exp": "Arm"}
+            lead = {"exp": "Arm"}
+            if "of" in spec:
+                lead["head"] = spec["of"]
             cells = cells.assign(shown=cells.text + cells.mark)
             frame = cells.set_index([*lead, "column"]).shown.unstack(sort=False)
             frame = frame.reset_index().rename(columns=lead)
             name = f"table{spec['number']}"
             latex = frame.to_latex(index=False, escape=True, caption=spec["title"], label=f"tab:{name}")
-            for kind, text in {"csv": frame.to_csv(index=False), "tex": latex}.items():
-                write(folder / f"{name}.{kind}", lambda file: file.write(text.encode()))
+            text = frame.to_csv(index=False)
+            write(folder / f"{name}.csv", lambda file: file.write(text.encode()))
+            write(folder / f"{name}.tex", lambda file: file.write(latex.encode()))
             if spec["number"] == "2":
                 print(frame.to_string(index=False))
 

@@ -1100,6 +1100,8 @@ def open_run(out, manifests, config, parts, resume, rank):
         fail(f"some processes have {last}, others not: all need one --out, on a file system they share")
     if fresh:
         exported = Path(out, "backbone.pt"), Path(out, "classifier.pt")
+        if Path(config["init"]).resolve() in [file.resolve() for file in exported]:
+            fail(f"{config['init']}, to start from, would be overwritten; choose another --out")
         for file in (last, log, *exported) if rank == 0 else ():            # first what a resume would read
             file.unlink(missing_ok=True)
         return 0

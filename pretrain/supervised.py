@@ -344,7 +344,7 @@ def train(config, args, rank, world_size, device):
         if rank == 0 and (stopping or ending or time.monotonic() - saved > 60 * args.save_minutes):
             backbone = {name: value for name, value in model.state_dict().items()
                         if not name.startswith(prefixes(model, "classifier"))}
-            save_run(args.out, done, config, state, ending and backbone, labels=labels,
+            save_run(args.out, done, config, state, ending and backbone, classes=labels,
                      epoch=done // steps_an_epoch)
             saved = time.monotonic()
         if stopping and not ending:
@@ -967,6 +967,8 @@ def open_run(out, manifests, config, parts, resume, rank):
         fail(f"some processes have {last}, others not: all need one --out, on a file system they share")
     if fresh:
         exported = Path(out, "backbone.pt"), Path(out, "classifier.pt")
+        if Path(config["init"]).resolve() in [file.resolve() for file in exported]:
+            fail(f"{config['init']}, to start from, would be overwritten; choose another --out")
         for file in (last, log, *exported) if rank == 0 else ():            # first what a resume would read
             file.unlink(missing_ok=True)
         return 0

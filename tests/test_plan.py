@@ -59,16 +59,30 @@ def test_steps_and_images_are_those_of_the_row(capsys, monkeypatch, tmp_path):
     assert any(line.startswith(f"missing: {tmp_path / 'none'}/nih_pretrain") for line in found)
 
 
-def test_files_of_weights_and_packs_are_missing_until_they_are_there(monkeypatch, tmp_path):
+def test_files_of_weights_and_packs_are_missing_until_they_are_there(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     table = {**TABLE, "x": {"init": "weights/net.pth"}}
-    packs = ["data/nih", "data/vindr_cxr", "data/padchest", "data/chexpert"]
-    assert plan.missing(table, "x", "data") == [*packs, "weights/net.pth"]
-    assert plan.missing(table, "5.2", "data") == [*packs, "data/oct"]
+
+    def missing():
+        found = lines(capsys, monkeypatch, tmp_path, table, "--exp", "x,5.2,2.1")
+        return [line.removeprefix("missing: ") for line in found if line.startswith("missing: ")]
+    packs = [f"data/{name}  (for x, 5.2, 2.1)" for name in ("chexpert", "nih", "padchest", "vindr_cxr")]
+    assert missing() == sorted([*packs, "data/oct  (for 5.2)", "weights/net.pth  (for x)"])
     for file in ["weights/net.pth", "data/nih/manifest.csv", "data/oct/manifest.csv"]:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    assert plan.missing(table, "x", "data") == plan.missing(table, "5.2", "data") == packs[1:]
+    assert missing() == [packs[0], *packs[2:]]
+
+
+def test_in_the_miniature_c0_stands_in_for_imagenet_weights(capsys, monkeypatch, tmp_path):
+    table = {**TABLE, "miniature": {"finetune": {"seeds": [4, 5]}}, "2.2": {"init": "timm:deit"},
+             "c.0": {"pretrain": {"strategy": "supervised", "dataset": "imagenet"}}}
+    flags = ["--list", "--exp", "1.2,2.2,2.1", "--miniature"]
+    assert [line.split("\t") for line in lines(capsys, monkeypatch, tmp_path, table, *flags)] == [
+        ["c.0", "supervised", "imagenet", "-", "-"], ["1.2", "-", "-", "c.0", "4,5"],
+        ["2.2", "-", "-", "c.0", "4,5"], ["2.1", "-", "-", "-", "4,5"]]
+    assert [line.split("\t") for line in lines(capsys, monkeypatch, tmp_path, table, *flags[:3])] == [
+        ["1.2", "-", "-", "-", "3"], ["2.2", "-", "-", "-", "0,7"], ["2.1", "-", "-", "-", "0,7"]]
 
 
 def test_hours_by_measured_rates_stand_beside_the_estimate(capsys, monkeypatch, tmp_path):

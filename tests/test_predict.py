@@ -199,7 +199,24 @@ def test_another_csv_beside_the_pack_takes_its_pixels_by_path(model_file, packed
     assert "23 rows of 22 paths" in refused(monkeypatch, capsys, *flags, tmp_path / "twice/manifest.csv")
     mine = tmp_path / "data/some.csv"
     said = refused(monkeypatch, capsys, *flags[:-2], mine, "--manifest", mine)
-    assert "manifest itself" in said and len(pd.read_csv(mine)) == 12
+    assert "some.csv" in said and len(pd.read_csv(mine)) == 12
+    for name in ("images.csv", "pack.csv", "p.lr0.1"):      # images.npy, pack.json; a card p.json for two
+        refused(monkeypatch, capsys, *flags[:-2], tmp_path / "data" / name, "--manifest", mine)
+    assert np.load(tmp_path / "data/images.npy").dtype == np.uint8
+
+
+def test_labels_whose_names_differ_in_signs_stay_apart(packed, tmp_path, monkeypatch):
+    labels = ["HER2+", "HER2-", "Atelectasis", "No atelectasis"]
+    classifier(tmp_path / "c.pt", labels=labels)
+    table = pd.read_csv(packed, dtype=str, keep_default_na=False)[["path"]]
+    for place, label in enumerate(labels):
+        table[label] = [str((row + place) % 2) for row in range(23)]
+    shutil.copytree(packed.parent, tmp_path / "data")
+    table.to_csv(tmp_path / "data/own.csv", index=False)
+    run(monkeypatch, "--checkpoint", tmp_path / "c.pt", "--manifest", tmp_path / "data/own.csv", "--out", tmp_path / "p.csv")
+    found = pd.read_csv(tmp_path / "p.csv", dtype=str)
+    for label in labels:
+        assert found[f"true_{label}"].astype(float).tolist() == table[label].astype(float).tolist(), label
 
 
 def test_any_number_of_processes_writes_the_same_bytes(model_file, packed, tmp_path):
@@ -257,6 +274,15 @@ def test_labels_are_found_under_every_sources_spelling(columns, expected, model_
     assert list(found.columns[2:]) == [f"{kind}_{label}" for kind in ("true", "prob") for label in known]
     for label in known:
         assert found[f"true_{label}"].tolist() == [int(column in expected[label]) for column in columns]
+
+
+def test_a_classifier_with_another_sources_spelling_finds_the_labels_too(tmp_path, monkeypatch):
+    classifier(tmp_path / "c.pt", labels=["Cardiomegaly", "Pleural Effusion"])
+    manifest = write_pack(tmp_path, blobs(3), Effusion=["1", "0", "1"], split="test")
+    run(monkeypatch, "--checkpoint", tmp_path / "c.pt", "--manifest", manifest, "--out", tmp_path / "p.csv")
+    found = read(tmp_path / "p.csv")
+    assert list(found.columns[2:]) == ["true_Pleural Effusion", "prob_Pleural Effusion"]
+    assert found["true_Pleural Effusion"].tolist() == [1, 0, 1]
 
 
 def test_of_several_columns_a_positive_counts_and_an_unknown_one_hides_a_negative(model_file, tmp_path, monkeypatch):

@@ -347,7 +347,7 @@ def test_a_run_is_the_definition_written_out(task, findings, classes, tmp_path, 
     assert first == list(24 + np.random.default_rng([11, 0]).permutation(42)[:40])
 
     content = torch.load(tmp_path / "backbone.pt", weights_only=True)
-    assert content["labels"] == (LABELS if task == "multilabel" else ["8", "9", "10", "11"])
+    assert content["classes"] == (LABELS if task == "multilabel" else ["8", "9", "10", "11"])
     timm.create_model(content["arch"], in_chans=1, num_classes=0, **VIT).load_state_dict(content["model"])
 
 
