@@ -232,28 +232,18 @@ def in_passes(backbone, x, micro=None, drop_paths=(), u=None):
 # --- end copy: passes ---
 
 
-def sincos_positions(rows, columns, dim):
-    """Fixed position embeddings [1, 1 + rows * columns, dim]; the class token's is zero.
-
-    The row is in the first half of the channels, the column in the second, each as sines, then cosines.
-    """
-    frequency = 10000 ** (-torch.arange(dim // 4) / (dim // 4))
-    place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))                 # [N, 2]
-    angle = place[..., None] * frequency                                                    # [N, 2, dim / 4]
-    grid = torch.cat([angle.sin(), angle.cos()], 2).flatten(1)                              # [N, dim]
-    return F.pad(grid, (0, 0, 1, 0))[None]
-
-
 def make_backbone(config):
     """The vision transformer of MoCo-v3: fixed sine-cosine positions, frozen random patch projection.
 
-    With `init` both come from the checkpoint and stay fixed as well. Returns: backbone, a line on them.
+    The row is in the first half of the channels, the column in the second, each as sines, then cosines. With `init` both come from the checkpoint and stay fixed as well. Returns: backbone, a line on them.
     """
     vit = make_model(config, 0)
     with or_fail(f"use {config['arch']}, which has to be a vision transformer with a class token"):
-        positions = sincos_positions(*vit.patch_embed.grid_size, vit.embed_dim)
+        grid = timm.layers.build_sincos2d_pos_embed(
+            vit.patch_embed.grid_size, vit.embed_dim, interleave_sin_cos=True)              # [N, D]
+        positions = F.pad(grid, (0, 0, 1, 0))[None]         # the class token's is zero
         if vit.cls_token is None or vit.pos_embed.shape != positions.shape:
-            raise ValueError("it needs 4n channels and a position for the class token and each patch")
+            raise ValueError("it needs a position for the class token and each patch")
         if isinstance(vit.norm, nn.Identity):
             raise ValueError("it has no final norm")
     vit.init_weights("moco")                        # Xavier, with q, k and v as three layers

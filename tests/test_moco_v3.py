@@ -89,12 +89,13 @@ def test_q_k_and_v_are_initialised_as_three_layers():
 
 
 def test_positions_equal_a_loop_over_the_grid():
-    rows, columns, dim = 3, 4, 16
-    table = moco.sincos_positions(rows, columns, dim)
-    assert table.shape == (1, 13, 16) and not table[0, 0].any()
+    rows, columns, dim = 3, 4, VIT["embed_dim"]
+    vit, _ = moco.make_backbone(config_of(model_args={**VIT, "img_size": [24, 32]}))
+    table = vit.pos_embed
+    assert table.shape == (1, 13, dim) and not table[0, 0].any()
     for r in range(rows):
         for c in range(columns):
-            angles = [[place / 10000 ** (i / 4) for i in range(4)] for place in (r, c)]
+            angles = [[place / 10000 ** (4 * i / dim) for i in range(dim // 4)] for place in (r, c)]
             expected = [f(a) for half in angles for f in (math.sin, math.cos) for a in half]
             assert np.allclose(table[0, 1 + r * columns + c].numpy(), expected, atol=1e-6)
 
@@ -188,7 +189,7 @@ def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch, double, micr
 @pytest.mark.parametrize("flags, fragments", [
     (["--arch", "resnet18", "--model_args", "{}"], ["resnet18", "class token"]),
     (["--arch", "swin_tiny_patch4_window7_224", "--model_args", "{}"], ["swin_tiny", "class token"]),
-    (["--model_args", json.dumps({**VIT, "embed_dim": 42})], ["vit_small", "4n channels"]),
+    (["--model_args", json.dumps({**VIT, "embed_dim": 42})], ["vit_small", "divisible by 4"]),
     (["--batch", 1], ["--batch 1", "2 to the 4 images"]),
 ])
 def test_what_the_method_cannot_use_is_refused(tmp_path, monkeypatch, capsys, flags, fragments):
