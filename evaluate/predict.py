@@ -361,21 +361,23 @@ def open_images(manifest, paths, in_chans, device):
     packed_paths = read_manifest(own)["path"]
     number_of = {path: number for number, path in enumerate(packed_paths)}
     with or_fail(f"read {file}; pack the dataset again"):
-        packed = torch.from_numpy(np.load(file, mmap_mode="c"))             # c: torch wants it writable
+        packed = np.load(file, mmap_mode="r")
         n, *sides = packed.shape
         matched = n == len(packed_paths) == len(number_of)
-        if packed.dtype != torch.uint8 or len(sides) != 2 and sides[2:] != [3] or not matched:
+        if packed.dtype != np.uint8 or len(sides) != 2 and sides[2:] != [3] or not matched:
             raise ValueError(f"{packed.dtype} {(n, *sides)} are not the images of {own}, "
                              f"{len(packed_paths)} rows of {len(number_of)} paths")
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
-        numbers = torch.tensor([number_of[path] for path in paths])
-    packed = packed[:, None] if packed.ndim == 3 else packed.permute(0, 3, 1, 2)
-    n_bytes = len(numbers) * packed[0].numel()
-    if device.type == "cuda" and n_bytes < torch.cuda.mem_get_info()[0] // 3:
-        parts = [packed[part].to(device) for part in numbers.split(4096)]   # host memory for a part at a time
-        packed, numbers = torch.cat(parts), torch.arange(len(numbers))
-    rows_of = lambda places: numbers[places].to(packed.device, non_blocking=True)
-    return lambda places: packed[rows_of(places)].to(device, non_blocking=True)
+        numbers = np.array([number_of[path] for path in paths])
+    packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)
+    numbers_of = lambda places: numbers[np.asarray(places)]                 # of places in an array or a tensor
+    read_all = lambda places: torch.from_numpy(packed[numbers_of(places)]).to(device, non_blocking=True)
+    n_bytes = len(numbers) * packed[0].size
+    if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:
+        return read_all
+    parts = torch.arange(len(numbers)).split(4096)                          # host memory for a part at a time
+    held = torch.cat([read_all(part) for part in parts])
+    return lambda places: held[torch.as_tensor(places).to(device, non_blocking=True)]
 # --- end copy: images ---
 
 

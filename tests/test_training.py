@@ -339,7 +339,7 @@ def test_dropout_is_the_same_after_a_resume(name, data, tmp_path):
 @every_script
 def test_processes_that_see_different_checkpoints_are_stopped(name, data, tmp_path, monkeypatch):
     """As two nodes with a folder of their own: one finds last.pt, the other does not."""
-    script, args = load_script(SCRIPTS[name][0]), (tmp_path, [data / "manifest.csv"], {"exp": None}, {}, "auto", 1)
+    script, args = load_script(SCRIPTS[name][0]), (tmp_path, [data / "manifest.csv"], {"exp": None, "init": "random"}, {}, "auto", 1)
     assert script.open_run(*args) == 0
     monkeypatch.setattr(script, "sum_over_processes", lambda x: x + torch.tensor([0, 1]))
     with pytest.raises(SystemExit) as stop:
