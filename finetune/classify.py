@@ -37,7 +37,7 @@ import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
     arch="vit_small_patch16_224",   # any timm model with a linear head
-    model_args={},                  # further arguments of timm.create_model, as in {"global_pool": "avg"}
+    model_args={},                  # arguments of timm.create_model; of a DenseNet {"drop_path_rate": null}
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # side of the network's input in pixels
     mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485

@@ -400,6 +400,79 @@ def test_a_network_with_more_blocks_is_refused(script, manifest, tmp_path):
     assert_user_error(start(script, manifest, tmp_path, "w.pth"), "w.pth", "blocks.4.norm1.weight")
 
 
+@pytest.mark.parametrize("script", [GMML, SUPERVISED])
+@pytest.mark.parametrize("theirs, ours, name", [
+    ({"qk_norm": True}, {}, "q_norm.weight"), ({}, {"qkv_bias": False}, "qkv.bias"), ({"reg_tokens": 2}, {}, "reg_token")])
+def test_what_makes_another_network_is_refused_not_left_out(script, theirs, ours, name, manifest, tmp_path):
+    torch.save(network(VIT, {**MODEL, **theirs}).state_dict(), tmp_path / "w.pth")
+    assert_user_error(start(script, manifest, tmp_path, "w.pth", model_args={**MODEL, **ours}), "w.pth", name)
+
+
+@pytest.mark.parametrize("script", [GMML, SUPERVISED])
+def test_quantised_weights_are_refused(script, manifest, tmp_path):
+    state = network().state_dict()
+    state["blocks.0.mlp.fc1.weight"] = (100 * state["blocks.0.mlp.fc1.weight"]).to(torch.int8)
+    torch.save(state, tmp_path / "w.pth")
+    assert_user_error(start(script, manifest, tmp_path, "w.pth"), "w.pth", "blocks.0.mlp.fc1.weight")
+
+
+def test_ema_in_the_middle_of_a_name_is_no_average(manifest, tmp_path):
+    first, second = network(), network(seed=1)
+    named = lambda model, prefix: {f"{prefix}.{name}": value for name, value in model.state_dict().items()}
+    torch.save(named(first, "model") | named(second, "schema_net"), tmp_path / "w.pth")
+    assert start(GMML, manifest, tmp_path, "w.pth").returncode == 0
+    assert_same_features(first, backbone(tmp_path))
+
+
+@pytest.mark.parametrize("args", [{"no_embed_class": True}, {"reg_tokens": 2}, {"pos_embed": "none"}])
+def test_tokens_without_positions_and_no_positions_at_all(args, manifest, tmp_path):
+    source = network(VIT, {**MODEL, **args})
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    result = start(GMML, manifest, tmp_path, "w.pth", model_args={**MODEL, **args})
+    assert result.returncode == 0, result.stderr
+    assert_same_features(source, backbone(tmp_path))
+
+
+def convnext_release(state):
+    """timm's names of a ConvNeXt as in its authors' release."""
+    for old, new in ((r"^stem\.", "downsample_layers.0."), (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+                     (r"^stages\.(\d)\.blocks\.", r"stages.\1."), (r"conv_dw\.", "dwconv."),
+                     (r"mlp\.fc(\d)", r"pwconv\1"), (r"^head\.norm\.", "norm.")):
+        state = {re.sub(old, new, name): value for name, value in state.items()}
+    return state
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda raw, ema: {"model": raw, "model_ema": ema},
+    lambda raw, ema: {"state_dict": {f"model.{name}": value for name, value in ema.items()}}])
+def test_convnexts_release_below_a_prefix_and_its_average(wrap, manifest, tmp_path):
+    arch, args = "convnext_tiny", {"depths": [1, 1, 1, 1], "dims": [8, 16, 16, 24]}
+    raw, ema = (network(arch, args, seed=seed) for seed in (0, 1))
+    torch.save(wrap(*(convnext_release(model.state_dict()) for model in (raw, ema))), tmp_path / "w.pth")
+    result = start(SUPERVISED, manifest, tmp_path, "w.pth", arch, args)
+    assert result.returncode == 0, result.stderr
+    assert_same_features(ema, backbone(tmp_path))
+
+
+@pytest.mark.parametrize("arch, args", [        # without drop path, with patches that overlap
+    ("densenet121", {"drop_path_rate": None, "block_config": [1, 1], "growth_rate": 4}),
+    ("pvt_v2_b0", {"depths": [1, 1, 1, 1]})])
+def test_networks_of_other_kinds_start(arch, args, manifest, tmp_path):
+    source = network(arch, args)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    result = start(SUPERVISED, manifest, tmp_path, "w.pth", arch, args, flags=["--img_size", 32])
+    assert result.returncode == 0, result.stderr
+    assert_same_features(source, backbone(tmp_path))
+
+
+def test_weights_in_the_run_folder_are_not_overwritten(manifest, tmp_path):
+    (tmp_path / "run").mkdir()
+    torch.save(network().state_dict(), tmp_path / "run/backbone.pt")
+    before = (tmp_path / "run/backbone.pt").read_bytes()
+    assert_user_error(start(GMML, manifest, tmp_path, "run/backbone.pt"), "run/backbone.pt", "--out")
+    assert (tmp_path / "run/backbone.pt").read_bytes() == before
+
+
 def test_model_args_of_another_kind_do_no_harm(manifest, tmp_path):
     source = network()
     torch.save({"model": source.state_dict(), "model_args": ["vit", 2]}, tmp_path / "w.pth")
