@@ -321,7 +321,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
         views = augment(data.images(places[local]), u, config)
         depth = u[:, N_CROP + 1:]
 
-        loss = torch.zeros((), device=device)
+        loss = 0
         optimizer.zero_grad()
         for begin in range(0, local_batch, micro):
             part = slice(begin, begin + micro)

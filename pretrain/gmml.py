@@ -386,7 +386,7 @@ def train(config, args, rank, world_size, device):
         clean, corrupted = make_views(chosen, crop, colour, masks, replaced, noise.flatten(0, 1), config)
         n_masked = sum_over_processes(masks.sum()) * clean.shape[1]
 
-        loss = torch.zeros((), device=device)
+        loss = 0
         optimizer.zero_grad()
         for begin in range(0, len(clean), micro):
             part = slice(begin, begin + micro)

@@ -311,7 +311,7 @@ def train(config, args, rank, world_size, device):
         views = augment(images(chosen), u, config)
         truth = targets[torch.from_numpy(chosen).to(device, non_blocking=True)]
 
-        loss = torch.zeros((), device=device)
+        loss = 0
         optimizer.zero_grad()
         for begin in range(0, local_batch, micro):
             part = slice(begin, begin + micro)
