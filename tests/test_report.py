@@ -46,7 +46,7 @@ def published(tmp_path_factory):
 
 def tables_of(path, arms=None):
     """{number: cells} of the tables of a metrics.csv."""
-    results = report.Results(report.read_metrics(path), arms, report.printed_numbers())
+    results = report.Results(report.read_metrics(path), arms)
     grid = report.fill_tables(results, report.table_specs(results))
     return dict(list(grid.groupby("number", sort=False)))
 
@@ -102,8 +102,8 @@ def test_a_cell_is_mean_and_sample_sd_over_runs_with_the_interval_of_compare(tmp
     cell = cells(tables_of(path)["2"])["3.4", "PadChest"]
     assert cell["text"] == f"{np.mean(values):.4f} ({np.std(values, ddof=1):.4f})" and cell["interval"] == ""
     assert cell["printed"] == "0.8996 (0.0029)" and cell["mark"] == ""
-    arms = pd.DataFrame([("3.4", "padchest", "5", "auc_mean", "", "", 0.7, 0.9)],
-                        columns="exp dataset labels metric label threshold ci_low ci_high".split())
+    arms = pd.DataFrame([("3.4", "padchest", "5", "auc_mean", "", "", np.mean(values), 0.7, 0.9)],
+                        columns="exp dataset labels metric label threshold value ci_low ci_high".split())
     assert cells(tables_of(path, arms)["2"])["3.4", "PadChest"]["interval"] == "[0.7000, 0.9000]"
     one = small(tmp_path, ("3.4", 0, "padchest", 5, "auc_mean", "corrected", "", "", 0.8))
     assert (
@@ -426,7 +426,7 @@ def test_tables_are_written_for_spreadsheets_and_latex(made):
 
 
 def test_reliability_bins_are_pooled_over_labels_and_runs(folder):
-    results = report.Results(report.read_metrics(folder / "metrics.csv"), None, {})
+    results = report.Results(report.read_metrics(folder / "metrics.csv"), None)
     bins = report.pooled_bins(results).loc["3.4"]
     frames = [pd.read_csv(file) for file in folder.glob("runs/3.4/predictions/*/chexpert_valid.csv")]
     p = np.concatenate([frame[[f"prob_{label}" for label in LABELS5]].to_numpy().ravel() for frame in frames])
