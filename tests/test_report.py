@@ -347,6 +347,7 @@ def test_the_first_screen_answers(folder, made):
     sentence = "GMML on chest X-rays (MIMIC, from ImageNet) beats ImageNet weights alone: "
     effect = f"NIH {float(verdict.effect):+.3f} [{float(verdict.ci_low):.3f}, {float(verdict.ci_high):.3f}]"
     assert sentence in first and effect in first
+    assert "; 95 % interval." in first and "over runs and patients" not in first        # not known of one run
     sources = [dict(attributes) for tag, attributes in page.tags if tag == "img"]
     assert [image.get("class") for image in sources[:2]] == ["wide", "narrow"] and all(
         i["alt"] for i in sources
