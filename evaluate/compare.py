@@ -42,8 +42,9 @@ import pandas as pd
 from scipy.special import nctdtrinc, stdtr, stdtrit
 
 REPORTED = Path(__file__).resolve().parent / "reported"
-SAW_TEST = "3.1 3.2 3.1b 3.2b".split()
-SAW_REMARK = "3.1 and 3.2 saw 22,772 of the 25,596 NIH test images in pre-training, without labels"
+SAW_TEST = """3.1 3.2 3.1b 3.2b 0.1.5 0.1.5b 0.1.6 0.1.6b 0.1.7 0.1.7b c.8.5a c.8.5b c.8.6a c.8.6b c.8.7a
+    c.8.7b""".split()                                   # as in report.yaml
+SAW_REMARK = "an arm saw 22,772 of the 25,596 NIH test images in pre-training, without labels"
 FOUR_LABELS = "Atelectasis Cardiomegaly Consolidation Effusion".split()
 WITHOUT_EDEMA = "vindr_test", "padchest"                # of the study's five labels they have these four
 TESTS = "greater every not_every no_gain highest lowest no_winner most".split()
@@ -58,9 +59,10 @@ PAIRS = """dataset labels metric label threshold left right effect ci_low ci_hig
     se_patients freedom source""".split()
 DETECTABLE = "dataset labels images patients pairs se_runs se_patients detectable source".split()
 ARM = r"[A-Za-z0-9_.]+(?:-\d+k|-ensemble)?"             # 3.4, 0.1.7b, 4.2.1-100k, 3.4-ensemble
-OPERAND = re.compile(rf"(?P<arm>{ARM})(?::(?P<part>\w+))?(?:@(?P<testset>\w+))?(?:-(?P<minus>{ARM}))?"
-                     r"(?P<offset>\+\d*\.?\d+)?")
+OPERAND = (r"(?P<arm>ARM)(?::(?P<part>\w+))?(?:@(?P<testset>\w+))?(?:-(?P<minus>ARM))?"
+           r"(?P<offset>\+\d*\.?\d+)?")
 METRIC = re.compile(r"([a-z_]+?)(\d*)(?:@(\d*\.?\d+))?")         # name, labels of a mean, threshold
+NEGATIVE = {"mean_accuracy": "always_negative_accuracy", "subset_accuracy": "always_negative_subset_accuracy"}
 
 
 # --- begin copy: error ---
@@ -110,7 +112,8 @@ def estimate(terms, offset=0.0):
     """The sum of sign * mean less an offset: effect, 95 % interval, p for "it is 0" and standard errors.
 
     terms: [(sign, Arm)]. Student's t with Satterthwaite's degrees of freedom: R - 1 for the runs of an arm,
-    unlimited for patients; without resamples this is Welch's test. Of one run it is over patients alone.
+    unlimited for patients, no fewer than of the arm with the fewest runs; without resamples this is Welch's
+    test. Of one run it is over patients alone.
     """
     effect = sum(sign * arm.mean for sign, arm in terms) - offset
     run_variance = sum(arm.run_variance for _, arm in terms)
@@ -118,8 +121,12 @@ def estimate(terms, offset=0.0):
     if all(arm.resampled is not None for _, arm in terms):
         patient_variance = np.nanvar(sum(sign * arm.resampled for sign, arm in terms))
         variance = np.nansum([arm.run_variance for _, arm in terms]) + patient_variance
-    denominator = sum((arm.sd ** 2 / arm.runs) ** 2 / (arm.runs - 1) for _, arm in terms if arm.runs > 1)
-    freedom = variance ** 2 / denominator if denominator else np.inf
+    several = [arm for _, arm in terms if arm.runs > 1]
+    denominator = sum((arm.sd ** 2 / arm.runs) ** 2 / (arm.runs - 1) for arm in several)
+    freedom = np.inf
+    if denominator:
+        fewest = min(arm.runs for arm in several)
+        freedom = max(variance ** 2 / denominator, fewest - 1)
     error = np.sqrt(variance) if variance > 1e-24 else np.nan           # without any spread nothing is known
     margin = stdtrit(freedom, 0.975) * error
     return {"effect": effect, "ci_low": effect - margin, "ci_high": effect + margin,
@@ -281,7 +288,13 @@ def complete(arms, printed):
 
 
 # ---------------------------------------------------------------------------------------------------- claims
-def terms_of(claim, left, right, testset):
+def operand_pattern(arms):
+    """The pattern of an operand; the name of a known arm, such as c.10-moco, is no difference of two."""
+    known = sorted({re.escape(cell[0]) for cell in arms}, key=len, reverse=True)
+    return re.compile(OPERAND.replace("ARM", "|".join([*known, ARM])))
+
+
+def terms_of(claim, left, right, testset, pattern):
     """([(sign, cell)], offset) of a comparison of two operands."""
     first, _, second = claim["metric"].partition("-")
     if first.startswith("auc:"):                        # two labels of one arm
@@ -289,7 +302,7 @@ def terms_of(claim, left, right, testset):
         first = second = "auc"
     terms, offset = [], 0.0
     for sign, metric, text, other in ((1, first, left, right), (-1, second or first, right or left, left)):
-        operand, measure = OPERAND.fullmatch(text), METRIC.fullmatch(metric)
+        operand, measure = pattern.fullmatch(text), METRIC.fullmatch(metric)
         if not operand or not measure:
             fail(f"claim {claim['id']}: '{metric}' of '{text}' cannot be read; --help says how to write it")
         name, labels, threshold = measure.groups("")
@@ -302,7 +315,12 @@ def terms_of(claim, left, right, testset):
                 fail(f"claim {claim['id']}: '{text}' names '{part}', which goes with auc, not '{metric}'")
             key = key.replace(name, "random_referral_auc") if part == "random" else key
         if exp == "always_negative":                    # depends on the test set alone, stored with each arm
-            exp, key = other, "5|always_negative_accuracy||"
+            model = pattern.fullmatch(other)
+            if name not in NEGATIVE or not model:
+                fail(f"claim {claim['id']}: always_negative goes with {' or '.join(NEGATIVE)} and an arm, "
+                     f"not '{metric}' and '{other}'")
+            exp, dataset = model["arm"], operand["testset"] or model["testset"] or testset
+            key = f"{labels or 5}|{NEGATIVE[name]}||"
         terms.append((sign, (exp, dataset, key)))
         if operand["minus"]:
             terms.append((-sign, (operand["minus"], dataset, key)))
@@ -348,7 +366,7 @@ def compare_spreads(arms, left, right):
 
 def compare_claims(claims, arms):
     """A row per elementary comparison of each claim: two operands on a test set."""
-    rows = []
+    rows, pattern = [], operand_pattern(arms)
     for number, claim in enumerate(claims):
         testsets, no_margin = claim["testsets"].split(), np.isnan(claim["margin"])
         if claim["test"] not in TESTS or not testsets or claim["test"] == "no_gain" and no_margin:
@@ -360,13 +378,20 @@ def compare_claims(claims, arms):
             pairs = combinations(lefts, 2)
         for testset, (left, right) in product(testsets, pairs):
             if left.startswith("sd("):
-                result = compare_spreads(arms, *(s[3:-1].replace("ood", testset) for s in (left, right)))
+                cells = [side[3:-1].replace("ood", testset) for side in (left, right)]
+                result = compare_spreads(arms, *cells)
             else:
-                result = compare(arms, *terms_of(claim, left, right, testset))
+                terms, offset = terms_of(claim, left, right, testset, pattern)
+                cells = [cell for _, cell in terms]
+                result = compare(arms, terms, offset)
             row = {"claim": number, "family": claim["family"], "testset": testset, "left": left}
-            rows.append(row | {"right": right} | dict.fromkeys(INTERVAL, np.nan) | result)
+            row |= {"right": right, "cells": frozenset(cells)} | dict.fromkeys(INTERVAL, np.nan)
+            rows.append(row | result)
     table = pd.DataFrame(rows)
-    table["p_holm"] = table.groupby("family")["p"].transform(holm)
+    same = ["family", "cells", "p"]                     # in C2 and C3, turned round in B5 and B6: counts once
+    once = table[same].drop_duplicates()
+    once["p_holm"] = once.groupby("family")["p"].transform(holm)
+    table = table.merge(once, how="left", on=same)
     clear = table["p_holm"].lt(0.05) & (table["ci_low"].gt(0) | table["ci_high"].lt(0))
     table["direction"] = np.sign(table["effect"]).where(clear, 0)       # of left over right
     table["clearness"] = np.sign(table["effect"]) * (1 - table["p"].fillna(1))
@@ -400,7 +425,8 @@ def verdict_row(claim, testset, comparisons):
     """A row of verdicts.csv, with the comparison that decides, such as the least clear one of `every`."""
     test = claim["test"]
     row = claim | {"testset": testset, "verdict": verdict_of(claim, comparisons)}
-    order = ["ci_high"] if test == "no_gain" else ["clearness", "effect"]
+    gains = test == "no_gain" and row["verdict"] != "contradicted"
+    order = ["ci_high"] if gains else ["clearness", "effect"]
     known = comparisons.dropna(subset="effect").sort_values(order)
     if len(known) == 1 or len(known) and test not in ("no_winner", "most"):
         shown = known.iloc[-1 if test in ("lowest", "no_gain") else 0]
@@ -413,7 +439,8 @@ def verdict_row(claim, testset, comparisons):
                if testset != "all" or not remark.startswith("no ")]         # those stand at their test set
     if test == "most":
         remarks.insert(0, f"clearly so in {(comparisons['direction'] > 0).sum()} of {len(comparisons)} arms")
-    row["remark"] = "; ".join(list(dict.fromkeys(remarks))[:4])
+    remarks = sorted(dict.fromkeys(remarks), key=lambda remark: remark.startswith("no "))
+    row["remark"] = "; ".join(remarks[:4])
     row["source"] = " and ".join(sorted(set().union(*comparisons["sources"])))
     return row
 
@@ -448,7 +475,7 @@ def pairs_of(arms, exps, metric=""):
         cells = [(exp, dataset, key) for exp in exps if (exp, dataset, key) in arms]
         for left, right in combinations(cells, 2):
             row = {"dataset": dataset, **dict(zip(KEY, key.split("|"))), "left": left[0], "right": right[0]}
-            row |= {cell[0]: arms[cell].mean for cell in (left, right)}
+            row |= {f"value {cell[0]}": arms[cell].mean for cell in (left, right)}
             row |= compare(arms, [(1, left), (-1, right)])
             source = " and ".join(sorted(row["sources"]))
             rows.append(row | {"remark": "; ".join(row["remarks"]), "source": source})
@@ -461,13 +488,16 @@ def detectable(pairs, sizes):
     """
     errors = dict.fromkeys(["se_runs", "se_patients", "freedom"], float)
     means = pairs.query("metric == 'auc_mean' and se_runs.notna()").astype(errors)
-    freedom = means["freedom"].clip(lower=1)            # below 1 scipy's search may not end
-    needed = nctdtrinc(freedom, 0.2, stdtrit(freedom, 0.975))           # in standard errors
+    needed = nctdtrinc(means["freedom"], 0.2, stdtrit(means["freedom"], 0.975))         # in standard errors
     means["detectable"] = needed * np.hypot(means["se_runs"], means["se_patients"].fillna(0))
     places = means.groupby(["dataset", "labels", "source"], sort=False)
     table = places[["se_runs", "se_patients", "detectable"]].mean()
     table = table.assign(pairs=places.size()).reset_index()
     return table.join(sizes, on="dataset").reindex(columns=DETECTABLE)
+
+
+def show_p(p):
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}".replace("nan", "")
 
 
 def main():
@@ -488,7 +518,8 @@ def main():
             rows = pairs_of(arms, args.arms)
             if not rows:
                 fail(f"no metric of both '{args.arms[0]}' and '{args.arms[1]}'; known: {', '.join(exps)}")
-            columns = ["dataset", *KEY, *args.arms, *INTERVAL, "remark", "source"]
+            values = [f"value {exp}" for exp in args.arms]
+            columns = ["dataset", *KEY, *values, *INTERVAL, "remark", "source"]
             tables = {"two_arms": pd.DataFrame(rows)[columns]}
             shown = tables["two_arms"].drop(columns=["remark", "source"])
             remarks = tables["two_arms"]["remark"].unique()
@@ -506,7 +537,8 @@ def main():
             tables["detectable"] = detectable(pairs[0], sizes)
             last = decided.drop_duplicates("id", keep="last")                    # over all test sets
             shown = last[["id", "statement", "verdict", "effect", "ci_low", "ci_high", "p_holm", "source"]]
-        print(shown.to_string(index=False, float_format="%.4f", na_rep="", max_colwidth=60))
+        print(shown.to_string(index=False, float_format="{:z.4f}".format, na_rep="", max_colwidth=60,
+                              formatters={"p": show_p, "p_holm": show_p}))
         print(*filter(None, remarks), sep="\n")
         for name, table in tables.items() if args.out else ():
             text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()

@@ -11,8 +11,7 @@ Reads   metrics.csv; report.yaml (what stands where), report.*.html, report.css 
         script; what the options name, with arms.csv, comparisons.csv and detectable.csv beside verdicts.csv
 Writes  OUT/report.html, OUT/printed.html (the paper's tables), OUT/tables/*.csv and *.tex, OUT/figures/*.svg
         and *.png; the table of test sets on the terminal
-Numbers of stand-in data carry a mark. Pictures of MIMIC, VinDr and unknown data, which must not be passed on,
-are left out unless asked for.
+Stand-in numbers carry a mark; pictures of MIMIC, VinDr and unknown data stay out unless asked for.
 """
 
 import argparse
@@ -48,8 +47,8 @@ def options():
     add("--runs", type=Path, help="learning curves and pictures: <exp>/**/log.jsonl and <exp>/pretrain/*.png")
     add("--predictions", type=Path, help="curves: <exp>/predictions/seed<k>/<test set>.csv")
     add("--data", type=Path, help="packed data: a pack's mark of stand-ins lets its pictures be embedded")
-    add("--baseline", default="2.2", help="arm that the first figure subtracts (2.2)")
-    add("--arm", default="3.4", help="arm of the ROC, precision-recall and decision curves (3.4)")
+    add("--baseline", help="arm that the first figure subtracts (2.2, else the first)")
+    add("--arm", help="arm of the ROC, precision-recall and decision curves (3.4, else the last)")
     add("--with-pictures", action="store_true", help="embed them all; do not pass the page on")
     add("--experiments", type=Path, help="experiments.yaml, for what each arm is (default: this project's)")
     add("--title", default="Does domain-specific pre-training make sense?")
@@ -111,7 +110,12 @@ def mean_over_runs(frame, arms=None):
     cells = cells.join(groups[[*ENDS, "mark"]].max())
     cells.loc[cells.runs > 1, ENDS] = np.nan            # those are of single runs
     if arms is not None:
-        cells.update(arms.assign(variant="corrected").set_index(KEY)[ENDS])
+        arms = arms.assign(variant="corrected").set_index(KEY)
+        gap = (arms.value - cells.value).abs()
+        for exp, dataset, *_ in gap.index[gap > 1e-5][:1]:
+            raise InputError(f"arms.csv beside the verdicts has another mean of exp {exp} on {dataset} than "
+                             "metrics.csv; run evaluate/compare.py on this metrics.csv")
+        cells.update(arms[ENDS])
     return cells
 
 
@@ -126,12 +130,12 @@ def best_runs(frame, labels):
 
 
 def printed_numbers():
-    """{key: text} of the numbers that the paper prints."""
+    """The numbers that the paper prints: texts by number of a table and KEY."""
     found = {}
     for spec in SHOWN["printed"]:
         for row in read_csv(REPORTED / f"table{spec['table']}.csv").to_dict("records"):
-            place = {"variant": "corrected", **spec["place"]}
-            place = {name: place.get(name, "").format(**row) for name in KEY}
+            place = {"number": str(spec["table"]), "variant": "corrected", **spec["place"]}
+            place = {name: place.get(name, "").format(**row) for name in ("number", *KEY)}
             place["exp"] = re.sub("000$", "k", place["exp"])                # 4.1.1-50k
             place["metric"] = place["metric"].lower().replace(" ", "_")
             text = row[spec["mean"]]
@@ -140,38 +144,34 @@ def printed_numbers():
                 text = f"{text} ({sd})"
             if text:
                 found.setdefault(tuple(place.values()), text)
-    return found
+    return pd.Series(found, name="printed").rename_axis(["number", *KEY])
 
 
 class Results:
     """Arms, test sets and cells of metrics.csv; cells: a frame by KEY with value, interval and texts to show.
-    arms: arms.csv of compare.py, for the intervals of several runs; printed: {key: text}."""
+    arms: arms.csv of compare.py, for the intervals of several runs."""
 
-    def __init__(self, frame, arms, printed):
+    def __init__(self, frame, arms):
         self.frame = frame
         self.exps = list(frame.exp.unique())
         self.arms = [exp for exp in self.exps if not exp.endswith("-ensemble")]
-        seeds = frame.query("exp in @self.arms").groupby("exp").seed
-        self.runs = seeds.nunique().sum()
+        self.runs = len(frame.query("exp in @self.arms")[["exp", "seed"]].drop_duplicates())
         names = list(frame.dataset.unique())
         names = [name for name in names if not name.endswith("_val")] or names      # for thresholds
         names = sorted(names, key=[*TEST_SETS, *names].index)
         self.datasets = {name: TEST_SETS.get(name, name) for name in names}
         self.main = "chexpert_valid" if "chexpert_valid" in names else names[0]
-        self.labels = {}                                # that tables are about: 5, else 14, else all
+        self.labels = {}                                # that tables are about: the study's, or all of others
         for name, sizes in frame.groupby("dataset").labels.agg(set).items():
-            self.labels[name] = next(size for size in ("5", "14", "all", "") if size in sizes)
-        means = mean_over_runs(frame, arms)
-        self.cells = cells = pd.concat([means, best_runs(frame, self.labels)])
+            order = ("5", "14", "all", "") if name in TEST_SETS else ("all", "14", "5", "")
+            self.labels[name] = next(size for size in order if size in sizes)
+        self.cells = cells = pd.concat([mean_over_runs(frame, arms), best_runs(frame, self.labels)])
         four = "{:.4f}".format
         spread = " (" + cells.sd.map(four) + ")"
         cells["text"] = cells.value.map(four) + spread.where(cells.runs > 1, "")
         cells.loc[cells.value.isna(), "text"] = "undefined"
         interval = "[" + cells.ci_low.map(four) + ", " + cells.ci_high.map(four) + "]"
         cells["interval"] = interval.where(cells.ci_low.notna(), "")
-        cells["printed"] = [printed.get(key, "") for key in cells.index]
-        drawn = cells.mark.str.contains("°")            # what was drawn has no printed number
-        cells.loc[drawn | cells.value.isna(), "printed"] = ""
 
 
 # ------------------------------------------------------------------------------------------------- the tables
@@ -187,15 +187,14 @@ def table_specs(results):
     columns = {"test sets": sets, "diseases": diseases}
     negative = []
     for metric in ("always_negative_accuracy", "always_negative_subset_accuracy"):
-        key = results.arms[0], main, labels, metric, "corrected", "", ""
-        negative.append(results.cells.text.get(key, "unknown"))
+        rows = results.frame.query("dataset == @main and labels == @labels and metric == @metric")
+        negative.append("".join(rows.value.head(1).map("{:.4f}".format)) or "unknown")
     for spec in SHOWN["tables"]:
         yield spec | {"title": spec["title"].format(results.datasets[main]),
                       "note": spec["note"].format(*negative),
                       "columns": columns.get(str(spec["columns"]), spec["columns"])}
     metrics = results.frame.metric.drop_duplicates()
-    groups = metrics.str.extract(r"^auc\[(\w+)=(.+)\]$").dropna()
-    groups = groups.sort_values([0, 1]).to_numpy()
+    groups = metrics.str.extract(r"^auc\[(\w+)=(.+)\]$").dropna().sort_values([0, 1]).to_numpy()
     parts = {f"{attribute} {group}": f"[{attribute}={group}]" for attribute, group in groups}
     parts |= {f"{attribute}: gap": f"_gap[{attribute}]" for attribute, _ in groups}
     youden = metrics.str.startswith("fnr_youden[").any()
@@ -225,7 +224,9 @@ def places(results, spec):
 def fill_tables(results, specs):
     """The cells of all tables in a frame, only rows and columns with a number; best: of its column."""
     grid = [place for spec in specs for place in places(results, spec)]
-    grid = pd.DataFrame(grid).join(results.cells, on=KEY)
+    grid = pd.DataFrame(grid).join(results.cells, on=KEY).join(printed_numbers(), on=["number", *KEY])
+    drawn = grid.mark.str.contains("°", na=True)        # what was drawn has no printed number
+    grid.loc[drawn | grid.value.isna(), "printed"] = ""
     low = grid.metric.str.contains(LOW_IS_GOOD)
     score = grid.value.round(4) * (1 - 2 * low)
     contest = score.groupby([grid.number, grid.column, grid.metric])
@@ -308,9 +309,10 @@ def disease_figure(results, grid, names, path):
     """Figure 2: the lines of single arms in the tables of diseases, thresholds and referral."""
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 7.6))
     for axis, (title, panel) in zip(axes.flat, SHOWN["figure 2"].items()):
-        axis.set(title=title, xlabel=panel["x"])
         cells = grid.query("number == @panel['table'] and head == @panel['head']")
-        ticks = list(cells.column.unique())[:6]
+        columns = cells.column.unique()
+        ticks = list(columns[:6])
+        axis.set(title=title, xlabel=panel["x"] if len(columns) < 7 else f"6 of {len(columns)}")
         axis.set_xticks(range(len(ticks)), ticks)
         for place, exp in enumerate(results.arms):
             line = cells.query("exp == @exp and column in @ticks")
@@ -324,9 +326,9 @@ def size_figure(grid, names, path):
     """Figure 3: AUC over the number of pre-training images, a line a strategy."""
     figure, axis = plt.subplots(figsize=(6.4, 3.8))
     cells = grid.query("number == '6' and exp.str.contains(r'^4\\.\\d\\.1-')")
+    cells = cells.assign(size=cells.exp.str.extract(r"-(\d+)k")[0].astype(int)).sort_values("size")
     for _, line in cells.groupby(cells.exp.str.slice(0, 5)):                # 4.1.1-50k
-        sizes = line.exp.str.extract(r"-(\d+)k")[0].astype(int)
-        draw_line(axis, sizes, line, names[line.exp.iloc[0]])
+        draw_line(axis, line["size"], line, names[line.exp.iloc[0]])
     axis.set(xlabel="thousands of pre-training images", ylabel="AUC, NIH test, 14 labels")
     return save(figure, path, legend=3)
 
@@ -380,8 +382,9 @@ def decision_figure(folder, exp, dataset, path):
         return None
     from sklearn.metrics import precision_recall_curve, roc_curve
     runs = [read_csv(file, ["path"]).set_index("path") for file in files]
-    table = pd.concat(runs).filter(regex="^(true|prob)_")
-    table = table.apply(pd.to_numeric, errors="coerce").groupby("path").mean()
+    table = pd.concat(runs).filter(regex="^(true|prob)_").apply(pd.to_numeric, errors="coerce")
+    known = table.isin([0, 1]) | table.columns.str.startswith("prob_")      # of the truths
+    table = table.where(known).groupby("path").mean()
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []
     for label in table.filter(like="true_").columns.str.removeprefix("true_"):
@@ -413,8 +416,7 @@ def read_logs(runs):
         lines = path.read_text().splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                entry = dict(json.loads(line), exp=exp, part=part, run=str(path))
-                entries.append(entry)
+                entries.append(dict(json.loads(line), exp=exp, part=part, run=str(path)))
             except (ValueError, TypeError):
                 if number < len(lines):
                     raise InputError(f"{path} line {number} is no JSON object; delete the line") from None
@@ -429,13 +431,13 @@ def learning_figure(logs, path):
     for axis, (title, (part, column)) in zip(axes, SHOWN["learning"].items()):
         axis.set(title=title, xlabel="epoch")
         for exp in logs.exp.unique():
-            own = logs.query("exp == @exp and part == @part")
-            y = own.groupby(["run", "epoch"])[column].mean()
-            y = y.groupby("epoch").agg(["mean", "min", "max"]).dropna()             # over runs
+            own = logs.query("exp == @exp and part == @part").dropna(subset=column)
+            y = own.groupby(["run", "epoch"])[column].mean().unstack()      # [runs, epochs]
+            y = y.dropna(axis="columns")                                    # up to where the first run ends
             if part == "pretrain":
-                y = y / y["mean"].head(1).sum()
-            line, = axis.plot(y["mean"], label=exp, markevery=.1)
-            axis.fill_between(y.index, y["min"], y["max"], color=line.get_color(), alpha=.12)
+                y = y / y.mean().head(1).sum()
+            line, = axis.plot(y.mean(), label=exp, markevery=.1)
+            axis.fill_between(y.columns, y.min(), y.max(), color=line.get_color(), alpha=.12)
     return save(figure, path, legend=8)
 
 
@@ -502,12 +504,14 @@ def beside(paths, name):
 
 def compose(args):
     """What the template shows of the runs; figures are drawn on the way."""
-    arms = read_tables(beside(args.verdicts[:1], "arms.csv"), KEY[:4], ENDS)
-    results = Results(read_metrics(args.metrics), arms, printed_numbers())
-    if args.baseline not in results.arms:
-        args.baseline = results.arms[0]
-    if args.arm not in results.arms:
-        args.arm = results.arms[-1]
+    arms = beside(args.verdicts[:1], "arms.csv")
+    arms = read_tables(arms, [*KEY[:4], "label", "threshold"], ["value", *ENDS])
+    results = Results(read_metrics(args.metrics), arms)
+    for arm in filter(None, (args.baseline, args.arm)):
+        if arm not in results.arms:
+            raise InputError(f"{args.metrics} has no arm '{arm}'; known: {', '.join(results.arms)}")
+    args.baseline = args.baseline or ("2.2" if "2.2" in results.arms else results.arms[0])
+    args.arm = args.arm or ("3.4" if "3.4" in results.arms else results.arms[-1])
     names, packs = read_experiments(args.experiments or HERE.parent / "experiments.yaml", results.arms)
     specs = list(table_specs(results))
     grid = fill_tables(results, specs)
@@ -515,6 +519,7 @@ def compose(args):
         **vars(args),
         "results": results,
         "names": names,
+        "own": not any(names[arm] for arm in results.arms),             # somebody's, outside the grid
         "packs": packs,
         "set_names": results.datasets,
         "tables": [(spec, grid.query("number == @spec['number']")) for spec in specs],
@@ -527,14 +532,11 @@ def compose(args):
     }
     page["sources"] = {path: hashlib.sha256(path.read_bytes()).hexdigest()
                        for path in (args.metrics, *args.verdicts, *args.overlaps)}
-    columns = ["metric", "labels", "left", "right"]
     pairs = beside(args.verdicts[:1], "comparisons.csv")
-    pairs = read_tables(pairs, columns, ["effect", *ENDS])
+    pairs = read_tables(pairs, ["metric", "labels", "left", "right"], ["effect", *ENDS])
     logs = read_logs(args.runs) if args.runs else None
-    drawn = results.frame.query("stand_in != ''").exp
-    names = dict(names)                                 # in the figures; the tables have marks
-    for exp in names.keys() & set(drawn):
-        names[exp] += " (stand-ins)"
+    drawn = set(results.frame.query("stand_in != ''").exp)       # in the figures; the tables have marks
+    names = {exp: name + " (stand-ins)" * (exp in drawn) for exp, name in names.items()}
     folder = args.out / "figures"                       # written once everything is read
     if args.predictions:
         page["curves"] = decision_figure(args.predictions, args.arm, results.main, folder / "curves")

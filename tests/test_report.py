@@ -46,7 +46,7 @@ def published(tmp_path_factory):
 
 def tables_of(path, arms=None):
     """{number: cells} of the tables of a metrics.csv."""
-    results = report.Results(report.read_metrics(path), arms, report.printed_numbers())
+    results = report.Results(report.read_metrics(path), arms)
     grid = report.fill_tables(results, report.table_specs(results))
     return dict(list(grid.groupby("number", sort=False)))
 
@@ -102,13 +102,106 @@ def test_a_cell_is_mean_and_sample_sd_over_runs_with_the_interval_of_compare(tmp
     cell = cells(tables_of(path)["2"])["3.4", "PadChest"]
     assert cell["text"] == f"{np.mean(values):.4f} ({np.std(values, ddof=1):.4f})" and cell["interval"] == ""
     assert cell["printed"] == "0.8996 (0.0029)" and cell["mark"] == ""
-    arms = pd.DataFrame([("3.4", "padchest", "5", "auc_mean", "", "", 0.7, 0.9)],
-                        columns="exp dataset labels metric label threshold ci_low ci_high".split())
+    arms = pd.DataFrame([("3.4", "padchest", "5", "auc_mean", "", "", np.mean(values), 0.7, 0.9)],
+                        columns="exp dataset labels metric label threshold value ci_low ci_high".split())
     assert cells(tables_of(path, arms)["2"])["3.4", "PadChest"]["interval"] == "[0.7000, 0.9000]"
     one = small(tmp_path, ("3.4", 0, "padchest", 5, "auc_mean", "corrected", "", "", 0.8))
     assert (
         cells(tables_of(one)["2"])["3.4", "PadChest"]["interval"] == "[0.7900, 0.8200]"
     )  # of the single run
+
+
+def test_arms_csv_of_other_runs_is_refused(tmp_path, monkeypatch, capsys):
+    path = small(tmp_path, *[("3.4", s, "padchest", 5, "auc_mean", "corrected", "", "", 0.8) for s in (0, 1)])
+    text = "exp,dataset,labels,metric,label,threshold,value,ci_low,ci_high\n"
+    text += "x,padchest,5,auc_mean,,,0.1,0,1\n3.4,padchest,5,auc_mean,,,{},0.7,0.9\n"
+    (tmp_path / "verdicts.csv").write_text("id,testset,verdict,effect,ci_low,ci_high,source\nA,s,not run,,,,\n")
+    command = ["--metrics", path, "--out", tmp_path / "out", "--verdicts", tmp_path / "verdicts.csv"]
+    (tmp_path / "arms.csv").write_text(text.format(0.80002))
+    with pytest.raises(SystemExit) as stop:
+        run_here(report, monkeypatch, *command)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "another mean of exp 3.4 on padchest" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "arms.csv").write_text(text.format(0.800009))               # six digits are written
+    run_here(report, monkeypatch, *command)
+    assert "None of the claims applies to these arms." in (tmp_path / "out/report.html").read_text()
+
+
+def test_printed_numbers_are_those_of_the_table_they_stand_in(tmp_path):
+    rows = [("3.1", 0, "nih_test", 14, "auc_mean", "corrected", "", "", 0.8)]
+    tables = tables_of(small(tmp_path, *rows))
+    for number, mean, sd in (("2", "auc_mean", "auc_sd"), ("5", "auc_36", "sd_36")):
+        printed = pd.read_csv(REPORTED / f"table{number}.csv", dtype=str).query("exp == '3.1'")
+        if number == "2":
+            printed = printed.query("testset == 'nih_test' and classes == '14'")
+        expected = f"{printed[mean].item()} ({printed[sd].item()})"
+        assert set(tables[number].printed) == {expected}, number
+
+
+def test_figure_3_goes_from_small_to_large_and_learning_ends_with_the_first_run(tmp_path, monkeypatch):
+    rows = [(f"4.1.1-{size}k", 0, "nih_test", 14, "auc_mean", "corrected", "", "", size / 1000)
+            for size in (100, 250, 50)]
+    grid = tables_of(small(tmp_path, *rows))["6"]
+    figures = []
+    monkeypatch.setattr(report, "save", lambda figure, *args, **kwargs: figures.append(figure))
+    report.size_figure(grid, dict.fromkeys(grid.exp, ""), tmp_path / "x")
+    assert list(figures[0].axes[0].lines[0].get_xdata()) == [50, 100, 250]
+    for seed, values in ((0, [.9, .7]), (11, [.5, .5, .6])):
+        run = tmp_path / f"runs/3.4/finetune/seed{seed}"
+        run.mkdir(parents=True)
+        lines = [json.dumps({"epoch": epoch, "val_auc": value}) + "\n" for epoch, value in enumerate(values, 1)]
+        (run / "log.jsonl").write_text("".join(lines))
+    report.learning_figure(report.read_logs(tmp_path / "runs"), tmp_path / "x")
+    lines = [list(line.get_ydata()) for axis in figures[1].axes for line in axis.lines if len(line.get_ydata())]
+    assert lines == [pytest.approx([.7, .6])]
+
+
+@pytest.mark.parametrize("truths", [(-1, 0, 1), (-1, 0)])
+def test_unknown_truths_are_in_no_curve(tmp_path, monkeypatch, truths):
+    frame = pd.DataFrame({"path": range(60), "true_A": np.resize([0, 1], 60), "true_B": np.resize(truths, 60)})
+    rng = np.random.default_rng(0)
+    frame["prob_A"], frame["prob_B"] = rng.random((2, 60))
+    (tmp_path / "a/predictions/seed0").mkdir(parents=True)
+    frame.to_csv(tmp_path / "a/predictions/seed0/s.csv", index=False)
+    figures = []
+    monkeypatch.setattr(report, "save", lambda figure, *args, **kwargs: figures.append(figure))
+    report.decision_figure(tmp_path, "a", "s", tmp_path / "x")
+    lines = {line.get_label(): line for line in figures[0].axes[0].lines}
+    assert set(lines) == ({"A", "B"} if 1 in truths else {"A"})
+    if 1 in truths:
+        from sklearn.metrics import auc, roc_auc_score
+        known = frame[frame.true_B >= 0]
+        found = auc(*lines["B"].get_data())
+        assert found == pytest.approx(roc_auc_score(known.true_B, known.prob_B))
+
+
+def test_other_test_sets_show_all_their_labels_and_the_constant_answer_of_whoever_has_it(tmp_path):
+    rows = [("b", 0, "mine", labels, "auc_mean", "corrected", "", "", 0.8) for labels in ("5", "all")]
+    rows += [("a", 0, "other", "5", "auc_mean", "corrected", "", "", 0.8)]
+    rows += [("b", 0, "mine", "", "auc", "corrected", label, "", 0.8) for label in (*LABELS5, "Fracture", "Other")]
+    rows += [("b", s, "mine", "all", "always_negative_accuracy", "corrected", "", "", 0.7067) for s in (0, 1)]
+    rows = rows[2:3] + rows[:2] + rows[3:]
+    path = small(tmp_path, *rows)
+    results = report.Results(report.read_metrics(path), None)
+    assert results.labels["mine"] == "all" and results.arms == ["a", "b"]
+    results.main = "mine"
+    specs = {spec["number"]: spec for spec in report.table_specs(results)}
+    assert len(specs["3"]["columns"]) == 7 and "mean accuracy 0.7067, subset accuracy unknown" in specs["7"]["note"]
+    grid = report.fill_tables(results, specs.values())
+    with pytest.MonkeyPatch.context() as patch:
+        figures = []
+        patch.setattr(report, "save", lambda figure, *args, **kwargs: figures.append(figure))
+        report.disease_figure(results, grid, {"a": "", "b": ""}, tmp_path / "x")
+    assert figures[0].axes[0].get_xlabel() == "6 of 7"
+
+
+@pytest.mark.parametrize("flag", ["--baseline", "--arm"])
+def test_an_arm_that_was_asked_for_has_to_be_there(tmp_path, monkeypatch, capsys, flag):
+    path = small(tmp_path, ("a", 0, "s", 5, "auc_mean", "corrected", "", "", 0.8))
+    with pytest.raises(SystemExit) as stop:
+        run_here(report, monkeypatch, "--metrics", path, "--out", tmp_path / "out", flag, "nosuch")
+    assert stop.value.code == 2 and "has no arm 'nosuch'; known: a" in capsys.readouterr().err
 
 
 def test_bold_is_the_best_with_ties_and_the_lowest_of_errors(tmp_path):
@@ -254,6 +347,7 @@ def test_the_first_screen_answers(folder, made):
     sentence = "GMML on chest X-rays (MIMIC, from ImageNet) beats ImageNet weights alone: "
     effect = f"NIH {float(verdict.effect):+.3f} [{float(verdict.ci_low):.3f}, {float(verdict.ci_high):.3f}]"
     assert sentence in first and effect in first
+    assert "; 95 % interval." in first and "over runs and patients" not in first        # not known of one run
     sources = [dict(attributes) for tag, attributes in page.tags if tag == "img"]
     assert [image.get("class") for image in sources[:2]] == ["wide", "narrow"] and all(
         i["alt"] for i in sources
@@ -378,6 +472,34 @@ def test_an_answer_over_all_test_sets_is_the_verdict_over_all():
         assert said in " ".join(re.sub("<.*?>", "", answer).split()), answer
 
 
+def test_an_answer_has_its_remark_and_the_colour_of_its_word():
+    loader = report.jinja2.FileSystemLoader(report.HERE)
+    parts = report.jinja2.Environment(loader=loader).get_template("report.parts.html")
+    parts = parts.make_module({"results": None, "set_names": {"nih_test": "NIH"}})
+    row = {"statement": "s", "effect": "-0.0001", "ci_low": "-0.0002", "ci_high": "0.2", "verdict": "holds",
+           "test": "greater", "p_holm": "4e-107", "remark": "an arm has one run", "ours": "1", "place": "0.A.6",
+           "left": "", "right": "", "metric": "auc"}
+    claim = {"all": report.pd.Series({**row, "verdict": "undecided"}), "nih_test": row}
+    answer = parts.answer(claim)
+    assert '<b class="holds">holds on NIH</b>' in answer and "(an arm has one run)." in answer
+    assert "NIH +0.000 [0.000, 0.200]" in answer
+    claims = {"J4": {"all": row}, "J1": {"all": row | {"ours": "0"}}}
+    table = " ".join(parts.claim_table("c", claims, {}).split())
+    assert "J4, ours:" in table and "J1, section 0.A.6:" in table and "p < 0.0001" in table
+
+
+def test_a_gap_is_the_mean_of_the_gaps_of_labels(folder):
+    table = cells(tables_of(folder / "metrics.csv")["B_nih_test_auc"])
+    gaps = []
+    for file in folder.glob("runs/3.4/predictions/*/nih_test.csv"):
+        frame = pd.read_csv(file)
+        for label in LABELS5:
+            both = [metrics.auc(own[f"true_{label}"], own[f"prob_{label}"]) for _, own in frame.groupby("sex")]
+            gaps.append(abs(both[0] - both[1]))
+    assert table["3.4", "sex: gap"]["value"] == pytest.approx(np.mean(gaps))
+    assert "of each label from its worst to its best group" in " ".join(report.SHOWN["groups"][0]["note"].split())
+
+
 def test_learning_curves_are_means_of_each_run_before_they_are_compared(tmp_path, monkeypatch):
     for seed, losses in ((0, [[4, 2], [1]]), (11, [[5, 3], [2]])):                 # by epoch, several lines each
         run = tmp_path / f"runs/3.4/finetune/seed{seed}"
@@ -426,7 +548,7 @@ def test_tables_are_written_for_spreadsheets_and_latex(made):
 
 
 def test_reliability_bins_are_pooled_over_labels_and_runs(folder):
-    results = report.Results(report.read_metrics(folder / "metrics.csv"), None, {})
+    results = report.Results(report.read_metrics(folder / "metrics.csv"), None)
     bins = report.pooled_bins(results).loc["3.4"]
     frames = [pd.read_csv(file) for file in folder.glob("runs/3.4/predictions/*/chexpert_valid.csv")]
     p = np.concatenate([frame[[f"prob_{label}" for label in LABELS5]].to_numpy().ravel() for frame in frames])
@@ -450,6 +572,7 @@ def test_somebody_elses_labels_and_test_set_make_a_page_too(tmp_path, monkeypatc
     run_here(report, monkeypatch, "--metrics", tmp_path / "metrics.csv", "--out", tmp_path / "out")
     text = " ".join(Page((tmp_path / "out/report.html").read_text()).text)
     assert "Lesion" in text and "No verdicts: run evaluate/compare.py" in text
+    assert "2 arms, 2 models, tested on" in " ".join(text.split()) and "fine-tuned on NIH" not in text
 
 
 def test_published_aucs_alone_make_a_page(published, tmp_path, monkeypatch):
