@@ -46,8 +46,9 @@ SHARD = 32                              # most rows of a part: the work of a wor
 CRASHED = {"reason": "unreadable: the decoder crashed"}, b""
 STAND_IN = "drawn by data_prep/demo.py"
 DICOM = {"corrected": "display", "paper": "paper"}      # the conversion of each variant
-# Errors that come of a file itself, a decoder's own (None) or of a seek to nowhere: others are the storage's.
-OF_THE_FILE = None, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOVERFLOW, errno.ENAMETOOLONG
+# Errors that come of a file itself, a decoder's own (None) or of a seek to nowhere: others are the storage's,
+# such as a permission that is lacking.
+OF_THE_FILE = None, errno.EINVAL, errno.EOVERFLOW, errno.ENAMETOOLONG
 TEXT = {"mode": "w", "newline": "", "encoding": "utf-8"}
 STOPS = signal.SIGINT, signal.SIGTERM
 
@@ -464,10 +465,15 @@ def pack(args):
         print(f"{out} is packed already: nothing to do (to pack it again, remove {out}/manifest.csv)")
     else:
         if args.require_files:
-            rows = (row["path"] for row, _ in index_rows(index, splits))
-            absent = [path for path in rows if not (args.raw / path).is_file()]
+            absent = []
+            for row, _ in index_rows(index, splits):
+                try:
+                    locate(args.raw, row["path"])
+                except (Rejected, ValueError) as error:             # of a path that holds a NUL
+                    absent.append((row["path"], error))
             if absent:
-                fail(f"{absent[0]!r} is missing in {args.raw}, as {len(absent):,} of {total:,} images are; "
+                path, reason = absent[0]
+                fail(f"{path!r} in {args.raw}: {reason}; {len(absent):,} of {total:,} images are not there: "
                      "complete the download and make the index again, or drop --require-files")
         folder.mkdir(exist_ok=True)
         parts = [folder / f"{number:06}" for number in range(-(-total // size))]

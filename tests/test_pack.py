@@ -860,7 +860,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     assert_user_error(attempt(b"path,split\nx.png,val,1\n"), "row 2")
     assert_user_error(attempt("path\né.png\n".encode("latin-1")), "UTF-8")
     said = attempt(b"path\ny.png\nx.png\nz.png\n", "--require-files", run=run_pack)
-    assert_user_error(said, "'y.png' is missing", "2 of 3 images", "complete the download")
+    assert_user_error(said, "'y.png' in ", "missing; 2 of 3 images", "complete the download")
     assert not list((tmp_path / "out").iterdir())
     assert_user_error(attempt(b"path\ny.png\n", run=run_pack), "none of its rows", "missing", "rejected.csv")
     assert table(tmp_path / "out/rejected.csv") == [{"path": "y.png", "reason": "missing"}]
@@ -978,6 +978,22 @@ def test_images_may_be_missing_from_a_finished_pack(tmp_path):
     assert fork_pack(tmp_path, "other", "--require-files") == 2
 
 
+@pytest.mark.parametrize("path, reason", [
+    ("batch 3/b.png", "outside the raw root"), ("..", "outside the raw root"), ("batch", "not a regular file"),
+    ("in\0/b.png", "null byte")])
+def test_a_path_that_cannot_be_packed_stops_a_run_that_requires_files(tmp_path, path, reason):
+    save(tmp_path / "raw/a.png", noise(20, 20))
+    save(tmp_path / "disk/b.png", noise(20, 20))
+    (tmp_path / "raw/batch").mkdir()
+    (tmp_path / "raw/batch 3").symlink_to(tmp_path / "disk")
+    write_index(tmp_path / "index.csv", ["a.png", path])
+    result = run_main(tmp_path, "--require-files")
+    assert_user_error(result, f"{path!r} in {tmp_path}", reason, "1 of 2 images", "--require-files")
+    assert not list((tmp_path / "out").iterdir())
+    assert fork_pack(tmp_path, "some") == 0             # without it the row is rejected
+    assert [row["path"] for row in table(tmp_path / "some/rejected.csv")] == [path]
+
+
 def start(folder, out, *options, **popen):
     """The command in the background, in a process group of its own, with parts of one row."""
     code = "import pack; pack.SHARD = 1; pack.main()"
@@ -1085,7 +1101,10 @@ sys.addaudithook(lambda event, args: event == "open" and str(args[0]).endswith(c
 
 @pytest.mark.parametrize("problem, said", [
     ("OSError(errno.ESTALE, os.strerror(errno.ESTALE))", "Stale file handle"),
-    ("OSError(errno.EIO, os.strerror(errno.EIO))", "Input/output error"), ("MemoryError()", "memory is short")])
+    ("OSError(errno.EIO, os.strerror(errno.EIO))", "Input/output error"),
+    ("PermissionError(errno.EACCES, 'Permission denied')", "Permission denied"),
+    ("PermissionError(errno.EPERM, 'Operation not permitted')", "not permitted"),
+    ("MemoryError()", "memory is short")])
 def test_storage_or_memory_that_fails_for_a_moment_costs_no_file(tmp_path, problem, said):
     many(tmp_path, 60)
     (tmp_path / "hook").mkdir()
@@ -1102,10 +1121,9 @@ sys.addaudithook(fail)
     assert [row["path"] for row in table(tmp_path / "out/rejected.csv")] == ["0031.png"]
 
 
-@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), OSError("truncated")])
-def test_a_file_that_may_not_be_read_is_rejected(tmp_path, monkeypatch, error):
+def test_an_error_of_the_decoder_or_of_the_name_rejects_the_file(tmp_path, monkeypatch):
     def refuse(*_):
-        raise error
+        raise OSError("truncated")
 
     save(tmp_path / "raw/a.png", noise(9, 9))
     monkeypatch.setattr(pack, "read_image", refuse)
