@@ -359,30 +359,21 @@ def check_index(args, splits):
     return sum(counts[split] for split in splits or counts)
 
 
-def read_json(path):
-    """The object in a JSON file, {} if it is absent."""
-    try:
-        return {**json.loads(path.read_text())} if path.exists() else {}
-    except (ValueError, TypeError):
-        fail(f"{path}: not a JSON object; remove it or choose another folder")
-
-
 def stand_in(raw):
-    """The mark of drawn data: demo.py's README.txt in `raw` or above, or demo.json that names the dataset."""
-    raw = raw.resolve()
-    for folder in (raw, *raw.parents):
-        note = folder / "README.txt"
+    """The mark of drawn data: the README.txt that demo.py puts into each dataset's folder, `raw` or above."""
+    for note in (folder / "README.txt" for folder in (raw.resolve(), *raw.resolve().parents)):
         if note.is_file() and STAND_IN in note.read_text(errors="replace"):
-            return STAND_IN
-        drawn = read_json(folder / "demo.json").get("images", {})
-        if drawn and (raw == folder or raw.relative_to(folder).parts[0] in drawn):
             return STAND_IN
 
 
 def is_finished(out, config):
     """Whether `out` holds a finished pack of these settings, with its manifest.csv and images.npy. One of
     another maker or of other settings is refused, but for drawn images, which are packed anew."""
-    found, there = read_json(out / "pack.json"), {path.name for path in out.iterdir()}
+    there, facts = {path.name for path in out.iterdir()}, out / "pack.json"
+    try:
+        found = {**json.loads(facts.read_text())} if facts.exists() else {}
+    except (ValueError, TypeError):
+        fail(f"{facts}: not a JSON object; remove it or choose another folder")
     for key, value in config.items():
         if found and found.get(key) != value:
             if found.get("stand_in"):

@@ -731,19 +731,18 @@ def test_blank_sex_and_age_are_filled_from_the_headers_and_nothing_else(tmp_path
     assert table(tmp_path / "out/manifest.csv") == [{**rows[0], "sex": "M", "age": "41"}, *rows[1:]]
 
 
-@pytest.mark.parametrize("place", ["raw/demo.json", "demo.json"])
-def test_a_stand_in_is_marked_and_real_data_beside_it_is_not(tmp_path, place):
+def test_a_stand_in_is_marked_and_real_data_beside_it_is_not(tmp_path):
     save(tmp_path / "raw/nih/a.png", noise(20, 20))
+    (tmp_path / "raw/oct").mkdir()
     write_index(tmp_path / "index.csv", ["a.png"])
-    (tmp_path / place).write_text(json.dumps({"stand_in": True, "images": {"nih": 1, "raw": 1}}))
+    note = tmp_path / "raw/nih/README.txt"
+    note.write_text(load_script("data_prep/demo.py").STAND_IN)
     result = run_pack(tmp_path, "--raw", tmp_path / "raw/nih", out="drawn")
     mark = json.loads((tmp_path / "drawn/pack.json").read_text())["stand_in"]
     assert mark == "drawn by data_prep/demo.py" and f"stand-in: {mark}" in result.stdout
-    (tmp_path / place).write_text(json.dumps({"stand_in": True, "images": {"oct": 1}}))
+    note.rename(tmp_path / "raw/oct/README.txt")
     assert run_pack(tmp_path, "--raw", tmp_path / "raw/nih", out="kept").returncode == 0
     assert json.loads((tmp_path / "kept/pack.json").read_text())["stand_in"] is None
-    (tmp_path / place).write_text("{")
-    assert_user_error(run_pack(tmp_path, "--raw", tmp_path / "raw/nih", out="odd"), "demo.json")
 
 
 def test_a_stand_in_that_was_copied_elsewhere_is_known_by_its_readme(tmp_path):
@@ -759,7 +758,7 @@ def test_a_stand_in_that_was_copied_elsewhere_is_known_by_its_readme(tmp_path):
 def test_a_pack_of_drawings_gives_way_to_one_of_other_drawings(tmp_path):
     save(tmp_path / "raw/a.png", noise(20, 20))
     save(tmp_path / "raw/b.png", noise(20, 20))
-    (tmp_path / "raw/demo.json").write_text(json.dumps({"images": {"raw": 2}}))
+    (tmp_path / "raw/README.txt").write_text(load_script("data_prep/demo.py").STAND_IN)
     for paths in (["a.png"], ["a.png", "b.png"]):
         write_index(tmp_path / "index.csv", paths)
         assert fork_pack(tmp_path, "out") == 0
