@@ -215,7 +215,6 @@ def pack_row(path, earlier, config):
         file = locate(config["raw"], path)
         image, facts = read_image(file, config["channels"], config["variant"], config["dicom"])
         if size != "original":
-            facts["upscaled"] = min(image.size) < size
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         histogram = np.reshape(image.histogram(), (-1, 256))
         if (histogram > 0).sum() == len(histogram):

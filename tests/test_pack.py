@@ -701,7 +701,7 @@ def test_the_pack_is_what_the_contract_says(tmp_path):
     expected = {"dataset": "out", "size": 16, "channels": 1, "N": len(kept), "rejected": 6, "splits": [],
                 "index_sha256": digest, "raw": str(tmp_path / "raw"), "variant": "corrected",
                 "dicom": "display", "monochrome1": 1, "sixteen_bit": 2,
-                "sixteen_bit_below_4096": 1, "upscaled": 1, "stand_in": None}
+                "sixteen_bit_below_4096": 1, "stand_in": None}
     assert {key: summary[key] for key in expected} == expected
     assert "rejected 6 {" in result.stdout and "1 MONOCHROME1 (DICOM as display)" in result.stdout
     assert "stand-in: None" in result.stdout and "\r" not in result.stdout
