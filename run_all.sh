@@ -16,7 +16,6 @@
 # Stopped or killed, the same command goes on; SIGTERM is passed on, exit code 75. PYTHON=python: in your environment.
 set -euo pipefail; cd "$(dirname "$0")"
 usage() { echo "error: $1; bash run_all.sh --help lists the options" >&2; exit 2; }
-
 demo="" open="" dry_run="" plan="" exp="" raw="" data="" out="" nproc="" tests="" only="" scale="" slurm="" rates=""
 stopping="" given=() packs=() tested=() sets=() predictions=()
 while [ $# -gt 0 ]; do
@@ -29,6 +28,7 @@ while [ $# -gt 0 ]; do
     *) usage "unknown option $1" ;;
   esac; shift
 done
+trap 'exit 75' TERM INT HUP                 # until there is a step to stop
 . tests/setup_env.sh
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || usage "$PYTHON has no torch"
 if [ "$gpus" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
@@ -104,7 +104,7 @@ prepare() {     # FOLDER: download -> index -> pack
 row() {         # EXP STRATEGY DATA PARENT SEEDS: pre-train, fine-tune, predict
   local here="$runs/$1" start="" classifiers=() files=() common=(--exp "$1" ${demo:+--miniature true} --data "$data")
   [ "$4" = - ] || start="$runs/$4/pretrain/backbone.pt"
-  if [ "$2" != - ]; then
+  if [[ $2 != - && ( $only$5 != rows- || ! -e $here/pretrain/backbone.pt.done ) ]]; then    # rows may share a parent
     prepare "$3"
     [[ $3 = *_original ]] || seen["$data/$3:pretrain"]=1                    # packed in pre-training
     step pretrain,rows "$here/pretrain/backbone.pt" experiments.yaml "$data/$3/manifest.csv" ${start:+"$start"} -- \

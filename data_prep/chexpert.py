@@ -13,6 +13,7 @@ images of 200 patients) and test. Labels are 1, 0, -1 (uncertain) and blank (not
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def join(table, other, keys, path):
     if met == 0:
         fail(f"{path}: no image has a row in it; its first {' and '.join(keys)} are "
              f"{other[keys].values[:1].tolist()}, those of the images {table[keys].values[:1].tolist()}")
-    print(f"{path}: rows for {met:.1%} of the images")
+    print(f"{path.name}: rows for {met:.1%} of the images")
     return joined.fillna("")
 # --- end copy: join ---
 # --- begin copy: label values ---
@@ -140,8 +141,11 @@ def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
     first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
     table = table.reindex(columns=first.union(table.columns, sort=False))
+    odd = table.path[table.path.str.contains(r"[\ud800-\udfff]")]
+    if len(odd):
+        fail(f"{odd.iloc[0]!r}: the name of a file or folder that is not UTF-8; rename it")
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{out}.part")
+    part = Path(f"{out}.{os.getpid()}.part")        # another run may write the same index
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(part, index=False)

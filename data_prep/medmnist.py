@@ -129,7 +129,7 @@ def main():
         pack = {"dataset": args.out.resolve().name, "index_sha256": hashlib.sha256(text.encode()).hexdigest(),
                 "splits": [], "raw": os.path.abspath(args.raw), "size": side, "channels": 1,
                 "variant": "corrected", "dicom": "display", "N": len(rows), "monochrome1": 0,
-                "sixteen_bit": 0, "sixteen_bit_below_4096": 0, "upscaled": 0, "rejected": 0, "reasons": {},
+                "sixteen_bit": 0, "sixteen_bit_below_4096": 0, "rejected": 0, "reasons": {},
                 "mean": mean / 255, "std": std / 255, "stand_in": None}
         (args.out / "pack.json").unlink(missing_ok=True)                # it is written last
         os.replace(part, args.out / "images.npy")

@@ -90,8 +90,11 @@ def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
     first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
     table = table.reindex(columns=first.union(table.columns, sort=False))
+    odd = table.path[table.path.str.contains(r"[\ud800-\udfff]")]
+    if len(odd):
+        fail(f"{odd.iloc[0]!r}: the name of a file or folder that is not UTF-8; rename it")
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{out}.part")
+    part = Path(f"{out}.{os.getpid()}.part")        # another run may write the same index
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(part, index=False)

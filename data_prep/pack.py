@@ -46,8 +46,9 @@ SHARD = 32                              # most rows of a part: the work of a wor
 CRASHED = {"reason": "unreadable: the decoder crashed"}, b""
 STAND_IN = "drawn by data_prep/demo.py"
 DICOM = {"corrected": "display", "paper": "paper"}      # the conversion of each variant
-# Errors that come of a file itself, a decoder's own (None) or of a seek to nowhere: others are the storage's.
-OF_THE_FILE = None, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOVERFLOW, errno.ENAMETOOLONG
+# Errors that come of a file itself, a decoder's own (None) or of a seek to nowhere: others are the storage's,
+# such as a permission that is lacking.
+OF_THE_FILE = None, errno.EINVAL, errno.EOVERFLOW, errno.ENAMETOOLONG
 TEXT = {"mode": "w", "newline": "", "encoding": "utf-8"}
 STOPS = signal.SIGINT, signal.SIGTERM
 
@@ -214,7 +215,6 @@ def pack_row(path, earlier, config):
         file = locate(config["raw"], path)
         image, facts = read_image(file, config["channels"], config["variant"], config["dicom"])
         if size != "original":
-            facts["upscaled"] = min(image.size) < size
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         histogram = np.reshape(image.histogram(), (-1, 256))
         if (histogram > 0).sum() == len(histogram):
@@ -358,30 +358,21 @@ def check_index(args, splits):
     return sum(counts[split] for split in splits or counts)
 
 
-def read_json(path):
-    """The object in a JSON file, {} if it is absent."""
-    try:
-        return {**json.loads(path.read_text())} if path.exists() else {}
-    except (ValueError, TypeError):
-        fail(f"{path}: not a JSON object; remove it or choose another folder")
-
-
 def stand_in(raw):
-    """The mark of drawn data: demo.py's README.txt in `raw` or above, or demo.json that names the dataset."""
-    raw = raw.resolve()
-    for folder in (raw, *raw.parents):
-        note = folder / "README.txt"
+    """The mark of drawn data: the README.txt that demo.py puts into each dataset's folder, `raw` or above."""
+    for note in (folder / "README.txt" for folder in (raw.resolve(), *raw.resolve().parents)):
         if note.is_file() and STAND_IN in note.read_text(errors="replace"):
-            return STAND_IN
-        drawn = read_json(folder / "demo.json").get("images", {})
-        if drawn and (raw == folder or raw.relative_to(folder).parts[0] in drawn):
             return STAND_IN
 
 
 def is_finished(out, config):
     """Whether `out` holds a finished pack of these settings, with its manifest.csv and images.npy. One of
     another maker or of other settings is refused, but for drawn images, which are packed anew."""
-    found, there = read_json(out / "pack.json"), {path.name for path in out.iterdir()}
+    there, facts = {path.name for path in out.iterdir()}, out / "pack.json"
+    try:
+        found = {**json.loads(facts.read_text())} if facts.exists() else {}
+    except (ValueError, TypeError):
+        fail(f"{facts}: not a JSON object; remove it or choose another folder")
     for key, value in config.items():
         if found and found.get(key) != value:
             if found.get("stand_in"):
@@ -464,10 +455,15 @@ def pack(args):
         print(f"{out} is packed already: nothing to do (to pack it again, remove {out}/manifest.csv)")
     else:
         if args.require_files:
-            rows = (row["path"] for row, _ in index_rows(index, splits))
-            absent = [path for path in rows if not (args.raw / path).is_file()]
+            absent = []
+            for row, _ in index_rows(index, splits):
+                try:
+                    locate(args.raw, row["path"])
+                except (Rejected, ValueError) as error:             # of a path that holds a NUL
+                    absent.append((row["path"], error))
             if absent:
-                fail(f"{absent[0]!r} is missing in {args.raw}, as {len(absent):,} of {total:,} images are; "
+                path, reason = absent[0]
+                fail(f"{path!r} in {args.raw}: {reason}; {len(absent):,} of {total:,} images are not there: "
                      "complete the download and make the index again, or drop --require-files")
         folder.mkdir(exist_ok=True)
         parts = [folder / f"{number:06}" for number in range(-(-total // size))]

@@ -30,8 +30,8 @@ while read -r name _ _ parent seeds; do
   after='$data' part=rows
   [ "$parent" = - ] || after="\$data:\${job[$parent]}"
   [ "$seeds" != - ] || part=pretrain                            # a parent that was not asked for
-  echo "job[$name]=\$(sbatch --parsable --dependency=afterok:$after \"\$@\" job.sh --only $part --exp $name)" >&3
+  echo "job[$name]=\$(sbatch --parsable --kill-on-invalid-dep=yes --dependency=afterok:$after \"\$@\" job.sh --only $part --exp $name)" >&3
   rows=$(( rows + 1 ))
 done
-echo 'sbatch --dependency=afterok$(printf ":%s" "${job[@]}") "$@" job.sh --only results' >&3
+echo 'sbatch --kill-on-invalid-dep=yes --dependency=afterok$(printf ":%s" "${job[@]}") "$@" job.sh --only results' >&3
 echo "bash $folder/submit.sh [options of sbatch] hands in $rows rows"

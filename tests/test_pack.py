@@ -701,7 +701,7 @@ def test_the_pack_is_what_the_contract_says(tmp_path):
     expected = {"dataset": "out", "size": 16, "channels": 1, "N": len(kept), "rejected": 6, "splits": [],
                 "index_sha256": digest, "raw": str(tmp_path / "raw"), "variant": "corrected",
                 "dicom": "display", "monochrome1": 1, "sixteen_bit": 2,
-                "sixteen_bit_below_4096": 1, "upscaled": 1, "stand_in": None}
+                "sixteen_bit_below_4096": 1, "stand_in": None}
     assert {key: summary[key] for key in expected} == expected
     assert "rejected 6 {" in result.stdout and "1 MONOCHROME1 (DICOM as display)" in result.stdout
     assert "stand-in: None" in result.stdout and "\r" not in result.stdout
@@ -731,19 +731,18 @@ def test_blank_sex_and_age_are_filled_from_the_headers_and_nothing_else(tmp_path
     assert table(tmp_path / "out/manifest.csv") == [{**rows[0], "sex": "M", "age": "41"}, *rows[1:]]
 
 
-@pytest.mark.parametrize("place", ["raw/demo.json", "demo.json"])
-def test_a_stand_in_is_marked_and_real_data_beside_it_is_not(tmp_path, place):
+def test_a_stand_in_is_marked_and_real_data_beside_it_is_not(tmp_path):
     save(tmp_path / "raw/nih/a.png", noise(20, 20))
+    (tmp_path / "raw/oct").mkdir()
     write_index(tmp_path / "index.csv", ["a.png"])
-    (tmp_path / place).write_text(json.dumps({"stand_in": True, "images": {"nih": 1, "raw": 1}}))
+    note = tmp_path / "raw/nih/README.txt"
+    note.write_text(load_script("data_prep/demo.py").STAND_IN)
     result = run_pack(tmp_path, "--raw", tmp_path / "raw/nih", out="drawn")
     mark = json.loads((tmp_path / "drawn/pack.json").read_text())["stand_in"]
     assert mark == "drawn by data_prep/demo.py" and f"stand-in: {mark}" in result.stdout
-    (tmp_path / place).write_text(json.dumps({"stand_in": True, "images": {"oct": 1}}))
+    note.rename(tmp_path / "raw/oct/README.txt")
     assert run_pack(tmp_path, "--raw", tmp_path / "raw/nih", out="kept").returncode == 0
     assert json.loads((tmp_path / "kept/pack.json").read_text())["stand_in"] is None
-    (tmp_path / place).write_text("{")
-    assert_user_error(run_pack(tmp_path, "--raw", tmp_path / "raw/nih", out="odd"), "demo.json")
 
 
 def test_a_stand_in_that_was_copied_elsewhere_is_known_by_its_readme(tmp_path):
@@ -759,7 +758,7 @@ def test_a_stand_in_that_was_copied_elsewhere_is_known_by_its_readme(tmp_path):
 def test_a_pack_of_drawings_gives_way_to_one_of_other_drawings(tmp_path):
     save(tmp_path / "raw/a.png", noise(20, 20))
     save(tmp_path / "raw/b.png", noise(20, 20))
-    (tmp_path / "raw/demo.json").write_text(json.dumps({"images": {"raw": 2}}))
+    (tmp_path / "raw/README.txt").write_text(load_script("data_prep/demo.py").STAND_IN)
     for paths in (["a.png"], ["a.png", "b.png"]):
         write_index(tmp_path / "index.csv", paths)
         assert fork_pack(tmp_path, "out") == 0
@@ -860,7 +859,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     assert_user_error(attempt(b"path,split\nx.png,val,1\n"), "row 2")
     assert_user_error(attempt("path\né.png\n".encode("latin-1")), "UTF-8")
     said = attempt(b"path\ny.png\nx.png\nz.png\n", "--require-files", run=run_pack)
-    assert_user_error(said, "'y.png' is missing", "2 of 3 images", "complete the download")
+    assert_user_error(said, "'y.png' in ", "missing; 2 of 3 images", "complete the download")
     assert not list((tmp_path / "out").iterdir())
     assert_user_error(attempt(b"path\ny.png\n", run=run_pack), "none of its rows", "missing", "rejected.csv")
     assert table(tmp_path / "out/rejected.csv") == [{"path": "y.png", "reason": "missing"}]
@@ -978,6 +977,22 @@ def test_images_may_be_missing_from_a_finished_pack(tmp_path):
     assert fork_pack(tmp_path, "other", "--require-files") == 2
 
 
+@pytest.mark.parametrize("path, reason", [
+    ("batch 3/b.png", "outside the raw root"), ("..", "outside the raw root"), ("batch", "not a regular file"),
+    ("in\0/b.png", "null byte")])
+def test_a_path_that_cannot_be_packed_stops_a_run_that_requires_files(tmp_path, path, reason):
+    save(tmp_path / "raw/a.png", noise(20, 20))
+    save(tmp_path / "disk/b.png", noise(20, 20))
+    (tmp_path / "raw/batch").mkdir()
+    (tmp_path / "raw/batch 3").symlink_to(tmp_path / "disk")
+    write_index(tmp_path / "index.csv", ["a.png", path])
+    result = run_main(tmp_path, "--require-files")
+    assert_user_error(result, f"{path!r} in {tmp_path}", reason, "1 of 2 images", "--require-files")
+    assert not list((tmp_path / "out").iterdir())
+    assert fork_pack(tmp_path, "some") == 0             # without it the row is rejected
+    assert [row["path"] for row in table(tmp_path / "some/rejected.csv")] == [path]
+
+
 def start(folder, out, *options, **popen):
     """The command in the background, in a process group of its own, with parts of one row."""
     code = "import pack; pack.SHARD = 1; pack.main()"
@@ -1085,7 +1100,10 @@ sys.addaudithook(lambda event, args: event == "open" and str(args[0]).endswith(c
 
 @pytest.mark.parametrize("problem, said", [
     ("OSError(errno.ESTALE, os.strerror(errno.ESTALE))", "Stale file handle"),
-    ("OSError(errno.EIO, os.strerror(errno.EIO))", "Input/output error"), ("MemoryError()", "memory is short")])
+    ("OSError(errno.EIO, os.strerror(errno.EIO))", "Input/output error"),
+    ("PermissionError(errno.EACCES, 'Permission denied')", "Permission denied"),
+    ("PermissionError(errno.EPERM, 'Operation not permitted')", "not permitted"),
+    ("MemoryError()", "memory is short")])
 def test_storage_or_memory_that_fails_for_a_moment_costs_no_file(tmp_path, problem, said):
     many(tmp_path, 60)
     (tmp_path / "hook").mkdir()
@@ -1102,10 +1120,9 @@ sys.addaudithook(fail)
     assert [row["path"] for row in table(tmp_path / "out/rejected.csv")] == ["0031.png"]
 
 
-@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), OSError("truncated")])
-def test_a_file_that_may_not_be_read_is_rejected(tmp_path, monkeypatch, error):
+def test_an_error_of_the_decoder_or_of_the_name_rejects_the_file(tmp_path, monkeypatch):
     def refuse(*_):
-        raise error
+        raise OSError("truncated")
 
     save(tmp_path / "raw/a.png", noise(9, 9))
     monkeypatch.setattr(pack, "read_image", refuse)

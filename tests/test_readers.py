@@ -1105,7 +1105,50 @@ def test_a_disk_that_is_full_leaves_the_index_and_its_facts_as_they_were(read, r
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+@pytest.mark.parametrize("dataset", ["nih", "oct"])
+def test_two_readers_of_one_index_do_not_disturb_each_other(read, tmp_path, dataset, monkeypatch):
+    raw = write(tmp_path / "raw", {"nih": nih_files, "oct": oct_files}[dataset]())
+    flags = ["--n-pretrain", "all"]
+    whole, _ = read(dataset, raw, *flags)
+    to_csv = pd.DataFrame.to_csv
+
+    def write_and_let_another_come_to_its_end(table, *args, **options):
+        to_csv(table, *args, **options)
+        if child := os.fork():
+            assert os.waitpid(child, 0)[1] == 0
+            return
+        monkeypatch.undo()
+        try:
+            read(dataset, raw, *flags)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", write_and_let_another_come_to_its_end)
+    table, _ = read(dataset, raw, *flags)
+    assert table.equals(whole) and {path.name for path in (tmp_path / "out").iterdir()} == {"index.csv", "index.json"}
+
+
 # ---- hostile downloads ----
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_a_download_in_a_folder_whose_name_is_not_utf8_is_refused(refused, tmp_path, dataset):
+    """As an archive unpacked under another locale leaves it."""
+    write(tmp_path / "raw" / os.fsdecode(b"\xe9tude"), FILES[dataset]())
+    message = refused(dataset, tmp_path / "raw", *ALL.get(dataset, []))
+    assert "UTF-8" in message and "tude/" in message or dataset in ("oct", "imagenet") and "at any depth" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dataset, ending", [("nih", "png"), ("padchest", "png"), ("vindr_cxr", "dicom")])
+def test_an_image_in_a_folder_whose_name_is_not_utf8_is_named(read, refused, tmp_path, dataset, ending):
+    raw = write(tmp_path / "raw", FILES[dataset]())
+    name = Path(read(dataset, raw)[0].path[0]).name
+    for path in raw.rglob(name):
+        path.unlink()
+    write(raw, {os.fsdecode(b"\xe9tude/") + name: b""})
+    assert name in refused(dataset, raw) and name.endswith(ending)
+
 
 def test_a_raw_folder_may_itself_be_a_link(read, tmp_path):
     write(tmp_path / "elsewhere", nih_files())

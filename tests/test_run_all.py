@@ -204,6 +204,8 @@ def test_slurm_jobs_are_chained_and_do_what_the_chain_does(project, demo, tmp_pa
     submitted = (tmp_path / "submitted").read_text().splitlines()
     assert done.returncode == 0 and not (tmp_path / "failed").exists(), done.stderr
     assert all("--account=me" in line for line in submitted)
+    # without it a job whose forerunner failed waits for ever
+    assert all(("--dependency=" in line) == ("--kill-on-invalid-dep=yes" in line) for line in submitted)
     jobs = [(re.search(r"--dependency=(\S+)", line), line.split("job.sh ")[1]) for line in submitted]
     assert [(after and after[1], what) for after, what in jobs] == [
         (None, "--only data"), ("afterok:1", "--only pretrain --exp c.0"),
@@ -347,6 +349,7 @@ with open("{calls}", "a") as calls:
 if name == os.environ.get("FAIL"):
     sys.exit("error: it fails")
 made = {{"pack": ["manifest.csv"], "medmnist": ["manifest.csv"], "gmml": ["backbone.pt"],
+        "simmim": ["backbone.pt"],
         "classify": [f"seed{{seed}}/classifier.pt" for seed in (0, 11, 21, 42, 100)], "compare": ["verdicts.csv"],
         "describe": ["figure1.svg", "overlaps.csv"], "report": ["report.html"]}}.get(name, [""])
 files = [out / file for file in made]
@@ -359,6 +362,20 @@ for file in files:
 if os.environ.get("TOUCH") == name:
     Path(os.environ["TOUCHED"]).touch()
 '''
+
+
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])
+def test_sigterm_before_the_first_step_asks_to_go_on_as_later_ones_do(project, tmp_path, kill):
+    (tmp_path / "python").write_text(f"#!/bin/sh\ntouch '{tmp_path}/begun'\nsleep 1\necho 0\n")
+    (tmp_path / "python").chmod(0o755)
+    chain = subprocess.Popen(["bash", "run_all.sh", "--exp", "2.1", "--data", tmp_path / "data"], cwd=project,
+                             start_new_session=True, env={**ENV, "PYTHON": str(tmp_path / "python")},
+                             stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    kill(chain.pid, signal.SIGTERM)
+    said = chain.communicate(timeout=30)[1]
+    assert chain.returncode == 75 and "error" not in said and not (tmp_path / "data").exists()
 
 
 @pytest.fixture
@@ -427,6 +444,17 @@ def test_pretraining_alone_is_no_fine_tuning(chain):
     assert chain("--exp", "3.1", "--only", "data") == ["nih", "pack", "nih", "pack"]
     assert chain("--exp", "3.1", "--only", "pretrain") == ["gmml"]
     assert chain("--exp", "3.1", "--only", "rows") == ["classify", "predict"]
+
+
+def test_rows_that_share_a_parent_leave_it_alone_side_by_side(chain, project):
+    assert chain("--exp", "0.1.6", "--only", "data")[:2] == ["nih", "pack"]
+    assert chain("--exp", "0.1.6b", "--only", "rows") == ["simmim", "classify", "predict"]      # there is none yet
+    assert chain("--exp", "0.1.6b", "--only", "rows") == []
+    (project / "experiments.yaml").touch()
+    assert chain("--exp", "0.1.6b", "--only", "rows") == ["classify", "predict"]
+    assert chain("--exp", "0.1.6b,0.1.6", "--only", "rows")[0] == "simmim"      # it was asked for
+    (project / "experiments.yaml").touch()
+    assert chain("--exp", "0.1.6b")[0] == "simmim"
 
 
 def test_finished_packs_of_the_open_half_need_no_download(chain, tmp_path):
