@@ -17,6 +17,7 @@ Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, thresho
         stand_in. labels: what a mean is over: 5 (at least four of the study's), 14 (NIH's), all (if others).
         label: of one label; both blank: of whole images. threshold: of p > threshold, the share referred, or
         a bin's lower edge. value: blank if undefined, as where validation chooses no threshold for a label.
+        ci: blank if unknown, as for the AUC of a label with fewer than two patients in a class.
         <exp>-ensemble, no seed: mean probability of its runs.
         draws.npz beside it (NAME.draws.npz of NAME.csv): for "exp/seed/dataset" float32 [rows, resamples],
         the values of a metric when patients are drawn with replacement, the same ones for every run;
@@ -528,10 +529,9 @@ def group_metrics(y, p, level, patient, threshold, suffix):
     yield from list(decisions(y, p, threshold, suffix))[:2]
 
 
-def single_metrics(y, p, level, answers, draws):
+def single_metrics(y, p, level, answers):
     """Yields the metrics of one label of which no mean is taken; an expert answers it alone."""
     yield "positives", (y == 1).sum()
-    yield "undefined_resamples", draws.isna().mean()
     turn = turns(np.abs(p - 0.5))
     for q, seen in zip(FRACTIONS, images_seen(len(y), FRACTIONS)):
         yield f"oracle_auc_by_label@{q:g}", placements(y, np.where(turn < seen, answers, level))[0]
@@ -835,7 +835,7 @@ def score_file(run, test, validation, resamples):
         for part in joint_metrics(*(table[:, columns] for table in tables), rows.patient):
             rows.put(*part, places={place: [0]})
     for k, place in enumerate(each):
-        for part in single_metrics(*(table[:, k] for table in tables), rows.auc_draws[k]):
+        for part in single_metrics(*(table[:, k] for table in tables)):
             rows.put(*part, places={place: [0]})
     for attribute in test.people:
         rows.put_groups(test.people[attribute], *tables[:3], chosen, each | rows.sets)
