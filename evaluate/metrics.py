@@ -17,6 +17,7 @@ Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, thresho
         stand_in. labels: what a mean is over: 5 (at least four of the study's), 14 (NIH's), all (if others).
         label: of one label; both blank: of whole images. threshold: of p > threshold, the share referred, or
         a bin's lower edge. value: blank if undefined, as where validation chooses no threshold for a label.
+        ci: blank if unknown, as for the AUC of a label with fewer than two patients in a class.
         <exp>-ensemble, no seed: mean probability of its runs.
         draws.npz beside it (NAME.draws.npz of NAME.csv): for "exp/seed/dataset" float32 [rows, resamples],
         the values of a metric when patients are drawn with replacement, the same ones for every run;
@@ -34,6 +35,7 @@ import sys
 import zlib
 from collections import defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
@@ -171,6 +173,21 @@ def average_precision(y, level):
     return area, influence / positives
 
 
+def class_patients(y, patient):
+    """How many patients, int [n], have positives and how many have negatives of one label."""
+    return [np.count_nonzero(np.bincount(patient[y == kind])) for kind in (1, 0)]
+
+
+def margin_of(error):
+    """Half width of a 95 % interval; NaN where there is no spread at all, which tells nothing."""
+    return NORMAL * error if error > 1e-12 else np.nan
+
+
+def rarer_class(y, patient):
+    """Patients of the class that has fewer of them, int [K]."""
+    return np.array([min(class_patients(column, patient)) for column in y.T])
+
+
 def clustered_error(y, influence, patient=None):
     """Standard error of an AUC, or a difference of AUCs, of one label from its influences, float [n].
 
@@ -179,7 +196,7 @@ def clustered_error(y, influence, patient=None):
     """
     cluster = ranks(np.arange(len(y)) if patient is None else patient)
     classes = y == 1, y == 0
-    m, n = (len(np.unique(cluster[members])) for members in classes)
+    m, n = class_patients(y, cluster)
     if min(m, n) < 2:
         return np.nan
     ten, one = (np.bincount(cluster, influence * members) for members in classes)
@@ -191,11 +208,12 @@ def clustered_error(y, influence, patient=None):
 def auc_interval(y, p, patient=None):
     """(AUC, lower, upper end of its 95 % interval) of one label; 1-D y and p in scikit-learn's order.
 
-    AUC +- 1.96 standard errors (DeLong), clustered by `patient` if given, within 0 and 1; NaN if undefined.
+    AUC +- 1.96 standard errors (DeLong), clustered by `patient` if given, within 0 and 1; NaN if undefined
+    or without any spread.
     """
     y = np.asarray(y)
     area, influence = ranked_auc(y, ranks(p))
-    margin = NORMAL * clustered_error(y, influence, patient)
+    margin = margin_of(clustered_error(y, influence, patient))
     return float(area), float(max(area - margin, 0)), float(min(area + margin, 1))
 
 
@@ -450,13 +468,13 @@ def sensitivity_at(y, level, specificity):
 
 def choose_threshold(y, p, rule):
     """The lowest score t of one label where p > t is best by `rule`: "f1", or "youden" for
-    sensitivity + specificity. NaN without both classes.
+    sensitivity + specificity; -0.1, below them all, if all positive is best. NaN without both classes.
     """
     y, p = y[is_known(y)], p[is_known(y)]
     if y.all() or not y.any():
         return np.nan
-    scores, level = np.unique(p, return_inverse=True)
-    counts = class_counts(y, level)
+    scores, level = np.unique([-0.1, *p], return_inverse=True)
+    counts = class_counts(y, level[1:])
     positives, negatives = counts.sum(1)
     true, false = counts.sum(1, keepdims=True) - counts.cumsum(1)
     youden = true / positives - false / negatives
@@ -467,16 +485,22 @@ def choose_threshold(y, p, rule):
 # ------------------------------------------------------------------------------------------ lists of metrics
 # Names are "[paper ]metric[@threshold]"; after the values come influences where there is an interval.
 
-def label_metrics(y, p, level, chosen, temperature):
+def ranked(metric, y, level, patient):
+    """each_label() of a metric by ranks; influences are NaN if a class has fewer than two patients."""
+    values, influences = each_label(metric, y, level)
+    return values, np.where(rarer_class(y, patient) < 2, np.nan, influences)
+
+
+def label_metrics(y, p, level, patient, chosen, temperature):
     """Yields the metrics of each label of which means are taken.
 
     chosen: {rule: thresholds, [K]} and temperature: of validation, {} and None without.
     """
     known = is_known(y)
     negative, influence = share(y == 0, known)
-    yield "auc", *each_label(ranked_auc, y, level)
+    yield "auc", *ranked(ranked_auc, y, level, patient)
     yield "paper auc", level_auc(y, level, "paper")
-    yield "auprc", *each_label(average_precision, y, level)
+    yield "auprc", *ranked(average_precision, y, level, patient)
     yield "brier", *share((p - y) ** 2 * known, known)
     yield "ece", *ece_of(y, p)
     yield "adaptive_ece", ece(y, p, adaptive=True)
@@ -498,17 +522,16 @@ def label_metrics(y, p, level, chosen, temperature):
         yield "ece_temperature", ece(y, temper(p, temperature))
 
 
-def group_metrics(y, p, level, threshold, suffix):
+def group_metrics(y, p, level, patient, threshold, suffix):
     """Yields the metrics of each label of a group of people: AUC, ECE, FNR and FPR."""
-    yield "auc", *each_label(ranked_auc, y, level)
+    yield "auc", *ranked(ranked_auc, y, level, patient)
     yield "ece", *ece_of(y, p)
     yield from list(decisions(y, p, threshold, suffix))[:2]
 
 
-def single_metrics(y, p, level, answers, draws):
+def single_metrics(y, p, level, answers):
     """Yields the metrics of one label of which no mean is taken; an expert answers it alone."""
     yield "positives", (y == 1).sum()
-    yield "undefined_resamples", draws.isna().mean()
     turn = turns(np.abs(p - 0.5))
     for q, seen in zip(FRACTIONS, images_seen(len(y), FRACTIONS)):
         yield f"oracle_auc_by_label@{q:g}", placements(y, np.where(turn < seen, answers, level))[0]
@@ -517,7 +540,7 @@ def single_metrics(y, p, level, answers, draws):
             yield f"reliability_{name}@{place / BINS:g}", value
 
 
-def joint_metrics(y, p, level, answers):
+def joint_metrics(y, p, level, answers, patient):
     """Yields the metrics of several labels together.
 
     An expert answers the uncertain images (oracle), or as many at random, or they are left out (rejection).
@@ -531,11 +554,10 @@ def joint_metrics(y, p, level, answers):
     seen = images_seen(n, FRACTIONS)
     areas, influences = [], []
     for k in seen:
-        area, influence = each_label(ranked_auc, y, np.where(turn < k, answers, level))
-        defined = ~np.isnan(area)
+        area, influence = ranked(ranked_auc, y, np.where(turn < k, answers, level), patient)
         areas.append(mean_over_labels(area))
-        influences.append(influence[:, defined].sum(1, keepdims=True) / max(defined.sum(), 1))
-    yield "auc_labels", defined.sum()
+        influences.append(mean_over_labels(influence)[:, None])
+    yield "auc_labels", (~np.isnan(area)).sum()
     slopes = np.gradient(areas, FRACTIONS)                              # what a larger share would add
     for q, k, value, slope, influence in zip(FRACTIONS, seen, areas, slopes, influences):
         left = turn >= k
@@ -706,8 +728,16 @@ class Rows:
         self.run, self.mark, self.sets = run, test.mark, label_sets(test.labels)
         self.main, _ = next(iter(self.sets))
         self.patient, self.counts = draw_patients(test.patient, resamples, zlib.crc32(run[-1].encode()))
-        self.auc_draws = pd.DataFrame(auc_draws(test.y, test.p, self.patient, self.counts))
+        self.rarer = rarer_class(test.y, self.patient)
+        drawn = auc_draws(test.y, test.p, self.patient, self.counts)
+        self.auc_draws = pd.DataFrame(np.where(self.rarer < 2, np.nan, drawn))
         self.rows, self.drawn, self.linear = [], {}, {}
+
+    def by_patient(self, influence):
+        """Sum of the influences [n] of each patient over 1 - its share of the images that have any, [P]."""
+        images = np.bincount(self.patient, influence != 0)
+        rest = 1 - images / max(images.sum(), 1)
+        return np.bincount(self.patient, influence) / np.where(rest > 0, rest, 1)
 
     @undefined_is_nan
     def put(self, metric, values, influences=None, places=WHOLE, group="", shared=True):
@@ -715,26 +745,32 @@ class Rows:
         that are defined and `shared` in these columns, +- 1.96 standard errors from influences, [n, K].
 
         AUCs have resamples by ranks; of everything else the means over the main label set have linear ones.
+        A mean's resamples are its value plus the mean change of the labels that are defined there. A label
+        with fewer than two patients in a class has no resamples of its AUC; its share of a mean's error is
+        taken to be like the others', which is too little.
+        Influences of a patient are divided by 1 - its share of the images that have any (as if the patient
+        was left out: jackknife), or one with most of the images would seem to agree with the value.
         """
         name, _, threshold = metric.removeprefix("paper ").partition("@")
         variant = "paper" if metric.startswith("paper") else "corrected"
         values = np.atleast_1d(values)
-        by_patient = np.full((len(values), 1), np.nan)
+        by_patient = np.full((1, len(values)), np.nan)
         if influences is not None:
-            by_patient = np.array([np.bincount(self.patient, column) for column in influences.T])
+            by_patient = np.array([self.by_patient(column) for column in influences.T]).T
         used = shared & (values > (0 if metric == "paper auc" else -1))     # the released mean is of AUCs > 0
         for (labels, label), columns in places.items():
             kept = [k for k in columns if label or used[k]]
-            value, sums = (part[kept].sum(0) / len(kept) for part in (values, by_patient))
+            value, sums = values[kept].sum() / len(kept), mean_over_labels(by_patient[:, kept])
             error = np.linalg.norm(sums)
             shown = (name if label or group else MEANS.get(name, name)) + group
             key = "|".join((labels, shown, label, threshold))
-            if metric + group == "auc" and not np.isnan(value):
-                draws = self.auc_draws[kept].mean(axis=1)
+            spread = not np.isnan(value + error)
+            if spread and metric + group == "auc":
+                draws = value + (self.auc_draws[kept] - values[kept]).mean(axis=1)
                 error, self.drawn[key] = draws.std(ddof=0), draws
-            elif labels == self.main and not np.isnan(value + error) and not UNREAD.match(shown):
+            elif spread and labels == self.main and not UNREAD.match(shown):
                 self.linear[key] = value, sums
-            margin = NORMAL * error if error > 1e-12 else np.nan            # no spread at all tells nothing
+            margin = margin_of(error)
             ends = max(value - margin, 0), min(value + margin, 1)
             row = labels, shown, variant, label, threshold, value, *ends, self.mark
             self.rows.append((*self.run, *row))
@@ -753,7 +789,7 @@ class Rows:
             self.put("images", inside.sum(), group=name)
             if inside.sum() >= LEAST:
                 theirs = np.where(inside, y, -1)                            # of all others nothing is known
-                groups[name] = list(group_metrics(theirs, p, level, t, suffix))
+                groups[name] = list(group_metrics(theirs, p, level, self.patient, t, suffix))
         for parts in zip(*groups.values()):                                 # a metric in each group
             table = pd.DataFrame([values for _, values, _ in parts])        # [groups, K]
             shared = table.dropna(how="all").notna().all().to_numpy()
@@ -792,13 +828,14 @@ def score_file(run, test, validation, resamples):
     rows.put("patients", rows.counts.shape[1])
     if temperature:
         rows.put("temperature", temperature)
-    for part in label_metrics(*tables[:3], chosen, temperature):
+    rows.put("rarer_class_patients", rows.rarer, places=each)
+    for part in label_metrics(*tables[:3], rows.patient, chosen, temperature):
         rows.put(*part, places=each | rows.sets)
     for place, columns in rows.sets.items():
-        for part in joint_metrics(*(table[:, columns] for table in tables)):
+        for part in joint_metrics(*(table[:, columns] for table in tables), rows.patient):
             rows.put(*part, places={place: [0]})
     for k, place in enumerate(each):
-        for part in single_metrics(*(table[:, k] for table in tables), rows.auc_draws[k]):
+        for part in single_metrics(*(table[:, k] for table in tables)):
             rows.put(*part, places={place: [0]})
     for attribute in test.people:
         rows.put_groups(test.people[attribute], *tables[:3], chosen, each | rows.sets)
@@ -900,6 +937,10 @@ def run(args):
     shown = table[table["metric"].str.fullmatch(names) & (table["variant"] == "corrected")]
     shown = shown.drop(columns=["variant", "threshold", "stand_in"])
     print(shown.to_string(index=False, float_format="%.4f", na_rep=""))
+    few = (table["metric"] == "rarer_class_patients") & (table["value"] < 10)
+    if few.any():
+        print("fewer than 10 patients in a class, so intervals of AUC and AUPRC are too narrow or missing:",
+              ", ".join(sorted(set(table["label"][few]))))
     for mark in sorted(set(table["stand_in"]) - {""}):
         print(f"stand-in: {mark}")
     if args.out:
@@ -928,6 +969,8 @@ def main():
         run(parser.parse_args())
     except InputError as mistake:
         fail(mistake)
+    except BrokenProcessPool:
+        fail("a worker was killed, as happens where memory is short; give fewer --workers")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """evaluate/metrics.py against scikit-learn, SciPy, hand-worked cases, loops, and the published runs."""
 
 import itertools
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -86,6 +88,8 @@ def test_auc_interval_is_the_auc_and_its_delong_error(patients):
     assert (high - low) / 2 == pytest.approx(stats.norm.ppf(0.975) * np.sqrt(variance), rel=1e-6)
     assert np.isnan(m.auc_interval(np.zeros(4), np.arange(4) / 4)).all()
     assert np.isnan(m.auc_interval([1, 0, 0], [0.9, 0.1, 0.2])[1:]).all()      # one positive: no spread
+    perfect = m.auc_interval([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9])
+    assert perfect[0] == 1 and np.isnan(perfect[1:]).all()                     # nor between these
 
 
 # ----------------------------------------------------------------------------------------------- decisions
@@ -135,7 +139,8 @@ def test_chosen_thresholds_are_the_best_of_all_scores(rows):
             return sk.f1_score(y, p > t, zero_division=0)
         return sk.balanced_accuracy_score(y, p > t)
     for rule in ("f1", "youden"):
-        assert gain(rule, m.choose_threshold(y, p, rule)) == pytest.approx(max(gain(rule, t) for t in p))
+        best = max(gain(rule, t) for t in [*p, -1])                         # -1: all are positive
+        assert gain(rule, m.choose_threshold(y, p / 8, rule) * 8) == pytest.approx(best)
 
 
 def test_risk_coverage_area_is_the_mean_risk_of_the_most_certain():
@@ -365,6 +370,83 @@ def test_first_order_resamples_are_those_of_the_naive_bootstrap():
         assert np.corrcoef(found[name], expected)[0, 1] > (0.93 if tight else 0.6), name
 
 
+def interval(rows, metric, label="", threshold=""):
+    """(value, ci_low, ci_high) of a row."""
+    kept = rows[(rows.metric == metric) & (rows.label == label) & (rows.threshold == threshold)
+                & (rows.variant == "corrected")]
+    assert len(kept) == 1
+    return kept[["value", "ci_low", "ci_high"]].to_numpy(float)[0]
+
+
+def test_resamples_of_a_mean_add_the_mean_change_of_the_labels_that_are_defined_there():
+    y, p, patient = sample(90, 3, seed=1)
+    y[:, 2], p[:, :2], p[:, 2] = 0, 0.4 + 0.02 * y[:, :2] + 0.2 * p[:, :2], 0.1 * p[:, 2]
+    y[:2, 2], p[:2, 2] = 1, 0.9                                   # two positives, far better than the others
+    rows, draws = scored(y, p, np.arange(90).astype(str), 200)
+    _, counts = m.draw_patients(np.arange(90).astype(str), 200, m.zlib.crc32(b"here"))
+    areas, dropped = [sk.roc_auc_score(y[:, k], p[:, k]) for k in range(3)], 0
+    for draw, found in zip(counts, draws["all|auc_mean||"]):
+        images = np.repeat(np.arange(90), draw[np.argsort(np.argsort(np.arange(90).astype(str)))])
+        here = [k for k in range(3) if 0 < y[images, k].sum() < len(images)]
+        dropped += len(here) < 3
+        changes = [sk.roc_auc_score(y[images, k], p[images, k]) - areas[k] for k in here]
+        assert found == pytest.approx(np.mean(areas) + np.mean(changes), abs=1e-6)
+    assert dropped > 10
+    (_, low, high), (_, lower, upper) = interval(rows, "auc_mean"), interval(rows, "oracle_auc", "", "0")
+    assert high - low == pytest.approx(upper - lower, rel=0.15)   # one number, by ranks and to first order
+
+
+def test_a_label_with_one_patient_in_a_class_has_values_without_intervals(monkeypatch, tmp_path, capsys):
+    path = run_folder(tmp_path) / "here.csv"
+    number = np.arange(120) // 6                                  # of the patient, six images each
+    frame = predictions(path, ["A", "B"]).assign(patient=number, sex=["F", "M"] * 60)
+    frame["true_B"] = (number == 0).astype(int)                   # one patient has all positives
+    frame.loc[frame.sex == "F", "true_A"] = (number[::2] == 1).astype(int)
+    frame.to_csv(path, index=False)
+    table = command(monkeypatch, tmp_path, path)
+    assert "too narrow or missing: B" in capsys.readouterr().out
+    assert cell(table, "auc", label="B") == pytest.approx(sk.roc_auc_score(frame.true_B, frame.prob_B))
+    assert cell(table, "rarer_class_patients", label="B") == 1
+    blank = table[(table.ci_low == "") & (table.value != "") & table.metric.str.match(r"(auc|auprc)(\[|$)")
+                  & (table.variant == "corrected")]
+    assert set(zip(blank.metric, blank.label)) == {
+        ("auc", "B"), ("auprc", "B"), ("auc[sex=F]", "A"), ("auc[sex=F]", "B"), ("auc[sex=M]", "B"),
+        ("auc[sex=F]", "")}
+    assert "|auc|A|" in (drawn := read_draws(tmp_path, "3.4/0/here")) and "|auc|B|" not in drawn
+    change = drawn["all|auc_mean||"] - cell(table, "auc_mean")    # as if B erred as A does
+    np.testing.assert_allclose(change, drawn["|auc|A|"] - cell(table, "auc", label="A"), atol=1e-6)
+    frame.drop(columns=["true_A", "prob_A"]).to_csv(path, index=False)
+    table = command(monkeypatch, tmp_path, path)
+    ranked = table[table.metric.isin(["auc", "auc_mean", "auprc", "oracle_auc", "random_referral_auc"])]
+    assert set(ranked.ci_low) == {""} and "" not in set(ranked.value)
+
+
+@pytest.mark.parametrize("most", [2, 60, 200, 240])
+def test_intervals_are_as_wide_as_leaving_out_each_patient_changes_a_share(most):
+    y, p, _ = sample(240, 2, seed=8)
+    patient = np.array(["most"] * most + [f"{i // 2}" for i in range(240 - most)])
+    y[::7, 1] = -1                                                # unknown
+    rows, _ = scored(y, p, patient, 9)
+
+    def subset(kept):
+        known = kept & (y != -1).all(1)
+        return sk.accuracy_score(y[known], p[known] > 0.3)
+
+    def missed(kept):
+        return 1 - sk.recall_score(y[kept, 0], p[kept, 0] > 0.3)
+    everybody = np.full(240, True)
+    for found, metric in ((interval(rows, "subset_accuracy", "", "0.3"), subset),
+                          (interval(rows, "fnr", "A", "0.3"), missed)):
+        value, low, high = found
+        assert value == pytest.approx(metric(everybody))
+        if most == 240:
+            assert np.isnan(low) and np.isnan(high)               # one patient tells nothing
+            continue
+        changes = [metric(patient != one) - value for one in set(patient)]
+        margin = stats.norm.ppf(0.975) * np.linalg.norm(changes)
+        assert low == pytest.approx(max(value - margin, 0)) and high == pytest.approx(min(value + margin, 1))
+
+
 def test_referring_at_random_is_the_mean_over_all_choices():
     y, p = np.array([[1, 0, 1, 0, 0, 1, 0]]).T, np.array([[0.9, 0.6, 0.3, 0.2, 0.8, 0.7, 0.1]]).T
     rows, _ = scored(y, p, np.arange(7).astype(str), 9)
@@ -488,7 +570,7 @@ def run_folder(root, exp="3.4", seed=0):
 def command(monkeypatch, tmp_path, *args, bootstrap=50):
     """Run main() here; returns metrics.csv with every cell as text."""
     out = tmp_path / "metrics.csv"
-    argv = ["metrics.py", *map(str, args), "--out", str(out), "--bootstrap", str(bootstrap), "--workers", "1"]
+    argv = ["metrics.py", "--out", str(out), "--bootstrap", str(bootstrap), "--workers", "1", *map(str, args)]
     monkeypatch.setattr(sys, "argv", argv)
     m.main()
     return pd.read_csv(out, dtype=str, keep_default_na=False)
@@ -663,7 +745,7 @@ def test_a_label_without_positives_is_an_empty_cell_and_the_mean_is_over_four(mo
         assert cell(table, "oracle_auc", variant, threshold="0") == pytest.approx(np.mean(four))
     row = table[(table.metric == "auc") & (table.variant == "corrected") & (table.label == "Edema")].iloc[0]
     assert row.value == row.ci_low == row.ci_high == ""
-    assert cell(table, "undefined_resamples", label="Edema") == 1
+    assert cell(table, "rarer_class_patients", label="Edema") == 0
 
 
 def test_every_label_of_a_file_is_scored_and_only_the_studys_five_are_called_so(monkeypatch, tmp_path):
@@ -892,10 +974,24 @@ def test_processes_do_not_change_the_result_and_no_resamples_give_no_draws(monke
     one = command(monkeypatch, tmp_path, *paths)
     pd.testing.assert_frame_equal(one, command(monkeypatch, tmp_path, *paths, "--workers", "2"))
     bare = command(monkeypatch, tmp_path, *paths, bootstrap=0)
-    drawn = one.metric == "undefined_resamples"
-    pd.testing.assert_series_equal(bare.value[~drawn], one.value[~drawn])
-    assert set(bare.value[drawn]) == set(bare.ci_low[bare.metric == "auc_mean"]) == {""}
+    pd.testing.assert_series_equal(bare.value, one.value)
+    assert set(bare.ci_low[bare.metric == "auc_mean"]) == {""}
+    assert read_draws(tmp_path, "2.2/0/padchest")["5|auc_mean||"].shape == (0,)
     assert read_draws(tmp_path, "2.2/0/padchest")["5|fnr||0.3"].shape == (0,)
+
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_sentence(monkeypatch, tmp_path, capsys):
+    predictions(tmp_path / "a.csv")
+    monkeypatch.setattr(m, "score_arm", die)                      # as the kernel does where memory is short
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, tmp_path, tmp_path / "a.csv", "--workers", "2")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: a worker was killed") and error.count("\n") == 1
+    assert not (tmp_path / "metrics.csv").exists()
 
 
 def test_constant_scores_and_two_images(monkeypatch, tmp_path):
