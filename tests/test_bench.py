@@ -22,7 +22,8 @@ def paired_interval(values, draws):
     for r in range(runs):
         own += np.var(draws[r] - values[r] - (pooled - mean)) / (runs - 1) / runs
     error = (max(spread - own, 0) + pooled.var()) ** 0.5
-    margin = stats.t.ppf(0.975, error ** 4 / (spread ** 2 / (runs - 1))) * error
+    freedom = max(error ** 4 / (spread ** 2 / (runs - 1)), runs - 1)
+    margin = stats.t.ppf(0.975, freedom) * error
     return mean, mean - margin, mean + margin
 
 
