@@ -57,9 +57,10 @@ def read_test(raw):
     wrong = rows.index[rows.patient.isna() | ~rows.split.isin(SPLIT_PATIENTS)]
     if len(wrong):
         fail(f"{path} row {wrong[0]}: not a row number of {source} and train, validate or test")
-    patients = rows.groupby("split").patient.nunique().to_dict()
-    # In a train.csv of another order lateral rows are hit, and counts are wrong.
-    if (rows.view == "Lateral").any() or len(rows) == SPLIT_ROWS and patients != SPLIT_PATIENTS:
+    patients = rows.groupby("split").patient.nunique()
+    # In a train.csv of another order lateral rows are hit, patients shared, counts wrong.
+    if (rows.view == "Lateral").any() or patients.sum() > rows.patient.nunique() or (
+            len(rows) == SPLIT_ROWS and patients.to_dict() != SPLIT_PATIENTS):
         fail(f"{path}: its row numbers don't fit {source}; take train.csv as published, in its order")
     return rows[rows.split == "test"].drop(columns="index")
 
@@ -112,6 +113,7 @@ def read_table(path, columns=(), **options):
     table.index += 1 if "header" in options else 2
     return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
+
 # --- begin copy: join ---
 def join(table, other, keys, path):
     """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
@@ -126,6 +128,7 @@ def join(table, other, keys, path):
     print(f"{path.name}: rows for {met:.1%} of the images")
     return joined.fillna("")
 # --- end copy: join ---
+
 # --- begin copy: label values ---
 def label_values(table, path):
     """The columns LABELS of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
@@ -136,6 +139,7 @@ def label_values(table, path):
         fail(f"{path} row {row}: label '{label}' is {values.loc[row, label]!r}; expected 1, 0, -1 or blank")
     return values
 # --- end copy: label values ---
+
 # --- begin copy: write index ---
 def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""

@@ -730,6 +730,7 @@ class Rows:
         self.patient, self.counts = draw_patients(test.patient, resamples, zlib.crc32(run[-1].encode()))
         self.rarer = rarer_class(test.y, self.patient)
         drawn = auc_draws(test.y, test.p, self.patient, self.counts)
+        self.undefined = pd.DataFrame(drawn).isna().mean().to_numpy()       # share of the resamples
         self.auc_draws = pd.DataFrame(np.where(self.rarer < 2, np.nan, drawn))
         self.rows, self.drawn, self.linear = [], {}, {}
 
@@ -829,6 +830,7 @@ def score_file(run, test, validation, resamples):
     if temperature:
         rows.put("temperature", temperature)
     rows.put("rarer_class_patients", rows.rarer, places=each)
+    rows.put("undefined_resamples", rows.undefined, places=each)
     for part in label_metrics(*tables[:3], rows.patient, chosen, temperature):
         rows.put(*part, places=each | rows.sets)
     for place, columns in rows.sets.items():

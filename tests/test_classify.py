@@ -702,6 +702,8 @@ def test_images_of_training_are_validated_on_only_by_intent(pack, tmp_path, monk
     unsplit = changed_pack(pack, tmp_path / "pack", split=None)
     flags = ["--train", unsplit, *SMALL, "--epochs", 1, "--seeds", 0, "--out"]
     assert "has no column split" in mistake(monkeypatch, capsys, *flags, tmp_path / "a")
+    spelled = f"{unsplit.parent}/../{unsplit.parent.name}/{unsplit.name}"
+    assert "has no column split" in mistake(monkeypatch, capsys, *flags, tmp_path / "a", "--val", spelled)
     assert not (tmp_path / "a").exists()
     run(monkeypatch, *flags, tmp_path / "b", "--val-split", "all")
     error = capsys.readouterr().err

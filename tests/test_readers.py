@@ -727,6 +727,7 @@ def test_chexpert_demographics_whose_patients_are_mere_numbers_are_refused(refus
 
 @pytest.mark.parametrize("split, said", [
     (",index,split\n0,1,test\n", "order"), (",index,split\n0,0,train\n1,5,test\n", "row 3"),
+    (",index,split\n0,0,train\n1,0,test\n", "order"),                       # a patient in two splits
     (",index,split\n0,zero,train\n", "row 2"), (",index,split\n0,0,holdout\n", "row 2"),
     ("number,part\n0,train\n", "index"), ("index,split,split\n0,train,test\n", "'split', or two")])
 def test_chexpert_split_files_that_do_not_fit_are_refused(refused, tmp_path, split, said):
