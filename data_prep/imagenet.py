@@ -74,6 +74,7 @@ def scan(raw, *endings):
         print(f"warning: {len(paths) - len(fair):,} files left out, as their paths are unprintable")
     return fair
 # --- end copy: scan ---
+
 # --- begin copy: tables ---
 def find(raw, *names, required=True):
     """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
@@ -97,6 +98,7 @@ def read_table(path, columns=(), **options):
     table.index += 1 if "header" in options else 2
     return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
+
 # --- begin copy: sample ---
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
@@ -106,6 +108,7 @@ def sample(pool, n, seed):
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
+
 # --- begin copy: write index ---
 def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""

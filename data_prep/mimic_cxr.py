@@ -106,6 +106,7 @@ def read_table(path, columns=(), **options):
     table.index += 1 if "header" in options else 2
     return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
+
 # --- begin copy: join ---
 def join(table, other, keys, path):
     """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
@@ -120,6 +121,7 @@ def join(table, other, keys, path):
     print(f"{path.name}: rows for {met:.1%} of the images")
     return joined.fillna("")
 # --- end copy: join ---
+
 # --- begin copy: label values ---
 def label_values(table, path):
     """The columns LABELS of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
@@ -130,6 +132,7 @@ def label_values(table, path):
         fail(f"{path} row {row}: label '{label}' is {values.loc[row, label]!r}; expected 1, 0, -1 or blank")
     return values
 # --- end copy: label values ---
+
 # --- begin copy: sample ---
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
@@ -139,6 +142,7 @@ def sample(pool, n, seed):
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
+
 # --- begin copy: write index ---
 def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""

@@ -122,6 +122,7 @@ def read_table(path, columns=(), **options):
     table.index += 1 if "header" in options else 2
     return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
+
 # --- begin copy: sample ---
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
@@ -131,6 +132,7 @@ def sample(pool, n, seed):
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
+
 # --- begin copy: write index ---
 def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""

@@ -76,6 +76,7 @@ def scan(raw, *endings):
         print(f"warning: {len(paths) - len(fair):,} files left out, as their paths are unprintable")
     return fair
 # --- end copy: scan ---
+
 # --- begin copy: sample ---
 def sample(pool, n, seed):
     """n (a number or `all`) rows of `pool`. Sorted by path, a seeded permutation, its first n: so nested."""
@@ -85,6 +86,7 @@ def sample(pool, n, seed):
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     return pool.sort_values("path").iloc[order].assign(split="pretrain")
 # --- end copy: sample ---
+
 # --- begin copy: write index ---
 def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""

@@ -105,6 +105,7 @@ def read_table(path, columns=(), **options):
     table.index += 1 if "header" in options else 2
     return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
+
 # --- begin copy: write index ---
 def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""

@@ -106,6 +106,7 @@ def read_table(path, columns=(), **options):
     table.index += 1 if "header" in options else 2
     return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
+
 # --- begin copy: label values ---
 def label_values(table, path):
     """The columns LABELS of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
@@ -116,6 +117,7 @@ def label_values(table, path):
         fail(f"{path} row {row}: label '{label}' is {values.loc[row, label]!r}; expected 1, 0, -1 or blank")
     return values
 # --- end copy: label values ---
+
 # --- begin copy: write index ---
 def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""

@@ -497,6 +497,7 @@ def detectable(pairs, sizes):
 
 
 def show_p(p):
+    """A p-value for the terminal, blank if unknown."""
     return "< 0.0001" if p < 0.0001 else f"{p:.4f}".replace("nan", "")
 
 

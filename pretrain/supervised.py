@@ -761,7 +761,7 @@ def timm_names(state, wanted):
         if ".attention.query." in name:                                     # Hugging Face: three layers
             parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
             state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
-        if name.endswith("q_bias") and not any("q_bias" in name for name in wanted):    # SimMIM: no key bias
+        if name.endswith("q_bias") and not any("q_bias" in own for own in wanted):      # SimMIM: no key bias
             q, v = state[name], state[name.replace("q_bias", "v_bias")]
             state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     last, preferred = list(wanted)[-1], r"\b(\w*_)?(ema|teacher|base_encoder|encoder_q)"
@@ -773,12 +773,14 @@ def timm_names(state, wanted):
     best = max(prefixes, default="", key=rank)
     state = {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}
     return state, best
-
-
 # --- end copy: timm names ---
 
 
 # --- begin copy: adapt ---
+# without them it is another network
+KEPT = r"gamma|bias_table|reg\w*_token|^(blocks|layers?\d?|stages)\..*(norm\w*|bn1|qkv)\.(weight|bias)$"
+
+
 def fit_channels(kernel, in_chans, how):
     """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
     if kernel.shape[1] == in_chans:
@@ -828,8 +830,6 @@ def fit_positions(value, shape):
 
 
 # --- begin copy: load backbone ---
-# without them it is another network
-KEPT = r"gamma|bias_table|reg\w*_token|^(blocks|layers?\d?|stages)\..*(norm\w*|bn1|qkv)\.(weight|bias)$"
 STAND_INS = {                       # for what a file lacks: BEiT's pooled norm, bias tables, layer scale
     r"^fc_norm": "norm", r"^blocks\.\d+\.attn\.(rel)": r"rel_pos_bias.\1", r"ls(\d)\.gamma": r"gamma_\1"}
 
@@ -989,8 +989,6 @@ def open_run(out, manifests, config, parts, resume, rank):
                      if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
             write_atomic(log, lambda file: file.write("".join(lines).encode()))
     return state["step"]
-
-
 # --- end copy: run folder ---
 
 
