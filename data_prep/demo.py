@@ -384,7 +384,7 @@ def make(task):
     save(path, drawing())
 
 
-# The layouts: each writes its tables into `root` and returns the tasks of its pictures; `count` scales numbers.
+# The layouts: each writes its tables into `root`, returns the tasks of its pictures; `count` scales numbers.
 
 NIH_HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -676,8 +676,8 @@ def generate(out, settings):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write <dataset>/ into")
-    parser.add_argument("--seed", type=int, default=0, help="other patients, other pictures (default 0)")
-    parser.add_argument("--scale", type=float, default=1.0, help="1 is 12,531 images, 0.1 a tenth (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="other patients, other pictures (0)")
+    parser.add_argument("--scale", type=float, default=1.0, help="1 is 12,531 images, 0.1 a tenth (1)")
     parser.add_argument("--keep", action="store_true", help="leave folders that hold anything but drawings, "
                         "instead of refusing; folders of drawings alone are always drawn anew")
     parser.error = fail                 # one sentence, like every other mistake

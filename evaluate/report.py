@@ -7,10 +7,10 @@ sense?" (Krones 2026, arXiv:2605.08819).
     python evaluate/report.py --metrics results/metrics.csv --out results
     python evaluate/report.py --metrics results/metrics.csv --out results --runs runs --predictions runs \\
         --verdicts results/verdicts.csv results/published/verdicts.csv
+
 Reads   metrics.csv; report.yaml (what stands where), report.*.html, report.css and reported/ beside this
         script; what the options name, with arms.csv, comparisons.csv and detectable.csv beside verdicts.csv
-Writes  OUT/report.html, OUT/printed.html (the paper's tables), OUT/tables/*.csv and *.tex, OUT/figures/*.svg
-        and *.png; the table of test sets on the terminal
+Writes  OUT/report.html, printed.html (the paper's tables), tables/*.csv and *.tex, figures/*.svg and *.png
 Stand-in numbers carry a mark; pictures of MIMIC, VinDr and unknown data stay out unless asked for.
 """
 

@@ -260,11 +260,11 @@ def start(config):
 def train(out, config, chosen, data, val, args, rank, world_size, device):
     """Fine-tune a seed. What is random in a step depends on (seed, step): a resumed run is the same run."""
     labels, batch = config["label_names"], config["batch"]
-    steps_an_epoch = len(chosen) // max(1, batch)
-    if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
+    steps_an_epoch = len(chosen) // batch if batch else 0
+    n_steps = config["epochs"] * steps_an_epoch
+    if batch % world_size or not n_steps:
         fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the "
              f"{len(chosen)} images, --epochs at least 1")
-    n_steps = config["epochs"] * steps_an_epoch
     last_step = min(n_steps, args.steps or n_steps)
 
     model, note = start(config)
@@ -718,7 +718,7 @@ def open_images(manifest, paths, in_chans, device):
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = np.array([number_of[path] for path in paths])
     packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)
-    numbers_of = lambda places: numbers[np.asarray(places)]                 # of places in an array or a tensor
+    numbers_of = lambda places: numbers[np.asarray(places)]                 # places: array or tensor
     read_all = lambda places: torch.from_numpy(packed[numbers_of(places)]).to(device, non_blocking=True)
     n_bytes = len(numbers) * packed[0].size
     if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:
@@ -868,7 +868,8 @@ def make_model(config, num_classes, drop_path=0.0):
                                   **{"drop_path_rate": drop_path, **size, **config["model_args"]})
         patches = getattr(model, "patch_embed", None)
         if isinstance(patches, timm.layers.PatchEmbed) and config["img_size"] % patches.patch_size[0]:
-            raise ValueError(f"img_size {config['img_size']} is no multiple of patches of {patches.patch_size}")
+            raise ValueError(f"img_size {config['img_size']} is no multiple of the patches, "
+                             f"{patches.patch_size}")
         return model
 
 

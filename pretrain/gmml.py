@@ -326,15 +326,15 @@ def train(config, args, rank, world_size, device):
     rows = read_manifest(args.manifest, args.split, config["samples"])
     images = open_images(args.manifest, rows["path"], config["in_chans"], device)
     n_images, batch = len(rows["row"]), config["batch"]
-    steps_an_epoch = n_images // max(1, batch)
-    if batch % world_size or not batch or not steps_an_epoch * config["epochs"]:
+    steps_an_epoch = n_images // batch if batch else 0
+    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    if batch % world_size or not n_steps:
         fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
              "images, --epochs at least 1")
     if not 0 < max(config["drop"], config["replace"]) <= 0.85:
         fail(f"--drop {config['drop']} and --replace {config['replace']}: give shares up to 0.85, not both 0")
     if not 1 <= config["align"] <= 0.3 * config["img_size"]:
         fail(f"--align {config['align']}: blocks are up to 0.3 of the image; give 1 to that many pixels")
-    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     last_step = min(n_steps, args.steps or n_steps)
 
     torch.manual_seed(config["seed"])
@@ -594,7 +594,7 @@ def open_images(manifest, paths, in_chans, device):
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = np.array([number_of[path] for path in paths])
     packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)
-    numbers_of = lambda places: numbers[np.asarray(places)]                 # of places in an array or a tensor
+    numbers_of = lambda places: numbers[np.asarray(places)]                 # places: array or tensor
     read_all = lambda places: torch.from_numpy(packed[numbers_of(places)]).to(device, non_blocking=True)
     n_bytes = len(numbers) * packed[0].size
     if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:
@@ -750,7 +750,8 @@ def make_model(config, num_classes, drop_path=0.0):
                                   **{"drop_path_rate": drop_path, **size, **config["model_args"]})
         patches = getattr(model, "patch_embed", None)
         if isinstance(patches, timm.layers.PatchEmbed) and config["img_size"] % patches.patch_size[0]:
-            raise ValueError(f"img_size {config['img_size']} is no multiple of patches of {patches.patch_size}")
+            raise ValueError(f"img_size {config['img_size']} is no multiple of the patches, "
+                             f"{patches.patch_size}")
         return model
 
 

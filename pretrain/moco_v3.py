@@ -235,7 +235,8 @@ def in_passes(backbone, x, micro=None, drop_paths=(), u=None):
 def make_backbone(config):
     """The vision transformer of MoCo-v3: fixed sine-cosine positions, frozen random patch projection.
 
-    The row is in the first half of the channels, the column in the second, each as sines, then cosines. With `init` both come from the checkpoint and stay fixed as well. Returns: backbone, a line on them.
+    The row is in the first half of the channels, the column in the second, each as sines, then cosines. With
+    `init` both come from the checkpoint and stay fixed as well. Returns: backbone, a line on them.
     """
     vit = make_model(config, 0)
     with or_fail(f"use {config['arch']}, which has to be a vision transformer with a class token"):
@@ -599,7 +600,7 @@ def open_images(manifest, paths, in_chans, device):
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = np.array([number_of[path] for path in paths])
     packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)
-    numbers_of = lambda places: numbers[np.asarray(places)]                 # of places in an array or a tensor
+    numbers_of = lambda places: numbers[np.asarray(places)]                 # places: array or tensor
     read_all = lambda places: torch.from_numpy(packed[numbers_of(places)]).to(device, non_blocking=True)
     n_bytes = len(numbers) * packed[0].size
     if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:
@@ -775,7 +776,8 @@ def make_model(config, num_classes, drop_path=0.0):
                                   **{"drop_path_rate": drop_path, **size, **config["model_args"]})
         patches = getattr(model, "patch_embed", None)
         if isinstance(patches, timm.layers.PatchEmbed) and config["img_size"] % patches.patch_size[0]:
-            raise ValueError(f"img_size {config['img_size']} is no multiple of patches of {patches.patch_size}")
+            raise ValueError(f"img_size {config['img_size']} is no multiple of the patches, "
+                             f"{patches.patch_size}")
         return model
 
 

@@ -547,7 +547,7 @@ def open_images(manifest, paths, in_chans, device):
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = np.array([number_of[path] for path in paths])
     packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)
-    numbers_of = lambda places: numbers[np.asarray(places)]                 # of places in an array or a tensor
+    numbers_of = lambda places: numbers[np.asarray(places)]                 # places: array or tensor
     read_all = lambda places: torch.from_numpy(packed[numbers_of(places)]).to(device, non_blocking=True)
     n_bytes = len(numbers) * packed[0].size
     if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:
@@ -656,7 +656,8 @@ def make_model(config, num_classes, drop_path=0.0):
                                   **{"drop_path_rate": drop_path, **size, **config["model_args"]})
         patches = getattr(model, "patch_embed", None)
         if isinstance(patches, timm.layers.PatchEmbed) and config["img_size"] % patches.patch_size[0]:
-            raise ValueError(f"img_size {config['img_size']} is no multiple of patches of {patches.patch_size}")
+            raise ValueError(f"img_size {config['img_size']} is no multiple of the patches, "
+                             f"{patches.patch_size}")
         return model
 
 
