@@ -807,12 +807,14 @@ def set_drop_path(modules, u):
 
 
 # --- begin copy: read weights ---
-RENAMED = {r"blocks\.\d+\.(\d+\.(norm|attn|ls|mlp))": r"blocks.\1",          # DINOv2's chunks; Hugging Face:
+RENAMED = {r"blocks\.\d+\.(\d+\.(norm|attn|ls|mlp))": r"blocks.\1",          # DINOv2's chunks
+           r"attn\.q_bias": "attn.query.bias", r"attn\.v_bias": "attn.value.bias",     # SimMIM; Hugging Face:
            r"embeddings\.(cls|mask)_token": r"\1_token", r"embeddings\.position_embeddings": "pos_embed",
            r"embeddings\.patch_embeddings\.projection": "patch_embed.proj", r"encoder\.layer\.": "blocks.",
            "layernorm_before": "norm1", "layernorm_after": "norm2", r"layernorm\.": "norm.",
-           r"attention\.output\.dense": "attn.proj", r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
-           r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2"}
+           r"attention\.attention": "attn", r"attention\.output\.dense": "attn.proj",
+           r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2",
+           r"layer_scale(\d)\.lambda1": r"ls\1.gamma"}
 
 
 def read_weights(init, arch):
@@ -864,12 +866,10 @@ def timm_names(state, wanted):
         if not any(re.search(old, name) for name in wanted):                # MobileNetV4 has such names
             state = {re.sub(old, new, name): value for name, value in state.items()}
     for name in list(state):
-        if ".attention.query." in name:                                     # Hugging Face: three layers
-            parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-            state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
-        if name.endswith("q_bias") and not any("q_bias" in own for own in wanted):      # SimMIM: no key bias
-            q, v = state[name], state[name.replace("q_bias", "v_bias")]
-            state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+        if ".attn.query." in name:
+            q, v = state.pop(name), state.pop(name.replace("query", "value"))
+            k = state.pop(name.replace("query", "key"), torch.zeros_like(q))        # SimMIM: no bias of keys
+            state[name.replace("query", "qkv")] = torch.cat([q, k, v])
     last, preferred = list(wanted)[-1], r"\b(\w*_)?(ema|teacher|base_encoder|encoder_q)"
     prefixes = [name.removesuffix(last) for name in state if f".{name}".endswith(f".{last}")]
 
