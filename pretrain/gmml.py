@@ -675,15 +675,12 @@ N_COLOUR = 7    # uniforms: jitter or not, its 4 strengths, blur or not, its wid
 
 
 def shift_hue(rgb, turn):
-    """Turn the hue of RGB images [B, 3, H, W] in 0..1 by `turn` [B, 1, 1, 1] of a full circle (HSV)."""
-    r, g, b = rgb.split(1, 1)
-    value = rgb.amax(1, keepdim=True)
+    """Turn the hue of RGB images [B, 3, H, W], of any range, by `turn` [B, 1, 1, 1] of a full circle (HSV)."""
+    value, largest = rgb.max(1, keepdim=True)
     chroma = value - rgb.amin(1, keepdim=True)
-    safe = chroma.clamp_min(1e-8)
-    sixth = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
-    sixth = torch.where(value == r, (g - b) / safe, sixth)
-    channel = torch.arange(3, device=rgb.device).view(1, 3, 1, 1)
-    k = (5 - 2 * channel + sixth + 6 * turn) % 6
+    ahead = (rgb.roll(-1, 1) - rgb.roll(-2, 1)).gather(1, largest)          # green - blue where red is largest
+    sixth = 2 * largest + ahead / chroma.clamp_min(1e-8) + 6 * turn
+    k = (sixth + torch.arange(5, 0, -2, device=rgb.device).view(3, 1, 1)) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -701,7 +698,7 @@ def colour_jitter(x, u, strength, p):
     if x.shape[1] == 1:
         return x                                                            # grey has no colour to change
     x = torch.lerp(rgb_to_grayscale(x), x, 1 + saturation).clamp_(0, 255)
-    return shift_hue(x / 255, hue) * 255
+    return shift_hue(x, hue)
 
 
 def gaussian_blur(x, u, p, sigma=(0.1, 2.0)):
