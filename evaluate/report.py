@@ -131,20 +131,9 @@ def best_runs(frame, labels):
 
 def printed_numbers():
     """The numbers that the paper prints: texts by number of a table and KEY."""
-    found = {}
-    for spec in SHOWN["printed"]:
-        for row in read_csv(REPORTED / f"table{spec['table']}.csv").to_dict("records"):
-            place = {"number": str(spec["table"]), "variant": "corrected", **spec["place"]}
-            place = {name: place.get(name, "").format(**row) for name in ("number", *KEY)}
-            place["exp"] = re.sub("000$", "k", place["exp"])                # 4.1.1-50k
-            place["metric"] = place["metric"].lower().replace(" ", "_")
-            text = row[spec["mean"]]
-            sd = row.get(spec.get("sd"))
-            if sd:
-                text = f"{text} ({sd})"
-            if text:
-                found.setdefault(tuple(place.values()), text)
-    return pd.Series(found, name="printed").rename_axis(["number", *KEY])
+    table = read_csv(REPORTED / "printed.csv").set_index(["number", *KEY])
+    spread = " (" + table.sd + ")"
+    return (table.value + spread.where(table.sd != "", "")).rename("printed")
 
 
 class Results:

@@ -52,7 +52,7 @@ def test_steps_and_images_are_those_of_the_row(capsys, monkeypatch, tmp_path):
         "3.1": {"pretrain": {"strategy": "gmml", "dataset": "nih_pretrain", "batch": 100, "epochs": 7}},
     }
     found = lines(capsys, monkeypatch, tmp_path, table, "--exp", "3.1", "--data", tmp_path / "none")
-    stage = next(line.split() for line in found if line.startswith("3.1 ") and "pretrain" in line)
+    stage = next(line.split() for line in found if line.split()[:2] == ["3.1", "pretrain"])
     assert stage[2:4] == ["70", "7,000"]                    # 1,000 // 100 steps an epoch
     # ViT-S/16: 4.6 billion multiply-adds a view, two views, forward and twice backward
     assert float(stage[4].replace(",", "")) == pytest.approx(7000 * 2 * 3 * 2 * 4.6e9 / 1e15, abs=1)
