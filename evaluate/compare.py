@@ -3,7 +3,7 @@
 An interval is effect +- t * error; error^2 is the variance from the choice of runs (seeds) plus that from the
 choice of patients; of published and printed numbers only the runs are known: "seeds only". In simulations it
 covered the truth in 95 to 97 % for pairs of arms with 2, 3 or 5 runs, in 87, 93 and 93 % for one arm where
-runs dominate; that of a single run is over patients. Study: Krones 2026, arXiv:2605.08819.
+runs dominate; that of a single run is over patients.
 
     python evaluate/compare.py --metrics metrics.csv --arms a b                two models of yours
     python evaluate/compare.py --metrics results/metrics.csv --out results     all arms, the study's claims
@@ -43,7 +43,6 @@ REPORTED = Path(__file__).resolve().parent / "reported"
 SAW_TEST = re.compile(r"(3\.[12]b?|0\.1\.[567]b?|c\.8\.[567][ab])(-ensemble)?")      # as in report.yaml
 SAW_REMARK = "an arm saw 22,772 of the 25,596 NIH test images in pre-training, without labels"
 FOUR_LABELS = "Atelectasis Cardiomegaly Consolidation Effusion".split()
-WITHOUT_EDEMA = "vindr_test", "padchest"                # of the study's five labels they have these four
 TESTS = "greater every not_every no_gain highest lowest no_winner most".split()
 KEY = ["labels", "metric", "label", "threshold"]
 INTERVAL = ["effect", "ci_low", "ci_high", "p"]
@@ -301,7 +300,7 @@ def compare(arms, terms, offset=0.0):
 def compare_spreads(arms, testset):
     """As compare, of the mean over Table 2's arms of log(sd on a test set / sd on NIH), sd over runs."""
     ratios, sources = {}, set()
-    labels = 4 if testset in WITHOUT_EDEMA else 5       # the same ones on both test sets
+    labels = 4 if testset in ("vindr_test", "padchest") else 5          # these have no edema
     for exp in read_csv(REPORTED / "table2.csv")["exp"].unique():
         pair = [arms.get((exp, dataset, f"{labels}|auc_mean||")) for dataset in (testset, "nih_test")]
         if all(arm and arm.sd > 0 for arm in pair):
@@ -394,7 +393,8 @@ def arms_table(arms):
         row = {"exp": exp, "dataset": dataset, **dict(zip(KEY, key.split("|"))), "value": arm.mean}
         rows.append(row | arm._asdict() | estimate([(1, arm)]))
     table = pd.DataFrame(rows, columns=ARMS)
-    return table.assign(ci_low=table["ci_low"].clip(0), ci_high=table["ci_high"].clip(None, 1))     # metrics' range
+    table[["ci_low", "ci_high"]] = table[["ci_low", "ci_high"]].clip(0, 1)      # all these metrics lie there
+    return table
 
 
 def pairs_of(arms, exps, metric=""):
@@ -412,16 +412,13 @@ def pairs_of(arms, exps, metric=""):
 
 
 def detectable(pairs, sizes):
-    """detectable.csv: the difference in mean AUC that a two-sided t-test at 5 % detects with 80 % power, mean
-    over pairs of arms with several runs each. Without resamples of patients it is a lower bound.
-    """
+    """detectable.csv: the difference in mean AUC that a t-test finds with 80 % power, mean over pairs."""
     errors = dict.fromkeys(["se_runs", "se_patients", "freedom"], float)
     means = pairs.query("metric == 'auc_mean' and se_runs.notna()").astype(errors)
     needed = nctdtrinc(means["freedom"], 0.2, stdtrit(means["freedom"], 0.975))         # in standard errors
     means["detectable"] = needed * np.hypot(means["se_runs"], means["se_patients"].fillna(0))
     places = means.groupby(["dataset", "labels", "source"], sort=False)
-    table = places[["se_runs", "se_patients", "detectable"]].mean()
-    table = table.assign(pairs=places.size()).reset_index()
+    table = places[["se_runs", "se_patients", "detectable"]].mean().assign(pairs=places.size()).reset_index()
     return table.join(sizes, on="dataset").reindex(columns=DETECTABLE)
 
 

@@ -71,7 +71,7 @@ def forward(arch, in_chans, model_args, size):
 
 
 def cost(stage, keys, rates):
-    """Steps, images, PFLOP, hours and measured hours of a stage; fine-tuning with validation and prediction."""
+    """Steps, images, PFLOP, hours, measured hours of a stage; fine-tuning with validation and prediction."""
     script = keys["strategy"] if stage == "pretrain" else "classify"
     text = (ROOT / stage / f"{script}.py").read_text().partition("\nDEFAULTS = ")[2]
     defaults = ast.parse(text.partition("\n)")[0] + "\n)", mode="eval").body
@@ -106,11 +106,9 @@ def main():
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
-    table, rows = yaml.safe_load((ROOT / "experiments.yaml").read_text()), []
-    for exp in table:
-        if not isinstance(exp, str):
-            fail(f"experiments.yaml: the key {exp} is read as a number; write it in quotes")
-    known = [exp for exp in table if not exp.startswith(("defaults", "miniature"))]
+    table = yaml.safe_load((ROOT / "experiments.yaml").read_text())
+    table = {str(exp): row for exp, row in table.items()}   # scripts refuse a key without quotes
+    known, rows = [exp for exp in table if not exp.startswith(("defaults", "miniature"))], []
     for part in args.exp.split(","):
         found = fnmatch.filter(known, part)
         if not found:

@@ -113,7 +113,6 @@ def test_hours_by_measured_rates_stand_beside_the_estimate(capsys, monkeypatch, 
 
 
 @pytest.mark.parametrize("table, flags, said", [
-    ({**TABLE, 5.1: {}}, [], "the key 5.1 is read as a number; write it in quotes"),
     (TABLE, ["--exp", "3.11"], "no experiment '3.11'; nearest: 3.1"),
     (TABLE, ["--exp", "miniature"], "no experiment 'miniature'"),
     (TABLE, ["--rates", "absent.json"], "--rates absent.json: not a gpu.json"),
