@@ -67,8 +67,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 REPORTED = HERE / "reported"
 SHOWN = yaml.safe_load((HERE / "report.yaml").read_text())
-COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high stand_in".split()
 KEY = "exp dataset labels metric variant label threshold".split()           # of a cell
+COLUMNS = [*KEY, "seed", "stand_in"]            # texts of metrics.csv
 ENDS = ["ci_low", "ci_high"]
 TEST_SETS = SHOWN["test sets"]                  # {name: as it is shown}
 LOW_IS_GOOD = "fnr|fpr|ece|brier|calibration|risk|gap"
@@ -77,23 +77,28 @@ INK = plt.rcParams["text.color"]                # in an SVG it follows the reade
 
 
 # ------------------------------------------------------------------------------------------------ the numbers
-def as_numbers(path, column):
-    """A column of text as numbers, blank cells NaN; a word among them is an InputError."""
-    values = pd.to_numeric(column, errors="coerce")
-    wrong = column[values.isna() & ~column.isin(["", "nan"])]
-    for row, text in wrong[:1].items():
-        raise InputError(f"{path} line {row + 2}: {column.name} is '{text}'; expected a number or nothing")
-    return values
+def read_tables(paths, columns, numeric=()):
+    """Tables of the same kind as one, None without a path: numeric columns as numbers, blank cells NaN, the rest
+    as text.
+    """
+    tables = []
+    for path in paths:
+        table = read_csv(path, [*columns, *numeric])
+        for name in numeric:
+            texts = table[name]
+            table[name] = pd.to_numeric(texts, errors="coerce")
+            wrong = texts[table[name].isna() & ~texts.isin(["", "nan"])]
+            for row, text in wrong[:1].items():
+                raise InputError(f"{path} line {row + 2}: {name} is '{text}'; expected a number or nothing")
+        tables.append(table)
+    return pd.concat(tables) if tables else None
 
 
 def read_metrics(path):
     """metrics.csv, checked: value and interval as numbers, the rest as text, and the mark of each number."""
-    frame = read_csv(path, COLUMNS)
-    as_numbers(path, frame.threshold)                   # has to be a number, stays text
-    for name in ("value", *ENDS):
-        frame[name] = as_numbers(path, frame[name])
-    for row in np.flatnonzero(frame.duplicated([*KEY, "seed"]))[:1]:
-        line = frame.loc[row]
+    frame = read_tables([path], COLUMNS, ["value", *ENDS])
+    twice = frame.duplicated([*KEY, "seed"])
+    for row, line in frame[twice][:1].iterrows():
         raise InputError(f"{path} line {row + 2}: {line.metric} of exp {line.exp}, seed {line.seed} on "
                          f"{line.dataset} stands there a second time; remove one of the two rows")
     saw = frame.exp.str.removesuffix("-ensemble").isin(SHOWN["saw NIH test"])
@@ -154,7 +159,9 @@ class Results:
         for name, sizes in frame.groupby("dataset").labels.agg(set).items():
             order = ("5", "14", "all", "") if name in TEST_SETS else ("all", "14", "5", "")
             self.labels[name] = next(size for size in order if size in sizes)
-        self.cells = cells = pd.concat([mean_over_runs(frame, arms), best_runs(frame, self.labels)])
+        means = mean_over_runs(frame, arms)
+        best = best_runs(frame, self.labels)
+        self.cells = cells = pd.concat([means, best])
         four = "{:.4f}".format
         spread = " (" + cells.sd.map(four) + ")"
         cells["text"] = cells.value.map(four) + spread.where(cells.runs > 1, "")
@@ -174,16 +181,16 @@ def table_specs(results):
     diseases = SHOWN["diseases"] if labels == "5" else aucs.label.unique()
     diseases = {label: {"labels": "", "label": label} for label in diseases}
     columns = {"test sets": sets, "diseases": diseases}
-    negative = []
-    for metric in ("always_negative_accuracy", "always_negative_subset_accuracy"):
-        rows = results.frame.query("dataset == @main and labels == @labels and metric == @metric")
-        negative.append("".join(rows.value.head(1).map("{:.4f}".format)) or "unknown")
+    shown = results.frame.query("dataset == @main and labels == @labels")
+    shown = shown.groupby("metric").value.first().map("{:.4f}".format)
+    negative = [shown.get(f"always_negative_{kind}accuracy", "unknown") for kind in ("", "subset_")]
     for spec in SHOWN["tables"]:
         yield spec | {"title": spec["title"].format(results.datasets[main]),
                       "note": spec["note"].format(*negative),
                       "columns": columns.get(str(spec["columns"]), spec["columns"])}
     metrics = results.frame.metric.drop_duplicates()
-    groups = metrics.str.extract(r"^auc\[(\w+)=(.+)\]$").dropna().sort_values([0, 1]).to_numpy()
+    groups = metrics.str.extract(r"^auc\[(\w+)=(.+)\]$").dropna()
+    groups = groups.sort_values([0, 1]).to_numpy()
     parts = {f"{attribute} {group}": f"[{attribute}={group}]" for attribute, group in groups}
     parts |= {f"{attribute}: gap": f"_gap[{attribute}]" for attribute, _ in groups}
     youden = metrics.str.startswith("fnr_youden[").any()
@@ -213,7 +220,8 @@ def places(results, spec):
 def fill_tables(results, specs):
     """The cells of all tables in a frame, only rows and columns with a number; best: of its column."""
     grid = [place for spec in specs for place in places(results, spec)]
-    grid = pd.DataFrame(grid).join(results.cells, on=KEY).join(printed_numbers(), on=["number", *KEY])
+    grid = pd.DataFrame(grid).join(results.cells, on=KEY)
+    grid = grid.join(printed_numbers(), on=["number", *KEY])
     drawn = grid.mark.str.contains("°", na=True)        # what was drawn has no printed number
     grid.loc[drawn | grid.value.isna(), "printed"] = ""
     low = grid.metric.str.contains(LOW_IS_GOOD)
@@ -261,31 +269,25 @@ def differences(pairs, baseline, labels):
     turned = pairs.rename(columns=turned)
     turned[["effect", *ENDS]] *= -1
     found = pd.concat([pairs, turned]).query("right == @baseline")
-    return found.rename(columns={"left": "exp"})[["exp", "dataset", "effect", *ENDS]]
+    return found.rename(columns={"left": "exp"})
 
 
-def difference_figure(found, results, names, baseline, path, narrow):
-    """Difference in AUC to the baseline, a row an arm: a panel a test set, or (narrow) all in one panel."""
+def difference_figure(found, results, names, baseline, path):
+    """Difference in AUC to the baseline: a panel a test set, a row an arm."""
     exps = [exp for exp in results.arms if exp in set(found.exp)]
-    middle = (len(results.datasets) - 1) / 2
-    panels, width, height = len(results.datasets), 12.4, .22
-    if narrow:
-        panels, width, height = 1, 4, .3
-    size = width, .9 + height * len(exps)
-    figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False)
+    size = 12.4, .9 + .22 * len(exps)
+    figure, axes = plt.subplots(1, len(results.datasets), figsize=size, sharey=True, squeeze=False)
     for place, (dataset, shown) in enumerate(results.datasets.items()):
-        axis = axes[0, place % panels]
+        axis = axes[0, place]
         axis.axvline(0, color=INK, linewidth=.8)
-        axis.set_title("" if narrow else shown)
+        axis.set_title(shown)
         rows = found.query("dataset == @dataset and exp in @exps")
-        y = rows.exp.map(exps.index) + .16 * (place - middle) * narrow
         errors = [rows.effect - rows.ci_low, rows.ci_high - rows.effect]
-        axis.errorbar(rows.effect, y, xerr=errors, fmt="o", color=f"C{place}", label=shown)
-    shown = exps if narrow else [f"{exp} {names[exp]}" for exp in exps]
-    axis.set_yticks(range(len(exps)), shown)
+        axis.errorbar(rows.effect, rows.exp.map(exps.index), xerr=errors, fmt="o", color=f"C{place}")
+    axis.set_yticks(range(len(exps)), [f"{exp} {names[exp]}" for exp in exps])
     axis.set_ylim(len(exps) - .5, -.5)                  # the first on top
-    axes[0, panels // 2].set_xlabel(f"difference in AUC to {baseline}, 95 % interval")
-    return save(figure, path, legend=3 * narrow)
+    figure.supxlabel(f"difference in AUC to {baseline}, 95 % interval", fontsize="medium")
+    return save(figure, path)
 
 
 def draw_line(axis, x, cells, label):
@@ -315,7 +317,8 @@ def size_figure(grid, names, path):
     """Figure 3: AUC over the number of pre-training images, a line a strategy."""
     figure, axis = plt.subplots(figsize=(6.4, 3.8))
     cells = grid.query("number == '6' and exp.str.contains(r'^4\\.\\d\\.1-')")
-    cells = cells.assign(size=cells.exp.str.extract(r"-(\d+)k")[0].astype(int)).sort_values("size")
+    sizes = cells.exp.str.extract(r"-(\d+)k")[0].astype(int)
+    cells = cells.assign(size=sizes).sort_values("size")
     for _, line in cells.groupby(cells.exp.str.slice(0, 5)):                # 4.1.1-50k
         draw_line(axis, line["size"], line, names[line.exp.iloc[0]])
     axis.set(xlabel="thousands of pre-training images", ylabel="AUC, NIH test, 14 labels")
@@ -326,7 +329,8 @@ def pooled_bins(results):
     """Reliability bins of all labels and runs together by arm and threshold: images, means of p and of y."""
     rows = results.frame.query(
         "dataset == @results.main and exp in @results.arms and metric.str.startswith('reliability_')")
-    rows = rows.assign(metric=rows.metric.str.slice(12)).astype({"threshold": float})
+    rows = rows.astype({"threshold": float})
+    rows["metric"] = rows.metric.str.slice(12)
     index = ["exp", "threshold", "seed", "label"]
     bins = rows.pivot(index=index, columns="metric", values="value")
     images = bins.pop("images")
@@ -371,7 +375,8 @@ def decision_figure(folder, exp, dataset, path):
         return None
     from sklearn.metrics import precision_recall_curve, roc_curve
     runs = [read_csv(file, ["path"]).set_index("path") for file in files]
-    table = pd.concat(runs).filter(regex="^(true|prob)_").apply(pd.to_numeric, errors="coerce")
+    table = pd.concat(runs).filter(regex="^(true|prob)_")
+    table = table.apply(pd.to_numeric, errors="coerce")
     known = table.isin([0, 1]) | table.columns.str.startswith("prob_")      # of the truths
     table = table.where(known).groupby("path").mean()
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
@@ -474,17 +479,6 @@ def read_claims(path):
     return claims
 
 
-def read_tables(paths, columns, numeric=()):
-    """Tables of the same kind as one; None without a path."""
-    tables = []
-    for path in paths:
-        table = read_csv(path, [*columns, *numeric])
-        for name in numeric:
-            table[name] = as_numbers(path, table[name])
-        tables.append(table)
-    return pd.concat(tables) if tables else None
-
-
 def beside(paths, name):
     """The files called `name` beside those of the paths, if they have rows: one arm has no pairs."""
     files = [path.with_name(name) for path in paths]
@@ -534,9 +528,7 @@ def compose(args):
         page["pictures"] = pictures(args.runs, packs, args.data, args.with_pictures)
     if pairs is not None:
         found = differences(pairs, args.baseline, results.labels)
-        for kind in ("wide", "narrow"):
-            path = folder / f"differences_{kind}"
-            page[kind] = difference_figure(found, results, names, args.baseline, path, kind == "narrow")
+        page["differences"] = difference_figure(found, results, names, args.baseline, folder / "differences")
     page["figure2"] = disease_figure(results, grid, names, folder / "figure2")
     page["figure3"] = size_figure(grid, names, folder / "figure3")
     page["reliability"] = reliability_figure(results, folder / "reliability")
