@@ -78,9 +78,7 @@ INK = plt.rcParams["text.color"]                # in an SVG it follows the reade
 
 # ------------------------------------------------------------------------------------------------ the numbers
 def read_tables(paths, columns, numeric=()):
-    """Tables of the same kind as one, None without a path: numeric columns as numbers, blank cells NaN, the rest
-    as text.
-    """
+    """Tables of the same kind as one, None without a path; numeric columns: numbers, NaN where blank."""
     tables = []
     for path in paths:
         table = read_csv(path, [*columns, *numeric])
@@ -127,11 +125,12 @@ def mean_over_runs(frame, arms=None):
 def best_runs(frame, labels):
     """Cells of variant "best": each arm's run with the best mean AUC here; labels: {test set: label set}."""
     means = frame.query("metric == 'auc_mean' and variant == 'paper' and labels == dataset.map(@labels)")
-    place = means.dropna(subset="value").groupby(["exp", "dataset"]).value.idxmax()
+    means = means.dropna(subset="value")
+    place = means.groupby(["exp", "dataset"]).value.idxmax()
     best = frame.loc[place, ["exp", "dataset", "seed"]]
     rows = frame.merge(best).sort_values("variant", ascending=False)        # "paper" before "corrected"
     rows = rows.assign(variant="best", sd=np.nan, runs=1).drop_duplicates(KEY)
-    return rows.set_index(KEY)[["value", "sd", "runs", *ENDS, "mark", "seed"]]
+    return rows.set_index(KEY)
 
 
 def printed_numbers():
@@ -149,7 +148,8 @@ class Results:
         self.frame = frame
         self.exps = list(frame.exp.unique())
         self.arms = [exp for exp in self.exps if not exp.endswith("-ensemble")]
-        self.runs = len(frame.query("exp in @self.arms")[["exp", "seed"]].drop_duplicates())
+        runs = frame.query("exp in @self.arms")[["exp", "seed"]]
+        self.runs = len(runs.drop_duplicates())
         names = list(frame.dataset.unique())
         names = [name for name in names if not name.endswith("_val")] or names      # for thresholds
         names = sorted(names, key=[*TEST_SETS, *names].index)
@@ -157,14 +157,17 @@ class Results:
         self.main = "chexpert_valid" if "chexpert_valid" in names else names[0]
         self.labels = {}                                # that tables are about: the study's, or all of others
         for name, sizes in frame.groupby("dataset").labels.agg(set).items():
-            order = ("5", "14", "all", "") if name in TEST_SETS else ("all", "14", "5", "")
+            order = "5", "14", "all", ""
+            if name not in TEST_SETS:
+                order = "all", "14", "5", ""
             self.labels[name] = next(size for size in order if size in sizes)
         means = mean_over_runs(frame, arms)
         best = best_runs(frame, self.labels)
         self.cells = cells = pd.concat([means, best])
         four = "{:.4f}".format
         spread = " (" + cells.sd.map(four) + ")"
-        cells["text"] = cells.value.map(four) + spread.where(cells.runs > 1, "")
+        spread = spread.where(cells.runs > 1, "")
+        cells["text"] = cells.value.map(four) + spread
         cells.loc[cells.value.isna(), "text"] = "undefined"
         interval = "[" + cells.ci_low.map(four) + ", " + cells.ci_high.map(four) + "]"
         cells["interval"] = interval.where(cells.ci_low.notna(), "")
@@ -274,16 +277,19 @@ def differences(pairs, baseline, labels):
 
 def difference_figure(found, results, names, baseline, path):
     """Difference in AUC to the baseline: a panel a test set, a row an arm."""
-    exps = [exp for exp in results.arms if exp in set(found.exp)]
+    there = set(found.exp)
+    exps = [exp for exp in results.arms if exp in there]
     size = 12.4, .9 + .22 * len(exps)
-    figure, axes = plt.subplots(1, len(results.datasets), figsize=size, sharey=True, squeeze=False)
+    panels = len(results.datasets)
+    figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False)
     for place, (dataset, shown) in enumerate(results.datasets.items()):
         axis = axes[0, place]
         axis.axvline(0, color=INK, linewidth=.8)
         axis.set_title(shown)
         rows = found.query("dataset == @dataset and exp in @exps")
         errors = [rows.effect - rows.ci_low, rows.ci_high - rows.effect]
-        axis.errorbar(rows.effect, rows.exp.map(exps.index), xerr=errors, fmt="o", color=f"C{place}")
+        y = rows.exp.map(exps.index)
+        axis.errorbar(rows.effect, y, xerr=errors, fmt="o", color=f"C{place}")
     axis.set_yticks(range(len(exps)), [f"{exp} {names[exp]}" for exp in exps])
     axis.set_ylim(len(exps) - .5, -.5)                  # the first on top
     figure.supxlabel(f"difference in AUC to {baseline}, 95 % interval", fontsize="medium")
@@ -293,7 +299,8 @@ def difference_figure(found, results, names, baseline, path):
 def draw_line(axis, x, cells, label):
     """The values of cells and their 95 % intervals, in the next style."""
     errors = cells[ENDS].sub(cells.value, axis=0).abs()
-    axis.errorbar(x, cells.value, errors.to_numpy().T, elinewidth=.6, label=label)
+    errors = errors.to_numpy().T
+    axis.errorbar(x, cells.value, errors, elinewidth=.6, label=label)
 
 
 def disease_figure(results, grid, names, path):
@@ -347,13 +354,14 @@ def reliability_figure(results, path):
         return None
     bins = pooled_bins(results)
     rows = -(-len(results.arms) // 5)
-    figure, axes = plt.subplots(rows, 5, figsize=(11.4, 2.3 * rows), sharex=True, sharey=True)
+    size = 11.4, 2.3 * rows
+    figure, axes = plt.subplots(rows, 5, figsize=size, sharex=True, sharey=True)
     for axis, exp in zip(axes.flat, results.arms):
         curve = bins.query("exp == @exp")
-        size = 60 * np.sqrt(curve.images / curve.images.sum())
+        areas = 60 * np.sqrt(curve.images / curve.images.sum())
         axis.axline((0, 0), (1, 1), color="#888", linewidth=.8)
         axis.plot(curve.predicted, curve.observed, color="C0", marker="")
-        axis.scatter(curve.predicted, curve.observed, size, color="C0")
+        axis.scatter(curve.predicted, curve.observed, areas, color="C0")
         axis.set_title(exp)
     for axis in axes.flat[len(results.arms):]:
         axis.remove()
@@ -364,7 +372,8 @@ def reliability_figure(results, path):
 
 def net_benefit(y, p, thresholds):
     """TP/n - FP/n * t / (1 - t) of p > t, for thresholds t [T]; y 0 or 1, p: [n] (Vickers & Elkin 2006)."""
-    gain = np.where(y[:, None], 1, -thresholds / (1 - thresholds))
+    harm = thresholds / (1 - thresholds)
+    gain = np.where(y[:, None], 1, -harm)
     return (gain * (p[:, None] > thresholds)).mean(0)
 
 
@@ -382,7 +391,8 @@ def decision_figure(folder, exp, dataset, path):
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []
     for label in table.filter(like="true_").columns.str.removeprefix("true_"):
-        y, p = table[[f"true_{label}", f"prob_{label}"]].dropna().to_numpy().T
+        pair = table[[f"true_{label}", f"prob_{label}"]].dropna()
+        y, p = pair.to_numpy().T
         if len(set(y)) == 2:
             precision, recall, _ = precision_recall_curve(y, p)
             fpr, tpr, _ = roc_curve(y, p)
@@ -410,7 +420,8 @@ def read_logs(runs):
         lines = path.read_text().splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                entries.append(dict(json.loads(line), exp=exp, part=part, run=str(path)))
+                entry = json.loads(line)
+                entries.append(dict(entry, exp=exp, part=part, run=str(path)))
             except (ValueError, TypeError):
                 if number < len(lines):
                     raise InputError(f"{path} line {number} is no JSON object; delete the line") from None
@@ -426,12 +437,13 @@ def learning_figure(logs, path):
         axis.set(title=title, xlabel="epoch")
         for exp in logs.exp.unique():
             own = logs.query("exp == @exp and part == @part").dropna(subset=column)
-            y = own.groupby(["run", "epoch"])[column].mean().unstack()      # [runs, epochs]
-            y = y.dropna(axis="columns")                                    # up to where the first run ends
+            means = own.groupby(["run", "epoch"])[column].mean()
+            y = means.unstack().dropna(axis="columns")              # [runs, epochs], as long as the first run
             if part == "pretrain":
                 y = y / y.mean().head(1).sum()
             line, = axis.plot(y.mean(), label=exp, markevery=.1)
-            axis.fill_between(y.columns, y.min(), y.max(), color=line.get_color(), alpha=.12)
+            color = line.get_color()
+            axis.fill_between(y.columns, y.min(), y.max(), color=color, alpha=.12)
     return save(figure, path, legend=8)
 
 
@@ -482,7 +494,8 @@ def read_claims(path):
 def beside(paths, name):
     """The files called `name` beside those of the paths, if they have rows: one arm has no pairs."""
     files = [path.with_name(name) for path in paths]
-    return [file for file in files if file.is_file() and file.read_text().count("\n") > 1]
+    files = [file for file in files if file.is_file()]
+    return [file for file in files if file.read_text().count("\n") > 1]
 
 
 def compose(args):
@@ -518,8 +531,10 @@ def compose(args):
     pairs = beside(args.verdicts[:1], "comparisons.csv")
     pairs = read_tables(pairs, ["metric", "labels", "left", "right"], ["effect", *ENDS])
     logs = read_logs(args.runs) if args.runs else None
-    drawn = set(results.frame.query("stand_in != ''").exp)       # in the figures; the tables have marks
-    names = {exp: name + " (stand-ins)" * (exp in drawn) for exp, name in names.items()}
+    names = dict(names)                                 # of the figures; the tables have marks
+    drawn = set(results.frame.query("stand_in != ''").exp)
+    for exp in drawn.intersection(names):
+        names[exp] += " (stand-ins)"
     folder = args.out / "figures"                       # written once everything is read
     if args.predictions:
         page["curves"] = decision_figure(args.predictions, args.arm, results.main, folder / "curves")
@@ -546,7 +561,8 @@ def write_tables(tables, folder):
             frame = cells.set_index([*lead, "column"]).shown.unstack(sort=False)
             frame = frame.reset_index().rename(columns=lead)
             name = f"table{spec['number']}"
-            latex = frame.to_latex(index=False, escape=True, caption=spec["title"], label=f"tab:{name}")
+            latex = frame.to_latex(index=False, escape=True,
+                                   caption=spec["title"], label=f"tab:{name}")
             text = frame.to_csv(index=False)
             write(folder / f"{name}.csv", lambda file: file.write(text.encode()))
             write(folder / f"{name}.tex", lambda file: file.write(latex.encode()))
@@ -566,7 +582,8 @@ def main():
         printed = {"title": "The printed tables", "set_names": TEST_SETS, "printed": tables,
                    "claims": page["claims"]}
         loader = jinja2.FileSystemLoader(HERE)
-        environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        environment = jinja2.Environment(loader=loader, autoescape=True,
+                                         trim_blocks=True, lstrip_blocks=True)
         for name, content in (("printed.html", printed), ("report.html", page)):
             html = environment.get_template("report.template.html").render(content).encode()
             write(args.out / name, lambda file: file.write(html))
