@@ -277,12 +277,13 @@ def terms_of(claim, left, right, testset, pattern):
 
 
 def compare(arms, terms, offset=0.0):
-    """The estimate of sum(sign * cell) less an offset, remarks, sources. Experiments are paired by run."""
+    """The estimate of sum(sign * cell) less an offset; cells, remarks, sources. Arms are paired by run."""
+    cells = frozenset(cell for _, cell in terms)
     for _, cell in terms:
         if cell not in arms:
             exp, dataset, key = cell
             metric = " ".join(filter(None, key.split("|")))
-            return {"remarks": [f"no {metric} of {exp} on {dataset}"], "sources": set()}
+            return {"cells": cells, "remarks": [f"no {metric} of {exp} on {dataset}"], "sources": set()}
     used = []
     for exp in dict.fromkeys(cell[0] for _, cell in terms):
         own = [(sign, arms[cell]) for sign, cell in terms if cell[0] == exp]
@@ -294,7 +295,8 @@ def compare(arms, terms, offset=0.0):
         remarks.append("seeds only")
     if any(np.isnan(arm.run_variance) for _, arm in used):
         remarks.append("an arm has one run, whose spread is unknown")
-    return estimate(used, offset) | {"remarks": remarks, "sources": {arms[cell].source for _, cell in terms}}
+    sources = {arms[cell].source for cell in cells}
+    return estimate(used, offset) | {"cells": cells, "remarks": remarks, "sources": sources}
 
 
 def compare_spreads(arms, testset):
@@ -308,7 +310,7 @@ def compare_spreads(arms, testset):
             sources |= {arm.source for arm in pair}
     result = estimate([(1, make_arm(ratios))]) if len(ratios) > 1 else {}
     remark = f"log ratio of the sd over runs, {len(ratios)} arms; a smaller test set spreads them more"
-    return result | {"remarks": [remark], "sources": sources}
+    return result | {"cells": testset, "remarks": [remark], "sources": sources}
 
 
 def verdict_row(claim, testset, comparisons):
@@ -361,13 +363,13 @@ def verdicts(claims, arms):
         if test == "no_winner":
             pairs = permutations(lefts, 2)
         for testset, (left, right) in product(testsets, pairs):
-            if left == "sd(ood)":
-                cells, result = [testset], compare_spreads(arms, testset)
-            else:
-                terms, offset = terms_of(claim, left, right, testset, pattern)
-                cells, result = [cell for _, cell in terms], compare(arms, terms, offset)
             row = dict(claim=number, family=claim["family"], testset=testset, left=left, right=right)
-            rows.append(row | {"cells": frozenset(cells)} | dict.fromkeys(INTERVAL, np.nan) | result)
+            row |= dict.fromkeys(INTERVAL, np.nan)
+            if left == "sd(ood)":
+                row |= compare_spreads(arms, testset)
+            else:
+                row |= compare(arms, *terms_of(claim, left, right, testset, pattern))
+            rows.append(row)
     table = pd.DataFrame(rows)
     same = ["family", "cells", "p"]                     # in C2 and C3, turned round in B5 and B6: counts once
     once = table[same].drop_duplicates()
@@ -412,13 +414,16 @@ def pairs_of(arms, exps, metric=""):
 
 
 def detectable(pairs, sizes):
-    """detectable.csv: the difference in mean AUC that a t-test finds with 80 % power, mean over pairs."""
+    """detectable.csv: the difference in mean AUC that a two-sided t-test at 5 % detects with 80 % power, mean
+    over pairs of arms with several runs each. Without resamples of patients it is a lower bound.
+    """
     errors = dict.fromkeys(["se_runs", "se_patients", "freedom"], float)
     means = pairs.query("metric == 'auc_mean' and se_runs.notna()").astype(errors)
     needed = nctdtrinc(means["freedom"], 0.2, stdtrit(means["freedom"], 0.975))         # in standard errors
     means["detectable"] = needed * np.hypot(means["se_runs"], means["se_patients"].fillna(0))
     places = means.groupby(["dataset", "labels", "source"], sort=False)
-    table = places[["se_runs", "se_patients", "detectable"]].mean().assign(pairs=places.size()).reset_index()
+    table = places[["se_runs", "se_patients", "detectable"]].mean()
+    table = table.assign(pairs=places.size()).reset_index()
     return table.join(sizes, on="dataset").reindex(columns=DETECTABLE)
 
 
