@@ -17,7 +17,6 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +89,7 @@ def cost(stage, keys, rates):
     if script == "dino":
         local = round(size * 96 / 224 / 16) * 16
         flops += 3 * row["n_local_crops"] * images * forward(*network, local)
-    rate = rates.get((script, row["arch"], size), np.nan)
+    rate = rates.get((script, row["arch"], size), float("nan"))
     return steps, images, flops / 1e15, flops / V100_HOUR, (images + tested) / rate / 3600
 
 
@@ -118,6 +117,7 @@ def main():
     if args.list:
         lines = [line for exp in rows for line in lines_of(table, exp, rows, args.miniature)]
         return print(*dict.fromkeys(lines), sep="\n")
+    import numpy as np                  # here: --list is quick without
     rates, card = {}, "no GPU"
     if args.rates:
         try:

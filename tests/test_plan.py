@@ -102,6 +102,8 @@ def test_hours_by_measured_rates_stand_beside_the_estimate(capsys, monkeypatch, 
     assert hours["3.1", "pretrain"][1] == "1.0"             # 2,304 images at 0.64 a second
     trained, tested = 75_312 * 2 * 2, 2 * (2 * 11_212 + 11_212 + 68_898)
     assert float(hours["2.1", "finetune"][1]) == pytest.approx((trained + tested) / 500 / 3600, abs=0.05)
+    steps = next(line.split()[2] for line in found if line.split()[:2] == ["2.1", "finetune"])
+    assert steps == f"{75_312 // 64 * 2 * 2:,}"
     flops = (3 * trained + tested) * 2 * 4.6e9
     assert float(hours["2.1", "finetune"][0]) == pytest.approx(flops / 31.25e12 / 3600, abs=0.06)
     total = sum(float(pair[1]) for pair in hours.values())
