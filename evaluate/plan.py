@@ -98,8 +98,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--exp", default="*", help="rows or patterns, comma-separated (default: every row of the file)")
-    add("--data", default="data", metavar="DIR", help="folder of the packed datasets")
-    add("--rates", metavar="FILE", help="a gpu.json of tests/bench/gpu.py")
+    add("--data", default="data", help="folder of the packed datasets")
+    add("--rates", help="a gpu.json of tests/bench/gpu.py")
     add("--list", action="store_true", help="a row after the row it starts from, which is added; no cost")
     add("--miniature", action="store_true", help="with --list: starts and seeds of the miniature")
     parser.error = fail                 # one sentence, like every other mistake
@@ -107,7 +107,8 @@ def main():
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
     table = yaml.safe_load((ROOT / "experiments.yaml").read_text())
     table = {str(exp): row for exp, row in table.items()}   # scripts refuse a key without quotes
-    known, rows = [exp for exp in table if not exp.startswith(("defaults", "miniature"))], []
+    known = [exp for exp in table if not exp.startswith(("defaults", "miniature"))]
+    rows = []
     for part in args.exp.split(","):
         found = fnmatch.filter(known, part)
         if not found:
@@ -133,7 +134,7 @@ def main():
         for stage in [*table[exp].keys() & {"pretrain"}, "finetune"]:
             costs.append(cost(stage, keys_of(table, exp, stage), rates))
             numbers = "{:9,} {:12,} {:6,.0f} {:7,.1f} {:11,.1f}".format(*costs[-1])
-            print(f"{exp:>10} {stage} {numbers}".replace("nan", "  -"))
+            print(f"{exp:>10} {stage}", numbers.replace("nan", "  -"))
         row = keys_of(table, exp, "pretrain")
         packs = "nih", "vindr_cxr", "padchest", "chexpert", row.get("dataset", "nih")
         files |= {f"{args.data}/{pack}/manifest.csv" for pack in packs}
