@@ -268,10 +268,10 @@ def terms_of(claim, left, right, testset, pattern):
             name, part = REFERRED[part], ""
         if operand["arm"] == "always_negative":         # at any threshold
             name, threshold = f"always_negative_{name.removeprefix('mean_')}", ""
-        for minus, exp in ((1, operand["arm"]), (-1, operand["minus"])):
-            if exp:
-                cell = exp, operand["testset"] or testset, f"{labels}|{name}|{part}|{threshold}"
-                terms.append((sign * minus, cell))
+        place = operand["testset"] or testset, f"{labels}|{name}|{part}|{threshold}"
+        terms.append((sign, (operand["arm"], *place)))
+        if operand["minus"]:
+            terms.append((-sign, (operand["minus"], *place)))
         offset -= sign * float(operand["offset"] or 0)
     return terms, offset
 

@@ -329,6 +329,12 @@ def test_a_comparison_that_stands_in_several_claims_counts_once():
     assert verdict(**claim, more=[different]).p_holm["nih_test"] == pytest.approx(2 * alone)
 
 
+def test_both_directions_of_a_pair_count_once_in_no_winner():
+    arms = world(a=(0.8217, None), b=(0.82, None))
+    assert 0.025 < verdict(arms, "greater", "a", "b", sets="nih_test").p["nih_test"] < 0.05
+    assert verdict(arms, "no_winner", "a|b", "", sets="nih_test").verdict["nih_test"] == "contradicted"
+
+
 def test_a_known_arm_with_a_hyphen_is_no_difference():
     arms = world(**{"c.10-moco": (0.85, 0.85), "c.10": (0.80, 0.80), "moco": (0.1, 0.1), "b": (0.82, 0.80)})
     for left, right, effect in (("c.10-moco", "b", 0.03), ("c.10-moco@vindr_test", "b", 0.03),
