@@ -330,7 +330,7 @@ def test_a_comparison_that_stands_in_several_claims_counts_once():
 
 
 def test_both_directions_of_a_pair_count_once_in_no_winner():
-    arms = world(a=(0.8217, None), b=(0.82, None))
+    arms = world(a=(0.8216, None), b=(0.82, None))
     assert 0.025 < verdict(arms, "greater", "a", "b", sets="nih_test").p["nih_test"] < 0.05
     assert verdict(arms, "no_winner", "a|b", "", sets="nih_test").verdict["nih_test"] == "contradicted"
 
