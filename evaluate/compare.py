@@ -3,15 +3,13 @@
 An interval is effect +- t * error; error^2 is the variance from the choice of runs (seeds) plus that from the
 choice of patients; of published and printed numbers only the runs are known: "seeds only". In simulations it
 covered the truth in 95 to 97 % for pairs of arms with 2, 3 or 5 runs, in 87, 93 and 93 % for one arm where
-runs dominate; that of a single run is over patients. Study: "From pre-training to downstream performance:
-does domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819).
+runs dominate; that of a single run is over patients.
 
     python evaluate/compare.py --metrics metrics.csv --arms a b                two models of yours
     python evaluate/compare.py --metrics results/metrics.csv --out results     all arms, the study's claims
-    python evaluate/compare.py --reported --out results/published              claims on the printed numbers
+    python evaluate/compare.py --reported --out results/published              claims on the published numbers
 
-Reads   metrics.csv and draws.npz beside it (evaluate/metrics.py), or with --reported the author's published
-        runs (reported/raw_runs_*.csv) and, for arms without them, the printed tables; claims.csv.
+Reads   metrics.csv, draws.npz beside it and claims.csv; or reported/raw_runs_auc.csv and printed.csv
 Writes  verdicts.csv     a row per claim and test set, and one over all: verdict, the deciding comparison
         arms.csv         a row per arm and metric: mean, sd, interval, standard errors over runs and patients
         comparisons.csv  a row per pair of arms and AUC; p_holm: adjusted over all pairs
@@ -33,7 +31,7 @@ import re
 import sys
 import zipfile
 from collections import defaultdict
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +40,9 @@ import pandas as pd
 from scipy.special import nctdtrinc, stdtr, stdtrit
 
 REPORTED = Path(__file__).resolve().parent / "reported"
-SAW_TEST = """3.1 3.2 3.1b 3.2b 0.1.5 0.1.5b 0.1.6 0.1.6b 0.1.7 0.1.7b c.8.5a c.8.5b c.8.6a c.8.6b c.8.7a
-    c.8.7b""".split()                                   # as in report.yaml
+SAW_TEST = re.compile(r"(3\.[12]b?|0\.1\.[567]b?|c\.8\.[567][ab])(-ensemble)?")      # as in report.yaml
 SAW_REMARK = "an arm saw 22,772 of the 25,596 NIH test images in pre-training, without labels"
 FOUR_LABELS = "Atelectasis Cardiomegaly Consolidation Effusion".split()
-WITHOUT_EDEMA = "vindr_test", "padchest"                # of the study's five labels they have these four
 TESTS = "greater every not_every no_gain highest lowest no_winner most".split()
 KEY = ["labels", "metric", "label", "threshold"]
 INTERVAL = ["effect", "ci_low", "ci_high", "p"]
@@ -57,12 +53,13 @@ ARMS = """exp dataset labels metric label threshold runs value sd ci_low ci_high
     freedom source""".split()
 PAIRS = """dataset labels metric label threshold left right effect ci_low ci_high p p_holm se_runs
     se_patients freedom source""".split()
+TWO = ["dataset", *KEY, "left_value", "right_value", *INTERVAL, "remark", "source"]
 DETECTABLE = "dataset labels images patients pairs se_runs se_patients detectable source".split()
 ARM = r"[A-Za-z0-9_.]+(?:-\d+k|-ensemble)?"             # 3.4, 0.1.7b, 4.2.1-100k, 3.4-ensemble
 OPERAND = (r"(?P<arm>ARM)(?::(?P<part>\w+))?(?:@(?P<testset>\w+))?(?:-(?P<minus>ARM))?"
            r"(?P<offset>\+\d*\.?\d+)?")
 METRIC = re.compile(r"([a-z_]+?)(\d*)(?:@(\d*\.?\d+))?")         # name, labels of a mean, threshold
-NEGATIVE = {"mean_accuracy": "always_negative_accuracy", "subset_accuracy": "always_negative_subset_accuracy"}
+REFERRED = {"uncertain": "oracle_auc", "random": "random_referral_auc"}
 
 
 # --- begin copy: error ---
@@ -201,14 +198,11 @@ def read_runs(path):
     file, runs = path.with_name(f"{path.stem}.draws.npz".removeprefix("metrics.")), defaultdict(dict)
     try:
         drawn = dict(np.load(file))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        fail(f"{file} is not there or unreadable; evaluate/metrics.py writes it with {path}")
-    kept = frame.query("variant == 'corrected' and value != ''").copy()
-    kept["key"] = kept["labels"].str.cat(kept[KEY[1:]], "|")
-    kept["number"] = pd.to_numeric(kept["value"], errors="coerce")
-    for row in kept[kept["number"].isna()].itertuples():
-        fail(f"{path}: a value of exp {row.exp}, seed {row.seed}, {row.dataset} is not a number but "
-             f"'{row.value}'; run evaluate/metrics.py again")
+        frame["number"] = pd.to_numeric(frame["value"])
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
+        fail(f"{path} or {file} is not as evaluate/metrics.py writes it ({problem}); run it again")
+    kept = frame.query("variant == 'corrected' and value != ''")
+    kept = kept.assign(key=kept["labels"].str.cat(kept[KEY[1:]], "|"))
     for (exp, seed, dataset), rows in kept.groupby(["exp", "seed", "dataset"], sort=False):
         name = f"{exp}/{seed}/{dataset}"
         if name not in drawn:
@@ -224,54 +218,19 @@ def read_runs(path):
     return arms, {}, counts.pivot_table("value", "dataset", "metric", "first")
 
 
-# File; of its rows: exp, test set, key, value, seed of a run or sd of a printed mean; the first mean counts
-PUBLISHED = """
-raw_runs_auc,{exp},{testset},|auc|{label}|,{auc},{seed}
-raw_runs_threshold,{exp},{testset},5|{metric}||{threshold},{value},{seed}
-raw_runs_oracle,{exp},{testset},5|oracle_auc||{referred},{oracle_auc},{seed}
-table2,{exp},{testset},{classes}|auc_mean||,{auc_mean},{auc_sd}
-table3,{exp},{testset},|auc|{label}|,{auc_mean},{auc_sd}
-table4,{exp},nih_test,14|auc_mean||,{auc_a},{sd_a}
-table4,{exp}b,nih_test,14|auc_mean||,{auc_b},{sd_b}
-table5,{exp},nih_test,14|auc_mean||,{auc_36},{sd_36}
-table5,{exp}b,nih_test,14|auc_mean||,{auc_35},{sd_35}
-table5,{exp},nih_test,14|auc_mean||,{auc_35},{sd_35}
-table6,{exp}-{pretraining_images},nih_test,14|auc_mean||,{auc_mean},{auc_sd}
-table7,{exp},chexpert_valid,5|{metric}||{threshold},{value},nan
-table8,{exp},chexpert_valid,5|oracle_auc||{referred},{oracle_auc},nan
-"""
-METRIC_NAMES = {"Mean accuracy": "mean_accuracy", "mean_acc": "mean_accuracy", "underdiagnosis_mean": "fnr",
-                "Subset accuracy": "subset_accuracy", "subset_acc": "subset_accuracy", "FNR": "fnr"}
-
-
 def read_reported():
     """(arms of the author's published runs, arms as printed in the tables, no sizes)."""
     runs, printed = defaultdict(dict), {}
-
-    def put(cell, mean, sd):
-        count = 3 if cell[0].startswith("1.") else 5
-        printed.setdefault(cell, Arm(float(mean), sd, count, sd ** 2 / count, "printed", None, {}))
-
-    for line in PUBLISHED.split():
-        name, template = line.split(",", 1)
-        for row in read_csv(REPORTED / f"{name}.csv").replace(METRIC_NAMES).to_dict("records"):
-            exp, testset, key, value, spread = template.format(**row).split(",")
-            if key == "|auc|mean|":
-                key = f"{row['classes']}|auc_mean||"
-            # Not printed, an AUC without positives, a label of 14-class runs: for ViTs these are misnamed
-            if value in ("", "0.0") or key[:5] == "|auc|" and row.get("classes") == "14":
-                continue
-            if name.startswith("raw_runs"):
-                runs[exp, testset, key][spread] = np.array([float(value)])
-            else:
-                put((re.sub("000$", "k", exp), testset, key), value, float(spread))
-                if testset in WITHOUT_EDEMA:            # printed as over five labels
-                    put((exp, testset, key.replace("5|", "4|")), value, float(spread))
-    negative = read_csv(REPORTED / "table7_random_guess.csv")["accuracy"].astype(float).mean()
-    for exp in read_csv(REPORTED / "table7.csv")["exp"].unique():
-        put((exp, "chexpert_valid", "5|always_negative_accuracy||"), negative, 0)
-    text = read_csv(REPORTED / "text_numbers.csv").set_index("id").loc["exp0.1.7_val20"]
-    put(("0.1.7", "nih_val", "14|auc_mean||"), text["value"], float(text["sd"]))
+    for row in read_csv(REPORTED / "raw_runs_auc.csv").to_dict("records"):
+        mean = row["label"] == "mean"
+        key = f"{row['classes']}|auc_mean||" if mean else f"|auc|{row['label']}|"
+        # Left out: an AUC without positives; a label of 14-class runs, for ViTs these are misnamed
+        if row["auc"] != "0.0" and (mean or row["classes"] == "5"):
+            runs[row["exp"], row["testset"], key][row["seed"]] = np.array([float(row["auc"])])
+    for row in read_csv(REPORTED / "printed.csv").to_dict("records"):
+        cell = row["exp"], row["dataset"], "|".join(row[name] for name in KEY)
+        mean, sd, count = float(row["value"]), float(row["sd"] or "nan"), int(row["runs"])
+        printed.setdefault(cell, Arm(mean, sd, count, sd ** 2 / count, "printed", None, {}))
     arms = {cell: make_arm(rows, "published runs") for cell, rows in runs.items()}
     return arms, printed, pd.DataFrame()
 
@@ -283,17 +242,14 @@ def complete(arms, printed):
         parts = [(0.25, arms.get((exp, dataset, f"|auc|{label}|"))) for label in FOUR_LABELS]
         if all(arm for _, arm in parts):
             known[exp, dataset, "4|auc_mean||"] = combine(parts)
+    for (_, dataset, key), arm in arms.items():         # of the test set alone, but stored with each arm
+        if "|always_negative" in key:
+            known["always_negative", dataset, key] = arm._replace(runs=1, run_variance=0.0)
     # Tables 7 and 8 print the best run of each arm: take it for every arm, to compare like with like
     return known | {cell: arm for cell, arm in printed.items() if np.isnan(arm.sd)}
 
 
 # ---------------------------------------------------------------------------------------------------- claims
-def operand_pattern(arms):
-    """The pattern of an operand; the name of a known arm, such as c.10-moco, is no difference of two."""
-    known = sorted({re.escape(cell[0]) for cell in arms}, key=len, reverse=True)
-    return re.compile(OPERAND.replace("ARM", "|".join([*known, ARM])))
-
-
 def terms_of(claim, left, right, testset, pattern):
     """([(sign, cell)], offset) of a comparison of two operands."""
     first, _, second = claim["metric"].partition("-")
@@ -301,92 +257,119 @@ def terms_of(claim, left, right, testset, pattern):
         left, right = f"{left}:{first[4:]}", f"{left}:{second}"
         first = second = "auc"
     terms, offset = [], 0.0
-    for sign, metric, text, other in ((1, first, left, right), (-1, second or first, right or left, left)):
+    for sign, metric, text in ((1, first, left), (-1, second or first, right or left)):
         operand, measure = pattern.fullmatch(text), METRIC.fullmatch(metric)
         if not operand or not measure:
             fail(f"claim {claim['id']}: '{metric}' of '{text}' cannot be read; --help says how to write it")
         name, labels, threshold = measure.groups("")
-        exp, dataset = operand["arm"], operand["testset"] or testset
+        part, labels = operand["part"] or "", "" if name == "auc" else labels or 5
         threshold = threshold and f"{float(threshold):g}"
-        part = operand["part"] or ""
-        key = f"|auc|{part}|" if name == "auc" else f"{labels or 5}|{name}||{threshold}"
-        if part and name != "auc":
-            if name != "oracle_auc" or part not in ("random", "uncertain"):
-                fail(f"claim {claim['id']}: '{text}' names '{part}', which goes with auc, not '{metric}'")
-            key = key.replace(name, "random_referral_auc") if part == "random" else key
-        if exp == "always_negative":                    # depends on the test set alone, stored with each arm
-            model = pattern.fullmatch(other)
-            if name not in NEGATIVE or not model:
-                fail(f"claim {claim['id']}: always_negative goes with {' or '.join(NEGATIVE)} and an arm, "
-                     f"not '{metric}' and '{other}'")
-            exp, dataset = model["arm"], operand["testset"] or model["testset"] or testset
-            key = f"{labels or 5}|{NEGATIVE[name]}||"
-        terms.append((sign, (exp, dataset, key)))
+        if name == "oracle_auc" and part in REFERRED:
+            name, part = REFERRED[part], ""
+        if operand["arm"] == "always_negative":         # at any threshold
+            name, threshold = f"always_negative_{name.removeprefix('mean_')}", ""
+        place = operand["testset"] or testset, f"{labels}|{name}|{part}|{threshold}"
+        terms.append((sign, (operand["arm"], *place)))
         if operand["minus"]:
-            terms.append((-sign, (operand["minus"], dataset, key)))
+            terms.append((-sign, (operand["minus"], *place)))
         offset -= sign * float(operand["offset"] or 0)
     return terms, offset
 
 
 def compare(arms, terms, offset=0.0):
-    """The estimate of sum(sign * cell) less an offset, remarks, sources. Experiments are paired by run."""
+    """The estimate of sum(sign * cell) less an offset; cells, remarks, sources. Arms are paired by run."""
+    cells = frozenset(cell for _, cell in terms)
     for _, cell in terms:
         if cell not in arms:
             exp, dataset, key = cell
             metric = " ".join(filter(None, key.split("|")))
-            return {"remarks": [f"no {metric} of {exp} on {dataset}"], "sources": set()}
+            return {"cells": cells, "remarks": [f"no {metric} of {exp} on {dataset}"], "sources": set()}
     used = []
     for exp in dict.fromkeys(cell[0] for _, cell in terms):
         own = [(sign, arms[cell]) for sign, cell in terms if cell[0] == exp]
         paired = combine(own) if len(own) > 1 else None
         used += [(1, paired)] if paired else own
-    saw = {dataset for _, (exp, dataset, _) in terms if exp.removesuffix("-ensemble") in SAW_TEST}
-    remarks = {
-        SAW_REMARK: "nih_test" in saw,
-        "seeds only": any(arm.resampled is None for _, arm in used),
-        "an arm has one run, whose spread is unknown": any(np.isnan(arm.run_variance) for _, arm in used),
-    }
-    remarks = [remark for remark, holds in remarks.items() if holds]
-    return estimate(used, offset) | {"remarks": remarks, "sources": {arms[cell].source for _, cell in terms}}
+    saw = {dataset for _, (exp, dataset, _) in terms if SAW_TEST.fullmatch(exp)}
+    remarks = [SAW_REMARK] if "nih_test" in saw else []
+    if any(arm.resampled is None for _, arm in used):
+        remarks.append("seeds only")
+    if any(np.isnan(arm.run_variance) for _, arm in used):
+        remarks.append("an arm has one run, whose spread is unknown")
+    sources = {arms[cell].source for cell in cells}
+    return estimate(used, offset) | {"cells": cells, "remarks": remarks, "sources": sources}
 
 
-def compare_spreads(arms, left, right):
-    """As compare, of the mean over Table 2's arms of log(sd on test set left / sd on right), sd over runs."""
+def compare_spreads(arms, testset):
+    """As compare, of the mean over Table 2's arms of log(sd on a test set / sd on NIH), sd over runs."""
     ratios, sources = {}, set()
-    labels = 4 if left in WITHOUT_EDEMA else 5          # the same ones on both test sets
+    labels = 4 if testset in ("vindr_test", "padchest") else 5          # these have no edema
     for exp in read_csv(REPORTED / "table2.csv")["exp"].unique():
-        pair = [arms.get((exp, dataset, f"{labels}|auc_mean||")) for dataset in (left, right)]
+        pair = [arms.get((exp, dataset, f"{labels}|auc_mean||")) for dataset in (testset, "nih_test")]
         if all(arm and arm.sd > 0 for arm in pair):
             ratios[exp] = np.log([pair[0].sd / pair[1].sd])
             sources |= {arm.source for arm in pair}
     result = estimate([(1, make_arm(ratios))]) if len(ratios) > 1 else {}
     remark = f"log ratio of the sd over runs, {len(ratios)} arms; a smaller test set spreads them more"
-    return result | {"remarks": [remark], "sources": sources}
+    return result | {"cells": testset, "remarks": [remark], "sources": sources}
 
 
-def compare_claims(claims, arms):
-    """A row per elementary comparison of each claim: two operands on a test set."""
-    rows, pattern = [], operand_pattern(arms)
+def verdict_row(claim, testset, comparisons):
+    """A row of verdicts.csv, with the comparison that decides, such as the least clear one of `every`."""
+    test, known = claim["test"], comparisons.dropna(subset="effect")
+    directions = comparisons["direction"].tolist()
+    lowest, highest, half = min(directions), max(directions), len(directions) / 2
+    worst = comparisons.groupby("left")["direction"].min()              # of each arm
+    every = lowest > 0, lowest < 0
+    holds, contradicted = {
+        "greater": every, "every": every, "highest": every,
+        "lowest": (highest < 0, highest > 0),
+        "not_every": (lowest < 0, lowest > 0),
+        "most": (directions.count(1) > half, directions.count(-1) > half),
+        "no_gain": (comparisons["ci_high"].lt(claim["margin"]).all(), highest > 0),
+        "no_winner": (worst.max() < 0, worst.max() > 0),
+    }[test]
+    verdict = "contradicted" if contradicted else "holds" if holds else "undecided"
+    row = claim | {"testset": testset, "verdict": verdict if len(known) else "not run"}
+    gains = test == "no_gain" and not contradicted
+    known = known.sort_values(["ci_high"] if gains else ["clearness", "effect"])
+    if len(known) == 1 or len(known) and test not in ("no_winner", "most"):
+        shown = known.iloc[-1 if test in ("lowest", "no_gain") else 0]
+        row |= shown[[*INTERVAL, "p_holm"]].to_dict()
+        row["decided_by"] = f"{shown['left']} - {shown['right']}, {shown['testset']}".replace(" - ,", ",")
+    if test in ("highest", "lowest") and len(known) and testset != "all":
+        better = known["effect"] < 0 if test == "highest" else known["effect"] > 0
+        row["rank"] = f"{better.sum() + 1} of {len(known) + 1}"
+    remarks = comparisons["remarks"].explode().dropna().drop_duplicates()
+    absent = remarks.str.startswith("no ")
+    remarks = [*remarks[~absent], *remarks[absent & (testset != "all")]]     # these stand at their test set
+    if test == "most":
+        remarks.insert(0, f"clearly so in {directions.count(1)} of {len(directions)} arms")
+    row["remark"] = "; ".join(remarks[:4])
+    row["source"] = " and ".join(sorted(set().union(*comparisons["sources"])))
+    return row
+
+
+def verdicts(claims, arms):
+    """verdicts.csv: for each claim a row per test set, and one over all where there are several."""
+    # A known arm's name, such as c.10-moco, is no difference of two
+    names = sorted({re.escape(cell[0]) for cell in arms}, key=len, reverse=True)
+    rows, pattern = [], re.compile(OPERAND.replace("ARM", "|".join([*names, ARM])))
     for number, claim in enumerate(claims):
-        testsets, no_margin = claim["testsets"].split(), np.isnan(claim["margin"])
-        if claim["test"] not in TESTS or not testsets or claim["test"] == "no_gain" and no_margin:
-            fail(f"claim {claim['id']}: expected test sets and a test of {', '.join(TESTS)}, no_gain with a "
-                 "margin")
+        testsets, test, margin = claim["testsets"].split(), claim["test"], claim["margin"]
+        if test not in TESTS or not testsets or test == "no_gain" and np.isnan(margin):
+            fail(f"claim {claim['id']}: needs test sets, a test of {', '.join(TESTS)}; no_gain a margin")
         lefts, rights = claim["left"].split("|"), claim["right"].split("|")
         pairs = zip(lefts, rights) if len(lefts) == len(rights) else product(lefts, rights)
-        if claim["test"] == "no_winner":
-            pairs = combinations(lefts, 2)
+        if test == "no_winner":
+            pairs = permutations(lefts, 2)
         for testset, (left, right) in product(testsets, pairs):
-            if left.startswith("sd("):
-                cells = [side[3:-1].replace("ood", testset) for side in (left, right)]
-                result = compare_spreads(arms, *cells)
+            row = dict(claim=number, family=claim["family"], testset=testset, left=left, right=right)
+            row |= dict.fromkeys(INTERVAL, np.nan)
+            if left == "sd(ood)":
+                row |= compare_spreads(arms, testset)
             else:
-                terms, offset = terms_of(claim, left, right, testset, pattern)
-                cells = [cell for _, cell in terms]
-                result = compare(arms, terms, offset)
-            row = {"claim": number, "family": claim["family"], "testset": testset, "left": left}
-            row |= {"right": right, "cells": frozenset(cells)} | dict.fromkeys(INTERVAL, np.nan)
-            rows.append(row | result)
+                row |= compare(arms, *terms_of(claim, left, right, testset, pattern))
+            rows.append(row)
     table = pd.DataFrame(rows)
     same = ["family", "cells", "p"]                     # in C2 and C3, turned round in B5 and B6: counts once
     once = table[same].drop_duplicates()
@@ -395,65 +378,13 @@ def compare_claims(claims, arms):
     clear = table["p_holm"].lt(0.05) & (table["ci_low"].gt(0) | table["ci_high"].lt(0))
     table["direction"] = np.sign(table["effect"]).where(clear, 0)       # of left over right
     table["clearness"] = np.sign(table["effect"]) * (1 - table["p"].fillna(1))
-    return table
-
-
-def verdict_of(claim, comparisons):
-    """The verdict of a claim: "holds", "contradicted", "undecided" or "not run"."""
-    if comparisons["effect"].isna().all():
-        return "not run"
-    directions = comparisons["direction"].tolist()
-    lowest, highest, half = min(directions), max(directions), len(directions) / 2
-    by_arm = defaultdict(list)                          # its directions: 1 where it is the greater one
-    for left, right, direction in zip(comparisons["left"], comparisons["right"], directions):
-        by_arm[left].append(direction)
-        by_arm[right].append(-direction)
-    worst = [min(own) for own in by_arm.values()]
-    every = lowest > 0, lowest < 0
-    holds, contradicted = {
-        "greater": every, "every": every, "highest": every,
-        "lowest": (highest < 0, highest > 0),
-        "not_every": (lowest < 0, lowest > 0),
-        "most": (directions.count(1) > half, directions.count(-1) > half),
-        "no_gain": (comparisons["ci_high"].lt(claim["margin"]).all(), highest > 0),
-        "no_winner": (max(worst) < 0, max(worst) > 0),
-    }[claim["test"]]
-    return "contradicted" if contradicted else "holds" if holds else "undecided"
-
-
-def verdict_row(claim, testset, comparisons):
-    """A row of verdicts.csv, with the comparison that decides, such as the least clear one of `every`."""
-    test = claim["test"]
-    row = claim | {"testset": testset, "verdict": verdict_of(claim, comparisons)}
-    gains = test == "no_gain" and row["verdict"] != "contradicted"
-    order = ["ci_high"] if gains else ["clearness", "effect"]
-    known = comparisons.dropna(subset="effect").sort_values(order)
-    if len(known) == 1 or len(known) and test not in ("no_winner", "most"):
-        shown = known.iloc[-1 if test in ("lowest", "no_gain") else 0]
-        row |= shown[[*INTERVAL, "p_holm"]].to_dict()
-        row["decided_by"] = f"{shown['left']} - {shown['right']}, {shown['testset']}".replace(" - ,", ",")
-    if test in ("highest", "lowest") and len(known) and testset != "all":
-        sign = 1 if test == "highest" else -1
-        row["rank"] = f"{(sign * known['effect'] < 0).sum() + 1} of {len(known) + 1}"
-    remarks = [remark for own in comparisons["remarks"] for remark in own
-               if testset != "all" or not remark.startswith("no ")]         # those stand at their test set
-    if test == "most":
-        remarks.insert(0, f"clearly so in {(comparisons['direction'] > 0).sum()} of {len(comparisons)} arms")
-    remarks = sorted(dict.fromkeys(remarks), key=lambda remark: remark.startswith("no "))
-    row["remark"] = "; ".join(remarks[:4])
-    row["source"] = " and ".join(sorted(set().union(*comparisons["sources"])))
-    return row
-
-
-def verdicts(claims, arms):
-    """verdicts.csv: for each claim a row per test set, and one over all where there are several."""
-    rows = []
-    for number, own in compare_claims(claims, arms).groupby("claim"):
+    decided = []
+    for number, own in table.groupby("claim"):
         parts = list(own.groupby("testset", sort=False))
         if len(parts) > 1:
             parts.append(("all", own))
-        rows += [verdict_row(claims[number], testset, part) for testset, part in parts]
-    return pd.DataFrame(rows, columns=VERDICT)
+        decided += [verdict_row(claims[number], testset, part) for testset, part in parts]
+    return pd.DataFrame(decided, columns=VERDICT)
 
 
 # ------------------------------------------------------------------------------------------ arms and pairs
@@ -463,8 +394,8 @@ def arms_table(arms):
     for (exp, dataset, key), arm in arms.items():
         row = {"exp": exp, "dataset": dataset, **dict(zip(KEY, key.split("|"))), "value": arm.mean}
         rows.append(row | arm._asdict() | estimate([(1, arm)]))
-    table, ends = pd.DataFrame(rows, columns=ARMS), ["ci_low", "ci_high"]
-    table[ends] = table[ends].astype(float).clip(0, 1)          # all these metrics lie there
+    table = pd.DataFrame(rows, columns=ARMS)
+    table[["ci_low", "ci_high"]] = table[["ci_low", "ci_high"]].clip(0, 1)      # all these metrics lie there
     return table
 
 
@@ -475,7 +406,7 @@ def pairs_of(arms, exps, metric=""):
         cells = [(exp, dataset, key) for exp in exps if (exp, dataset, key) in arms]
         for left, right in combinations(cells, 2):
             row = {"dataset": dataset, **dict(zip(KEY, key.split("|"))), "left": left[0], "right": right[0]}
-            row |= {f"value {cell[0]}": arms[cell].mean for cell in (left, right)}
+            row |= {"left_value": arms[left].mean, "right_value": arms[right].mean}
             row |= compare(arms, [(1, left), (-1, right)])
             source = " and ".join(sorted(row["sources"]))
             rows.append(row | {"remark": "; ".join(row["remarks"]), "source": source})
@@ -496,11 +427,6 @@ def detectable(pairs, sizes):
     return table.join(sizes, on="dataset").reindex(columns=DETECTABLE)
 
 
-def show_p(p):
-    """A p-value for the terminal, blank if unknown."""
-    return "< 0.0001" if p < 0.0001 else f"{p:.4f}".replace("nan", "")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -519,13 +445,10 @@ def main():
             rows = pairs_of(arms, args.arms)
             if not rows:
                 fail(f"no metric of both '{args.arms[0]}' and '{args.arms[1]}'; known: {', '.join(exps)}")
-            values = [f"value {exp}" for exp in args.arms]
-            columns = ["dataset", *KEY, *values, *INTERVAL, "remark", "source"]
-            tables = {"two_arms": pd.DataFrame(rows)[columns]}
-            shown = tables["two_arms"].drop(columns=["remark", "source"])
-            remarks = tables["two_arms"]["remark"].unique()
+            shown = pd.DataFrame(rows, columns=TWO)
+            tables = {"two_arms": shown}
         else:
-            claims, remarks = read_csv(args.claims, CLAIM), ()
+            claims = read_csv(args.claims, CLAIM)
             claims["margin"] = pd.to_numeric(claims["margin"], errors="coerce")
             decided = verdicts(claims.to_dict("records"), complete(arms, printed))
             pairs = []
@@ -534,13 +457,11 @@ def main():
                 table = pd.DataFrame(pairs_of(arms, family, "|auc"), columns=PAIRS)
                 table["p_holm"] = table.groupby(["dataset", *KEY])["p"].transform(holm)
                 pairs.append(table)
-            tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": pd.concat(pairs)}
-            tables["detectable"] = detectable(pairs[0], sizes)
+            tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": pd.concat(pairs),
+                      "detectable": detectable(pairs[0], sizes)}
             last = decided.drop_duplicates("id", keep="last")                    # over all test sets
             shown = last[["id", "statement", "verdict", "effect", "ci_low", "ci_high", "p_holm", "source"]]
-        print(shown.to_string(index=False, float_format="{:z.4f}".format, na_rep="", max_colwidth=60,
-                              formatters={"p": show_p, "p_holm": show_p}))
-        print(*filter(None, remarks), sep="\n")
+        print(shown.to_string(index=False, float_format="{:z.4f}".format, na_rep="", max_colwidth=60))
         for name, table in tables.items() if args.out else ():
             text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
             write(args.out / f"{name}.csv", lambda file: file.write(text))

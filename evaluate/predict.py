@@ -66,20 +66,17 @@ def options():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail                                 # one sentence, like every other mistake
     add = parser.add_argument
-    add("--checkpoint", required=True, nargs="+",
-        help="classifier.pt, one or several; for --features a backbone.pt will do")
+    add("--checkpoint", required=True, nargs="+", help="classifier.pt, or several; --features: backbone.pt")
     what = parser.add_mutually_exclusive_group(required=True).add_argument
     what("--manifest", help="manifest.csv of the images")
     what("--images", help="folder of image files of any kind that pack.py reads")
     what("--set", action="append", type=named_set,
          help="NAME=MANIFEST[:SPLIT]; may be repeated, --out is then the folder of <NAME>.csv")
-    add("--split", default="test",
-        help="splits to predict, comma-separated, or all; without a column split all rows [test]")
+    add("--split", default="test", help="splits, comma-separated, or all (without a column split: all) [test]")
     add("--out", required=True, help="the .csv to write; {seed} in it becomes that of the checkpoint")
     add("--mask", action="store_true", help="leave true_<label> of -1 and blank cells blank; else it is 0")
     add("--test-crops", type=int, choices=[1, 10], default=1, help="views averaged an image [1]")
     add("--features", action="store_true", help="write the pooled features, too")
-    add("--keep", action="store_true", help="keep <out>.pack, the pack of --images")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--batch", type=int, default=64, help="images a pass [64]")
     return parser.parse_args()
@@ -192,18 +189,16 @@ def pack_folder(folder, facts, args):
     """Pack all files below --images into a folder by data_prep/pack.py; returns how many it rejected."""
     here = Path(__file__).resolve().parent
     packer = next(here.glob("pack.py"), here.parent / "data_prep/pack.py")
-    if not packer.is_file():
-        fail(f"--images needs pack.py, which reads the files; copy it to {here}")
     root, index, rejected = Path(args.images), folder / "index.csv", folder / "rejected.csv"
-    files = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
-    paths = pd.Series(sorted(files), name="path")
+    files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    paths = pd.Series(files, name="path")
     write_atomic(index, lambda file: paths.to_csv(file, mode="wb", index=False, errors="replace"))
     command = [sys.executable, packer, "--index", index, "--raw", root, "--out", folder,
                "--size", facts["img_size"], "--channels", facts["in_chans"]]
     done = subprocess.run(map(str, command), stderr=subprocess.PIPE, errors="replace")
     beside = folder.with_suffix(".rejected.csv")            # the predictions
     if rejected.is_file():
-        write_atomic(beside, lambda file: file.write(rejected.read_bytes()))
+        os.replace(rejected, beside)
     if done.returncode:
         said = done.stderr.replace(str(rejected), str(beside)).strip()
         fail(f"--images {args.images} cannot be packed: {said.rpartition('error: ')[2]}")
@@ -212,18 +207,15 @@ def pack_folder(folder, facts, args):
 
 def predict(model, facts, manifest, split, file, args, device):
     """Predict the images of a manifest; process 0 writes them to `file`, facts and features beside it."""
-    pack, packed = (Path(manifest).with_name(name) for name in ("pack.json", "images.npy"))
-    theirs = {path.resolve() for path in (Path(manifest), pack, packed)}
-    written = {file.resolve().with_suffix(kind) for kind in (".csv", ".json", ".npy")}
-    if file.suffix != ".csv" or written & theirs:
-        fail(f"--out {file}: give the name of a .csv that is not one of the files of {manifest}")
+    own = file.resolve() == Path(manifest).resolve() or file.stem in ("images", "manifest", "pack")
+    if file.suffix != ".csv" or own:                    # .json and .npy get the same stem
+        fail(f"--out {file}: give a .csv another name than that of {manifest}, images, manifest and pack")
     rows, labels = read_manifest(manifest, split), facts["labels"]
-    known = truth(manifest, rows, labels)
+    known, pack = truth(manifest, rows, labels), Path(manifest).with_name("pack.json")
     with or_fail(f"read {pack}"):
         data = json.loads(pack.read_text()) if pack.is_file() else {}
         marks = {data.get("stand_in"), facts.get("stand_in")} - {None}
-    images = open_images(manifest, rows["path"], facts["in_chans"], device)
-    n = len(rows["path"])
+    images, n = open_images(manifest, rows["path"], facts["in_chans"], device), len(rows["path"])
     outputs = forward_all(model, images, n, facts, args.batch, args.test_crops, device).numpy()
     for place in np.flatnonzero(~np.isfinite(outputs).all(1))[:1]:
         fail(f"{facts['file']} gives NaN or infinity for {rows['path'][place]}; it has diverged")
@@ -241,21 +233,17 @@ def predict(model, facts, manifest, split, file, args, device):
     table = pd.concat([columns, true.add_prefix("true_"), scores.add_prefix("prob_")], axis=1)
     write_atomic(file, lambda stream: table.to_csv(                         # last: if it is there, all is
         stream, mode="wb", index=False, float_format="%.8g", lineterminator="\n"))
-    if len(known) and "patient" not in rows:
-        print(f"warning: {manifest} has no column patient: intervals will take images for patients",
-              file=sys.stderr)
     said = f"{file}: {n:,} images, {known.shape[1]} of {len(labels)} labels with truth"
-    unknown = known.isna().sum().sum()
-    if unknown:
+    if known.isna().any(axis=None):
         counted = "are left out" if args.mask else "count as 0, with --mask they are left out"
-        said += f"; {unknown:,} unknown cells {counted}"
+        said += f"; {known.isna().sum().sum():,} unknown cells {counted}"
+    if len(known) and "patient" not in rows:
+        said += "; no column patient: intervals will take images for patients"
     print(said)
 
 
 def main():
     args, rejected = options(), 0
-    if args.batch < 1:
-        fail("--batch has to be 1 or more")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with or_fail(f"use {device} in {WORLD_SIZE} processes"):
         if device.type == "cuda":
@@ -270,7 +258,7 @@ def main():
         networks[out] = model, facts
     if len(networks) < len(args.checkpoint) or args.images and len(networks) > 1:
         fail("several --checkpoint need seeds that differ, {seed} in --out, and a --manifest or --set")
-    folder = Path(f"{out}.pack")
+    folder = Path(f"{out}.pack")                        # of --images
     sets = args.set or [("", args.manifest or str(folder / "manifest.csv"), args.images and "all")]
     try:
         if args.images and RANK == 0:
@@ -284,7 +272,7 @@ def main():
     except torch.cuda.OutOfMemoryError:
         fail(f"the GPU has no memory for {args.batch} images a pass; try --batch {args.batch // 2 or 1}")
     finally:
-        if args.images and RANK == 0 and not args.keep:
+        if args.images and RANK == 0:
             shutil.rmtree(folder, ignore_errors=True)
     if rejected:
         print(f"warning: {rejected} files are rejected, see {out}.rejected.csv", file=sys.stderr)

@@ -67,8 +67,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 REPORTED = HERE / "reported"
 SHOWN = yaml.safe_load((HERE / "report.yaml").read_text())
-COLUMNS = "exp seed dataset labels metric variant label threshold value ci_low ci_high stand_in".split()
 KEY = "exp dataset labels metric variant label threshold".split()           # of a cell
+COLUMNS = [*KEY, "seed", "stand_in"]            # texts of metrics.csv
 ENDS = ["ci_low", "ci_high"]
 TEST_SETS = SHOWN["test sets"]                  # {name: as it is shown}
 LOW_IS_GOOD = "fnr|fpr|ece|brier|calibration|risk|gap"
@@ -77,23 +77,26 @@ INK = plt.rcParams["text.color"]                # in an SVG it follows the reade
 
 
 # ------------------------------------------------------------------------------------------------ the numbers
-def as_numbers(path, column):
-    """A column of text as numbers, blank cells NaN; a word among them is an InputError."""
-    values = pd.to_numeric(column, errors="coerce")
-    wrong = column[values.isna() & ~column.isin(["", "nan"])]
-    for row, text in wrong[:1].items():
-        raise InputError(f"{path} line {row + 2}: {column.name} is '{text}'; expected a number or nothing")
-    return values
+def read_tables(paths, columns, numeric=()):
+    """Tables of the same kind as one, None without a path; numeric columns: numbers, NaN where blank."""
+    tables = []
+    for path in paths:
+        table = read_csv(path, [*columns, *numeric])
+        for name in numeric:
+            texts = table[name]
+            table[name] = pd.to_numeric(texts, errors="coerce")
+            wrong = texts[table[name].isna() & ~texts.isin(["", "nan"])]
+            for row, text in wrong[:1].items():
+                raise InputError(f"{path} line {row + 2}: {name} is '{text}'; expected a number or nothing")
+        tables.append(table)
+    return pd.concat(tables) if tables else None
 
 
 def read_metrics(path):
     """metrics.csv, checked: value and interval as numbers, the rest as text, and the mark of each number."""
-    frame = read_csv(path, COLUMNS)
-    as_numbers(path, frame.threshold)                   # has to be a number, stays text
-    for name in ("value", *ENDS):
-        frame[name] = as_numbers(path, frame[name])
-    for row in np.flatnonzero(frame.duplicated([*KEY, "seed"]))[:1]:
-        line = frame.loc[row]
+    frame = read_tables([path], COLUMNS, ["value", *ENDS])
+    twice = frame.duplicated([*KEY, "seed"])
+    for row, line in frame[twice][:1].iterrows():
         raise InputError(f"{path} line {row + 2}: {line.metric} of exp {line.exp}, seed {line.seed} on "
                          f"{line.dataset} stands there a second time; remove one of the two rows")
     saw = frame.exp.str.removesuffix("-ensemble").isin(SHOWN["saw NIH test"])
@@ -122,29 +125,19 @@ def mean_over_runs(frame, arms=None):
 def best_runs(frame, labels):
     """Cells of variant "best": each arm's run with the best mean AUC here; labels: {test set: label set}."""
     means = frame.query("metric == 'auc_mean' and variant == 'paper' and labels == dataset.map(@labels)")
-    place = means.dropna(subset="value").groupby(["exp", "dataset"]).value.idxmax()
+    means = means.dropna(subset="value")
+    place = means.groupby(["exp", "dataset"]).value.idxmax()
     best = frame.loc[place, ["exp", "dataset", "seed"]]
     rows = frame.merge(best).sort_values("variant", ascending=False)        # "paper" before "corrected"
     rows = rows.assign(variant="best", sd=np.nan, runs=1).drop_duplicates(KEY)
-    return rows.set_index(KEY)[["value", "sd", "runs", *ENDS, "mark", "seed"]]
+    return rows.set_index(KEY)
 
 
 def printed_numbers():
     """The numbers that the paper prints: texts by number of a table and KEY."""
-    found = {}
-    for spec in SHOWN["printed"]:
-        for row in read_csv(REPORTED / f"table{spec['table']}.csv").to_dict("records"):
-            place = {"number": str(spec["table"]), "variant": "corrected", **spec["place"]}
-            place = {name: place.get(name, "").format(**row) for name in ("number", *KEY)}
-            place["exp"] = re.sub("000$", "k", place["exp"])                # 4.1.1-50k
-            place["metric"] = place["metric"].lower().replace(" ", "_")
-            text = row[spec["mean"]]
-            sd = row.get(spec.get("sd"))
-            if sd:
-                text = f"{text} ({sd})"
-            if text:
-                found.setdefault(tuple(place.values()), text)
-    return pd.Series(found, name="printed").rename_axis(["number", *KEY])
+    table = read_csv(REPORTED / "printed.csv").set_index(["number", *KEY])
+    spread = " (" + table.sd + ")"
+    return (table.value + spread.where(table.sd != "", "")).rename("printed")
 
 
 class Results:
@@ -155,7 +148,8 @@ class Results:
         self.frame = frame
         self.exps = list(frame.exp.unique())
         self.arms = [exp for exp in self.exps if not exp.endswith("-ensemble")]
-        self.runs = len(frame.query("exp in @self.arms")[["exp", "seed"]].drop_duplicates())
+        runs = frame.query("exp in @self.arms")[["exp", "seed"]]
+        self.runs = len(runs.drop_duplicates())
         names = list(frame.dataset.unique())
         names = [name for name in names if not name.endswith("_val")] or names      # for thresholds
         names = sorted(names, key=[*TEST_SETS, *names].index)
@@ -163,12 +157,17 @@ class Results:
         self.main = "chexpert_valid" if "chexpert_valid" in names else names[0]
         self.labels = {}                                # that tables are about: the study's, or all of others
         for name, sizes in frame.groupby("dataset").labels.agg(set).items():
-            order = ("5", "14", "all", "") if name in TEST_SETS else ("all", "14", "5", "")
+            order = "5", "14", "all", ""
+            if name not in TEST_SETS:
+                order = "all", "14", "5", ""
             self.labels[name] = next(size for size in order if size in sizes)
-        self.cells = cells = pd.concat([mean_over_runs(frame, arms), best_runs(frame, self.labels)])
+        means = mean_over_runs(frame, arms)
+        best = best_runs(frame, self.labels)
+        self.cells = cells = pd.concat([means, best])
         four = "{:.4f}".format
         spread = " (" + cells.sd.map(four) + ")"
-        cells["text"] = cells.value.map(four) + spread.where(cells.runs > 1, "")
+        spread = spread.where(cells.runs > 1, "")
+        cells["text"] = cells.value.map(four) + spread
         cells.loc[cells.value.isna(), "text"] = "undefined"
         interval = "[" + cells.ci_low.map(four) + ", " + cells.ci_high.map(four) + "]"
         cells["interval"] = interval.where(cells.ci_low.notna(), "")
@@ -185,16 +184,16 @@ def table_specs(results):
     diseases = SHOWN["diseases"] if labels == "5" else aucs.label.unique()
     diseases = {label: {"labels": "", "label": label} for label in diseases}
     columns = {"test sets": sets, "diseases": diseases}
-    negative = []
-    for metric in ("always_negative_accuracy", "always_negative_subset_accuracy"):
-        rows = results.frame.query("dataset == @main and labels == @labels and metric == @metric")
-        negative.append("".join(rows.value.head(1).map("{:.4f}".format)) or "unknown")
+    shown = results.frame.query("dataset == @main and labels == @labels")
+    shown = shown.groupby("metric").value.first().map("{:.4f}".format)
+    negative = [shown.get(f"always_negative_{kind}accuracy", "unknown") for kind in ("", "subset_")]
     for spec in SHOWN["tables"]:
         yield spec | {"title": spec["title"].format(results.datasets[main]),
                       "note": spec["note"].format(*negative),
                       "columns": columns.get(str(spec["columns"]), spec["columns"])}
     metrics = results.frame.metric.drop_duplicates()
-    groups = metrics.str.extract(r"^auc\[(\w+)=(.+)\]$").dropna().sort_values([0, 1]).to_numpy()
+    groups = metrics.str.extract(r"^auc\[(\w+)=(.+)\]$").dropna()
+    groups = groups.sort_values([0, 1]).to_numpy()
     parts = {f"{attribute} {group}": f"[{attribute}={group}]" for attribute, group in groups}
     parts |= {f"{attribute}: gap": f"_gap[{attribute}]" for attribute, _ in groups}
     youden = metrics.str.startswith("fnr_youden[").any()
@@ -224,7 +223,8 @@ def places(results, spec):
 def fill_tables(results, specs):
     """The cells of all tables in a frame, only rows and columns with a number; best: of its column."""
     grid = [place for spec in specs for place in places(results, spec)]
-    grid = pd.DataFrame(grid).join(results.cells, on=KEY).join(printed_numbers(), on=["number", *KEY])
+    grid = pd.DataFrame(grid).join(results.cells, on=KEY)
+    grid = grid.join(printed_numbers(), on=["number", *KEY])
     drawn = grid.mark.str.contains("°", na=True)        # what was drawn has no printed number
     grid.loc[drawn | grid.value.isna(), "printed"] = ""
     low = grid.metric.str.contains(LOW_IS_GOOD)
@@ -272,37 +272,35 @@ def differences(pairs, baseline, labels):
     turned = pairs.rename(columns=turned)
     turned[["effect", *ENDS]] *= -1
     found = pd.concat([pairs, turned]).query("right == @baseline")
-    return found.rename(columns={"left": "exp"})[["exp", "dataset", "effect", *ENDS]]
+    return found.rename(columns={"left": "exp"})
 
 
-def difference_figure(found, results, names, baseline, path, narrow):
-    """Difference in AUC to the baseline, a row an arm: a panel a test set, or (narrow) all in one panel."""
-    exps = [exp for exp in results.arms if exp in set(found.exp)]
-    middle = (len(results.datasets) - 1) / 2
-    panels, width, height = len(results.datasets), 12.4, .22
-    if narrow:
-        panels, width, height = 1, 4, .3
-    size = width, .9 + height * len(exps)
+def difference_figure(found, results, names, baseline, path):
+    """Difference in AUC to the baseline: a panel a test set, a row an arm."""
+    there = set(found.exp)
+    exps = [exp for exp in results.arms if exp in there]
+    size = 12.4, .9 + .22 * len(exps)
+    panels = len(results.datasets)
     figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False)
     for place, (dataset, shown) in enumerate(results.datasets.items()):
-        axis = axes[0, place % panels]
+        axis = axes[0, place]
         axis.axvline(0, color=INK, linewidth=.8)
-        axis.set_title("" if narrow else shown)
+        axis.set_title(shown)
         rows = found.query("dataset == @dataset and exp in @exps")
-        y = rows.exp.map(exps.index) + .16 * (place - middle) * narrow
         errors = [rows.effect - rows.ci_low, rows.ci_high - rows.effect]
-        axis.errorbar(rows.effect, y, xerr=errors, fmt="o", color=f"C{place}", label=shown)
-    shown = exps if narrow else [f"{exp} {names[exp]}" for exp in exps]
-    axis.set_yticks(range(len(exps)), shown)
+        y = rows.exp.map(exps.index)
+        axis.errorbar(rows.effect, y, xerr=errors, fmt="o", color=f"C{place}")
+    axis.set_yticks(range(len(exps)), [f"{exp} {names[exp]}" for exp in exps])
     axis.set_ylim(len(exps) - .5, -.5)                  # the first on top
-    axes[0, panels // 2].set_xlabel(f"difference in AUC to {baseline}, 95 % interval")
-    return save(figure, path, legend=3 * narrow)
+    figure.supxlabel(f"difference in AUC to {baseline}, 95 % interval", fontsize="medium")
+    return save(figure, path)
 
 
 def draw_line(axis, x, cells, label):
     """The values of cells and their 95 % intervals, in the next style."""
     errors = cells[ENDS].sub(cells.value, axis=0).abs()
-    axis.errorbar(x, cells.value, errors.to_numpy().T, elinewidth=.6, label=label)
+    errors = errors.to_numpy().T
+    axis.errorbar(x, cells.value, errors, elinewidth=.6, label=label)
 
 
 def disease_figure(results, grid, names, path):
@@ -326,7 +324,8 @@ def size_figure(grid, names, path):
     """Figure 3: AUC over the number of pre-training images, a line a strategy."""
     figure, axis = plt.subplots(figsize=(6.4, 3.8))
     cells = grid.query("number == '6' and exp.str.contains(r'^4\\.\\d\\.1-')")
-    cells = cells.assign(size=cells.exp.str.extract(r"-(\d+)k")[0].astype(int)).sort_values("size")
+    sizes = cells.exp.str.extract(r"-(\d+)k")[0].astype(int)
+    cells = cells.assign(size=sizes).sort_values("size")
     for _, line in cells.groupby(cells.exp.str.slice(0, 5)):                # 4.1.1-50k
         draw_line(axis, line["size"], line, names[line.exp.iloc[0]])
     axis.set(xlabel="thousands of pre-training images", ylabel="AUC, NIH test, 14 labels")
@@ -337,7 +336,8 @@ def pooled_bins(results):
     """Reliability bins of all labels and runs together by arm and threshold: images, means of p and of y."""
     rows = results.frame.query(
         "dataset == @results.main and exp in @results.arms and metric.str.startswith('reliability_')")
-    rows = rows.assign(metric=rows.metric.str.slice(12)).astype({"threshold": float})
+    rows = rows.astype({"threshold": float})
+    rows["metric"] = rows.metric.str.slice(12)
     index = ["exp", "threshold", "seed", "label"]
     bins = rows.pivot(index=index, columns="metric", values="value")
     images = bins.pop("images")
@@ -354,13 +354,14 @@ def reliability_figure(results, path):
         return None
     bins = pooled_bins(results)
     rows = -(-len(results.arms) // 5)
-    figure, axes = plt.subplots(rows, 5, figsize=(11.4, 2.3 * rows), sharex=True, sharey=True)
+    size = 11.4, 2.3 * rows
+    figure, axes = plt.subplots(rows, 5, figsize=size, sharex=True, sharey=True)
     for axis, exp in zip(axes.flat, results.arms):
         curve = bins.query("exp == @exp")
-        size = 60 * np.sqrt(curve.images / curve.images.sum())
+        areas = 60 * np.sqrt(curve.images / curve.images.sum())
         axis.axline((0, 0), (1, 1), color="#888", linewidth=.8)
         axis.plot(curve.predicted, curve.observed, color="C0", marker="")
-        axis.scatter(curve.predicted, curve.observed, size, color="C0")
+        axis.scatter(curve.predicted, curve.observed, areas, color="C0")
         axis.set_title(exp)
     for axis in axes.flat[len(results.arms):]:
         axis.remove()
@@ -371,7 +372,8 @@ def reliability_figure(results, path):
 
 def net_benefit(y, p, thresholds):
     """TP/n - FP/n * t / (1 - t) of p > t, for thresholds t [T]; y 0 or 1, p: [n] (Vickers & Elkin 2006)."""
-    gain = np.where(y[:, None], 1, -thresholds / (1 - thresholds))
+    harm = thresholds / (1 - thresholds)
+    gain = np.where(y[:, None], 1, -harm)
     return (gain * (p[:, None] > thresholds)).mean(0)
 
 
@@ -382,13 +384,15 @@ def decision_figure(folder, exp, dataset, path):
         return None
     from sklearn.metrics import precision_recall_curve, roc_curve
     runs = [read_csv(file, ["path"]).set_index("path") for file in files]
-    table = pd.concat(runs).filter(regex="^(true|prob)_").apply(pd.to_numeric, errors="coerce")
+    table = pd.concat(runs).filter(regex="^(true|prob)_")
+    table = table.apply(pd.to_numeric, errors="coerce")
     known = table.isin([0, 1]) | table.columns.str.startswith("prob_")      # of the truths
     table = table.where(known).groupby("path").mean()
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []
     for label in table.filter(like="true_").columns.str.removeprefix("true_"):
-        y, p = table[[f"true_{label}", f"prob_{label}"]].dropna().to_numpy().T
+        pair = table[[f"true_{label}", f"prob_{label}"]].dropna()
+        y, p = pair.to_numpy().T
         if len(set(y)) == 2:
             precision, recall, _ = precision_recall_curve(y, p)
             fpr, tpr, _ = roc_curve(y, p)
@@ -416,7 +420,8 @@ def read_logs(runs):
         lines = path.read_text().splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                entries.append(dict(json.loads(line), exp=exp, part=part, run=str(path)))
+                entry = json.loads(line)
+                entries.append(dict(entry, exp=exp, part=part, run=str(path)))
             except (ValueError, TypeError):
                 if number < len(lines):
                     raise InputError(f"{path} line {number} is no JSON object; delete the line") from None
@@ -432,12 +437,13 @@ def learning_figure(logs, path):
         axis.set(title=title, xlabel="epoch")
         for exp in logs.exp.unique():
             own = logs.query("exp == @exp and part == @part").dropna(subset=column)
-            y = own.groupby(["run", "epoch"])[column].mean().unstack()      # [runs, epochs]
-            y = y.dropna(axis="columns")                                    # up to where the first run ends
+            means = own.groupby(["run", "epoch"])[column].mean()
+            y = means.unstack().dropna(axis="columns")              # [runs, epochs], as long as the first run
             if part == "pretrain":
                 y = y / y.mean().head(1).sum()
             line, = axis.plot(y.mean(), label=exp, markevery=.1)
-            axis.fill_between(y.columns, y.min(), y.max(), color=line.get_color(), alpha=.12)
+            color = line.get_color()
+            axis.fill_between(y.columns, y.min(), y.max(), color=color, alpha=.12)
     return save(figure, path, legend=8)
 
 
@@ -485,21 +491,11 @@ def read_claims(path):
     return claims
 
 
-def read_tables(paths, columns, numeric=()):
-    """Tables of the same kind as one; None without a path."""
-    tables = []
-    for path in paths:
-        table = read_csv(path, [*columns, *numeric])
-        for name in numeric:
-            table[name] = as_numbers(path, table[name])
-        tables.append(table)
-    return pd.concat(tables) if tables else None
-
-
 def beside(paths, name):
     """The files called `name` beside those of the paths, if they have rows: one arm has no pairs."""
     files = [path.with_name(name) for path in paths]
-    return [file for file in files if file.is_file() and file.read_text().count("\n") > 1]
+    files = [file for file in files if file.is_file()]
+    return [file for file in files if file.read_text().count("\n") > 1]
 
 
 def compose(args):
@@ -535,8 +531,10 @@ def compose(args):
     pairs = beside(args.verdicts[:1], "comparisons.csv")
     pairs = read_tables(pairs, ["metric", "labels", "left", "right"], ["effect", *ENDS])
     logs = read_logs(args.runs) if args.runs else None
-    drawn = set(results.frame.query("stand_in != ''").exp)       # in the figures; the tables have marks
-    names = {exp: name + " (stand-ins)" * (exp in drawn) for exp, name in names.items()}
+    names = dict(names)                                 # of the figures; the tables have marks
+    drawn = set(results.frame.query("stand_in != ''").exp)
+    for exp in drawn.intersection(names):
+        names[exp] += " (stand-ins)"
     folder = args.out / "figures"                       # written once everything is read
     if args.predictions:
         page["curves"] = decision_figure(args.predictions, args.arm, results.main, folder / "curves")
@@ -545,9 +543,7 @@ def compose(args):
         page["pictures"] = pictures(args.runs, packs, args.data, args.with_pictures)
     if pairs is not None:
         found = differences(pairs, args.baseline, results.labels)
-        for kind in ("wide", "narrow"):
-            path = folder / f"differences_{kind}"
-            page[kind] = difference_figure(found, results, names, args.baseline, path, kind == "narrow")
+        page["differences"] = difference_figure(found, results, names, args.baseline, folder / "differences")
     page["figure2"] = disease_figure(results, grid, names, folder / "figure2")
     page["figure3"] = size_figure(grid, names, folder / "figure3")
     page["reliability"] = reliability_figure(results, folder / "reliability")
@@ -565,7 +561,8 @@ def write_tables(tables, folder):
             frame = cells.set_index([*lead, "column"]).shown.unstack(sort=False)
             frame = frame.reset_index().rename(columns=lead)
             name = f"table{spec['number']}"
-            latex = frame.to_latex(index=False, escape=True, caption=spec["title"], label=f"tab:{name}")
+            latex = frame.to_latex(index=False, escape=True,
+                                   caption=spec["title"], label=f"tab:{name}")
             text = frame.to_csv(index=False)
             write(folder / f"{name}.csv", lambda file: file.write(text.encode()))
             write(folder / f"{name}.tex", lambda file: file.write(latex.encode()))
@@ -585,7 +582,8 @@ def main():
         printed = {"title": "The printed tables", "set_names": TEST_SETS, "printed": tables,
                    "claims": page["claims"]}
         loader = jinja2.FileSystemLoader(HERE)
-        environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        environment = jinja2.Environment(loader=loader, autoescape=True,
+                                         trim_blocks=True, lstrip_blocks=True)
         for name, content in (("printed.html", printed), ("report.html", page)):
             html = environment.get_template("report.template.html").render(content).encode()
             write(args.out / name, lambda file: file.write(html))

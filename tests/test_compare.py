@@ -329,6 +329,12 @@ def test_a_comparison_that_stands_in_several_claims_counts_once():
     assert verdict(**claim, more=[different]).p_holm["nih_test"] == pytest.approx(2 * alone)
 
 
+def test_both_directions_of_a_pair_count_once_in_no_winner():
+    arms = world(a=(0.8216, None), b=(0.82, None))
+    assert 0.025 < verdict(arms, "greater", "a", "b", sets="nih_test").p["nih_test"] < 0.05
+    assert verdict(arms, "no_winner", "a|b", "", sets="nih_test").verdict["nih_test"] == "contradicted"
+
+
 def test_a_known_arm_with_a_hyphen_is_no_difference():
     arms = world(**{"c.10-moco": (0.85, 0.85), "c.10": (0.80, 0.80), "moco": (0.1, 0.1), "b": (0.82, 0.80)})
     for left, right, effect in (("c.10-moco", "b", 0.03), ("c.10-moco@vindr_test", "b", 0.03),
@@ -339,15 +345,15 @@ def test_a_known_arm_with_a_hyphen_is_no_difference():
 
 @pytest.mark.parametrize("left, right, metric, effect", [
     ("a", "always_negative", "mean_accuracy14@0.5", 0.75 - 0.9),
-    ("a@t", "always_negative", "mean_accuracy@0.5", 0.65 - 0.5),
+    ("a@t", "always_negative@t", "mean_accuracy@0.5", 0.65 - 0.5),
     ("a@t", "always_negative@s", "mean_accuracy@0.5", 0.65 - 0.7),
     ("a", "always_negative", "subset_accuracy@0.5", 0.3 - 0.2)])
-def test_the_constant_answer_has_the_metric_and_test_set_of_the_other_operand(left, right, metric, effect):
+def test_the_constant_answer_is_an_arm_of_its_own(left, right, metric, effect):
     arms = {("a", "s", "14|mean_accuracy||0.5"): 0.75, ("a", "s", "14|always_negative_accuracy||"): 0.9,
             ("a", "t", "5|mean_accuracy||0.5"): 0.65, ("a", "t", "5|always_negative_accuracy||"): 0.5,
             ("a", "s", "5|always_negative_accuracy||"): 0.7, ("a", "s", "5|subset_accuracy||0.5"): 0.3,
             ("a", "s", "5|always_negative_subset_accuracy||"): 0.2}
-    arms = {cell: arm([value, value]) for cell, value in arms.items()}
+    arms = compare.complete({cell: arm([value, value]) for cell, value in arms.items()}, {})
     assert verdict(arms, "greater", left, right, metric=metric, sets="s").effect["s"] == pytest.approx(effect)
 
 
@@ -357,6 +363,7 @@ def test_operands():
     arms["a", "nih_test", "5|random_referral_auc||0.1"] = arm([0.85, 0.86])
     arms["a", "nih_test", "5|always_negative_accuracy||"] = arm([0.7, 0.7])
     arms["a", "nih_test", "5|mean_accuracy||0.5"] = arm([0.8, 0.81])
+    arms = compare.complete(arms, {})
     for left, right, metric, effect in (
             ("a-b", "4.2.1-100k-4.2.1-50k", "auc_mean5", 0.0), ("a", "b+0.01", "auc_mean5", 0.01),
             ("a@nih_test", "a@vindr_test", "auc_mean5", 0.02), ("4.2.1-100k", "4.2.1-50k", "auc_mean5", 0.02),
@@ -366,6 +373,18 @@ def test_operands():
             ("a", "", "auc_mean5-oracle_auc@0.1", -0.07)):
         found = verdict(arms, "greater", left, right, metric=metric, sets="nih_test")
         assert found.effect["nih_test"] == pytest.approx(effect), (left, right)
+
+
+@pytest.mark.parametrize("left, right, metric, absent", [
+    ("a:Edema", "a", "fnr@0.5", "no 5 fnr Edema 0.5 of a on s"),
+    ("a:random", "a", "fnr@0.5", "no 5 fnr random 0.5 of a"),
+    ("a:rare", "a", "oracle_auc@0.1", "no 5 oracle_auc rare 0.1 of a"),
+    ("a", "always_negative", "fnr@0.5", "no 5 always_negative_fnr of always_negative")])
+def test_what_a_claim_asks_of_no_arm_is_not_run(left, right, metric, absent):
+    keys = "5|fnr||0.5", "5|oracle_auc||0.1", "5|random_referral_auc||0.5"
+    arms = {("a", "s", key): arm([0.5, 0.6]) for key in keys}
+    row = verdict(compare.complete(arms, {}), "greater", left, right, metric=metric, sets="s").loc["s"]
+    assert row.verdict == "not run" and absent in row.remark
 
 
 def test_the_mean_over_four_labels_is_that_of_the_labels_of_all_test_sets():
@@ -401,7 +420,9 @@ def test_arms_that_saw_the_test_images_in_pre_training_say_so():
 
 def test_the_remark_on_seen_test_images_is_not_cut_off_and_its_arms_are_those_of_the_report():
     shown = yaml.safe_load((ROOT / "evaluate/report.yaml").read_text())
-    assert set(compare.SAW_TEST) == set(shown["saw NIH test"])
+    rows = yaml.safe_load((ROOT / "experiments.yaml").read_text())
+    assert {exp for exp in rows if compare.SAW_TEST.fullmatch(exp)} == set(shown["saw NIH test"])
+    assert compare.SAW_TEST.fullmatch("3.2-ensemble")
     arms = world(**{"3.1": (0.84, 0.84), "z": (0.82, 0.82)})
     row = verdict(arms, "every", "p|q|r|s|t|3.1", "z", sets="nih_test").loc["nih_test"]
     assert row.remark.startswith("an arm saw 22,772") and "no 5 auc_mean of p" in row.remark
@@ -440,6 +461,39 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def decided(published):
     return pd.read_csv(published / "verdicts.csv", dtype={"id": str, "rank": str})
+
+
+def test_printed_csv_holds_every_cell_of_tables_2_to_8_once():
+    """number, exp, dataset, labels, metric, label, threshold, value, sd; of tables 7 and 8 the best run of each arm."""
+    def table(number):
+        return pd.read_csv(REPORTED / f"table{number}.csv", dtype=str, keep_default_na=False).itertuples()
+    cells = [("2", r.exp, r.testset, r.classes, "auc_mean", "", "", r.auc_mean, r.auc_sd) for r in table(2)]
+    cells += [("2", *cell[1:3], "4", *cell[4:]) for cell in cells       # they have no edema
+              if cell[2] in ("vindr_test", "padchest") and cell[3] == "5"]
+    cells += [("3", r.exp, r.testset, "", "auc", r.label, "", r.auc_mean, r.auc_sd) for r in table(3)]
+    nih = [("4", r.exp, r.auc_a, r.sd_a) for r in table(4)] + [("4", f"{r.exp}b", r.auc_b, r.sd_b) for r in table(4)]
+    nih += [("5", r.exp, r.auc_36 or r.auc_35, r.sd_36 or r.sd_35) for r in table(5)]   # two rows by recipe b alone
+    nih += [("5", f"{r.exp}b", r.auc_35, r.sd_35) for r in table(5)]
+    nih += [("6", f"{r.exp}-{int(r.pretraining_images) // 1000}k", r.auc_mean, r.auc_sd) for r in table(6)]
+    cells += [(number, exp, "nih_test", "14", "auc_mean", "", "", *texts) for number, exp, *texts in nih]
+    names = {"Mean accuracy": "mean_accuracy", "Subset accuracy": "subset_accuracy", "FNR": "fnr",
+             "Calibration error": "calibration_error"}
+    best = [("7p", r.exp, names[r.metric], r.threshold, r.value) for r in table(7)]
+    best += [("8p", r.exp, "oracle_auc", r.referred, r.oracle_auc) for r in table(8)]
+    cells += [(number, exp, "chexpert_valid", "5", metric, "", threshold, value, "")
+              for number, exp, metric, threshold, value in best]
+    negative = np.mean([float(r.accuracy) for r in table("7_random_guess")])
+    cells.append(("7", "always_negative", "chexpert_valid", "5", "always_negative_accuracy", "", "",
+                  f"{negative:.5f}", "0"))
+    text = pd.read_csv(REPORTED / "text_numbers.csv", dtype=str).set_index("id").loc["exp0.1.7_val20"]
+    cells.append(("text", "0.1.7", "nih_val", "14", "auc_mean", "", "", text.value, text.sd))
+    found = pd.read_csv(REPORTED / "printed.csv", dtype=str, keep_default_na=False)
+    kept = found[["number", "exp", "dataset", "labels", "metric", "label", "threshold", "value", "sd"]]
+    assert sorted(kept.itertuples(index=False, name=None)) == sorted(cells)
+    resnet, best = found.exp.str.startswith("1."), found.number.isin(["7p", "8p"])
+    assert set(found.runs[resnet & ~best]) == {"3"} and set(found.runs[best]) == {"1"}
+    assert set(found.runs[~resnet & ~best & (found.number != "7")]) == {"5"}
+    assert (found.variant == np.where(best, "best", "corrected")).all()
 
 
 def published_runs():
@@ -532,7 +586,7 @@ def test_two_arms_are_compared_without_claims(tmp_path, monkeypatch, capsys):
     assert f"{values['good']:.4f}" in line and f"{values['bad']:.4f}" in line
     assert f"{values['good'] - values['bad']:.4f}" in line
     two = pd.read_csv(tmp_path / "two/two_arms.csv").query("metric == 'auc_mean'").iloc[0]
-    assert two.effect == pytest.approx(two["value good"] - two["value bad"], abs=1e-5)
+    assert two.effect == pytest.approx(two["left_value"] - two["right_value"], abs=1e-5)
     assert 0 < two.ci_low < two.effect < two.ci_high
     assert [file.name for file in (tmp_path / "two").iterdir()] == ["two_arms.csv"]
     with np.load(tmp_path / "draws.npz") as file:
@@ -596,9 +650,8 @@ def test_arms_called_like_a_column_keep_their_values(tmp_path, monkeypatch, caps
     capsys.readouterr()
     run_here(compare, monkeypatch, "--metrics", path, "--arms", "p", "effect", "--out", tmp_path / "two")
     two = pd.read_csv(tmp_path / "two/two_arms.csv").query("metric == 'auc_mean'").iloc[0]
-    assert two["value p"] - two["value effect"] == pytest.approx(two.effect, abs=1e-5) and two.p < 1e-4
-    said = capsys.readouterr().out
-    assert "< 0.0001" in said and "-0.0000" not in said
+    assert two["left_value"] - two["right_value"] == pytest.approx(two.effect, abs=1e-5) and two.p < 1e-4
+    assert "-0.0000" not in capsys.readouterr().out
 
 
 def test_the_claims_differ_from_the_first_list_in_a_row_and_a_statement(shared):
@@ -643,17 +696,14 @@ def test_without_resamples_the_interval_is_welchs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(draws=None), "draws.npz is not there"), (dict(draws=b"PK\x03\x04 cut short"), "or unreadable"),
+    (dict(draws=None), "draws.npz is not as"), (dict(draws=b"PK\x03\x04 cut short"), "draws.npz is not as"),
     (dict(flags=["--arms", "a", "z"]), "both 'a' and 'z'; known: a"),
     (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,a b,c,"), "claim 1: 'auc_mean5' of 'a b' cannot"),
     (dict(claim="1,A,,0,s,greater,auc_mean5@x,nih_test,a,c,"), "claim 1: 'auc_mean5@x' of 'a' cannot"),
     (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,,c,"), "claim 1: 'auc_mean5' of '' cannot"),
-    (dict(claim="1,A,,0,s,better,auc_mean5,nih_test,a,c,"), "claim 1: expected test sets and a test of greater"),
-    (dict(claim="1,A,,0,s,greater,auc_mean5,,a,c,"), "claim 1: expected test sets and a test of greater"),
-    (dict(claim="1,A,,0,s,greater,fnr@0.5,nih_test,a:Edema,c,"), "claim 1: 'a:Edema' names 'Edema', which goes"),
-    (dict(claim="1,A,,0,s,greater,oracle_auc@0.1,nih_test,a:rare,c,"), "claim 1: 'a:rare' names 'rare'"),
-    (dict(claim="1,A,,0,s,greater,fnr@0.5,nih_test,a,always_negative,"), "claim 1: always_negative goes with mean"),
-    (dict(claim="1,A,,0,s,no_gain,auc_mean5,nih_test,a,c,little"), "no_gain with a margin")])
+    (dict(claim="1,A,,0,s,better,auc_mean5,nih_test,a,c,"), "claim 1: needs test sets, a test of greater"),
+    (dict(claim="1,A,,0,s,greater,auc_mean5,,a,c,"), "claim 1: needs test sets, a test of greater"),
+    (dict(claim="1,A,,0,s,no_gain,auc_mean5,nih_test,a,c,little"), "no_gain a margin")])
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, change, said):
     path = score(tmp_path, monkeypatch, {"a": 1.0}, seeds=(0,))
     claims = tmp_path / "claims.csv"
