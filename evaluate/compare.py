@@ -427,6 +427,11 @@ def detectable(pairs, sizes):
     return table.join(sizes, on="dataset").reindex(columns=DETECTABLE)
 
 
+def show_p(p):
+    """A p-value for the terminal, blank if unknown."""
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}".replace("nan", "")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -461,7 +466,8 @@ def main():
                       "detectable": detectable(pairs[0], sizes)}
             last = decided.drop_duplicates("id", keep="last")                    # over all test sets
             shown = last[["id", "statement", "verdict", "effect", "ci_low", "ci_high", "p_holm", "source"]]
-        print(shown.to_string(index=False, float_format="{:z.4f}".format, na_rep="", max_colwidth=60))
+        print(shown.to_string(index=False, float_format="{:z.4f}".format, na_rep="", max_colwidth=60,
+                              formatters={"p": show_p, "p_holm": show_p}))
         for name, table in tables.items() if args.out else ():
             text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
             write(args.out / f"{name}.csv", lambda file: file.write(text))

@@ -77,6 +77,7 @@ def options():
     add("--mask", action="store_true", help="leave true_<label> of -1 and blank cells blank; else it is 0")
     add("--test-crops", type=int, choices=[1, 10], default=1, help="views averaged an image [1]")
     add("--features", action="store_true", help="write the pooled features, too")
+    add("--keep", action="store_true", help="keep <out>.pack, the pack of --images")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--batch", type=int, default=64, help="images a pass [64]")
     return parser.parse_args()
@@ -189,6 +190,8 @@ def pack_folder(folder, facts, args):
     """Pack all files below --images into a folder by data_prep/pack.py; returns how many it rejected."""
     here = Path(__file__).resolve().parent
     packer = next(here.glob("pack.py"), here.parent / "data_prep/pack.py")
+    if not packer.is_file():
+        fail(f"--images needs pack.py, which reads the files; copy it to {here}")
     root, index, rejected = Path(args.images), folder / "index.csv", folder / "rejected.csv"
     files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
     paths = pd.Series(files, name="path")
@@ -244,6 +247,8 @@ def predict(model, facts, manifest, split, file, args, device):
 
 def main():
     args, rejected = options(), 0
+    if args.batch < 1:
+        fail("--batch has to be 1 or more")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with or_fail(f"use {device} in {WORLD_SIZE} processes"):
         if device.type == "cuda":
@@ -272,7 +277,7 @@ def main():
     except torch.cuda.OutOfMemoryError:
         fail(f"the GPU has no memory for {args.batch} images a pass; try --batch {args.batch // 2 or 1}")
     finally:
-        if args.images and RANK == 0:
+        if args.images and RANK == 0 and not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
     if rejected:
         print(f"warning: {rejected} files are rejected, see {out}.rejected.csv", file=sys.stderr)

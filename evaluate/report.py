@@ -275,25 +275,28 @@ def differences(pairs, baseline, labels):
     return found.rename(columns={"left": "exp"})
 
 
-def difference_figure(found, results, names, baseline, path):
-    """Difference in AUC to the baseline: a panel a test set, a row an arm."""
-    there = set(found.exp)
-    exps = [exp for exp in results.arms if exp in there]
-    size = 12.4, .9 + .22 * len(exps)
-    panels = len(results.datasets)
+def difference_figure(found, results, names, baseline, path, narrow):
+    """Difference in AUC to the baseline, a row an arm: a panel a test set, or (narrow) all in one panel."""
+    exps = [exp for exp in results.arms if exp in set(found.exp)]
+    middle = (len(results.datasets) - 1) / 2
+    panels, width, height = len(results.datasets), 12.4, .22
+    if narrow:
+        panels, width, height = 1, 4, .3
+    size = width, .9 + height * len(exps)
     figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False)
     for place, (dataset, shown) in enumerate(results.datasets.items()):
-        axis = axes[0, place]
+        axis = axes[0, place % panels]
         axis.axvline(0, color=INK, linewidth=.8)
-        axis.set_title(shown)
+        axis.set_title("" if narrow else shown)
         rows = found.query("dataset == @dataset and exp in @exps")
         errors = [rows.effect - rows.ci_low, rows.ci_high - rows.effect]
-        y = rows.exp.map(exps.index)
-        axis.errorbar(rows.effect, y, xerr=errors, fmt="o", color=f"C{place}")
-    axis.set_yticks(range(len(exps)), [f"{exp} {names[exp]}" for exp in exps])
+        y = rows.exp.map(exps.index) + .16 * (place - middle) * narrow
+        axis.errorbar(rows.effect, y, xerr=errors, fmt="o", color=f"C{place}", label=shown)
+    shown = exps if narrow else [f"{exp} {names[exp]}" for exp in exps]
+    axis.set_yticks(range(len(exps)), shown)
     axis.set_ylim(len(exps) - .5, -.5)                  # the first on top
-    figure.supxlabel(f"difference in AUC to {baseline}, 95 % interval", fontsize="medium")
-    return save(figure, path)
+    axes[0, panels // 2].set_xlabel(f"difference in AUC to {baseline}, 95 % interval")
+    return save(figure, path, legend=3 * narrow)
 
 
 def draw_line(axis, x, cells, label):
@@ -391,8 +394,7 @@ def decision_figure(folder, exp, dataset, path):
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []
     for label in table.filter(like="true_").columns.str.removeprefix("true_"):
-        pair = table[[f"true_{label}", f"prob_{label}"]].dropna()
-        y, p = pair.to_numpy().T
+        y, p = table[[f"true_{label}", f"prob_{label}"]].dropna().to_numpy().T
         if len(set(y)) == 2:
             precision, recall, _ = precision_recall_curve(y, p)
             fpr, tpr, _ = roc_curve(y, p)
@@ -543,7 +545,9 @@ def compose(args):
         page["pictures"] = pictures(args.runs, packs, args.data, args.with_pictures)
     if pairs is not None:
         found = differences(pairs, args.baseline, results.labels)
-        page["differences"] = difference_figure(found, results, names, args.baseline, folder / "differences")
+        for kind in ("wide", "narrow"):
+            path = folder / f"differences_{kind}"
+            page[kind] = difference_figure(found, results, names, args.baseline, path, kind == "narrow")
     page["figure2"] = disease_figure(results, grid, names, folder / "figure2")
     page["figure3"] = size_figure(grid, names, folder / "figure3")
     page["reliability"] = reliability_figure(results, folder / "reliability")
@@ -561,8 +565,7 @@ def write_tables(tables, folder):
             frame = cells.set_index([*lead, "column"]).shown.unstack(sort=False)
             frame = frame.reset_index().rename(columns=lead)
             name = f"table{spec['number']}"
-            latex = frame.to_latex(index=False, escape=True,
-                                   caption=spec["title"], label=f"tab:{name}")
+            latex = frame.to_latex(index=False, escape=True, caption=spec["title"], label=f"tab:{name}")
             text = frame.to_csv(index=False)
             write(folder / f"{name}.csv", lambda file: file.write(text.encode()))
             write(folder / f"{name}.tex", lambda file: file.write(latex.encode()))
@@ -582,8 +585,7 @@ def main():
         printed = {"title": "The printed tables", "set_names": TEST_SETS, "printed": tables,
                    "claims": page["claims"]}
         loader = jinja2.FileSystemLoader(HERE)
-        environment = jinja2.Environment(loader=loader, autoescape=True,
-                                         trim_blocks=True, lstrip_blocks=True)
+        environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
         for name, content in (("printed.html", printed), ("report.html", page)):
             html = environment.get_template("report.template.html").render(content).encode()
             write(args.out / name, lambda file: file.write(html))

@@ -476,6 +476,15 @@ def test_a_folder_of_bad_files_alone_is_a_mistake(tmp_path, monkeypatch, capsys,
     assert sorted(os.listdir(tmp_path)) == ["images", "p.csv.rejected.csv"]
 
 
+def test_the_pack_of_a_folder_can_be_kept(folder, model_file, tmp_path, monkeypatch):
+    flags = ["--checkpoint", model_file[0], "--images", folder, "--keep"]
+    run(monkeypatch, *flags, "--out", tmp_path / "p.csv")
+    assert np.load(tmp_path / "p.csv.pack/images.npy").shape == (7, 32, 32, 3)          # in colour
+    run(monkeypatch, "--checkpoint", model_file[0], "--manifest", tmp_path / "p.csv.pack/manifest.csv",
+        "--out", tmp_path / "q.csv")
+    assert (tmp_path / "p.csv").read_bytes() == (tmp_path / "q.csv").read_bytes()
+
+
 def test_a_copy_of_the_script_alone_says_what_it_needs_for_folders(folder, model_file, packed, tmp_path,
                                                                    monkeypatch, capsys):
     (tmp_path / "copy").mkdir()
@@ -485,8 +494,7 @@ def test_a_copy_of_the_script_alone_says_what_it_needs_for_folders(folder, model
     spec.loader.exec_module(copied)
     monkeypatch.setattr("test_predict.predict", copied)
     flags = ["--checkpoint", model_file[0], "--out", tmp_path / "p.csv"]
-    said = refused(monkeypatch, capsys, *flags, "--images", folder)
-    assert "cannot be packed: " in said and f"can't open file '{tmp_path}/data_prep/pack.py'" in said
+    assert f"pack.py, which reads the files; copy it to {tmp_path}/copy" in refused(monkeypatch, capsys, *flags, "--images", folder)
     assert sorted(os.listdir(tmp_path)) == ["copy"]
     run(monkeypatch, *flags, "--manifest", packed)
     assert len(read(tmp_path / "p.csv")) == 19
@@ -572,6 +580,7 @@ def test_mistakes_are_named_in_one_sentence(model_file, packed, tmp_path, monkey
             ([*good, *out, "--set", "nih_test"], ["--set", "nih_test"]),
             ([*good, *out], ["--manifest", "--images", "--set"]),
             ([*good, *data, *out, "--images", tmp_path / "empty"], ["--images"]),
+            ([*good, *data, *out, "--batch", 0], ["--batch"]),
             ([*good, *data, *out, "--test-crops", 5], ["--test-crops"]),
             ([*good, *out, "--images", tmp_path / "nowhere"], ["nowhere"]),
             ([*good, *out, "--images", tmp_path / "empty"], [str(tmp_path / "empty")]),

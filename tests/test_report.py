@@ -350,8 +350,9 @@ def test_the_first_screen_answers(folder, made):
     assert sentence in first and effect in first
     assert "; 95 % interval." in first and "over runs and patients" not in first        # not known of one run
     sources = [dict(attributes) for tag, attributes in page.tags if tag == "img"]
-    assert sources[0]["alt"] == "Difference in AUC of every arm to 2.2 on every test set"
-    assert all(image["alt"] for image in sources)
+    assert [image.get("class") for image in sources[:2]] == ["wide", "narrow"] and all(
+        i["alt"] for i in sources
+    )
 
 
 def test_the_first_figure_is_the_difference_to_the_baseline(folder):
@@ -542,7 +543,7 @@ def test_tables_are_written_for_spreadsheets_and_latex(made):
         for part in (r"\begin{tabular}", r"\toprule", r"\bottomrule", "3.4", r"\label{tab:table8p}")
     )
     figures = {path.name for path in (tmp_path / "figures").glob("*.svg")}
-    assert figures == {"differences.svg", "figure2.svg", "reliability.svg",
+    assert figures == {"differences_wide.svg", "differences_narrow.svg", "figure2.svg", "reliability.svg",
                        "curves.svg", "learning.svg"}
     assert "prefers-color-scheme:dark" in (tmp_path / "figures/figure2.svg").read_text()
 
