@@ -78,10 +78,12 @@ def main():
         people = read_table(path, ["PATIENT", "PRIMARY_RACE"]).set_axis(["patient", "race"], axis=1)
         people = people.groupby("patient", as_index=False).max()            # a blank gives way to a text
         table = join(table, people, ["patient"], path)
-    files = sorted(args.raw.rglob("*.jpg"), reverse=True)                   # of two releases, the first
-    where = {path.parts[-3:]: path for path in files}                       # patient, study, file
-    paths = [where.get(Path(path).parts[-3:], source.parent / path) for path in table.path]
-    table["path"] = [path.relative_to(args.raw).as_posix() for path in paths]
+    parts = [part for level in ("", "*/", "*/*/") for part in args.raw.glob(f"{level}*batch*")]
+    paths = []
+    for path in table.path:
+        choices = [source.parent / path, *(part / path.removeprefix("train/") for part in parts)]
+        paths.append(next(filter(Path.is_file, choices), choices[0]).relative_to(args.raw).as_posix())
+    table["path"] = paths
     write_index(table.sort_values("path"), args.out, dataset="chexpert")
 
 
