@@ -169,8 +169,8 @@ def read_image(file, channels=1, variant="corrected"):
         top = 2 ** tags.get(258, (16,))[0] - 1                              # BitsPerSample: 12 or 16
         if tags.get(262) == 0:                                              # WhiteIsZero
             values = top - values
-        scaled = values / np.float32(top) * 255                             # rounded, or cut toward zero
-        image = Image.fromarray((scaled if variant == "paper" else np.rint(scaled)).astype(np.uint8))
+        whole = np.trunc if variant == "paper" else np.rint
+        image = Image.fromarray(whole(values / np.float32(top) * 255).astype(np.uint8))
     mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode), facts          # convert would copy
 
