@@ -484,13 +484,13 @@ def test_on_real_images_no_different_ones_are_near_and_recompressed_ones_are(tmp
     assert len(found) >= half - 1 and set(found.kind) == {"near"}
 
 
-def test_the_cells_are_those_of_the_printed_tables(shared):
+def test_the_cells_are_those_of_the_printed_tables():
     ours = describe.read_table(describe.REPORTED / "datasets.csv")
     ours = ours[ours.printed != ""]
     printed = {tuple(row) for row in ours[["table", "part", "quantity", "group", "printed"]].values}
     theirs = set()
     for table in range(9, 14):
-        for line in describe.read_table(shared / f"reported/table{table}.csv").to_dict("records"):
+        for line in describe.read_table(describe.REPORTED / f"table{table}.csv").to_dict("records"):
             if table == 9:
                 theirs |= {("9", line["role"], f"{line['dataset']} {what}", "", line[what])
                            for what in ("used", "available")}
