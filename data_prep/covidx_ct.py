@@ -7,13 +7,11 @@ Kaggle has 3A; 3B, the "430k" of the study, adds weakly verified slices and is b
 
     python data_prep/covidx_ct.py --raw raw/covidx_ct --out data/covidx_ct/index.csv
 
-Reads {train,val,test}_COVIDx_CT-3A.txt (name class xmin ymin xmax ymax) and metadata.csv; images lie in
-3A_images/, images/ or COVIDx_CT-3A/. All splits are eligible. Writes split pretrain in the order of the draw,
-and the class as three 0/1 columns. The slices of a volume are near-copies: mind the number of patients."""
+Reads {train,val,test}_COVIDx_CT-3A.txt, all alike, metadata.csv, and 3A_images/, images/ or COVIDx_CT-3A/.
+Writes split pretrain in the order of the draw, three class columns. Slices of a volume are near-copies."""
 
 import argparse
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -33,9 +31,7 @@ def fail(message):
 
 
 def patient_of(name, known):
-    """Patient of a slice, None if unknown: in COVID-CTset's names what stands before _SR_ (prefix apart);
-    else the longest beginning of the name, cut at _ or -, that is a patient of the metadata.
-    """
+    """Patient of a slice, None if unknown: `patient45` before _SR_, or the longest beginning in `known`."""
     covid_ctset = re.search(r"(patient\d+)_SR_", name)
     rest = covid_ctset[1] if covid_ctset else name.rpartition(".")[0]
     while rest and not covid_ctset and rest not in known:
@@ -54,38 +50,33 @@ def main():
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
 
-    home = find(args.raw, f"*_COVIDx_CT-{args.release}.txt*").parent
-    tables, absent = [], []
-    for split in ("train", "val", "test"):
-        path = find(home, f"{split}_COVIDx_CT-{args.release}.txt*", required=False)
-        if not path:
-            print(f"warning: {home} has no list of {split}")
-            absent.append(split)
-            continue
+    lists = f"*_COVIDx_CT-{args.release}.txt*"
+    home, tables = find(args.raw, lists).parent, []
+    for path in sorted(home.glob(lists)):
+        print("list:", path.name)
         lines = read_table(path, sep="\t", header=None)[0]                  # whole lines: there is no tab
-        rows = lines.str.extract(r"^(?P<path>\S+) +(?P<number>[012])(?: +\d+){4}$").assign(split=split)
+        rows = lines.str.extract(r"^(?P<path>\S+) +(?P<number>[012])(?: +\d+){4}$")
         wrong = rows.index[rows.path.isna()]
         if len(wrong):
             fail(f"{path} row {wrong[0]}: not `name class xmin ymin xmax ymax`; download the file again")
-        tables.append(rows)
+        tables.append(rows.assign(split=path.name.partition("_")[0]))
     table = pd.concat(tables, ignore_index=True)
     path = find(args.raw, "metadata.csv*")
-    people = read_table(path, ["patient id", "sex", "age", "view"])
-    people = people.rename(columns={"patient id": "patient"}).drop_duplicates("patient")
+    people = read_table(path, ["patient id", "sex", "age", "view"]).rename(columns={"patient id": "patient"})
     known = set(people.patient)
     table["study"] = table.path.str.replace(r"[_-][^_-]*$", "", regex=True)                 # the volume
     table["patient"] = table.path.map(lambda name: patient_of(name, known)).fillna(table.study)
-    table = join(table, people, ["patient"], path)
+    table = join(table, people.drop_duplicates("patient"), ["patient"], path)
     age = pd.to_numeric(table.age, errors="coerce")
     table["age"] = age.where(age.between(0, 120)).round().astype("Int64")
     table[CLASSES] = np.eye(3, dtype=int)[table.pop("number").astype(int)]
     names = [f"{args.release}_images", "images", f"COVIDx_CT-{args.release}"]
     folder = find(args.raw, *names, required=False) or home / names[0]
     table["path"] = f"{folder.relative_to(args.raw).as_posix()}/" + table.path
-    shared = int((table.groupby("patient").split.nunique() > 1).sum())
+    absent = sorted({"train", "val", "test"} - set(table.split))
     rows = table.sort_values("path") if args.n_pretrain == "0" else sample(table, args.n_pretrain, args.seed)
     write_index(rows, args.out, dataset="covidx_ct", available=len(table), absent_lists=absent,
-                patients_in_two_lists=shared)
+                patients_in_two_lists=int((table.groupby("patient").split.nunique() > 1).sum()))
 
 
 # --- begin copy: tables ---
@@ -102,9 +93,9 @@ def find(raw, *names, required=True):
 def read_table(path, columns=(), **options):
     """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
     try:
-        table = pd.read_csv(path, dtype=str, index_col=False, encoding="utf-8-sig", **options).fillna("")
+        table = pd.read_csv(path, dtype=str, index_col=False, **options).fillna("")
     except Exception as problem:                    # a broken file is anything to pandas, gzip and zlib
-        fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
+        fail(f"{path}: not a readable table ({str(problem).strip()}); download it again")
     for name in columns:
         if name not in table or f"{name}.1" in table:
             fail(f"{path} row 1: no column '{name}', or two; download the file again")
@@ -115,9 +106,6 @@ def read_table(path, columns=(), **options):
 # --- begin copy: join ---
 def join(table, other, keys, path):
     """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
-    twice = other.index[other.duplicated(keys)]
-    if len(twice):
-        fail(f"{path} row {twice[0]}: its {' and '.join(keys)} stand there twice; remove one")
     joined = table.join(other.set_index(keys), on=keys)
     met = joined[other.columns[-1]].notna().mean()
     if met == 0:
@@ -140,16 +128,13 @@ def sample(pool, n, seed):
 # --- begin copy: write index ---
 def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
-    first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
+    first = pd.Index("path patient study split view sex age race".split())
     table = table.reindex(columns=first.union(table.columns, sort=False))
-    odd = table.path[table.path.str.contains(r"[\ud800-\udfff]")]
-    if len(odd):
-        fail(f"{odd.iloc[0]!r}: the name of a file or folder that is not UTF-8; rename it")
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{out}.{os.getpid()}.part")        # another run may write the same index
+    part = out.with_suffix(".part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(part, index=False)
+        table.to_csv(part, index=False, errors="replace")       # a name not in UTF-8: packing misses it
         part.replace(out)
         part.write_text(json.dumps(facts, indent=1) + "\n")
         part.replace(out.with_suffix(".json"))
@@ -157,7 +142,7 @@ def write_index(table, out, **facts):
         if part.exists():
             part.unlink()
         fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
-    print(out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+    print(f"{out}: {facts}")
 # --- end copy: write index ---
 
 

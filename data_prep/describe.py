@@ -4,22 +4,19 @@ Each cell is put beside the printed number with its count and denominator; what 
 known, explained. Every percentage and age is over images, as in the study, also where it says "of patients".
 
     python data_prep/describe.py --index data/*/index.csv --packs data/nih data/oct --out results/data --check
-    python data_prep/describe.py --overlap data/mimic_cxr data/nih:test data/chexpert:val --out results/data
+    python data_prep/describe.py --overlap data/mimic_cxr --against data/nih:test data/chexpert --out results/data
 
 Reads   index.csv files (or a pack's manifest.csv) with index.json beside them, evaluate/reported/*.csv, packs
 Writes  distributions.csv; figure1.png and figure1.svg if packs are given (images of MIMIC-CXR and VinDr-CXR
         must not be passed on); overlap.csv, a line a shared image, and overlaps.csv, a line a pair of packs
 --check exits with 1 if an index misses its exact counts or a patient is in two splits, and says which.
---overlap compares the first pack, or one split of it, with each of the others; with --against all of them
-with each of these. Equal: every pixel. Near: the 16 x 16 thumbnails correlate by NEAR or more.
-"""
+Overlaps are equal (every pixel) or near (the 16 x 16 thumbnails correlate by NEAR or more)."""
 
 import argparse
 import hashlib
 import json
 import sys
 from decimal import ROUND_HALF_UP, Decimal
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -29,24 +26,12 @@ from PIL import Image
 REPORTED = Path(__file__).resolve().parent.parent / "evaluate" / "reported"
 FACTS = pd.Index("path patient study split view sex age race".split())             # other columns are labels
 MAY_SHARE = ("oct", "covidx_ct")        # their makers' splits do not promise to keep patients apart
-KNOWN = ("test_images", "test_patients_in_train", "patients_in_two_lists", "fallback_split")      # index.json
 
 # All of 2,500 chest radiographs of 64 pixels keep this when recompressed (JPEG, quality 50), halved, doubled
 # or shifted by 20 grey levels. Of different ones, a patient's own included, none of 3.1 million pairs has
 # 0.988, and of 28 pixels none of 5.0 million has 0.995: fewer than 4 in 10 million (95 %). Neighbouring CT
 # slices do have it (0.03 % of all pairs of a set). An image that was cropped is not found.
 NEAR = 0.995
-
-# Table 9: dataset as printed -> as here; role -> the splits that count as used.
-PRINTED = {"ImageNet": "imagenet", "NIH ChestX-ray8": "nih_pretrain", "MIMIC-IV-CXR": "mimic_cxr",
-           "CovidxCT": "covidx_ct", "OCT": "oct", "NIH ChestX-ray14": "nih", "CheXpert test": "chexpert",
-           "CheXpert vali": "chexpert", "PadChest": "padchest", "VinDr-CXR": "vindr_cxr"}
-AUDITED = {10: "chexpert", 11: "nih", 12: "padchest", 13: "vindr_cxr"}
-USED = {"pretraining": ["pretrain"], "finetuning": ["train", "val"], "evaluation": ["test"]}
-
-# Findings whose printed name differs from the column's in more than case and underscores.
-NAMES = {("nih", "Pleural Effusion"): "Effusion", ("chexpert", "Support device"): "Support Devices",
-         ("chexpert", "Enlarged Cardiom."): "Enlarged Cardiomediastinum"}
 
 
 # --- begin copy: error ---
@@ -61,8 +46,8 @@ def read_table(path, *columns):
     """A CSV file as text, '' where blank, with these columns."""
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as problem:
-        fail(f"{path} cannot be read ({' '.join(str(problem).split())}); make it anew")
+    except ValueError as problem:
+        fail(f"{path} cannot be read ({str(problem).strip()}); make it anew")
     for column in columns:
         if column not in rows:
             fail(f"{path} row 1: no column '{column}'; make it anew")
@@ -73,132 +58,117 @@ def read_json(path):
     """The object in a JSON file, {} without one."""
     try:
         return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (OSError, ValueError, TypeError) as problem:
+    except (ValueError, TypeError) as problem:
         fail(f"{path} cannot be read ({problem}); make it anew")
 
 
 def read_index(path):
     """(dataset, rows, facts) of an index; facts are those of index.json, and the mark in pack.json."""
-    rows, facts = read_table(path, "path", "split"), read_json(path.with_name("index.json"))
+    rows = read_table(path, "path", "split")
+    facts = read_json(path.with_name("index.json"))
     facts["stand_in"] = read_json(path.with_name("pack.json")).get("stand_in")
     rows = rows.reindex(columns=FACTS.union(rows.columns, sort=False), fill_value="")
     return facts.get("dataset", path.parent.name), rows, facts
 
 
-def part(indexes, dataset, *splits):
-    """Rows of some splits of a dataset, out of its index that has most of them."""
-    found = [rows[rows.split.isin(splits)] for name, rows, _ in indexes if name == dataset]
-    return max(found, key=len, default=pd.DataFrame(columns=FACTS))
+def part(indexes, dataset, splits):
+    """Rows of some splits of a dataset, out of its index that has most of them, and the facts of that index."""
+    most, its_facts = pd.DataFrame(columns=FACTS), {}
+    for name, rows, facts in indexes:
+        some = rows[rows.split.isin(splits)]
+        if name == dataset and (len(some) > len(most) or not its_facts):
+            most, its_facts = some, facts
+    return most, its_facts
 
 
-def half_up(numerator, denominator, like):
-    """A quotient rounded half up to the decimals of the text `like`, as text."""
+def half_up(numerator, denominator, digits):
+    """A quotient rounded half up to the place of `digits`, such as 1E3 or 0.1, as text."""
     quotient = Decimal(int(numerator)) / Decimal(denominator)
-    return f"{quotient.quantize(Decimal(like), ROUND_HALF_UP):f}"
+    return f"{quotient.quantize(Decimal(digits), ROUND_HALF_UP):f}"
 
 
-def measure(rows, dataset, quantity):
-    """A quantity of Tables 10-13: numerator (None: not known), denominator (None: 1) and factor."""
-    age = pd.to_numeric(rows.age, errors="coerce").dropna()
-    if rows.empty or quantity.startswith("Age") and age.empty:
+def measure(rows, facts, what):
+    """What datasets.csv asks of these rows: numerator (None: not known), denominator (None: 1) and factor."""
+    counts = {"images": len(rows), "patients": rows.patient.nunique(), "available": facts.get("available")}
+    counts["frontal"] = (rows["view"] != "Lateral").sum()
+    if what in counts or rows.empty:
+        return counts.get(what) or None, None, 1
+    if what.startswith("age "):
+        age = pd.to_numeric(rows.age, errors="coerce").dropna()
+        if age.empty:
+            return None, None, 1
+        n = int(age.agg(what.removeprefix("age ")))
+        return n, len(age) if what == "age sum" else None, 1
+    cells = rows.filter(regex=f"^{what}$")
+    if cells.size and (cells == "").all(axis=None):
         return None, None, 1
-    if quantity == "Patients":
-        return rows.patient.nunique(), None, 1
-    if quantity == "Scans":
-        return len(rows), None, 1
-    if quantity == "Age mean":
-        return int(age.sum()), len(age), 1
-    if quantity.startswith("Age"):
-        return int(age.agg(quantity.removeprefix("Age "))), None, 1                 # min or max
-    labels, mark = rows.columns.difference(FACTS), "1"
-    plain = NAMES.get((dataset, quantity), quantity).lower()
-    columns = [name for name in labels if name.lower().replace("_", " ") == plain]
-    if quantity == "Female":
-        columns, mark = ["sex"], "F"
-    if (dataset, quantity) == ("padchest", "Atelectasis"):          # as the study: any label that contains it
-        columns = [name for name in labels if "atelectasis" in name]
-    if not (rows[columns] != "").any(axis=None) and (columns or dataset != "padchest"):
-        return None, None, 1                                        # in PadChest only what occurs is a column
-    return int((rows[columns] == mark).any(axis=1).sum()), len(rows), 100
+    marked = cells.isin(["1", "F"]).any(axis=1)                 # no column, in PadChest: it does not occur
+    return int(marked.sum()), len(rows), 100
 
 
-def compare(indexes, reported, notes):
+def compare(indexes):
     """The cells of Tables 9-13: a frame of printed and computed values, counts, and whether they agree. Of
     Table 11 also those of the validation images, which are not printed."""
-    found = []
-    available = {name: facts.get("available") for name, _, facts in indexes}
-    for line in reported[9].to_dict("records"):
-        name, role = line["dataset"], line["role"]
-        validation = name == "CheXpert vali"
-        rows = part(indexes, PRINTED[name], *(["val"] if validation else USED[role]))
-        counts = {"used": (rows["view"] != "Lateral").sum(), "available": available.get(PRINTED[name])}
-        if validation:
-            counts["available"] = len(rows)
-        for quantity, n in counts.items():
-            printed = line[quantity]                                    # as 86k, 1.9k or 202
-            like = f"1E{min(3, len(printed) - len(printed.rstrip('0')))}"
-            found.append(((9, role, f"{name} {quantity}", ""), printed, like, n or None, None, 1))
-    for table, dataset in AUDITED.items():
-        lines = reported[table].to_dict("records")
-        lines += [line | {"split": "val", "printed": ""} for line in lines if line.get("split") == "train"]
-        for line in lines:
-            split, group = line.get("split", "test"), line.get("group", line.get("split", ""))
-            place = table, line.get("part", ""), line["quantity"], group
-            rows = part(indexes, dataset, "val" if "chexpert_valid" in place else split)
-            if table == 10 and group != "all":
-                rows = rows[rows.race.str.contains(group, case=False)]          # none where no race is known
-            measured = measure(rows, dataset, line["quantity"])
-            found.append((place, line.get("printed", line["value"]), line["value"], *measured))
-    cells = []
-    for place, printed, like, n, of, factor in found:
-        computed = "" if n is None else half_up(factor * n, of or 1, like)
-        agrees = ("yes" if printed == computed else "no") if printed and computed else ""
-        why = "" if agrees == "yes" else notes.get((str(place[0]), *place[1:3]), "")
-        cells.append([*place, printed, computed, n, of, agrees, why])
+    cells = read_table(REPORTED / "datasets.csv").to_dict("records")
+    for cell in cells:
+        rows, facts = part(indexes, cell["dataset"], cell["splits"].split())
+        rows = rows[rows.race.str.contains(cell["race"], case=False)]
+        n, of, factor = measure(rows, facts, cell["what"])
+        computed = "" if n is None else half_up(factor * n, of or 1, cell["digits"])
+        cell |= {"computed": computed, "numerator": n, "denominator": of, "agrees": ""}
+        if cell["printed"] and computed:
+            cell["agrees"] = "yes" if cell["printed"] == computed else "no"
+        if cell["agrees"] == "yes":
+            cell["why"] = ""
     columns = "table part quantity group printed computed numerator denominator agrees why".split()
     return pd.DataFrame(cells, columns=columns, dtype=object)
 
 
-def misses(indexes, counts):
-    """A sentence for every exact count that an index does not have. PadChest is known as a table and as a
-    copy of it: the nearer is meant."""
+def misses(indexes):
+    """A sentence for every exact count that an index does not have. Of two forms of a split (frontal or all
+    views; PadChest's original table or the authors' copy) the one whose number of images is nearer is meant."""
     said = []
-    for (dataset, split), forms in counts.groupby(["dataset", "split"], sort=False):
-        rows = part(indexes, dataset, split)                # empty: not given, or all of it is in a sample
-        frontal = rows[rows["view"] != "Lateral"]
-        wrong = []
-        for form, expected in forms.groupby("form"):
-            some = rows if form == "all views" else frontal
-            if rows.empty or form == "all views" and len(some) == len(frontal):
-                continue                                    # an index of frontal views
-            found = {"images": len(some), "patients": some.patient.nunique()}
-            found |= (some.drop(columns=FACTS) == "1").sum().to_dict()
-            name = f"{dataset} {split} ({form})" if form else f"{dataset} {split}"
-            wrong.append([f"{name}, {what}: expected {int(n):,}, found {found.get(what, 0):,}"
-                          for what, n in zip(expected.what, expected.n) if found.get(what, 0) != int(n)])
-        said += min(wrong, key=len, default=[]) if dataset == "padchest" else sum(wrong, [])
+    counts = read_table(REPORTED / "counts.csv").astype({"n": int})
+    for (dataset, split), lines in counts.groupby(["dataset", "split"], sort=False):
+        rows, _ = part(indexes, dataset, [split])
+        if rows.empty:                      # not given, or all of it is in a sample
+            continue
+        positives = (rows.drop(columns=FACTS) == "1").sum()
+        found = {"images": len(rows), "patients": rows.patient.nunique(), **positives}
+        lines = lines.assign(found=lines.what.map(found).fillna(0).astype(int))
+        images = lines[lines.what == "images"].set_index("form")
+        form = (images.n - images.found).abs().idxmin()
+        name = f"{dataset} {split} ({form})" if form else f"{dataset} {split}"
+        for line in lines[(lines.form == form) & (lines.n != lines.found)].itertuples():
+            said.append(f"{name}, {line.what}: expected {line.n:,}, found {line.found:,}")
     return said
 
 
-def leaks(indexes):
-    """(dataset, what, number, whether it must be 0): patients and images that are on two sides."""
-    found = []
+def shared(indexes):
+    """A row an index: its dataset, patients in more than one split, and the mark of a stand-in."""
+    sides = []
     for dataset, rows, facts in indexes:
-        groups = {split: set(some.patient) - {""} for split, some in rows.groupby("split")}
-        found += [(dataset, f"patients in {one} and {two}", len(groups[one] & groups[two]),
-                   dataset not in MAY_SHARE) for one, two in combinations(groups, 2)]
-        found += [(dataset, key.replace("_", " "), int(facts[key]), False) for key in KNOWN if facts.get(key)]
-        if facts["stand_in"]:
-            found.append((dataset, f"stand-ins, {facts['stand_in']}", len(rows), False))
-    return found
+        splits = rows[rows.patient != ""].groupby("patient").split.nunique()
+        sides.append([dataset, (splits > 1).sum(), facts["stand_in"]])
+    return pd.DataFrame(sides, columns=["dataset", "patients in two splits", "stand-in"])
 
 
-def open_pack(folder):
-    """images.npy, mapped."""
-    try:
-        return np.load(folder / "images.npy", mmap_mode="r")
-    except (OSError, ValueError) as problem:
-        fail(f"{folder}: no pack with images ({problem}); give folders that pack.py wrote")
+def audit(indexes, out, check):
+    """Write distributions.csv and print what disagrees; with `check` exit 1 on a miss or shared patient."""
+    cells, sides = compare(indexes), shared(indexes)
+    cells.to_csv(out / "distributions.csv", index=False)
+    printed = cells[cells.printed != ""]
+    summary = pd.crosstab(printed.table, printed.agrees).rename(columns={"": "not computable"})
+    for table in (summary, cells[cells.agrees == "no"], sides):
+        print(table.to_string(), end="\n\n")
+    missed = misses(indexes)
+    for dataset, n, _ in sides.itertuples(index=False):
+        if n and dataset not in MAY_SHARE:
+            missed.append(f"{dataset}, patients in two splits: expected 0, found {n:,}")
+    if check and missed:
+        for sentence in missed:
+            print(f"check failed: {sentence}", file=sys.stderr)
+        sys.exit(1)
 
 
 def figure1(packs, out):
@@ -211,17 +181,16 @@ def figure1(packs, out):
     panels = {"imagenet": "ImageNet", "mimic_cxr": "MIMIC-CXR", "oct": "OCT", "covidx_ct": "COVIDx-CT",
               "nih": "NIH ChestX-ray", "chexpert": "CheXpert", "padchest": "PadChest",
               "vindr_cxr": "VinDr-CXR"}
-    images = {}
-    for folder in packs:
-        facts = read_json(folder / "pack.json")
-        if facts.get("size") != "original":                                     # which has no images.npy
-            images[folder.resolve().name] = open_pack(folder)[0], facts.get("stand_in")
+    folders = {folder.resolve().name: folder for folder in packs}
     figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
     for axis, (dataset, title) in zip(axes.flat, panels.items()):
-        image, mark = images.get(dataset) or images.get(f"{dataset}_pretrain") or (None, None)
-        axis.set(xticks=[], yticks=[], frame_on=False, title=f"{title} (stand-in)" if mark else title)
-        if image is not None:
-            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+        folder = folders.get(dataset) or folders.get(f"{dataset}_pretrain")
+        axis.set(xticks=[], yticks=[], frame_on=False, title=title)
+        if folder:
+            images = np.load(folder / "images.npy", mmap_mode="r")
+            axis.imshow(images[0], cmap="gray", vmin=0, vmax=255)
+            if read_json(folder / "pack.json").get("stand_in"):
+                axis.set(title=f"{title} (stand-in)")
     figure.savefig(out / "figure1.png", dpi=150)
     figure.savefig(out / "figure1.svg", metadata={"Date": None})
 
@@ -229,7 +198,8 @@ def figure1(packs, out):
 def fingerprints(text):
     """PACK or PACK:SPLIT -> paths, hashes of the pixels, thumbnails [N, 256] of mean 0 and length 1."""
     folder, _, split = text.partition(":")
-    images, rows = open_pack(Path(folder)), read_table(Path(folder, "manifest.csv"), "path")
+    images = np.load(Path(folder, "images.npy"), mmap_mode="r")
+    rows = read_table(Path(folder, "manifest.csv"), "path")
     chosen = rows.index
     if split:
         chosen = chosen[rows.get("split", rows.path) == split]
@@ -246,7 +216,7 @@ def fingerprints(text):
 
 
 def overlap(first, other):
-    """Images of a pack that are in another, each given as fingerprints returns it: a frame of path, path of
+    """Images of a pack that are in another, each given as fingerprints returns it: a list of path, path of
     the most like one, equal or near, correlation."""
     paths, hashes, thumbnails = first
     places = {digest: place for place, digest in enumerate(other[1])}
@@ -256,9 +226,10 @@ def overlap(first, other):
         for number, correlations in enumerate(table, start=begin):
             kind = "equal" if hashes[number] in places else "near"
             best = places.get(hashes[number], correlations.argmax())
-            if kind == "equal" or correlations[best] >= NEAR:
-                found.append((paths[number], other[0][best], kind, round(float(correlations[best]), 5)))
-    return pd.DataFrame(found, columns=["path", "other_path", "kind", "correlation"])
+            correlation = float(correlations[best])
+            if kind == "equal" or correlation >= NEAR:
+                found.append([paths[number], other[0][best], kind, round(correlation, 5)])
+    return found
 
 
 def write_overlaps(packs, others, out):
@@ -269,11 +240,11 @@ def write_overlaps(packs, others, out):
         first = fingerprints(pack)
         for name, other in others.items():
             found = overlap(first, other)
-            images.append(found.assign(pack=pack, other=name))
-            equal = (found.kind == "equal").sum()
+            images += [[*row, pack, name] for row in found]
+            equal = sum(kind == "equal" for _, _, kind, _ in found)
             numbers.append([pack, name, len(first[0]), len(other[0]), equal, len(found) - equal])
-    images = pd.concat(images) if images else pd.DataFrame(columns=["path", "other_path", "pack", "other"])
-    images.to_csv(out / "overlap.csv", index=False)
+    columns = ["path", "other_path", "kind", "correlation", "pack", "other"]
+    pd.DataFrame(images, columns=columns).to_csv(out / "overlap.csv", index=False)
     numbers = pd.DataFrame(numbers, columns=["pack", "other", "images", "other_images", "equal", "near"])
     numbers.to_csv(out / "overlaps.csv", index=False)
     print(numbers.to_string(index=False))
@@ -285,45 +256,23 @@ def main():
     option("--index", type=Path, nargs="+", default=[], help="index.csv files")
     option("--out", type=Path, required=True, help="folder to write to")
     option("--packs", type=Path, nargs="+", default=[], help="packed folders, for Figure 1")
-    option("--overlap", nargs="*", default=[], metavar="PACK[:SPLIT]", help="the first against the others")
-    option("--against", nargs="+", default=[], metavar="PACK[:SPLIT]", help="all of --overlap against these")
+    option("--overlap", nargs="*", default=[], metavar="PACK[:SPLIT]", help="packs that may share images")
+    option("--against", nargs="*", default=[], metavar="PACK[:SPLIT]", help="with each of these")
     option("--check", action="store_true", help="exit 1 on a missed count or shared patient")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-    packs, others = args.overlap, args.against
-    if not others:
-        packs, others = packs[:1], packs[1:]
-    if not (args.index or args.packs or others) or packs and not others:
-        fail("give --index, --packs or --overlap with two packs or more")
-    indexes = [read_index(path) for path in args.index]
+    if not (args.index or args.packs or args.against):
+        fail("give --index, --packs, or --overlap with --against")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.packs:
             figure1(args.packs, args.out)
-        if others:
-            write_overlaps(packs, others, args.out)
-        if not indexes:
-            return
-        reported = {table: read_table(REPORTED / f"table{table}.csv") for table in range(9, 14)}
-        notes = read_table(REPORTED / "table_notes.csv").set_index(["table", "part", "quantity"]).why
-        cells = compare(indexes, reported, notes.to_dict())
-        cells.to_csv(args.out / "distributions.csv", index=False)
+        if args.against:
+            write_overlaps(args.overlap, args.against, args.out)
+        if args.index:
+            audit([read_index(path) for path in args.index], args.out, args.check)
     except OSError as problem:
-        fail(f"{args.out} cannot be written ({problem.strerror}); choose another --out")
-    printed = cells[cells.printed != ""]
-    summary = pd.crosstab(printed.table, printed.agrees).rename(columns={"": "not computable"})
-    found = leaks(indexes)
-    sides = pd.DataFrame(found, columns=["dataset", "on two sides", "number", "must be 0"])
-    for table in (summary, cells[cells.agrees == "no"], sides):
-        print(table.to_string(), end="\n\n")
-    missed = misses(indexes, read_table(REPORTED / "counts.csv"))
-    for dataset, what, n, must_be_0 in found:
-        if must_be_0 and n:
-            missed.append(f"{dataset}, {what}: expected 0, found {n:,}")
-    if args.check and missed:
-        for sentence in missed:
-            print(f"check failed: {sentence}", file=sys.stderr)
-        sys.exit(1)
+        fail(f"{problem.filename or args.out}: {problem.strerror}")
 
 
 if __name__ == "__main__":

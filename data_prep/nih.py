@@ -3,18 +3,16 @@
 Wang et al., arXiv:1705.02315. Free use: cite the paper, link to the download, name the NIH Clinical Center as
 provider. 45 GB of PNG: https://nihcc.app.box.com/v/ChestXray-NIHCC (12 archives), or
     kaggle datasets download -d nih-chest-xrays/data -p raw/nih --unzip
-The study's Xray14_{train,val,test}_official.txt: https://github.com/jlianglab/BenchmarkTransferLearning
+The study's Xray14_{train,val,test}_official.txt: https://github.com/jlianglab/BenchmarkTransferLearning;
+without them the official train_val list is cut by a seeded draw of patients (fallback_split).
 
     python data_prep/nih.py --raw raw/nih --out data/nih/index.csv
     python data_prep/nih.py --raw raw/nih --out data/nih_pretrain/index.csv --pretrain all
 
-Reads Data_Entry_2017*.csv and the lists; images lie anywhere below --raw. Without a train and a val list
-the official train_val list is cut by a seeded draw of patients (fallback_split). --pretrain writes a sample
-alone: train and val hold 86,524, so test images are among 100,000, and are counted."""
+Reads Data_Entry_2017*.csv and the lists; images lie anywhere below --raw."""
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -49,17 +47,16 @@ def main():
     option = parser.add_argument
     option("--raw", type=Path, default="raw/nih", help="the download (%(default)s)")
     option("--out", type=Path, default="data/nih/index.csv", help="the index (%(default)s)")
-    option("--pretrain", choices=["trainval", "all"], help="write a sample of these alone")
+    option("--pretrain", choices=["trainval", "all"], help="a sample of these alone; all: with test images")
     option("--n-pretrain", metavar="N", default="100000", help="its size, or all (%(default)s)")
     option("--seed", type=int, default=42, help="of sample and fallback split (%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-    if args.seed < 0:
-        fail(f"--seed {args.seed}: seeds begin at 0")
 
     source = find(args.raw, "Data_Entry_2017_v2020.csv*", "Data_Entry_2017*.csv*")
     columns = ["Image Index", "Finding Labels", "Patient Age", "Patient Gender", "View Position"]
-    table = read_table(source, columns).set_axis(["path", "findings", "age", "sex", "view"], axis=1)
+    table = read_table(source, columns)
+    table.columns = "path findings age sex view".split()
     findings = table.pop("findings").str.split("|").explode()
     unknown = findings[~findings.isin([*LABELS, "No Finding"])]
     if len(unknown):
@@ -74,29 +71,24 @@ def main():
     for split in ["train_val", "test"] if fallback else ["train", "val", "test"]:
         path = find(args.raw, f"Xray14_{split}_official.txt*", f"{split}_list.txt*")
         names = read_table(path, sep=r"\s+", header=None)[0]
-        odd = names[~names.isin(table.path)]
+        odd = names[~names.isin(table.path[table.split == ""])]
         if len(odd):
-            fail(f"{path}: {len(odd):,} of its {len(names):,} images, as {odd.iloc[0]!r}, are not in "
-                 f"{source}; download both again")
-        listed = table.path.isin(names)
-        if table.split[listed].any():
-            fail(f"{path}: some of its images are in two lists; remove one of them")
-        table.loc[listed, "split"] = split
+            fail(f"{path}: {odd.iloc[0]!r} is not in {source} or is in another list, too; download all again")
+        table.loc[table.path.isin(names), "split"] = split
     if fallback:
         pool = table.patient[table.split == "train_val"]
         val = draw_validation(pool, round(len(pool) * 11_212 / 86_524), args.seed)      # the study's share
         table.loc[pool.index, "split"] = np.where(pool.isin(val), "val", "train")
     rows = table[table.split != ""].sort_values("path")                 # by name in every layout
-    facts = {"dataset": "nih", "available": len(table), "fallback_split": fallback}
+    facts = {"available": len(table), "fallback_split": fallback}
     if args.pretrain:
-        facts["dataset"] = "nih_pretrain"
         rows = sample(rows[(rows.split != "test") | (args.pretrain == "all")], args.n_pretrain, args.seed)
         facts["test_images"] = int((table.split[rows.index] == "test").sum())
     files = sorted(args.raw.rglob("*.png"), key=lambda path: -len(str(path)))
     where = {path.name: path for path in files}                         # of two copies, the shorter path
     home = source.parent / "images"
     rows["path"] = [where.get(name, home / name).relative_to(args.raw).as_posix() for name in rows.path]
-    write_index(rows, args.out, **facts)
+    write_index(rows, args.out, dataset="nih_pretrain" if args.pretrain else "nih", **facts)
 
 
 # --- begin copy: tables ---
@@ -113,9 +105,9 @@ def find(raw, *names, required=True):
 def read_table(path, columns=(), **options):
     """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
     try:
-        table = pd.read_csv(path, dtype=str, index_col=False, encoding="utf-8-sig", **options).fillna("")
+        table = pd.read_csv(path, dtype=str, index_col=False, **options).fillna("")
     except Exception as problem:                    # a broken file is anything to pandas, gzip and zlib
-        fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
+        fail(f"{path}: not a readable table ({str(problem).strip()}); download it again")
     for name in columns:
         if name not in table or f"{name}.1" in table:
             fail(f"{path} row 1: no column '{name}', or two; download the file again")
@@ -136,16 +128,13 @@ def sample(pool, n, seed):
 # --- begin copy: write index ---
 def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
-    first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
+    first = pd.Index("path patient study split view sex age race".split())
     table = table.reindex(columns=first.union(table.columns, sort=False))
-    odd = table.path[table.path.str.contains(r"[\ud800-\udfff]")]
-    if len(odd):
-        fail(f"{odd.iloc[0]!r}: the name of a file or folder that is not UTF-8; rename it")
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{out}.{os.getpid()}.part")        # another run may write the same index
+    part = out.with_suffix(".part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(part, index=False)
+        table.to_csv(part, index=False, errors="replace")       # a name not in UTF-8: packing misses it
         part.replace(out)
         part.write_text(json.dumps(facts, indent=1) + "\n")
         part.replace(out.with_suffix(".json"))
@@ -153,7 +142,7 @@ def write_index(table, out, **facts):
         if part.exists():
             part.unlink()
         fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
-    print(out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+    print(f"{out}: {facts}")
 # --- end copy: write index ---
 
 

@@ -90,16 +90,13 @@ def sample(pool, n, seed):
 # --- begin copy: write index ---
 def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
-    first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
+    first = pd.Index("path patient study split view sex age race".split())
     table = table.reindex(columns=first.union(table.columns, sort=False))
-    odd = table.path[table.path.str.contains(r"[\ud800-\udfff]")]
-    if len(odd):
-        fail(f"{odd.iloc[0]!r}: the name of a file or folder that is not UTF-8; rename it")
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{out}.{os.getpid()}.part")        # another run may write the same index
+    part = out.with_suffix(".part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(part, index=False)
+        table.to_csv(part, index=False, errors="replace")       # a name not in UTF-8: packing misses it
         part.replace(out)
         part.write_text(json.dumps(facts, indent=1) + "\n")
         part.replace(out.with_suffix(".json"))
@@ -107,7 +104,7 @@ def write_index(table, out, **facts):
         if part.exists():
             part.unlink()
         fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
-    print(out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+    print(f"{out}: {facts}")
 # --- end copy: write index ---
 
 

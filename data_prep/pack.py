@@ -2,8 +2,7 @@
 
 Each file is decoded in full, turned into 8-bit grey (or colour), stretched to S x S and added to images.npy
 in index order; what cannot be used is listed with its reason, never repaired. Workers write parts, joined at
-the end (in twice the space): killed at any moment, the same command goes on with the parts that are missing
-and ends in the same bytes, whatever the number of workers.
+the end (in twice the space): killed at any moment, the same command goes on and ends in the same bytes.
 
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih_full --size original
@@ -12,14 +11,12 @@ Reads   the index (its column path is relative to --raw; nothing outside --raw i
 Writes  images.npy      uint8 [N, S, S] or [N, S, S, 3]; none with --size original
         manifest.csv    the packed rows; row i describes images.npy[i]; blank sex and age as in DICOM headers
         rejected.csv    path, reason
-        pack.json       written last: settings, counts, mean and standard deviation of the pixels (0..1),
-                        stand_in: "drawn by data_prep/demo.py" or null"""
+        pack.json       settings, counts, mean and deviation of the pixels (0..1), mark of a stand-in"""
 
 import argparse
 import contextlib
 import csv
 import errno
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -31,7 +28,6 @@ import sys
 import time
 import warnings
 from collections import Counter
-from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -39,18 +35,13 @@ import numpy as np
 from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "WEBP")   # no EPS: that runs Ghostscript
-MAX_PIXELS = 89_478_485                 # Pillow's mark of a decompression bomb; radiographs have 5-20 million
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2        # at twice this Pillow refuses, before that it only warns
-MAX_BYTES = 1 << 30                     # a DICOM file is read whole before its header can be judged
 SHARD = 32                              # most rows of a part: the work of a worker that a kill can cost
 CRASHED = {"reason": "unreadable: the decoder crashed"}, b""
-STAND_IN = "drawn by data_prep/demo.py"
+STAND_IN = "drawn by data_prep/demo.py"         # says demo.py's README.txt in a dataset's folder or above
 DICOM = {"corrected": "display", "paper": "paper"}      # the conversion of each variant
-# Errors that come of a file itself, a decoder's own (None) or of a seek to nowhere: others are the storage's,
-# such as a permission that is lacking.
+# Errors of a file itself: a decoder's own (None), a seek to nowhere; others, as permission, are the disk's.
 OF_THE_FILE = None, errno.EINVAL, errno.EOVERFLOW, errno.ENAMETOOLONG
 TEXT = {"mode": "w", "newline": "", "encoding": "utf-8"}
-STOPS = signal.SIGINT, signal.SIGTERM
 
 
 # --- begin copy: error ---
@@ -65,15 +56,8 @@ class Rejected(Exception):
     """Why an image is not packed: the reason in rejected.csv, its kind standing before the first colon."""
 
 
-def to_grey8(values, variant="corrected", top=65535):
-    """Scale 16-bit grey, x / top * 255, rounded (corrected) or cut toward zero (paper). Returns: uint8."""
-    scaled = values / np.float32(top) * 255
-    return (scaled if variant == "paper" else np.rint(scaled)).astype(np.uint8)
-
-
 def percentile_window(levels, counts):
-    """The 0.5 and 99.5 percentiles, as np.percentile's, of pixels, counts[i] of them of value levels[i];
-    minimum and maximum, at least 1 apart, where those coincide."""
+    """np.percentile's 0.5 and 99.5 of counts[i] pixels of levels[i]; the extremes where those coincide."""
     used = np.flatnonzero(counts)
     used = used[np.argsort(levels[used])]
     levels, ends = levels[used], np.cumsum(counts[used])
@@ -125,7 +109,7 @@ def dicom_display(values, code, ds):
     return np.where(padded, 0, table).astype(np.uint8)
 
 
-def read_dicom(file, dicom="display"):
+def read_dicom(file, variant="corrected"):
     """Decode a single-frame grey DICOM file: uint8 [H, W], and facts: monochrome1, person (sex and age in
     years, '' if unknown). Raises: Rejected, or what pydicom raises."""
     import pydicom                              # here: PNG and JPEG are packed without it
@@ -135,8 +119,6 @@ def read_dicom(file, dicom="display"):
     kind, bits = ds.get("PhotometricInterpretation"), ds.get("BitsAllocated")
     if kind not in ("MONOCHROME1", "MONOCHROME2") or bits not in (8, 16):
         raise Rejected(f"wrong type: DICOM {kind} of {bits} bits; expected 8 or 16 bits of grey")
-    if ds.Rows * ds.Columns > MAX_PIXELS:
-        raise Rejected(f"too large: {ds.Columns} x {ds.Rows} pixels, a decompression bomb")
     syntax = ds.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian)
     ds.file_meta.TransferSyntaxUID = syntax
     # Bits below the stored ones, such as 4 of 16 below 12: read as if they were stored, then shifted out.
@@ -149,7 +131,7 @@ def read_dicom(file, dicom="display"):
     # A grey level depends on the stored value alone: worked out once a value, then looked up for each pixel.
     code = stored.view(f"u{stored.itemsize}")
     values = np.arange(256 ** code.itemsize, dtype=code.dtype).view(stored.dtype).astype(np.int32) >> unused
-    if dicom == "paper":                        # as the released notebook: MONOCHROME1 stays a negative
+    if variant == "paper":                      # as the released notebook: MONOCHROME1 stays a negative
         top = max(int(stored.max()) >> unused, 1)
         table = (np.maximum(values, 0) / top * 255).astype(np.uint8)
     else:
@@ -162,18 +144,16 @@ def read_dicom(file, dicom="display"):
     return np.concatenate(grey), {"monochrome1": kind == "MONOCHROME1", "person": person}
 
 
-def read_image(file, channels=1, variant="corrected", dicom="display"):
+def read_image(file, channels=1, variant="corrected"):
     """Decode a file of any supported kind to 8 bits at its own size. Alpha is dropped, not composited; colour
     becomes Pillow's L (0.299, 0.587, 0.114); no EXIF rotation. Returns: a Pillow image of mode L (1 channel)
     or RGB (3), and facts: monochrome1, sixteen_bit, sixteen_bit_below_4096 (bool), person. Raises: Rejected,
     or what the decoder raises."""
-    if os.path.getsize(file) > MAX_BYTES:
-        raise Rejected(f"too large: {os.path.getsize(file):,} bytes")
     with open(file, "rb") as stream:
         head = stream.read(132)
     facts = {"monochrome1": False, "sixteen_bit": False, "sixteen_bit_below_4096": False, "person": {}}
     if head[128:] == b"DICM" or Path(file).suffix.lower() in (".dcm", ".dicom"):
-        grey, found = read_dicom(file, dicom)
+        grey, found = read_dicom(file, variant)
         facts, image = facts | found, Image.fromarray(grey)
     else:
         with Image.open(file, formats=FORMATS) as image:
@@ -189,7 +169,8 @@ def read_image(file, channels=1, variant="corrected", dicom="display"):
         top = 2 ** tags.get(258, (16,))[0] - 1                              # BitsPerSample: 12 or 16
         if tags.get(262) == 0:                                              # WhiteIsZero
             values = top - values
-        image = Image.fromarray(to_grey8(values, variant, top))
+        whole = np.trunc if variant == "paper" else np.rint
+        image = Image.fromarray(whole(values / np.float32(top) * 255).astype(np.uint8))
     mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode), facts          # convert would copy
 
@@ -204,16 +185,13 @@ def locate(root, path):
     return file
 
 
-def pack_row(path, earlier, config):
-    """Answer one index row, `earlier` being the number of an earlier row of this path, or None. Returns: its
-    record, and its pixels as bytes, none if it is rejected or kept at original size. Raises: OSError where
-    memory or the storage failed, which says nothing about the file."""
+def pack_row(path, config):
+    """Answer one index row. Returns: its record, and its pixels as bytes, none if it is rejected or kept at
+    original size. Raises: OSError where memory or the storage failed, which says nothing about the file."""
     size = config["size"]
     try:
-        if earlier:
-            raise Rejected(f"duplicate path: first in row {earlier}")
         file = locate(config["raw"], path)
-        image, facts = read_image(file, config["channels"], config["variant"], config["dicom"])
+        image, facts = read_image(file, config["channels"], config["variant"])
         if size != "original":
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         histogram = np.reshape(image.histogram(), (-1, 256))
@@ -249,82 +227,67 @@ def replacing(path, folder, **how):
         temporary.unlink(missing_ok=True)
 
 
-def pack_shard(part, rows, crashed, config, say):
-    """Write a part: a line of JSON with a record a row, then the pixels. Rows `crashed` are not opened."""
-    answers = []
-    for number, row in enumerate(rows):
-        say(number)
-        answers.append(CRASHED if number in crashed else pack_row(*row, config))
-    records, pixels = zip(*answers)
-    with replacing(part, part.parent, mode="wb") as file:
-        file.write(json.dumps(records).encode() + b"\n")
-        file.writelines(pixels)
-
-
-def work(pipe, config):
-    """A worker process: receives shards (part, rows, rows that crash) until one is None. Sends the number of
-    a row before it opens the file, None when the part is written, an OSError when it cannot go on."""
+def work(k, shards, crashed, rows, problems, config):
+    """Worker k: writes the parts that are not there, a line of JSON with a record a row, then the pixels.
+    rows[k] is the row it is at; rows `crashed` are not opened; an OSError is put into `problems`."""
     warnings.simplefilter("ignore")                 # remarks on odd headers; what matters becomes a reason
+    parent = multiprocessing.parent_process()
     try:
-        while shard := pipe.recv():
-            pack_shard(*shard, config, pipe.send)
-            pipe.send(None)
-    except (EOFError, ConnectionError):             # the parent was killed
-        pass
+        for part, first, paths in shards:
+            if part.exists():
+                continue
+            answers = []
+            for row, path in enumerate(paths, start=first):
+                if parent and not parent.is_alive():
+                    return
+                rows[k] = row
+                answers.append(CRASHED if row in crashed else pack_row(path, config))
+            records, pixels = zip(*answers)
+            with replacing(part, part.parent, mode="wb") as file:
+                file.write(json.dumps(records).encode() + b"\n")
+                file.writelines(pixels)
     except OSError as problem:                      # such as a full disk
-        pipe.send(problem)
+        problems.put(problem)
 
 
 def pack_shards(shards, workers, config):
-    """Pack an iterator's shards, yielding at each row. A worker that dies did so on the row it announced
-    last: another one is given its shard, with that row among those that are not opened."""
-    context, team = multiprocessing.get_context("spawn"), {}        # team: {pipe: [worker, shard, row]}
+    """Pack shards (part, number of its first row, paths) by worker processes. One that crashes did so on the
+    row it was at: another goes on in its place, without opening that one."""
+    context = multiprocessing.get_context("spawn")
+    problems, rows = context.SimpleQueue(), context.RawArray("q", [-1] * workers)
+    crashed, team = {-1}, {}                        # team: {sentinel: (number, worker)}
 
-    def employ(shard):
-        pipe, other_end = context.Pipe()
-        worker = context.Process(target=work, args=(other_end, config))
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)             # inherited: these are for the parent
+    def employ(k):
+        given = k, shards[k::workers], crashed, rows, problems, config
+        worker = context.Process(target=work, args=given, daemon=True)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)            # inherited: Ctrl-C is for the parent
         worker.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        other_end.close()
-        pipe.send(shard)
-        team[pipe] = [worker, shard, None]
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        team[worker.sentinel] = k, worker
 
-    try:
-        for shard in islice(shards, workers):
-            employ(shard)
-        while team:
-            for pipe in wait(list(team)):
-                worker, shard, row = team[pipe]
-                try:
-                    answer = pipe.recv()
-                except (EOFError, ConnectionError):
-                    worker.join()
-                    if row is None or worker.exitcode == -signal.SIGKILL:
-                        fail(f"a worker ended with {worker.exitcode} (-9: killed, is memory short?); the "
-                             "same command goes on, with fewer --workers if need be")
-                    del team[pipe]
-                    employ((*shard[:2], {*shard[2], row}))
-                    continue
-                if isinstance(answer, OSError):
-                    raise answer
-                team[pipe][2] = answer
-                if answer is not None:
-                    yield
-                    continue
-                team[pipe][1] = shard = next(shards, None)          # the part is written
-                pipe.send(shard)
-                if shard is None:
-                    del team[pipe]
-    finally:
-        for worker, *_ in team.values():
-            worker.kill()
+    for k in range(min(workers, len(shards))):
+        employ(k)
+    begun, total = time.monotonic(), sum(len(paths) for _, _, paths in shards)
+    while team:
+        ended = wait(team, timeout=5)
+        if not ended:
+            done = sum(len(paths) for part, _, paths in shards if part.exists())
+            rate, left = max(done, 1) / (time.monotonic() - begun), total - done
+            print(f"pack  {done:,}/{total:,}  {rate:,.1f} img/s  eta {left / rate:,.0f} s", flush=True)
+        for k, worker in map(team.pop, ended):
+            worker.join()
+            if not problems.empty():
+                raise problems.get()
+            killed = worker.exitcode in (-signal.SIGKILL, -signal.SIGTERM)
+            if worker.exitcode and (killed or rows[k] in crashed):
+                fail(f"a worker ended with {worker.exitcode} (-9: is memory short?); take fewer --workers")
+            if worker.exitcode:
+                crashed.add(rows[k])
+                employ(k)
 
 
-def index_rows(index, splits=()):
-    """Yield the index rows of these splits (of all, if empty) as {column: cell}, each with the number of the
-    earlier row that has the same path, or None."""
-    first = {}
+def index_rows(index, splits):
+    """Yield the index rows of these splits (of all, if empty) as {column: cell}."""
     try:
         with open(index, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -335,67 +298,38 @@ def index_rows(index, splits=()):
                 if None in row or None in row.values():
                     fail(f"{index} row {number}: expected as many cells as the header has, {len(names)}")
                 if not splits or row.get("split") in splits:
-                    earlier = first.setdefault(row["path"], number)
-                    yield row, earlier if earlier < number else None
-    except UnicodeDecodeError as error:
-        fail(f"{index}: not UTF-8 (byte {error.object[error.start]:#x}: {error.reason}); save it as UTF-8")
-    except (csv.Error, OSError) as error:
-        fail(f"{index}: {getattr(error, 'strerror', None) or error}")
-
-
-def check_index(args, splits):
-    """Refuse an index without rows of these splits; warn of shared patients. Returns: the number of rows."""
-    counts, homes, shared = Counter(), {}, set()
-    for row, _ in index_rows(args.index):
-        split, patient = row.get("split", ""), row.get("patient")
-        counts[split] += 1
-        if patient and homes.setdefault(patient, split) != split:
-            shared.add(patient)
-    if not counts or not counts.keys() >= set(splits):
-        fail(f"{args.index}: no rows of split {args.splits or 'any'}; it has {dict(counts)}")
-    if shared:
-        print(f"warning: {args.index}: {len(shared):,} patients are in more than one split", flush=True)
-    return sum(counts[split] for split in splits or counts)
-
-
-def stand_in(raw):
-    """The mark of drawn data: the README.txt that demo.py puts into each dataset's folder, `raw` or above."""
-    for note in (folder / "README.txt" for folder in (raw.resolve(), *raw.resolve().parents)):
-        if note.is_file() and STAND_IN in note.read_text(errors="replace"):
-            return STAND_IN
+                    yield row
+    except (UnicodeDecodeError, csv.Error) as error:
+        fail(f"{index}: not a CSV file in UTF-8 ({error}); save it as one")
 
 
 def is_finished(out, config):
     """Whether `out` holds a finished pack of these settings, with its manifest.csv and images.npy. One of
     another maker or of other settings is refused, but for drawn images, which are packed anew."""
     there, facts = {path.name for path in out.iterdir()}, out / "pack.json"
-    try:
-        found = {**json.loads(facts.read_text())} if facts.exists() else {}
-    except (ValueError, TypeError):
-        fail(f"{facts}: not a JSON object; remove it or choose another folder")
-    for key, value in config.items():
-        if found and found.get(key) != value:
-            if found.get("stand_in"):
-                return False
-            fail(f"{out}: its {key} is {found.get(key)!r}, not {value!r}; remove the folder {out} and make "
-                 "its index again, or use another --out")
+    found = json.loads(facts.read_text()) if facts.exists() else {}
+    other = [key for key in config if found and found.get(key) != config[key]]
+    if other and not found.get("stand_in"):
+        fail(f"{out}: its {other[0]} is {found.get(other[0])!r}, not {config[other[0]]!r}; remove the folder "
+             f"{out} and make its index again, or use another --out")
     if not found and {"manifest.csv", "images.npy"} & there and not any(out.glob("parts-*")):
         fail(f"{out}: holds a manifest.csv or images.npy of another maker; use another --out")
-    return bool(found) and "manifest.csv" in there and ("images.npy" in there or config["size"] == "original")
+    whole = "manifest.csv" in there and ("images.npy" in there or config["size"] == "original")
+    return bool(found) and not other and whole
 
 
-def join(parts, out, config, index):
+def join(shards, out, config, index):
     """Join the parts into images.npy and the tables. Returns: what pack.json is to say."""
-    folder, tally, reasons = parts[0].parent, Counter(N=0), Counter()
+    folder, tally, reasons = shards[0][0].parent, Counter(N=0), Counter()
     rows = index_rows(index, config["splits"])
-    with contextlib.ExitStack() as files:           # renamed in reverse order
-        manifest, rejected = (csv.writer(files.enter_context(replacing(out / name, folder, **TEXT)),
-                                         lineterminator="\n") for name in ("manifest.csv", "rejected.csv"))
+    with replacing(out / "manifest.csv", folder, **TEXT) as file, \
+            replacing(out / "rejected.csv", folder, **TEXT) as other:       # renamed after images.npy
+        manifest, rejected = csv.writer(file, lineterminator="\n"), csv.writer(other, lineterminator="\n")
         rejected.writerow(["path", "reason"])
-        for part in parts:
+        for part, _, _ in shards:
             with open(part, "rb") as file:
                 records = json.loads(file.readline())
-            for record, (row, _) in zip(records, rows):
+            for record, row in zip(records, rows):
                 if "reason" in record:
                     rejected.writerow([row["path"], record["reason"]])
                     reasons[record["reason"].partition(":")[0]] += 1
@@ -406,76 +340,56 @@ def join(parts, out, config, index):
                 manifest.writerow(row.values())
                 tally.update(record["facts"], N=1)
         if config["size"] != "original":
-            images = files.enter_context(replacing(out / "images.npy", folder, mode="wb"))
-            shape = (tally["N"], config["size"], config["size"], 3)[:3 + (config["channels"] == 3)]
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(images, header)
-            for part in parts:
-                with open(part, "rb") as file:
-                    file.readline()
-                    shutil.copyfileobj(file, images)
+            with replacing(out / "images.npy", folder, mode="wb") as images:
+                shape = (tally["N"], config["size"], config["size"], 3)[:3 + (config["channels"] == 3)]
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(images, header)
+                for part, _, _ in shards:
+                    with open(part, "rb") as file:
+                        file.readline()
+                        shutil.copyfileobj(file, images)
     n, total, square = (tally.pop(key, 1) for key in ("pixels", "sum", "square"))
     return {**config, **tally, "rejected": reasons.total(), "reasons": dict(reasons),
             "mean": total / n / 255, "std": (n * square - total ** 2) ** 0.5 / n / 255}
 
 
-def pack_parts(parts, size, total, args, config):
-    """Pack the rows of the parts that are missing, `size` of the `total` rows each, and say how far it is."""
-    rows = ((row["path"], earlier) for row, earlier in index_rows(args.index, config["splits"]))
-    shards = ((part, list(islice(rows, size)), ()) for part in parts)
-    shards = (shard for shard in shards if not shard[0].exists())
-    before = size * sum(part.exists() for part in parts)
-    begun = said = time.monotonic()
-    for done, _ in enumerate(pack_shards(shards, args.workers, config), start=1):
-        now = time.monotonic()
-        if now - said > 5:
-            said, rate = now, done / (now - begun)
-            print(f"pack {args.out.name}  {before + done:,}/{total:,} rows  {rate:,.1f} img/s  "
-                  f"eta {(total - before - done) / rate:,.0f} s", flush=True)
-
-
 def pack(args):
     """Check index and folder, then pack, join and report, unless that was done before."""
-    index, out = args.index, args.out
-    splits = args.splits.split(",") if args.splits else []
-    total, mark = check_index(args, splits), stand_in(args.raw)
-    out.mkdir(parents=True, exist_ok=True)
-    try:                                            # held until this process ends, however it ends
-        fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"{out}: another run is packing into this folder")
-    except OSError as error:                        # NFS, for one, locks no folders
-        print(f"warning: {out} cannot be locked ({error.strerror}): start no second run into it", flush=True)
-    config = {"index_sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "splits": splits,
+    out, splits = args.out, args.splits.split(",") if args.splits else []
+    config = {"index_sha256": hashlib.sha256(args.index.read_bytes()).hexdigest(), "splits": splits,
               "raw": os.path.abspath(args.raw), "size": args.size, "channels": args.channels,
-              "variant": args.variant, "dicom": args.dicom or DICOM[args.variant]}
-    size = max(1, min(SHARD, total // 64))          # of a part: few rows keep all workers busy, too
+              "variant": args.variant, "dicom": DICOM[args.variant]}
+    paths = [row["path"] for row in index_rows(args.index, splits)]
+    if not paths:
+        fail(f"{args.index}: no rows of split {args.splits or 'any'}")
+    if len(set(paths)) < len(paths):
+        twice = Counter(paths).most_common(1)[0][0]
+        fail(f"{args.index}: the path {twice!r} stands in several rows; leave one of them")
+    size = max(1, min(SHARD, len(paths) // 64))                 # few rows keep all workers busy, too
     folder = out / f"parts-{hashlib.sha256(repr((size, config)).encode()).hexdigest()[:12]}"
+    out.mkdir(parents=True, exist_ok=True)
     if is_finished(out, config):
         print(f"{out} is packed already: nothing to do (to pack it again, remove {out}/manifest.csv)")
     else:
-        if args.require_files:
-            absent = []
-            for row, _ in index_rows(index, splits):
-                try:
-                    locate(args.raw, row["path"])
-                except (Rejected, ValueError) as error:             # of a path that holds a NUL
-                    absent.append((row["path"], error))
-            if absent:
-                path, reason = absent[0]
-                fail(f"{path!r} in {args.raw}: {reason}; {len(absent):,} of {total:,} images are not there: "
-                     "complete the download and make the index again, or drop --require-files")
+        for path in paths if args.require_files else ():
+            try:
+                locate(args.raw, path)
+            except Rejected as reason:
+                fail(f"{path!r} in {args.raw}: {reason}; complete the download or drop --require-files")
         folder.mkdir(exist_ok=True)
-        parts = [folder / f"{number:06}" for number in range(-(-total // size))]
-        pack_parts(parts, size, total, args, config)
-        (out / "pack.json").unlink(missing_ok=True)                 # before the files that it describes
-        facts = {"dataset": out.resolve().name, **join(parts, out, config, index), "stand_in": mark}
+        shards = [(folder / f"{first // size:06}", first, paths[first:first + size])
+                  for first in range(0, len(paths), size)]
+        pack_shards([shard for shard in shards if not shard[0].exists()], args.workers, config)
+        (out / "pack.json").unlink(missing_ok=True)             # before the files that it describes
+        facts = {"dataset": out.resolve().name, **join(shards, out, config, args.index)}
+        notes = [folder / "README.txt" for folder in (args.raw.resolve(), *args.raw.resolve().parents)]
+        drawn = any(STAND_IN in note.read_text(errors="replace") for note in notes if note.is_file())
+        facts["stand_in"] = STAND_IN if drawn else None
         if not facts["N"]:
             shutil.rmtree(folder)
             for name in ("manifest.csv", "images.npy"):
                 (out / name).unlink(missing_ok=True)
-            fail(f"{index}: none of its rows could be packed, the reasons are in {out / 'rejected.csv'} "
-                 f"{facts['reasons']}; is --raw {args.raw} the right folder?")
+            fail(f"{args.index}: no row could be packed {facts['reasons']}; see {out}/rejected.csv, --raw")
         with replacing(out / "pack.json", folder, **TEXT) as file:
             json.dump(facts, file, indent=1)
         print("packed {N:,} images, rejected {rejected:,} {reasons}; {sixteen_bit:,} of 16 bits, "
@@ -498,18 +412,13 @@ def main():
     option("--channels", type=int, default=1, choices=(1, 3), help="1: grey; 3: colour (default 1)")
     option("--variant", default="corrected", choices=DICOM,
            help="corrected: 16 bits rounded, DICOM as displayed; paper: 16 bits cut, DICOM raw / maximum")
-    option("--dicom", choices=DICOM.values(), help="the DICOM conversion alone (default: as --variant says)")
     option("--splits", default="", metavar="A,B", help="pack the rows of these splits only (default: all)")
     option("--require-files", action="store_true", help="stop if an image is missing, not reject it")
-    option("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-           help="processes (default: as many as cores)")
+    option("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
     args = parser.parse_args()
     if args.workers < 1 or args.size != "original" and args.size < 1:
         fail("--workers and --size have to be at least 1")
-    if not args.raw.is_dir():
-        fail(f"--raw {args.raw}: no such folder")
-    for stop in STOPS:                              # what is packed stays, as with any other end
-        signal.signal(stop, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C is a kill like any other
     try:
         pack(args)
     except OSError as error:

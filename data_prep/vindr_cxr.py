@@ -36,6 +36,16 @@ def fail(message):
 # --- end copy: error ---
 
 
+def label_values(table, path):
+    """The columns LABELS of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
+    values = table[LABELS].map(lambda cell: cell.removesuffix(".0"))
+    wrong = ~values.isin(["1", "0", "-1", ""])
+    if wrong.any(axis=None):
+        row, label = wrong.stack().idxmax()
+        fail(f"{path} row {row}: label '{label}' is {values.loc[row, label]!r}; expected 1, 0, -1 or blank")
+    return values
+
+
 def read_labels(path):
     """LABELS and image_id of an annotation file, blank where it lacks the column; case does not count."""
     table = read_table(path)
@@ -97,9 +107,9 @@ def find(raw, *names, required=True):
 def read_table(path, columns=(), **options):
     """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
     try:
-        table = pd.read_csv(path, dtype=str, index_col=False, encoding="utf-8-sig", **options).fillna("")
+        table = pd.read_csv(path, dtype=str, index_col=False, **options).fillna("")
     except Exception as problem:                    # a broken file is anything to pandas, gzip and zlib
-        fail(f"{path}: not a readable table ({' '.join(str(problem).split())}); download it again")
+        fail(f"{path}: not a readable table ({str(problem).strip()}); download it again")
     for name in columns:
         if name not in table or f"{name}.1" in table:
             fail(f"{path} row 1: no column '{name}', or two; download the file again")
@@ -107,30 +117,16 @@ def read_table(path, columns=(), **options):
     return table[[*columns] or list(table)].map(str.strip)
 # --- end copy: tables ---
 
-# --- begin copy: label values ---
-def label_values(table, path):
-    """The columns LABELS of a table as 1, 0, -1 or blank, where 1.0 is 1. Anything else is refused."""
-    values = table[LABELS].map(lambda cell: cell.removesuffix(".0"))
-    wrong = ~values.isin(["1", "0", "-1", ""])
-    if wrong.any(axis=None):
-        row, label = wrong.stack().idxmax()
-        fail(f"{path} row {row}: label '{label}' is {values.loc[row, label]!r}; expected 1, 0, -1 or blank")
-    return values
-# --- end copy: label values ---
-
 # --- begin copy: write index ---
 def write_index(table, out, **facts):
     """Write index.csv, a row an image, labels behind the first eight columns, and index.json with `facts`."""
-    first = pd.Index(["path", "patient", "study", "split", "view", "sex", "age", "race"])
+    first = pd.Index("path patient study split view sex age race".split())
     table = table.reindex(columns=first.union(table.columns, sort=False))
-    odd = table.path[table.path.str.contains(r"[\ud800-\udfff]")]
-    if len(odd):
-        fail(f"{odd.iloc[0]!r}: the name of a file or folder that is not UTF-8; rename it")
     facts["splits"] = table.groupby("split").patient.agg(images="size", patients="nunique").to_dict("index")
-    part = Path(f"{out}.{os.getpid()}.part")        # another run may write the same index
+    part = out.with_suffix(".part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(part, index=False)
+        table.to_csv(part, index=False, errors="replace")       # a name not in UTF-8: packing misses it
         part.replace(out)
         part.write_text(json.dumps(facts, indent=1) + "\n")
         part.replace(out.with_suffix(".json"))
@@ -138,7 +134,7 @@ def write_index(table, out, **facts):
         if part.exists():
             part.unlink()
         fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
-    print(out, *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n  ")
+    print(f"{out}: {facts}")
 # --- end copy: write index ---
 
 

@@ -115,8 +115,7 @@ def run_case(command, cwd):
     sys.argv = [script, *words]
     workers = vars(module).get("pack_shards")
     if workers:                                 # of pack.py: without the second that they take to start
-        module.pack_shards = lambda shards, _, config: (
-            module.pack_shard(*shard, config, lambda row: None) for shard in shards)
+        module.pack_shards = lambda shards, _, config: module.work(0, shards, {-1}, [-1], None, config)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
             module.main()

@@ -484,7 +484,7 @@ def test_a_download_that_is_not_complete_stops_the_chain_and_the_same_command_go
     command = ["--exp", "2.1", "--tests", "nih_test", "--only", "data", "--raw", raw.parent, "--data", tmp_path / "data"]
     download(names[:4])
     result = run_all(project, *command)
-    assert result.returncode == 2 and "2 of 6 images are" in result.stdout, result.stderr
+    assert result.returncode == 2 and "missing; complete the download" in result.stdout, result.stderr
     assert not (tmp_path / "data/nih/manifest.csv").exists()
     download(names[4:], "images_002")                               # elsewhere than the index of before said
     assert run_all(project, *command).returncode == 0
