@@ -4,13 +4,14 @@ Each cell is put beside the printed number with its count and denominator; what 
 known, explained. Every percentage and age is over images, as in the study, also where it says "of patients".
 
     python data_prep/describe.py --index data/*/index.csv --packs data/nih data/oct --out results/data --check
-    python data_prep/describe.py --overlap data/mimic_cxr --against data/nih:test data/chexpert --out results/data
+    python data_prep/describe.py --overlap data/mimic_cxr data/nih:test data/chexpert --out results/data
 
 Reads   index.csv files (or a pack's manifest.csv) with index.json beside them, evaluate/reported/*.csv, packs
 Writes  distributions.csv; figure1.png and figure1.svg if packs are given (images of MIMIC-CXR and VinDr-CXR
         must not be passed on); overlap.csv, a line a shared image, and overlaps.csv, a line a pair of packs
 --check exits with 1 if an index misses its exact counts or a patient is in two splits, and says which.
-Overlaps are equal (every pixel) or near (the 16 x 16 thumbnails correlate by NEAR or more)."""
+--overlap compares the first pack with the others; with --against all packs with each of these. Equal: every
+pixel. Near: the 16 x 16 thumbnails correlate by NEAR or more."""
 
 import argparse
 import hashlib
@@ -42,12 +43,17 @@ def fail(message):
 # --- end copy: error ---
 
 
+def read(path, load):
+    """load(path); where the file is broken, a sentence."""
+    try:
+        return load(path)
+    except (ValueError, TypeError, EOFError) as problem:
+        fail(f"{path} cannot be read ({str(problem).strip()}); make it anew")
+
+
 def read_table(path, *columns):
     """A CSV file as text, '' where blank, with these columns."""
-    try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except ValueError as problem:
-        fail(f"{path} cannot be read ({str(problem).strip()}); make it anew")
+    rows = read(path, lambda path: pd.read_csv(path, dtype=str, keep_default_na=False))
     for column in columns:
         if column not in rows:
             fail(f"{path} row 1: no column '{column}'; make it anew")
@@ -56,10 +62,12 @@ def read_table(path, *columns):
 
 def read_json(path):
     """The object in a JSON file, {} without one."""
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as problem:
-        fail(f"{path} cannot be read ({problem}); make it anew")
+    return read(path, lambda path: dict(json.loads(path.read_text()))) if path.exists() else {}
+
+
+def read_images(folder):
+    """images.npy of a pack, mapped."""
+    return read(folder / "images.npy", lambda path: np.load(path, mmap_mode="r"))
 
 
 def read_index(path):
@@ -72,13 +80,9 @@ def read_index(path):
 
 
 def part(indexes, dataset, splits):
-    """Rows of some splits of a dataset, out of its index that has most of them, and the facts of that index."""
-    most, its_facts = pd.DataFrame(columns=FACTS), {}
-    for name, rows, facts in indexes:
-        some = rows[rows.split.isin(splits)]
-        if name == dataset and (len(some) > len(most) or not its_facts):
-            most, its_facts = some, facts
-    return most, its_facts
+    """Rows of some splits of a dataset, out of its index that has most of them, and that index's facts."""
+    parts = [(rows[rows.split.isin(splits)], facts) for name, rows, facts in indexes if name == dataset]
+    return max(parts, key=lambda part: len(part[0]), default=(pd.DataFrame(columns=FACTS), {}))
 
 
 def half_up(numerator, denominator, digits):
@@ -126,7 +130,7 @@ def compare(indexes):
 
 def misses(indexes):
     """A sentence for every exact count that an index does not have. Of two forms of a split (frontal or all
-    views; PadChest's original table or the authors' copy) the one whose number of images is nearer is meant."""
+    views; PadChest's original table or the authors' copy) that of the nearer number of images is meant."""
     said = []
     counts = read_table(REPORTED / "counts.csv").astype({"n": int})
     for (dataset, split), lines in counts.groupby(["dataset", "split"], sort=False):
@@ -166,8 +170,7 @@ def audit(indexes, out, check):
         if n and dataset not in MAY_SHARE:
             missed.append(f"{dataset}, patients in two splits: expected 0, found {n:,}")
     if check and missed:
-        for sentence in missed:
-            print(f"check failed: {sentence}", file=sys.stderr)
+        print(*(f"check failed: {sentence}" for sentence in missed), sep="\n", file=sys.stderr)
         sys.exit(1)
 
 
@@ -177,7 +180,6 @@ def figure1(packs, out):
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "figure1"                 # the same bytes for the same images
     from matplotlib import pyplot as plt
-
     panels = {"imagenet": "ImageNet", "mimic_cxr": "MIMIC-CXR", "oct": "OCT", "covidx_ct": "COVIDx-CT",
               "nih": "NIH ChestX-ray", "chexpert": "CheXpert", "padchest": "PadChest",
               "vindr_cxr": "VinDr-CXR"}
@@ -186,9 +188,8 @@ def figure1(packs, out):
     for axis, (dataset, title) in zip(axes.flat, panels.items()):
         folder = folders.get(dataset) or folders.get(f"{dataset}_pretrain")
         axis.set(xticks=[], yticks=[], frame_on=False, title=title)
-        if folder:
-            images = np.load(folder / "images.npy", mmap_mode="r")
-            axis.imshow(images[0], cmap="gray", vmin=0, vmax=255)
+        if folder and read_json(folder / "pack.json").get("size") != "original":        # which has no array
+            axis.imshow(read_images(folder)[0], cmap="gray", vmin=0, vmax=255)
             if read_json(folder / "pack.json").get("stand_in"):
                 axis.set(title=f"{title} (stand-in)")
     figure.savefig(out / "figure1.png", dpi=150)
@@ -198,11 +199,9 @@ def figure1(packs, out):
 def fingerprints(text):
     """PACK or PACK:SPLIT -> paths, hashes of the pixels, thumbnails [N, 256] of mean 0 and length 1."""
     folder, _, split = text.partition(":")
-    images = np.load(Path(folder, "images.npy"), mmap_mode="r")
+    images = read_images(Path(folder))
     rows = read_table(Path(folder, "manifest.csv"), "path")
-    chosen = rows.index
-    if split:
-        chosen = chosen[rows.get("split", rows.path) == split]
+    chosen = rows.index[rows.get("split", rows.path).eq(split) | (split == "")]
     if len(rows) != len(images) or not len(chosen):
         fail(f"--overlap {text}: no images of split '{split}', or not one a row of {folder}/manifest.csv")
     hashes, thumbnails = [], np.empty((len(chosen), 256), np.float32)
@@ -219,8 +218,7 @@ def overlap(first, other):
     """Images of a pack that are in another, each given as fingerprints returns it: a list of path, path of
     the most like one, equal or near, correlation."""
     paths, hashes, thumbnails = first
-    places = {digest: place for place, digest in enumerate(other[1])}
-    found = []
+    places, found = {digest: place for place, digest in enumerate(other[1])}, []
     for begin in range(0, len(paths), 256):                         # 100 MB at a time with 100,000 others
         table = thumbnails[begin:begin + 256] @ other[2].T
         for number, correlations in enumerate(table, start=begin):
@@ -261,14 +259,17 @@ def main():
     option("--check", action="store_true", help="exit 1 on a missed count or shared patient")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-    if not (args.index or args.packs or args.against):
-        fail("give --index, --packs, or --overlap with --against")
+    packs, others = args.overlap, args.against
+    if not others:
+        packs, others = packs[:1], packs[1:]
+    if packs and not others or not (args.index or args.packs or others):
+        fail("give --index, --packs, or --overlap with two packs")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.packs:
             figure1(args.packs, args.out)
-        if args.against:
-            write_overlaps(args.overlap, args.against, args.out)
+        if others:
+            write_overlaps(packs, others, args.out)
         if args.index:
             audit([read_index(path) for path in args.index], args.out, args.check)
     except OSError as problem:

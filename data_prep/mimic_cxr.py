@@ -45,13 +45,12 @@ def main():
     option("--out", type=Path, default="data/mimic_cxr/index.csv", help="the index (%(default)s)")
     option("--views", choices=["all", "frontal"], default="all", help="frontal: AP, PA (%(default)s)")
     option("--labelled-only", action="store_true", help="leave out images of studies without any label")
+    option("--splits", nargs="+", choices=["train", "validate", "test"], default=["train"], help="of the draw")
     option("--n-pretrain", metavar="N", default="100000", help="or all, or 0 for no sample (%(default)s)")
     option("--seed", type=int, default=42, help="of the sample (%(default)s)")
-    option("--sample-like", choices=["ours", "paper"], default="ours",
-           help="paper: as the released loader, rows as in the split file (%(default)s)")
+    option("--sample-like", choices=["ours", "paper"], default="ours", help="paper: as the released loader")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-
     source = find(args.raw, "mimic-cxr-2.*-split.csv*")
     ids = ["dicom_id", "subject_id", "study_id"]
     table = read_table(source, [*ids, "split"])
@@ -69,7 +68,8 @@ def main():
     table["path"] = folder + "/" + table.pop("dicom_id") + ".jpg"
     labelled, frontal = (table[LABELS] != "").any(axis=1), table.view.isin(["AP", "PA"])
     rows = table[(frontal | (args.views == "all")) & (labelled | (not args.labelled_only))]
-    pool, rest = rows[rows.split == "train"], rows[rows.split != "train"].sort_values("path")
+    eligible = rows.split.isin(args.splits)
+    pool, rest = rows[eligible], rows[~eligible].sort_values("path")
     drawn = pool.sort_values("path")
     if args.n_pretrain != "0":
         drawn = sample(pool, args.n_pretrain, args.seed)

@@ -5,7 +5,6 @@ in index order; what cannot be used is listed with its reason, never repaired. W
 the end (in twice the space): killed at any moment, the same command goes on and ends in the same bytes.
 
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih
-    python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih_full --size original
 
 Reads   the index (its column path is relative to --raw; nothing outside --raw is opened) and the images
 Writes  images.npy      uint8 [N, S, S] or [N, S, S, 3]; none with --size original
@@ -39,8 +38,7 @@ SHARD = 32                              # most rows of a part: the work of a wor
 CRASHED = {"reason": "unreadable: the decoder crashed"}, b""
 STAND_IN = "drawn by data_prep/demo.py"         # says demo.py's README.txt in a dataset's folder or above
 DICOM = {"corrected": "display", "paper": "paper"}      # the conversion of each variant
-# Errors of a file itself: a decoder's own (None), a seek to nowhere; others, as permission, are the disk's.
-OF_THE_FILE = None, errno.EINVAL, errno.EOVERFLOW, errno.ENAMETOOLONG
+OF_THE_FILE = None, errno.EINVAL, errno.EOVERFLOW, errno.ENAMETOOLONG       # other errors are the disk's
 TEXT = {"mode": "w", "newline": "", "encoding": "utf-8"}
 
 
@@ -109,7 +107,7 @@ def dicom_display(values, code, ds):
     return np.where(padded, 0, table).astype(np.uint8)
 
 
-def read_dicom(file, variant="corrected"):
+def read_dicom(file, dicom="display"):
     """Decode a single-frame grey DICOM file: uint8 [H, W], and facts: monochrome1, person (sex and age in
     years, '' if unknown). Raises: Rejected, or what pydicom raises."""
     import pydicom                              # here: PNG and JPEG are packed without it
@@ -131,7 +129,7 @@ def read_dicom(file, variant="corrected"):
     # A grey level depends on the stored value alone: worked out once a value, then looked up for each pixel.
     code = stored.view(f"u{stored.itemsize}")
     values = np.arange(256 ** code.itemsize, dtype=code.dtype).view(stored.dtype).astype(np.int32) >> unused
-    if variant == "paper":                      # as the released notebook: MONOCHROME1 stays a negative
+    if dicom == "paper":                        # as the released notebook: MONOCHROME1 stays a negative
         top = max(int(stored.max()) >> unused, 1)
         table = (np.maximum(values, 0) / top * 255).astype(np.uint8)
     else:
@@ -144,7 +142,7 @@ def read_dicom(file, variant="corrected"):
     return np.concatenate(grey), {"monochrome1": kind == "MONOCHROME1", "person": person}
 
 
-def read_image(file, channels=1, variant="corrected"):
+def read_image(file, channels=1, variant="corrected", dicom="display"):
     """Decode a file of any supported kind to 8 bits at its own size. Alpha is dropped, not composited; colour
     becomes Pillow's L (0.299, 0.587, 0.114); no EXIF rotation. Returns: a Pillow image of mode L (1 channel)
     or RGB (3), and facts: monochrome1, sixteen_bit, sixteen_bit_below_4096 (bool), person. Raises: Rejected,
@@ -153,7 +151,7 @@ def read_image(file, channels=1, variant="corrected"):
         head = stream.read(132)
     facts = {"monochrome1": False, "sixteen_bit": False, "sixteen_bit_below_4096": False, "person": {}}
     if head[128:] == b"DICM" or Path(file).suffix.lower() in (".dcm", ".dicom"):
-        grey, found = read_dicom(file, variant)
+        grey, found = read_dicom(file, dicom)
         facts, image = facts | found, Image.fromarray(grey)
     else:
         with Image.open(file, formats=FORMATS) as image:
@@ -191,7 +189,7 @@ def pack_row(path, config):
     size = config["size"]
     try:
         file = locate(config["raw"], path)
-        image, facts = read_image(file, config["channels"], config["variant"])
+        image, facts = read_image(file, config["channels"], config["variant"], config["dicom"])
         if size != "original":
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         histogram = np.reshape(image.histogram(), (-1, 256))
@@ -230,6 +228,7 @@ def replacing(path, folder, **how):
 def work(k, shards, crashed, rows, problems, config):
     """Worker k: writes the parts that are not there, a line of JSON with a record a row, then the pixels.
     rows[k] is the row it is at; rows `crashed` are not opened; an OSError is put into `problems`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent
     warnings.simplefilter("ignore")                 # remarks on odd headers; what matters becomes a reason
     parent = multiprocessing.parent_process()
     try:
@@ -260,9 +259,7 @@ def pack_shards(shards, workers, config):
     def employ(k):
         given = k, shards[k::workers], crashed, rows, problems, config
         worker = context.Process(target=work, args=given, daemon=True)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)            # inherited: Ctrl-C is for the parent
         worker.start()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         team[worker.sentinel] = k, worker
 
     for k in range(min(workers, len(shards))):
@@ -307,7 +304,7 @@ def is_finished(out, config):
     """Whether `out` holds a finished pack of these settings, with its manifest.csv and images.npy. One of
     another maker or of other settings is refused, but for drawn images, which are packed anew."""
     there, facts = {path.name for path in out.iterdir()}, out / "pack.json"
-    found = json.loads(facts.read_text()) if facts.exists() else {}
+    found = dict(json.loads(facts.read_text())) if facts.exists() else {}
     other = [key for key in config if found and found.get(key) != config[key]]
     if other and not found.get("stand_in"):
         fail(f"{out}: its {other[0]} is {found.get(other[0])!r}, not {config[other[0]]!r}; remove the folder "
@@ -358,10 +355,11 @@ def pack(args):
     out, splits = args.out, args.splits.split(",") if args.splits else []
     config = {"index_sha256": hashlib.sha256(args.index.read_bytes()).hexdigest(), "splits": splits,
               "raw": os.path.abspath(args.raw), "size": args.size, "channels": args.channels,
-              "variant": args.variant, "dicom": DICOM[args.variant]}
-    paths = [row["path"] for row in index_rows(args.index, splits)]
-    if not paths:
+              "variant": args.variant, "dicom": args.dicom or DICOM[args.variant]}
+    rows = [(row["path"], row.get("split")) for row in index_rows(args.index, splits)]
+    if not rows or not {split for _, split in rows} >= set(splits):
         fail(f"{args.index}: no rows of split {args.splits or 'any'}")
+    paths = [path for path, _ in rows]
     if len(set(paths)) < len(paths):
         twice = Counter(paths).most_common(1)[0][0]
         fail(f"{args.index}: the path {twice!r} stands in several rows; leave one of them")
@@ -410,8 +408,8 @@ def main():
     option("--size", type=lambda text: text if text == "original" else int(text), default=224, metavar="S",
            help="side in pixels, or 'original': pack nothing, only validate the files (default 224)")
     option("--channels", type=int, default=1, choices=(1, 3), help="1: grey; 3: colour (default 1)")
-    option("--variant", default="corrected", choices=DICOM,
-           help="corrected: 16 bits rounded, DICOM as displayed; paper: 16 bits cut, DICOM raw / maximum")
+    option("--variant", default="corrected", choices=DICOM, help="corrected: 16 bits rounded; paper: cut")
+    option("--dicom", choices=DICOM.values(), help="display: as displayed; paper: raw / maximum (by --variant)")
     option("--splits", default="", metavar="A,B", help="pack the rows of these splits only (default: all)")
     option("--require-files", action="store_true", help="stop if an image is missing, not reject it")
     option("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
@@ -421,6 +419,8 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C is a kill like any other
     try:
         pack(args)
+    except json.JSONDecodeError as error:
+        fail(f"{args.out}/pack.json is not JSON ({error}); remove it or use another --out")
     except OSError as error:
         fail(f"{error.filename or args.out}: {error.strerror or error}; what is packed stays, and the same "
              "command goes on")

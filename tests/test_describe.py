@@ -411,8 +411,7 @@ def test_changed_images_are_found_at_their_place_and_others_are_not(tmp_path, ch
     first = put(tmp_path / "first", images[:40] + smooth(20, seed=9))
     other = put(tmp_path / "other", [CHANGES[change](images[i]) for i in moved] + [
         CHANGES[change](image) for image in images[40:]])
-    assert call("data_prep/describe.py", "--overlap", first, "--against", other, "--out",
-                tmp_path / "out") == 0
+    assert call("data_prep/describe.py", "--overlap", first, other, "--out", tmp_path / "out") == 0
     found = pd.read_csv(tmp_path / "out/overlap.csv")
     places = {f"first/{i}": f"other/{place}" for place, i in enumerate(moved)}
     assert dict(zip(found.path, found.other_path)) == places and set(found.kind) == {"near"}

@@ -369,7 +369,7 @@ def test_values_stored_above_bit_0_are_shifted_down_whatever_lies_below_them(tmp
     ds.save_as(tmp_path / "y.dcm", enforce_file_format=True)
     assert (grey(tmp_path / "y.dcm") == np.rint(np.clip((pixels - low) / (high - low), 0, 1) * 255)).all()
     paper = np.maximum(pixels, 0) / pixels.max() * 255
-    assert (grey(tmp_path / "y.dcm", variant="paper") == paper.astype(int)).all()
+    assert (grey(tmp_path / "y.dcm", dicom="paper") == paper.astype(int)).all()
 
 
 def test_overlay_bits_above_the_stored_ones_are_no_pixels(tmp_path):
@@ -421,7 +421,7 @@ def test_the_paper_face_is_raw_over_maximum_cut(tmp_path):
     pixels = noise(20, 30, 3000, np.uint16)
     path = dicom(tmp_path / "x.dcm", pixels, "MONOCHROME1", 12, WindowCenter=100, WindowWidth=10)
     expected = [[int(x / int(pixels.max()) * 255) for x in row] for row in pixels.tolist()]
-    assert grey(path, variant="paper").tolist() == expected
+    assert grey(path, dicom="paper").tolist() == expected
 
 
 def test_every_lossless_syntax_gives_the_bytes_of_the_uncompressed_file():
@@ -538,7 +538,7 @@ def relabelled(path, syntax):
     ds.save_as(path, enforce_file_format=True)
 
 
-CONFIG = {"channels": 1, "variant": "corrected", "size": 8}
+CONFIG = {"channels": 1, "variant": "corrected", "dicom": "display", "size": 8}
 
 
 def reason(root, path):
@@ -1106,7 +1106,7 @@ def test_an_error_of_the_decoder_or_of_the_name_rejects_the_file(tmp_path, monke
 
     save(tmp_path / "raw/a.png", noise(9, 9))
     monkeypatch.setattr(pack, "read_image", refuse)
-    config = {"raw": tmp_path / "raw", "size": 16, "channels": 1, "variant": "corrected"}
+    config = {"raw": tmp_path / "raw", "size": 16, "channels": 1, "variant": "corrected", "dicom": "display"}
     assert pack.pack_row("a.png", config)[0]["reason"].startswith("unreadable: ")
     assert "reason" in pack.pack_row(f"{'a' * 300}.png", config)[0]
 
