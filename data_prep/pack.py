@@ -228,7 +228,6 @@ def replacing(path, folder, **how):
 def work(k, shards, crashed, rows, problems, config):
     """Worker k: writes the parts that are not there, a line of JSON with a record a row, then the pixels.
     rows[k] is the row it is at; rows `crashed` are not opened; an OSError is put into `problems`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent
     warnings.simplefilter("ignore")                 # remarks on odd headers; what matters becomes a reason
     parent = multiprocessing.parent_process()
     try:
@@ -259,7 +258,9 @@ def pack_shards(shards, workers, config):
     def employ(k):
         given = k, shards[k::workers], crashed, rows, problems, config
         worker = context.Process(target=work, args=given, daemon=True)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)            # inherited: Ctrl-C is for the parent
         worker.start()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         team[worker.sentinel] = k, worker
 
     for k in range(min(workers, len(shards))):
@@ -275,8 +276,7 @@ def pack_shards(shards, workers, config):
             worker.join()
             if not problems.empty():
                 raise problems.get()
-            killed = worker.exitcode in (-signal.SIGKILL, -signal.SIGTERM)
-            if worker.exitcode and (killed or rows[k] in crashed):
+            if worker.exitcode and (worker.exitcode in (-9, -15) or rows[k] in crashed):    # killed, or again
                 fail(f"a worker ended with {worker.exitcode} (-9: is memory short?); take fewer --workers")
             if worker.exitcode:
                 crashed.add(rows[k])
@@ -409,7 +409,7 @@ def main():
            help="side in pixels, or 'original': pack nothing, only validate the files (default 224)")
     option("--channels", type=int, default=1, choices=(1, 3), help="1: grey; 3: colour (default 1)")
     option("--variant", default="corrected", choices=DICOM, help="corrected: 16 bits rounded; paper: cut")
-    option("--dicom", choices=DICOM.values(), help="display: as displayed; paper: raw / maximum (by --variant)")
+    option("--dicom", choices=DICOM.values(), help="paper: raw / maximum (default: as --variant says)")
     option("--splits", default="", metavar="A,B", help="pack the rows of these splits only (default: all)")
     option("--require-files", action="store_true", help="stop if an image is missing, not reject it")
     option("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
