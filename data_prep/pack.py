@@ -408,7 +408,7 @@ def main():
     option("--size", type=lambda text: text if text == "original" else int(text), default=224, metavar="S",
            help="side in pixels, or 'original': pack nothing, only validate the files (default 224)")
     option("--channels", type=int, default=1, choices=(1, 3), help="1: grey; 3: colour (default 1)")
-    option("--variant", default="corrected", choices=DICOM, help="corrected: 16 bits rounded; paper: cut")
+    option("--variant", default="corrected", choices=DICOM, help="16 bits and DICOM: corrected or as released")
     option("--dicom", choices=DICOM.values(), help="paper: raw / maximum (default: as --variant says)")
     option("--splits", default="", metavar="A,B", help="pack the rows of these splits only (default: all)")
     option("--require-files", action="store_true", help="stop if an image is missing, not reject it")
