@@ -115,6 +115,8 @@ def read_table(path, columns=(), **options):
 def join(table, other, keys, path):
     """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
     joined = table.join(other.set_index(keys), on=keys)
+    if len(joined) > len(table):
+        fail(f"{path}: a row of its {' and '.join(keys)} stands there twice; remove one")
     met = joined[other.columns[-1]].notna().mean()
     if met == 0:
         fail(f"{path}: no image has a row in it; its first {' and '.join(keys)} are "

@@ -7,7 +7,7 @@ Kaggle has 3A; 3B, the "430k" of the study, adds weakly verified slices and is b
 
     python data_prep/covidx_ct.py --raw raw/covidx_ct --out data/covidx_ct/index.csv
 
-Reads {train,val,test}_COVIDx_CT-3A.txt, all alike, metadata.csv, and 3A_images/, images/ or COVIDx_CT-3A/.
+Reads {train,val,test}_COVIDx_CT-3A.txt, metadata.csv, and 3A_images/, images/ or COVIDx_CT-3A/; all splits.
 Writes split pretrain in the order of the draw, three class columns. Slices of a volume are near-copies."""
 
 import argparse
@@ -49,16 +49,14 @@ def main():
     option("--seed", type=int, default=42, help="of the sample (%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-
     lists = f"*_COVIDx_CT-{args.release}.txt*"
     home, tables = find(args.raw, lists).parent, []
     for path in sorted(home.glob(lists)):
         print("list:", path.name)
         lines = read_table(path, sep="\t", header=None)[0]                  # whole lines: there is no tab
         rows = lines.str.extract(r"^(?P<path>\S+) +(?P<number>[012])(?: +\d+){4}$")
-        wrong = rows.index[rows.path.isna()]
-        if len(wrong):
-            fail(f"{path} row {wrong[0]}: not `name class xmin ymin xmax ymax`; download the file again")
+        if rows.path.isna().any():
+            fail(f"{path} row {rows.path.isna().idxmax()}: not `name class and four numbers`; download again")
         tables.append(rows.assign(split=path.name.partition("_")[0]))
     table = pd.concat(tables, ignore_index=True)
     path = find(args.raw, "metadata.csv*")
@@ -107,6 +105,8 @@ def read_table(path, columns=(), **options):
 def join(table, other, keys, path):
     """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
     joined = table.join(other.set_index(keys), on=keys)
+    if len(joined) > len(table):
+        fail(f"{path}: a row of its {' and '.join(keys)} stands there twice; remove one")
     met = joined[other.columns[-1]].notna().mean()
     if met == 0:
         fail(f"{path}: no image has a row in it; its first {' and '.join(keys)} are "

@@ -45,7 +45,7 @@ def main():
     option("--out", type=Path, default="data/mimic_cxr/index.csv", help="the index (%(default)s)")
     option("--views", choices=["all", "frontal"], default="all", help="frontal: AP, PA (%(default)s)")
     option("--labelled-only", action="store_true", help="leave out images of studies without any label")
-    option("--splits", nargs="+", choices=["train", "validate", "test"], default=["train"], help="of the draw")
+    option("--splits", nargs="+", choices=["train", "validate", "test"], default=["train"], help="drawn from")
     option("--n-pretrain", metavar="N", default="100000", help="or all, or 0 for no sample (%(default)s)")
     option("--seed", type=int, default=42, help="of the sample (%(default)s)")
     option("--sample-like", choices=["ours", "paper"], default="ours", help="paper: as the released loader")
@@ -60,8 +60,6 @@ def main():
     labels = read_table(path, [*ids[1:], *LABELS])
     labels[LABELS] = labels[LABELS].map(lambda cell: cell.removesuffix(".0"))
     table = join(table, labels, ids[1:], path)
-    if table.dicom_id.duplicated().any():
-        fail(f"{source.parent}: an image has two rows in one of the three tables; download them again")
     table = table.rename(columns={"subject_id": "patient", "study_id": "study", "ViewPosition": "view"})
     files = (source.parent.relative_to(args.raw) / "files").as_posix()
     folder = files + "/p" + table.patient.str[:2] + "/p" + table.patient + "/s" + table.study
@@ -107,6 +105,8 @@ def read_table(path, columns=(), **options):
 def join(table, other, keys, path):
     """`table` with the columns of `other`, read from `path`: every row stays, blank without a partner."""
     joined = table.join(other.set_index(keys), on=keys)
+    if len(joined) > len(table):
+        fail(f"{path}: a row of its {' and '.join(keys)} stands there twice; remove one")
     met = joined[other.columns[-1]].notna().mean()
     if met == 0:
         fail(f"{path}: no image has a row in it; its first {' and '.join(keys)} are "

@@ -9,7 +9,7 @@ without them the official train_val list is cut by a seeded draw of patients (fa
     python data_prep/nih.py --raw raw/nih --out data/nih/index.csv
     python data_prep/nih.py --raw raw/nih --out data/nih_pretrain/index.csv --pretrain all
 
-Reads Data_Entry_2017*.csv and the lists; images lie anywhere below --raw."""
+Reads Data_Entry_2017*.csv and the lists; images lie anywhere below --raw. Labels: in every head's order."""
 
 import argparse
 import json
@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-# The order of the published lists and of every classifier head.
 LABELS = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
           "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
 
@@ -52,7 +51,8 @@ def main():
     option("--seed", type=int, default=42, help="of sample and fallback split (%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-
+    if args.seed < 0:
+        fail(f"--seed {args.seed}: 0 or more")
     source = find(args.raw, "Data_Entry_2017_v2020.csv*", "Data_Entry_2017*.csv*")
     columns = ["Image Index", "Finding Labels", "Patient Age", "Patient Gender", "View Position"]
     table = read_table(source, columns)

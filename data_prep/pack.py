@@ -65,8 +65,7 @@ def percentile_window(levels, counts):
 
 
 def prepare_lut(ds, name, values):
-    """Whether the dataset has this LUT. Some files write its first input, a negative number, as unsigned:
-    where all values lie below it, it is put right."""
+    """Whether the dataset has this LUT. A first input above all values is negative, written unsigned."""
     item = ds[name].value[0] if ds.get(name) else {}
     if "LUTDescriptor" in item and item.LUTDescriptor[1] > values.max():
         item.LUTDescriptor[1] -= 65536
@@ -304,7 +303,10 @@ def is_finished(out, config):
     """Whether `out` holds a finished pack of these settings, with its manifest.csv and images.npy. One of
     another maker or of other settings is refused, but for drawn images, which are packed anew."""
     there, facts = {path.name for path in out.iterdir()}, out / "pack.json"
-    found = dict(json.loads(facts.read_text())) if facts.exists() else {}
+    try:
+        found = dict(json.loads(facts.read_text())) if facts.exists() else {}
+    except (ValueError, TypeError):
+        fail(f"{facts}: not a JSON object; remove it or choose another folder")
     other = [key for key in config if found and found.get(key) != config[key]]
     if other and not found.get("stand_in"):
         fail(f"{out}: its {other[0]} is {found.get(other[0])!r}, not {config[other[0]]!r}; remove the folder "
@@ -408,7 +410,7 @@ def main():
     option("--size", type=lambda text: text if text == "original" else int(text), default=224, metavar="S",
            help="side in pixels, or 'original': pack nothing, only validate the files (default 224)")
     option("--channels", type=int, default=1, choices=(1, 3), help="1: grey; 3: colour (default 1)")
-    option("--variant", default="corrected", choices=DICOM, help="16 bits and DICOM: corrected or as released")
+    option("--variant", default="corrected", choices=DICOM, help="16 bits, DICOM: corrected or as released")
     option("--dicom", choices=DICOM.values(), help="paper: raw / maximum (default: as --variant says)")
     option("--splits", default="", metavar="A,B", help="pack the rows of these splits only (default: all)")
     option("--require-files", action="store_true", help="stop if an image is missing, not reject it")
@@ -419,8 +421,6 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C is a kill like any other
     try:
         pack(args)
-    except json.JSONDecodeError as error:
-        fail(f"{args.out}/pack.json is not JSON ({error}); remove it or use another --out")
     except OSError as error:
         fail(f"{error.filename or args.out}: {error.strerror or error}; what is packed stays, and the same "
              "command goes on")

@@ -515,7 +515,7 @@ def test_a_sample_that_cannot_be_drawn_is_refused(refused, tmp_path, n):
 
 
 @pytest.mark.parametrize("dataset, flags", [
-    ("nih", ["--pretrain", "all", "--n-pretrain", 2]), ("mimic_cxr", ["--n-pretrain", 2]),
+    ("nih", []), ("nih", ["--pretrain", "all", "--n-pretrain", 2]), ("mimic_cxr", ["--n-pretrain", 2]),
     ("covidx_ct", ["--n-pretrain", 2]), ("oct", ["--n-pretrain", 2]), ("imagenet", ["--n-pretrain", 2])])
 def test_a_negative_seed_is_refused(refused, tmp_path, dataset, flags):
     message = refused(dataset, write(tmp_path / "raw", FILES[dataset]()), "--seed", "-1", *flags)
@@ -621,12 +621,17 @@ def test_mimic_paper_sample_takes_rows_in_file_order(read, tmp_path):
     assert [path[-48:-4] for path in table.path[:20]] == [train[i] for i in chosen]
 
 
-def test_mimic_views_restrict_the_sample(read, refused, tmp_path):
+def test_mimic_views_and_splits_restrict_the_sample(read, refused, tmp_path):
     raw = write(tmp_path / "raw", mimic_files(306))
     table, facts = read("mimic_cxr", raw, "--views", "frontal", "--n-pretrain", "all")
     assert set(table["view"]) == {"AP", "PA"}
     assert table.split.value_counts().to_dict() == {"pretrain": 100, "val": 2}
     assert "100 images are eligible" in refused("mimic_cxr", raw, "--views", "frontal", "--n-pretrain", 250_000)
+    every = "--views", "frontal", "--splits", "train", "validate", "test", "--n-pretrain"
+    table, facts = read("mimic_cxr", raw, *every, "all")
+    assert set(table["view"]) == {"AP", "PA"} and set(table.split) == {"pretrain"} and len(table) == 102
+    assert "102 images are eligible" in refused("mimic_cxr", raw, *every, 250_000)
+    assert "--splits" in refused("mimic_cxr", raw, "--splits", "valid")
 
 
 @pytest.mark.parametrize("name, keys", [("chexpert", "subject_id and study_id"), ("metadata", "dicom_id")])
@@ -654,7 +659,7 @@ def test_mimic_study_listed_twice_is_refused_rather_than_doubling_images(refused
     labels = files["mimic-cxr-2.0.0-chexpert.csv.gz"]
     files["mimic-cxr-2.0.0-chexpert.csv.gz"] = labels + [labels[1]]
     message = refused("mimic_cxr", write(tmp_path / "raw", files))
-    assert "an image has two rows in one of the three tables" in message
+    assert "chexpert.csv.gz: a row" in message and "twice" in message
 
 
 # ---- CheXpert ----
