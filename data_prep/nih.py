@@ -22,14 +22,12 @@ import pandas as pd
 LABELS = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
           "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
 
-
 # --- begin copy: error ---
 def fail(message):
     """A mistake the user can mend: one sentence on stderr and exit code 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 # --- end copy: error ---
-
 
 def draw_validation(patients, n, seed):
     """Patients with n images in all: shuffled, each is taken if it fits, so the last close the gap."""
@@ -90,7 +88,6 @@ def main():
     rows["path"] = [where.get(name, home / name).relative_to(args.raw).as_posix() for name in rows.path]
     write_index(rows, args.out, dataset="nih_pretrain" if args.pretrain else "nih", **facts)
 
-
 # --- begin copy: tables ---
 def find(raw, *names, required=True):
     """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
@@ -105,14 +102,18 @@ def find(raw, *names, required=True):
 def read_table(path, columns=(), **options):
     """A CSV file, plain or .gz, as stripped strings, '' where blank; its index is the row number."""
     try:
-        table = pd.read_csv(path, dtype=str, index_col=False, **options).fillna("")
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, engine="python", **options)
     except Exception as problem:                    # a broken file is anything to pandas, gzip and zlib
         fail(f"{path}: not a readable table ({str(problem).strip()}); download it again")
     for name in columns:
         if name not in table or f"{name}.1" in table:
             fail(f"{path} row 1: no column '{name}', or two; download the file again")
+    odd = table.isna().any(axis=1)                      # short rows: a blank cell is ''
+    odd |= table.index != pd.RangeIndex(len(table))     # long ones: pandas makes an index of them
+    if odd.any():
+        fail(f"{path} row {odd.argmax() + 2}: more or fewer cells than the header has; download it again")
     table.index += 1 if "header" in options else 2
-    return table[[*columns] or list(table)].map(str.strip)
+    return table[[*(columns or table)]].map(str.strip).replace(["nan", "None", "N/A"], "")
 # --- end copy: tables ---
 
 # --- begin copy: sample ---
@@ -144,7 +145,6 @@ def write_index(table, out, **facts):
         fail(f"--out {out} cannot be written ({problem.strerror}); choose another")
     print(f"{out}: {facts}")
 # --- end copy: write index ---
-
 
 if __name__ == "__main__":
     main()

@@ -273,7 +273,7 @@ def test_nih_labels_equal_those_of_the_official_lists(nih_index, fixtures):
 
 
 def test_nih_boxes_lie_in_the_test_split(nih_index, fixtures, expected):
-    boxes = load_script("data_prep/nih.py").read_table(fixtures / "nih" / "BBox_List_2017.csv.gz")
+    boxes = pd.read_csv(fixtures / "nih" / "BBox_List_2017.csv.gz", dtype=str)
     want = expected["nih/bbox"]
     assert (len(boxes), boxes["Image Index"].nunique()) == (want["rows"], want["images"])
     assert boxes["Finding Label"].value_counts().to_dict() == want["finding"]
@@ -1084,6 +1084,24 @@ def test_byte_order_marks_crlf_and_blank_lines_do_no_harm(read, tmp_path):
     dressed, _ = read("nih",
                       write(tmp_path / "b", nih_files() | {"Data_Entry_2017_v2020.csv": "\ufeff" + text}))
     assert dressed.equals(plain)
+
+
+@pytest.mark.parametrize("dataset, name", [
+    ("mimic_cxr", "mimic-cxr-2.0.0-chexpert.csv"), ("mimic_cxr", "mimic-cxr-2.0.0-split.csv"),
+    ("chexpert", "CheXpert-v1.0-small/valid.csv"), ("padchest", PADCHEST_CSV),
+    ("vindr_cxr", "annotations/image_labels_test.csv"), ("covidx_ct", "metadata.csv")])
+@pytest.mark.parametrize("change, row", [
+    (lambda lines: [lines[0], "a," + lines[1], *lines[2:]], 2),             # one cell more than the header
+    (lambda lines: [lines[0], "a,b," + lines[1], *lines[2:]], 2),
+    (lambda lines: [lines[0], *(line + "," for line in lines[1:])], 2),     # a comma at the end of all rows
+    (lambda lines: [*lines[:-1], lines[-1].rpartition(",")[0]], None)])     # a download that broke off
+def test_a_row_of_more_or_fewer_cells_than_the_header_is_refused(refused, tmp_path, dataset, name, change, row):
+    files = mimic_files(gz="") if dataset == "mimic_cxr" else FILES[dataset]()
+    raw = write(tmp_path / "raw", files)
+    lines = change((raw / name).read_text().splitlines())
+    (raw / name).write_text("\n".join(lines))
+    message = refused(dataset, raw)
+    assert str(raw / name) in message and f"row {row or len(lines)}: more or fewer cells" in message
 
 
 def test_a_failed_run_leaves_the_index_of_the_last_one(read, refused, tmp_path):
