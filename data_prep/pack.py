@@ -1,21 +1,21 @@
 """Pack the images an index names into one uint8 array, or check that every one of them can be read.
 
-Each file is decoded in full, turned into 8-bit grey (or colour), stretched to S x S and added to images.npy
-in index order; what cannot be used is listed with its reason, never repaired. Workers write parts, joined at
-the end (in twice the space): killed at any moment, the same command goes on and ends in the same bytes.
+Each file is decoded in full, made 8-bit grey (or colour) and stretched to S x S; what cannot be used is
+listed with its reason, never repaired. Workers write parts, joined at the end, in index order and twice the
+space: killed at any moment, the same command goes on and ends in the same bytes.
 
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih
 
 Reads   the index (its column path is relative to --raw; nothing outside --raw is opened) and the images
 Writes  images.npy      uint8 [N, S, S] or [N, S, S, 3]; none with --size original
         manifest.csv    the packed rows; row i describes images.npy[i]; blank sex and age as in DICOM headers
-        rejected.csv    path, reason
-        pack.json       settings, counts, mean and deviation of the pixels (0..1), mark of a stand-in"""
+        rejected.csv    path, reason; and pack.json: settings, counts, mean and deviation (0..1), stand-in"""
 
 import argparse
 import contextlib
 import csv
 import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -41,14 +41,12 @@ DICOM = {"corrected": "display", "paper": "paper"}      # the conversion of each
 OF_THE_FILE = None, errno.EINVAL, errno.EOVERFLOW, errno.ENAMETOOLONG       # other errors are the disk's
 TEXT = {"mode": "w", "newline": "", "encoding": "utf-8"}
 
-
 # --- begin copy: error ---
 def fail(message):
     """A mistake the user can mend: one sentence on stderr and exit code 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 # --- end copy: error ---
-
 
 class Rejected(Exception):
     """Why an image is not packed: the reason in rejected.csv, its kind standing before the first colon."""
@@ -119,9 +117,8 @@ def read_dicom(file, dicom="display"):
     syntax = ds.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian)
     ds.file_meta.TransferSyntaxUID = syntax
     # Bits below the stored ones, such as 4 of 16 below 12: read as if they were stored, then shifted out.
-    unused = 0
-    if not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless:
-        unused = max(0, ds.get("HighBit", 0) + 1 - ds.BitsStored)
+    plain = not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless
+    unused = plain * max(0, ds.get("HighBit", 0) + 1 - ds.BitsStored)
     ds.BitsStored += unused
     stored = ds.pixel_array
     stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
@@ -133,12 +130,10 @@ def read_dicom(file, dicom="display"):
         table = (np.maximum(values, 0) / top * 255).astype(np.uint8)
     else:
         table = dicom_display(values, code, ds)
-    # By strips, as NumPy widens indices to 8 bytes, which so stay in the cache; "clip" spares it a check.
-    grey = [np.take(table, strip, mode="clip") for strip in np.array_split(code, len(code) // 64 + 1)]
     sex = re.fullmatch("[MFO]", str(ds.get("PatientSex")))
     age = re.fullmatch(r"0*([1-9]\d?|1[01]\d|120)Y", str(ds.get("PatientAge")))
     person = {"sex": sex[0] if sex else "", "age": age[1] if age else ""}
-    return np.concatenate(grey), {"monochrome1": kind == "MONOCHROME1", "person": person}
+    return table[code], {"monochrome1": kind == "MONOCHROME1", "person": person}
 
 
 def read_image(file, channels=1, variant="corrected", dicom="display"):
@@ -368,6 +363,11 @@ def pack(args):
     size = max(1, min(SHARD, len(paths) // 64))                 # few rows keep all workers busy, too
     folder = out / f"parts-{hashlib.sha256(repr((size, config)).encode()).hexdigest()[:12]}"
     out.mkdir(parents=True, exist_ok=True)
+    try:                                            # held until this process ends, however it ends
+        fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):      # not NFS, for one, which locks no folders
+            fail(f"{out}: another run is packing into this folder; wait for it or use another --out")
     if is_finished(out, config):
         print(f"{out} is packed already: nothing to do (to pack it again, remove {out}/manifest.csv)")
     else:

@@ -1047,6 +1047,32 @@ def test_kills_and_stops_at_random_moments_change_no_byte(tmp_path):
     assert finished_bytes(tmp_path, "cut") == expected
 
 
+def test_a_second_run_into_the_folder_is_refused_and_harms_nothing(tmp_path):
+    many(tmp_path)
+    assert start(tmp_path, "whole").wait() == 0
+    first = start(tmp_path, "out")
+    wait_for_parts(tmp_path, "out", 3, first)
+    os.killpg(first.pid, signal.SIGSTOP)                # so that the second has the time to end
+    for options in ([], ["--size", 8]):
+        assert_user_error(run_pack(tmp_path, *options), f"{tmp_path / 'out'}: another run is packing")
+    os.killpg(first.pid, signal.SIGCONT)
+    assert first.wait() == 0
+    assert finished_bytes(tmp_path, "out") == finished_bytes(tmp_path, "whole")
+    assert run_pack(tmp_path).returncode == 0           # the lock went with its process
+
+
+def test_where_folders_cannot_be_locked_packing_goes_on(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")           # as NFS says
+
+    save(tmp_path / "raw/x.png", noise(9, 9))
+    write_index(tmp_path / "index.csv", ["x.png"])
+    monkeypatch.setattr(pack.fcntl, "flock", refuse)
+    monkeypatch.setattr(pack, "pack_shards", in_this_process)
+    assert run_main(tmp_path, "--size", 8).returncode == 0
+    assert len(np.load(tmp_path / "out/images.npy")) == 1
+
+
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
     many(tmp_path)
     assert start(tmp_path, "whole").wait() == 0
