@@ -357,8 +357,8 @@ def pack(args):
     if not rows or not {split for _, split in rows} >= set(splits):
         fail(f"{args.index}: no rows of split {args.splits or 'any'}")
     paths = [path for path, _ in rows]
-    if len(set(paths)) < len(paths):
-        twice = Counter(paths).most_common(1)[0][0]
+    twice, n = Counter(map(os.path.normpath, paths)).most_common(1)[0]      # ./a.png is a.png
+    if n > 1:
         fail(f"{args.index}: the path {twice!r} stands in several rows; leave one of them")
     size = max(1, min(SHARD, len(paths) // 64))                 # few rows keep all workers busy, too
     folder = out / f"parts-{hashlib.sha256(repr((size, config)).encode()).hexdigest()[:12]}"

@@ -845,6 +845,9 @@ def test_mistakes_are_one_sentence(tmp_path):
     assert_user_error(attempt(b"path,split\n"), "no rows")
     assert_user_error(attempt(b"path,split\nx.png,val\n", "--splits", "train"), "no rows of split train")
     assert_user_error(attempt(b"path\nx.png\ny.png\nx.png\n"), "'x.png' stands in several rows")
+    for path in (b"./x.png", b".//x.png", b"a/./../x.png"):         # a leak between splits, were they two
+        said = attempt(b"path,split\nx.png,train\n" + path + b",test\n")
+        assert_user_error(said, "'x.png' stands in several rows")
     assert_user_error(attempt(b"path,split\nx.png,val\nx.png\n"), "row 3")
     assert_user_error(attempt(b"path,split\nx.png,val,1\n"), "row 2")
     assert_user_error(attempt("path\né.png\n".encode("latin-1")), "UTF-8")
