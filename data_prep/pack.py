@@ -138,9 +138,8 @@ def read_dicom(file, dicom="display"):
 
 def read_image(file, channels=1, variant="corrected", dicom="display"):
     """Decode a file of any supported kind to 8 bits at its own size. Alpha is dropped, not composited; colour
-    becomes Pillow's L (0.299, 0.587, 0.114); no EXIF rotation. Returns: a Pillow image of mode L (1 channel)
-    or RGB (3), and facts: monochrome1, sixteen_bit, sixteen_bit_below_4096 (bool), person. Raises: Rejected,
-    or what the decoder raises."""
+    becomes Pillow's L (0.299, 0.587, 0.114). A TIFF is turned as its tag says, by EXIF nothing. Returns: a
+    Pillow image of mode L (1 channel) or RGB (3), and facts for pack.json. Raises: Rejected, or the decoder."""
     with open(file, "rb") as stream:
         head = stream.read(132)
     facts = {"monochrome1": False, "sixteen_bit": False, "sixteen_bit_below_4096": False, "person": {}}
@@ -148,10 +147,10 @@ def read_image(file, channels=1, variant="corrected", dicom="display"):
         grey, found = read_dicom(file, dicom)
         facts, image = facts | found, Image.fromarray(grey)
     else:
-        with Image.open(file, formats=FORMATS) as image:
+        with open(file, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise Rejected(f"multi-frame: {image.n_frames} frames")
-            image.load()
+            image.load()            # of a file given by name Pillow maps a plain TIFF, and garbles a turned one
     tags = getattr(image, "tag_v2", {})         # of a TIFF
     if image.mode == "F" or image.mode == "I" and tags:
         raise Rejected("wrong type: floating-point, signed or 32-bit pixels")

@@ -228,6 +228,19 @@ def test_cmyk_jpeg_is_read_by_ink(tmp_path):
     assert abs(red - 0.299 * 255) <= 2 and abs(blue - 0.114 * 255) <= 2         # JPEG is not exact
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_that_lies_on_its_side_is_turned_as_its_tag_says(tmp_path, bits, compression):
+    upright = noise(13, 17)                             # row 0 of the scene at the top, column 0 at the left
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
+              6: upright.T[::-1], 7: upright.T[::-1, ::-1], 8: upright.T[:, ::-1]}
+    for orientation, pixels in stored.items():          # Source: TIFF 6.0, Orientation
+        if bits == 16:
+            pixels = pixels.astype(np.uint16) * 257
+        path = save(tmp_path / "x.tif", pixels, tiffinfo={274: orientation}, compression=compression)
+        assert np.array_equal(grey(path), upright), orientation
+
+
 def test_a_png_named_jpeg_and_an_exif_orientation_change_nothing(tmp_path):
     pixels = noise(8, 11)
     (tmp_path / "x.JPEG").write_bytes(save(tmp_path / "x.png", pixels).read_bytes())
