@@ -1,8 +1,7 @@
 """Pack the images an index names into one uint8 array, or check that every one of them can be read.
 
-Each file is decoded in full, made 8-bit grey (or colour) and stretched to S x S; what cannot be used is
-listed with its reason, never repaired. Workers write parts, joined at the end, in index order and twice the
-space: killed at any moment, the same command goes on and ends in the same bytes.
+Each file is decoded in full and stretched to S x S, 8-bit grey or colour, or listed with the reason why not.
+Parts are joined at the end, in twice the space: killed at any time, the same command ends in the same bytes.
 
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih
 
@@ -138,8 +137,8 @@ def read_dicom(file, dicom="display"):
 
 def read_image(file, channels=1, variant="corrected", dicom="display"):
     """Decode a file of any supported kind to 8 bits at its own size. Alpha is dropped, not composited; colour
-    becomes Pillow's L (0.299, 0.587, 0.114). A TIFF is turned as its tag says, by EXIF nothing. Returns: a
-    Pillow image of mode L (1 channel) or RGB (3), and facts for pack.json. Raises: Rejected, or the decoder."""
+    becomes Pillow's L (0.299, 0.587, 0.114). A TIFF is turned as its tag says, by EXIF nothing is. Returns: a
+    Pillow image, mode L (1 channel) or RGB (3), and facts for pack.json. Raises: Rejected, or a decoder's."""
     with open(file, "rb") as stream:
         head = stream.read(132)
     facts = {"monochrome1": False, "sixteen_bit": False, "sixteen_bit_below_4096": False, "person": {}}
@@ -150,7 +149,7 @@ def read_image(file, channels=1, variant="corrected", dicom="display"):
         with open(file, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise Rejected(f"multi-frame: {image.n_frames} frames")
-            image.load()            # of a file given by name Pillow maps a plain TIFF, and garbles a turned one
+            image.load()            # of a file given by name Pillow maps a plain TIFF, garbling a turned one
     tags = getattr(image, "tag_v2", {})         # of a TIFF
     if image.mode == "F" or image.mode == "I" and tags:
         raise Rejected("wrong type: floating-point, signed or 32-bit pixels")
@@ -167,11 +166,13 @@ def read_image(file, channels=1, variant="corrected", dicom="display"):
 
 
 def locate(root, path):
-    """The file behind an index path. Raises: Rejected where there is no regular file inside `root`."""
+    """The file behind an index path. Raises: Rejected if it is no file in `root`, OSError without root."""
     file = Path(os.path.realpath(os.path.join(root, path)))
     if path.startswith("/") or ".." in path.split("/") or not file.is_relative_to(os.path.realpath(root)):
         raise Rejected("outside the raw root: only --raw itself may be a link")
     if not file.is_file():
+        if not any(os.scandir(root)):               # nor anything else: its disk is not mounted, say
+            raise OSError(errno.ENOENT, "the raw folder is empty", root)
         raise Rejected("wrong type: not a regular file" if os.path.exists(file) else "missing")
     return file
 
@@ -194,7 +195,7 @@ def pack_row(path, config):
         raise OSError(errno.ENOMEM, "memory is short", path)
     except Exception as error:                  # a decoder may raise anything at all on a broken file
         if isinstance(error, OSError) and error.errno not in OF_THE_FILE:
-            error.filename = path
+            error.filename = error.filename or path
             raise
         text = " ".join(str(error).split())[:300] or type(error).__name__
         return {"reason": f"unreadable: {text}"}, b""

@@ -874,7 +874,8 @@ def test_mistakes_are_one_sentence(tmp_path):
     assert_user_error(attempt(b"path\nx.png\n", "--size", "0"), "--size")
     assert_user_error(attempt(b"path\nx.png\n", "--workers", "0"), "--workers")
     assert_user_error(attempt(b"path\nx.png\n", "--index", tmp_path / "no.csv"), "no.csv", "No such file")
-    assert_user_error(attempt(b"path\nx.png\n", "--raw", tmp_path / "no", run=run_pack), "{'missing': 1}", "--raw")
+    said = attempt(b"path\nx.png\n", "--raw", tmp_path / "no", run=run_pack)
+    assert_user_error(said, f"{tmp_path / 'no'}: No such file")
     assert_user_error(attempt(b"path\nx.png\n", "--out", "/proc/pack"), "/proc/pack")
     assert_user_error(run_script("data_prep/pack.py"), "--index")
     other = tmp_path / "other"
@@ -1087,6 +1088,25 @@ def test_where_folders_cannot_be_locked_packing_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "pack_shards", in_this_process)
     assert run_main(tmp_path, "--size", 8).returncode == 0
     assert len(np.load(tmp_path / "out/images.npy")) == 1
+
+
+@pytest.mark.parametrize("mount_point", [True, False])
+def test_a_raw_folder_that_goes_away_while_it_is_packed_costs_no_row(tmp_path, mount_point):
+    many(tmp_path)
+    assert start(tmp_path, "whole").wait() == 0
+    process = start(tmp_path, "out")
+    wait_for_parts(tmp_path, "out", 3, process)
+    (tmp_path / "raw").rename(tmp_path / "elsewhere")
+    if mount_point:
+        (tmp_path / "raw").mkdir()
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and error.startswith(f"error: {tmp_path / 'raw'}"), error
+    assert "raw folder is empty" in error or "No such file" in error, error
+    assert error.count("\n") == 1 and not (tmp_path / "out/manifest.csv").exists()
+    shutil.rmtree(tmp_path / "raw", ignore_errors=True)
+    (tmp_path / "elsewhere").rename(tmp_path / "raw")
+    assert start(tmp_path, "out").wait() == 0
+    assert finished_bytes(tmp_path, "out") == finished_bytes(tmp_path, "whole")
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
