@@ -281,7 +281,7 @@ def index_rows(index, splits):
     """Yield the index rows of these splits (of all, if empty) as {column: cell}."""
     try:
         with open(index, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True)
             names = reader.fieldnames or []
             if "path" not in names or "" in names or len(set(names)) < len(names):
                 fail(f"{index} row 1: expected a column path, no name blank or twice; not {names[:30]}")

@@ -863,6 +863,7 @@ def test_mistakes_are_one_sentence(tmp_path):
         assert_user_error(said, "'x.png' stands in several rows")
     assert_user_error(attempt(b"path,split\nx.png,val\nx.png\n"), "row 3")
     assert_user_error(attempt(b"path,split\nx.png,val,1\n"), "row 2")
+    assert_user_error(attempt(b'path,split\nx.png,"va'), "index.csv: not a CSV file", "end of data")   # cut
     assert_user_error(attempt("path\né.png\n".encode("latin-1")), "UTF-8")
     said = attempt(b"path\ny.png\nx.png\nz.png\n", "--require-files", run=run_pack)
     assert_user_error(said, "'y.png' in ", "missing; complete the download")
