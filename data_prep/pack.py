@@ -89,7 +89,7 @@ def dicom_display(values, code, ds):
         descriptor[2] = 16              # given 8, pydicom keeps positions in 8 bits, too, and they wrap
         values = apply_voi_lut(values, ds)
     else:
-        black = -np.inf
+        black, ds.VOILUTFunction = -np.inf, ds.get("VOILUTFunction") or "LINEAR"     # it may be empty
         with contextlib.suppress(TypeError, ValueError):                # no window, or one that cannot be
             black, white = apply_voi_lut(np.array([-np.inf, np.inf]), ds)
         if np.isfinite(black):

@@ -399,6 +399,13 @@ def test_a_window_that_cannot_be_is_as_good_as_none(tmp_path, width):
     assert (grey(dicom(tmp_path / "x.dcm", pixels, WindowCenter=40, WindowWidth=width)) == plain).all()
 
 
+def test_an_empty_voi_lut_function_is_the_linear_one(tmp_path):
+    pixels = noise(20, 30, 4096, np.uint16)
+    path = dicom(tmp_path / "x.dcm", pixels, WindowCenter="1000", WindowWidth="501", VOILUTFunction="")
+    expected = np.clip((pixels - 999.5) / 500 + 0.5, 0, 1) * 255        # Source: DICOM PS3.3, C.11.2.1.2
+    assert np.abs(grey(path) - expected).max() <= 0.5
+
+
 def test_a_narrow_window_of_another_function_is_one(tmp_path):
     pixels = noise(60, 50, 900, np.uint16)
     path = dicom(tmp_path / "x.dcm", pixels, RescaleSlope=1e-3, RescaleIntercept=0, WindowCenter=0.4,
