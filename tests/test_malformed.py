@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -101,6 +102,10 @@ def inputs(tmp_path_factory):
     return root
 
 
+def throw(problem):
+    raise problem
+
+
 def run_case(command, cwd):
     """A command line in `cwd`, in this process. Returns: exit code, lines of stderr but Python's warnings."""
     script, *words = command
@@ -115,7 +120,8 @@ def run_case(command, cwd):
     sys.argv = [script, *words]
     workers = vars(module).get("pack_shards")
     if workers:                                 # of pack.py: without the second that they take to start
-        module.pack_shards = lambda shards, _, config: module.work(0, shards, {-1}, [-1], None, config)
+        problems = SimpleNamespace(put=throw)
+        module.pack_shards = lambda shards, _, config: module.work(0, shards, {-1}, [-1], problems, config)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
             module.main()
