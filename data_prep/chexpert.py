@@ -109,7 +109,7 @@ def read_table(path, columns=(), **options):
     if odd.any():
         fail(f"{path} row {odd.argmax() + 2}: more or fewer cells than the header has; download it again")
     table.index += 1 if "header" in options else 2
-    return table[[*(columns or table)]].map(str.strip).replace(["nan", "None", "N/A"], "")
+    return table[[*(columns or table)]].map(str.strip).replace(["NA", "N/A", "None", "nan"], "")
 # --- end copy: tables ---
 
 # --- begin copy: join ---

@@ -1104,6 +1104,16 @@ def test_a_row_of_more_or_fewer_cells_than_the_header_is_refused(refused, tmp_pa
     assert str(raw / name) in message and f"row {row or len(lines)}: more or fewer cells" in message
 
 
+@pytest.mark.parametrize("blank", ["NA", "N/A", "None", "nan"])          # of R, COVIDx, PadChest, pandas
+def test_words_for_a_missing_value_are_blank(read, tmp_path, blank):
+    plain, _ = read("mimic_cxr", write(tmp_path / "a", mimic_files(gz="")), *ALL["mimic_cxr"])
+    raw = write(tmp_path / "b", mimic_files(gz=""))
+    table = raw / "mimic-cxr-2.0.0-chexpert.csv"
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([header, *(",".join(cell or blank for cell in row.split(",")) for row in rows)]))
+    assert read("mimic_cxr", raw, *ALL["mimic_cxr"])[0].equals(plain)
+
+
 def test_a_failed_run_leaves_the_index_of_the_last_one(read, refused, tmp_path):
     raw = write(tmp_path / "raw", nih_files())
     read("nih", raw)
