@@ -72,8 +72,7 @@ def prepare_lut(ds, name, values):
 def dicom_display(values, code, ds):
     """What a viewer shows: modality LUT or rescale, then VOI LUT or first window or else the 0.5-99.5
     percentiles; MONOCHROME1 inverted once, padding black. Source: DICOM PS3.3, C.7.5.1.1.2, C.11.1, C.11.2.
-    values: int32, the stored value behind every code; code: uint8 or uint16 [H, W], the pixels' words.
-    Returns: uint8, the grey level of each of the values."""
+    values: int32, the value behind each code; code: uint8 or uint16 [H, W]. Returns: uint8, their grey."""
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
     padded = np.zeros(len(values), bool)
     if ds.get("PixelPaddingValue") is not None:
@@ -161,8 +160,7 @@ def read_image(file, channels=1, variant="corrected", dicom="display"):
             values = top - values
         whole = np.trunc if variant == "paper" else np.rint
         image = Image.fromarray(whole(values / np.float32(top) * 255).astype(np.uint8))
-    mode = "L" if channels == 1 else "RGB"
-    return image if image.mode == mode else image.convert(mode), facts          # convert would copy
+    return image.convert("L" if channels == 1 else "RGB"), facts
 
 
 def locate(root, path):
@@ -256,7 +254,6 @@ def pack_shards(shards, workers, config):
         worker.start()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         team[worker.sentinel] = k, worker
-
     for k in range(min(workers, len(shards))):
         employ(k)
     begun, total = time.monotonic(), sum(len(paths) for _, _, paths in shards)
@@ -377,6 +374,9 @@ def pack(args):
             except Rejected as reason:
                 fail(f"{path!r} in {args.raw}: {reason}; complete the download or drop --require-files")
         folder.mkdir(exist_ok=True)
+        for part in folder.iterdir():               # what was rejected may have been downloaded since
+            if b'"reason"' in part.open("rb").readline():
+                part.unlink()
         shards = [(folder / f"{first // size:06}", first, paths[first:first + size])
                   for first in range(0, len(paths), size)]
         pack_shards([shard for shard in shards if not shard[0].exists()], args.workers, config)

@@ -1117,6 +1117,22 @@ def test_a_raw_folder_that_goes_away_while_it_is_packed_costs_no_row(tmp_path, m
     assert finished_bytes(tmp_path, "out") == finished_bytes(tmp_path, "whole")
 
 
+def test_what_was_rejected_before_a_kill_is_looked_at_again(tmp_path):
+    many(tmp_path, 40)
+    assert start(tmp_path, "whole").wait() == 0         # as after a download that ended in time
+    whole = {name: (tmp_path / f"raw/{name}").read_bytes() for name in ("0000.png", "0001.png")}
+    (tmp_path / "raw/0000.png").unlink()
+    (tmp_path / "raw/0001.png").write_bytes(whole["0001.png"][:999])
+    process = start(tmp_path, "out")
+    wait_for_parts(tmp_path, "out", 12, process)
+    process.kill()
+    process.wait()
+    for name, content in whole.items():
+        (tmp_path / "raw" / name).write_bytes(content)
+    assert parts(tmp_path, "out") < 40 and start(tmp_path, "out").wait() == 0
+    assert finished_bytes(tmp_path, "out") == finished_bytes(tmp_path, "whole")
+
+
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
     many(tmp_path)
     assert start(tmp_path, "whole").wait() == 0
