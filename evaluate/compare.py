@@ -118,8 +118,7 @@ def estimate(terms, offset=0.0):
     run_variances = [arm.run_variance for _, arm in terms]
     variance, patient_variance = sum(run_variances), np.nan
     if all(arm.resampled is not None for _, arm in terms):
-        resampled = sum(sign * arm.resampled for sign, arm in terms)
-        patient_variance = np.nanvar(resampled)
+        patient_variance = np.nanvar(sum(sign * arm.resampled for sign, arm in terms))
         variance = np.nansum(run_variances) + patient_variance
     several = [arm for _, arm in terms if arm.runs > 1]
     denominator = sum((arm.sd ** 2 / arm.runs) ** 2 / (arm.runs - 1) for arm in several)
@@ -204,7 +203,7 @@ def read_runs(path):
         frame["number"] = pd.to_numeric(frame["value"])
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
         fail(f"{path} or {file} is not as evaluate/metrics.py writes it ({problem}); run it again")
-    frame["key"] = frame["labels"].str.cat(frame[KEY[1:]], "|")
+    frame["key"] = ["|".join(names) for names in frame[KEY].to_numpy()]
     runs = defaultdict(dict)
     kept = frame.query("variant == 'corrected' and value != ''")
     for (exp, seed, dataset), rows in kept.groupby(["exp", "seed", "dataset"], sort=False):
@@ -212,13 +211,12 @@ def read_runs(path):
         if name not in drawn:
             fail(f"{file} lacks exp {exp}, seed {seed}, {dataset}; run evaluate/metrics.py again")
         values = dict(zip(rows["key"], rows["number"]))
-        keys = drawn[f"{name}/rows"].tolist()
-        for key, draws in zip(keys, drawn.pop(name)):
+        for key, draws in zip(drawn[f"{name}/rows"], drawn.pop(name)):
             if key in values:
                 runs[exp, dataset, key][seed] = np.append(values[key], draws)
-    marks, arms = frame.groupby(["exp", "dataset"])["stand_in"].max(), {}
-    for cell, rows in runs.items():
-        arms[cell] = make_arm(rows, "stand-ins" if marks[cell[:2]] else "our runs")
+    marks = frame.groupby(["exp", "dataset"])["stand_in"].max()
+    arms = {cell: make_arm(rows, "stand-ins" if marks[cell[:2]] else "our runs")
+            for cell, rows in runs.items()}
     counts = frame.query("metric in ['images', 'patients']")
     return arms, {}, counts.pivot_table("value", "dataset", "metric", "first")
 
@@ -226,12 +224,12 @@ def read_runs(path):
 def read_reported():
     """(arms of the author's published runs, arms as printed in the tables, no sizes)."""
     runs, printed = defaultdict(dict), {}
-    for row in read_csv(REPORTED / "raw_runs_auc.csv").to_dict("records"):
-        mean = row["label"] == "mean"
-        key = f"{row['classes']}|auc_mean||" if mean else f"|auc|{row['label']}|"
+    for row in read_csv(REPORTED / "raw_runs_auc.csv").itertuples():
+        mean = row.label == "mean"
+        key = f"{row.classes}|auc_mean||" if mean else f"|auc|{row.label}|"
         # Left out: an AUC without positives; a label of 14-class runs, for ViTs these are misnamed
-        if row["auc"] != "0.0" and (mean or row["classes"] == "5"):
-            runs[row["exp"], row["testset"], key][row["seed"]] = np.array([float(row["auc"])])
+        if row.auc != "0.0" and (mean or row.classes == "5"):
+            runs[row.exp, row.testset, key][row.seed] = np.array([float(row.auc)])
     for row in read_csv(REPORTED / "printed.csv").to_dict("records"):
         cell = row["exp"], row["dataset"], "|".join(row[name] for name in KEY)
         mean, sd, count = float(row["value"]), float(row["sd"] or "nan"), int(row["runs"])
@@ -310,16 +308,15 @@ def compare(arms, terms, offset=0.0):
 def compare_spreads(arms, testset):
     """As compare, of the mean over Table 2's arms of log(sd on a test set / sd on NIH), sd over runs."""
     ratios, sources = {}, set()
-    labels = 4 if testset in ("vindr_test", "padchest") else 5          # these have no edema
-    key = f"{labels}|auc_mean||"
+    key = "4|auc_mean||" if testset in ("vindr_test", "padchest") else "5|auc_mean||"       # these: no edema
     for exp in read_csv(REPORTED / "table2.csv")["exp"].unique():
         here, nih = arms.get((exp, testset, key)), arms.get((exp, "nih_test", key))
         if here and nih and here.sd > 0 and nih.sd > 0:
             ratios[exp] = np.log([here.sd / nih.sd])
             sources |= {here.source, nih.source}
-    result = estimate([(1, make_arm(ratios))]) if len(ratios) > 1 else {}
     remark = f"log ratio of the sd over runs, {len(ratios)} arms; a smaller test set spreads them more"
-    return result | {"cells": testset, "remarks": [remark], "sources": sources}
+    row = {"cells": testset, "remarks": [remark], "sources": sources}
+    return row | estimate([(1, make_arm(ratios))]) if len(ratios) > 1 else row
 
 
 def verdict_row(claim, testset, comparisons):
@@ -331,15 +328,14 @@ def verdict_row(claim, testset, comparisons):
     if test == "most":
         remarks.insert(0, f"clearly so in {sum(direction == 1)} of {len(direction)} arms")
     sources = set().union(*comparisons["sources"])
-    row = claim | {"testset": testset, "verdict": "not run", "remark": "; ".join(remarks[:4]),
-                   "source": " and ".join(sorted(sources))}
+    row = dict(claim, testset=testset, verdict="not run", remark="; ".join(remarks[:4]),
+               source=" and ".join(sorted(sources)))
     known = comparisons.dropna(subset="effect").sort_values(["clearness", "effect"])
     if known.empty:
         return row
-
     worst = comparisons.groupby("left")["direction"].min()              # of each arm
     answers = {"lowest": -direction.max(), "not_every": -direction.min(), "no_winner": -worst.max(),
-               "most": direction.median()}
+               "most": direction.median()}              # 1: more than half
     answer = answers.get(test, direction.min())
     if test == "no_gain":
         answer = -1
@@ -362,12 +358,11 @@ def verdicts(claims, arms):
     """verdicts.csv: for each claim a row per test set, and one over all where there are several."""
     # A known arm's name, such as c.10-moco, is no difference of two
     names = sorted({re.escape(cell[0]) for cell in arms}, key=len, reverse=True)
-    names = "|".join([*names, ARM])
-    pattern = re.compile(OPERAND.replace("ARM", names))
+    pattern = re.compile(OPERAND.replace("ARM", "|".join([*names, ARM])))
     rows = []
     for number, claim in enumerate(claims):
-        testsets, test, margin = claim["testsets"].split(), claim["test"], claim["margin"]
-        if test not in TESTS or not testsets or test == "no_gain" and np.isnan(margin):
+        testsets, test = claim["testsets"].split(), claim["test"]
+        if test not in TESTS or not testsets or test == "no_gain" and np.isnan(claim["margin"]):
             fail(f"claim {claim['id']}: needs test sets, a test of {', '.join(TESTS)}; no_gain a margin")
         lefts, rights = claim["left"].split("|"), claim["right"].split("|")
         pairs = zip(lefts, rights) if len(lefts) == len(rights) else product(lefts, rights)
@@ -403,7 +398,7 @@ def arms_table(arms):
     """arms.csv."""
     rows = []
     for (exp, dataset, key), arm in arms.items():
-        row = {"exp": exp, "dataset": dataset, **dict(zip(KEY, key.split("|"))), "value": arm.mean}
+        row = dict(zip(KEY, key.split("|")), exp=exp, dataset=dataset, value=arm.mean)
         rows.append(row | arm._asdict() | estimate([(1, arm)]))
     table = pd.DataFrame(rows, columns=ARMS)
     table[ENDS] = table[ENDS].clip(0, 1)                # all these metrics lie there
@@ -416,11 +411,12 @@ def pairs_of(arms, exps, metric=""):
     for dataset, key in dict.fromkeys(cell[1:] for cell in arms if metric in cell[2]):
         cells = [(exp, dataset, key) for exp in exps if (exp, dataset, key) in arms]
         for left, right in combinations(cells, 2):
-            row = {"dataset": dataset, **dict(zip(KEY, key.split("|"))), "left": left[0], "right": right[0]}
-            row |= {"left_value": arms[left].mean, "right_value": arms[right].mean}
+            row = dict(zip(KEY, key.split("|")), dataset=dataset, left=left[0], right=right[0])
+            row |= dict(left_value=arms[left].mean, right_value=arms[right].mean)
             row |= compare(arms, [(1, left), (-1, right)])
-            source = " and ".join(sorted(row["sources"]))
-            rows.append(row | {"remark": "; ".join(row["remarks"]), "source": source})
+            row["remark"] = "; ".join(row["remarks"])
+            row["source"] = " and ".join(sorted(row["sources"]))
+            rows.append(row)
     return rows
 
 
@@ -476,7 +472,7 @@ def main():
             tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": pd.concat(pairs),
                       "detectable": detectable(pairs[0], sizes)}
             last = decided.drop_duplicates("id", keep="last")                    # over all test sets
-            shown = last[["id", "statement", "verdict", "effect", "ci_low", "ci_high", "p_holm", "source"]]
+            shown = last[["id", "statement", "verdict", "effect", *ENDS, "p_holm", "source"]]
         print(shown.to_string(index=False, float_format="{:z.4f}".format, na_rep="", max_colwidth=60,
                               formatters={"p": show_p, "p_holm": show_p}))
         for name, table in tables.items() if args.out else ():
