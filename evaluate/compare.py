@@ -362,12 +362,14 @@ def verdicts(claims, arms):
     rows = []
     for number, claim in enumerate(claims):
         testsets, test = claim["testsets"].split(), claim["test"]
-        if test not in TESTS or not testsets or test == "no_gain" and np.isnan(claim["margin"]):
-            fail(f"claim {claim['id']}: needs test sets, a test of {', '.join(TESTS)}; no_gain a margin")
         lefts, rights = claim["left"].split("|"), claim["right"].split("|")
         pairs = zip(lefts, rights) if len(lefts) == len(rights) else product(lefts, rights)
         if test == "no_winner":
-            pairs = permutations(lefts, 2)
+            pairs = list(permutations(lefts, 2))
+        unknown = test == "no_gain" and np.isnan(claim["margin"])
+        if test not in TESTS or not testsets or not pairs or unknown:
+            fail(f"claim {claim['id']}: needs test sets, a test of {', '.join(TESTS)}; no_gain a margin, "
+                 "no_winner several arms")
         for testset, (left, right) in product(testsets, pairs):
             row = dict(claim=number, family=claim["family"], testset=testset, left=left, right=right)
             row |= dict.fromkeys(INTERVAL, np.nan)
