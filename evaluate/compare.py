@@ -330,7 +330,7 @@ def verdict_row(claim, testset, comparisons):
     sources = set().union(*comparisons["sources"])
     row = dict(claim, testset=testset, verdict="not run", remark="; ".join(remarks[:4]),
                source=" and ".join(sorted(sources)))
-    known = comparisons.dropna(subset="effect").sort_values(["clearness", "effect"])
+    known, order = comparisons.dropna(subset="effect"), ["clearness", "effect"]
     if known.empty:
         return row
     worst = comparisons.groupby("left")["direction"].min()              # of each arm
@@ -341,8 +341,9 @@ def verdict_row(claim, testset, comparisons):
         answer = -1
         if direction.max() <= 0:
             answer = comparisons["ci_high"].lt(claim["margin"]).all()
-            known = known.sort_values("ci_high")
+            order = ["ci_high"]
     row["verdict"] = {1: "holds", -1: "contradicted"}.get(answer, "undecided")
+    known = known.sort_values(order)
     if len(known) == 1 or test not in ("no_winner", "most"):
         shown = known.iloc[-1 if test in ("lowest", "no_gain") else 0]
         row |= shown[[*INTERVAL, "p_holm"]].to_dict()
