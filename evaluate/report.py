@@ -68,7 +68,6 @@ HERE = Path(__file__).resolve().parent
 REPORTED = HERE / "reported"
 SHOWN = yaml.safe_load((HERE / "report.yaml").read_text())
 KEY = "exp dataset labels metric variant label threshold".split()           # of a cell
-COLUMNS = [*KEY, "seed", "stand_in"]            # texts of metrics.csv
 ENDS = ["ci_low", "ci_high"]
 TEST_SETS = SHOWN["test sets"]                  # {name: as it is shown}
 LOW_IS_GOOD = "fnr|fpr|ece|brier|calibration|risk|gap"
@@ -94,7 +93,7 @@ def read_tables(paths, columns, numeric=()):
 
 def read_metrics(path):
     """metrics.csv, checked: value and interval as numbers, the rest as text, and the mark of each number."""
-    frame = read_tables([path], COLUMNS, ["value", *ENDS])
+    frame = read_tables([path], [*KEY, "seed", "stand_in"], ["value", *ENDS])
     twice = frame.duplicated([*KEY, "seed"])
     for row, line in frame[twice][:1].iterrows():
         raise InputError(f"{path} line {row + 2}: {line.metric} of exp {line.exp}, seed {line.seed} on "
@@ -290,7 +289,8 @@ def difference_figure(found, results, names, baseline, path, narrow):
         axis.set_title("" if narrow else shown)
         rows = found.query("dataset == @dataset and exp in @exps")
         errors = [rows.effect - rows.ci_low, rows.ci_high - rows.effect]
-        y = rows.exp.map(exps.index) + .16 * (place - (n - 1) / 2) * narrow
+        shift = .16 * (place - (n - 1) / 2)
+        y = rows.exp.map(exps.index) + shift * narrow
         axis.errorbar(rows.effect, y, xerr=errors, fmt="o", color=f"C{place}", label=shown)
     shown = exps if narrow else [f"{exp} {names[exp]}" for exp in exps]
     axis.set_yticks(range(len(exps)), shown)
@@ -394,7 +394,8 @@ def decision_figure(folder, exp, dataset, path):
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []
     for label in table.filter(like="true_").columns.str.removeprefix("true_"):
-        y, p = table[[f"true_{label}", f"prob_{label}"]].dropna().to_numpy().T
+        both = table[[f"true_{label}", f"prob_{label}"]].dropna()
+        y, p = both.to_numpy().T
         if len(set(y)) == 2:
             precision, recall, _ = precision_recall_curve(y, p)
             fpr, tpr, _ = roc_curve(y, p)
@@ -427,8 +428,8 @@ def read_logs(runs):
             except (ValueError, TypeError):
                 if number < len(lines):
                     raise InputError(f"{path} line {number} is no JSON object; delete the line") from None
-    logs, numbers = pd.DataFrame(entries), ["epoch", "loss", "val_auc"]
-    logs = logs.reindex(columns=["exp", "part", "run", *numbers])
+    numbers = ["epoch", "loss", "val_auc"]
+    logs = pd.DataFrame(entries, columns=["exp", "part", "run", *numbers])
     return logs.assign(**logs[numbers].apply(pd.to_numeric, errors="coerce"))
 
 
