@@ -43,17 +43,17 @@ def fail(message):
 # --- end copy: error ---
 
 
-def read(path, load):
-    """load(path); where the file is broken, a sentence."""
+def read(path, load, **options):
+    """load(path, **options); where the file is broken, a sentence."""
     try:
-        return load(path)
+        return load(path, **options)
     except (ValueError, TypeError, EOFError) as problem:
         fail(f"{path} cannot be read ({str(problem).strip()}); make it anew")
 
 
 def read_table(path, *columns):
     """A CSV file as text, '' where blank, with these columns."""
-    rows = read(path, lambda path: pd.read_csv(path, dtype=str, keep_default_na=False))
+    rows = read(path, pd.read_csv, dtype=str, keep_default_na=False)
     for column in columns:
         if column not in rows:
             fail(f"{path} row 1: no column '{column}'; make it anew")
@@ -63,11 +63,6 @@ def read_table(path, *columns):
 def read_json(path):
     """The object in a JSON file, {} without one."""
     return read(path, lambda path: dict(json.loads(path.read_text()))) if path.exists() else {}
-
-
-def read_images(folder):
-    """images.npy of a pack, mapped."""
-    return read(folder / "images.npy", lambda path: np.load(path, mmap_mode="r"))
 
 
 def read_index(path):
@@ -81,8 +76,12 @@ def read_index(path):
 
 def part(indexes, dataset, splits):
     """Rows of some splits of a dataset, out of its index that has most of them, and that index's facts."""
-    parts = [(rows[rows.split.isin(splits)], facts) for name, rows, facts in indexes if name == dataset]
-    return max(parts, key=lambda part: len(part[0]), default=(pd.DataFrame(columns=FACTS), {}))
+    parts = []
+    for name, rows, facts in indexes:
+        if name == dataset:
+            parts.append((rows[rows.split.isin(splits)], facts))
+    nothing = pd.DataFrame(columns=FACTS), {}
+    return max(parts, key=lambda part: len(part[0]), default=nothing)
 
 
 def half_up(numerator, denominator, digits):
@@ -93,8 +92,8 @@ def half_up(numerator, denominator, digits):
 
 def measure(rows, facts, what):
     """What datasets.csv asks of these rows: numerator (None: not known), denominator (None: 1) and factor."""
-    counts = {"images": len(rows), "patients": rows.patient.nunique(), "available": facts.get("available")}
-    counts["frontal"] = (rows["view"] != "Lateral").sum()
+    counts = {"images": len(rows), "patients": rows.patient.nunique(), "available": facts.get("available"),
+              "frontal": (rows["view"] != "Lateral").sum()}
     if what in counts or rows.empty:
         return counts.get(what) or None, None, 1
     if what.startswith("age "):
@@ -111,8 +110,7 @@ def measure(rows, facts, what):
 
 
 def compare(indexes):
-    """The cells of Tables 9-13: a frame of printed and computed values, counts, and whether they agree. Of
-    Table 11 also those of the validation images, which are not printed."""
+    """Tables 9-13 as a frame: cells as printed and computed, counts. Table 11's validation is not printed."""
     cells = read_table(REPORTED / "datasets.csv").to_dict("records")
     for cell in cells:
         rows, facts = part(indexes, cell["dataset"], cell["splits"].split())
@@ -139,7 +137,7 @@ def misses(indexes):
             continue
         positives = (rows.drop(columns=FACTS) == "1").sum()
         found = {"images": len(rows), "patients": rows.patient.nunique(), **positives}
-        lines = lines.assign(found=lines.what.map(found).fillna(0).astype(int))
+        lines = lines.assign(found=[found.get(what, 0) for what in lines.what])
         images = lines[lines.what == "images"].set_index("form")
         form = (images.n - images.found).abs().idxmin()
         name = f"{dataset} {split} ({form})" if form else f"{dataset} {split}"
@@ -170,16 +168,14 @@ def audit(indexes, out, check):
         if n and dataset not in MAY_SHARE:
             missed.append(f"{dataset}, patients in two splits: expected 0, found {n:,}")
     if check and missed:
-        print(*(f"check failed: {sentence}" for sentence in missed), sep="\n", file=sys.stderr)
+        print("check failed:", "\ncheck failed: ".join(missed), file=sys.stderr)
         sys.exit(1)
 
 
 def figure1(packs, out):
     """Figure 1 of the study: an image of each dataset, the first of its pack, in two rows of four."""
-    import matplotlib
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "figure1"                 # the same bytes for the same images
     from matplotlib import pyplot as plt
+    plt.rcParams["svg.hashsalt"] = "figure1"                        # the same bytes for the same images
     panels = {"imagenet": "ImageNet", "mimic_cxr": "MIMIC-CXR", "oct": "OCT", "covidx_ct": "COVIDx-CT",
               "nih": "NIH ChestX-ray", "chexpert": "CheXpert", "padchest": "PadChest",
               "vindr_cxr": "VinDr-CXR"}
@@ -188,9 +184,11 @@ def figure1(packs, out):
     for axis, (dataset, title) in zip(axes.flat, panels.items()):
         folder = folders.get(dataset) or folders.get(f"{dataset}_pretrain")
         axis.set(xticks=[], yticks=[], frame_on=False, title=title)
-        if folder and read_json(folder / "pack.json").get("size") != "original":        # which has no array
-            axis.imshow(read_images(folder)[0], cmap="gray", vmin=0, vmax=255)
-            if read_json(folder / "pack.json").get("stand_in"):
+        pack = read_json(folder / "pack.json") if folder else {}
+        if folder and pack.get("size") != "original":                               # which has no array
+            images = read(folder / "images.npy", np.load, mmap_mode="r")
+            axis.imshow(images[0], cmap="gray", vmin=0, vmax=255)
+            if pack.get("stand_in"):
                 axis.set(title=f"{title} (stand-in)")
     figure.savefig(out / "figure1.png", dpi=150)
     figure.savefig(out / "figure1.svg", metadata={"Date": None})
@@ -199,18 +197,19 @@ def figure1(packs, out):
 def fingerprints(text):
     """PACK or PACK:SPLIT -> paths, hashes of the pixels, thumbnails [N, 256] of mean 0 and length 1."""
     folder, _, split = text.partition(":")
-    images = read_images(Path(folder))
+    images = read(Path(folder, "images.npy"), np.load, mmap_mode="r")
     rows = read_table(Path(folder, "manifest.csv"), "path")
     chosen = rows.index[rows.get("split", rows.path).eq(split) | (split == "")]
-    if len(rows) != len(images) or not len(chosen):
+    if len(rows) != len(images) or chosen.empty:
         fail(f"--overlap {text}: no images of split '{split}', or not one a row of {folder}/manifest.csv")
     hashes, thumbnails = [], np.empty((len(chosen), 256), np.float32)
     for place, number in enumerate(chosen):
         hashes.append(hashlib.blake2b(images[number].tobytes()).digest())
         image = Image.fromarray(images[number]).convert("L")
-        thumbnails[place] = np.ravel(image.resize((16, 16), Image.Resampling.BICUBIC))
+        thumbnails[place] = np.ravel(image.resize((16, 16), Image.BICUBIC))
     thumbnails -= thumbnails.mean(1, keepdims=True)
-    thumbnails /= np.maximum(np.linalg.norm(thumbnails, axis=1, keepdims=True), 1e-6)
+    lengths = np.linalg.norm(thumbnails, axis=1, keepdims=True)
+    thumbnails /= np.maximum(lengths, 1e-6)
     return rows.path[chosen].tolist(), hashes, thumbnails
 
 
@@ -218,7 +217,8 @@ def overlap(first, other):
     """Images of a pack that are in another, each given as fingerprints returns it: a list of path, path of
     the most like one, equal or near, correlation."""
     paths, hashes, thumbnails = first
-    places, found = {digest: place for place, digest in enumerate(other[1])}, []
+    places = {digest: place for place, digest in enumerate(other[1])}
+    found = []
     for begin in range(0, len(paths), 256):                         # 100 MB at a time with 100,000 others
         table = thumbnails[begin:begin + 256] @ other[2].T
         for number, correlations in enumerate(table, start=begin):
@@ -241,9 +241,9 @@ def write_overlaps(packs, others, out):
             images += [[*row, pack, name] for row in found]
             equal = sum(kind == "equal" for _, _, kind, _ in found)
             numbers.append([pack, name, len(first[0]), len(other[0]), equal, len(found) - equal])
-    columns = ["path", "other_path", "kind", "correlation", "pack", "other"]
+    columns = "path other_path kind correlation pack other".split()
     pd.DataFrame(images, columns=columns).to_csv(out / "overlap.csv", index=False)
-    numbers = pd.DataFrame(numbers, columns=["pack", "other", "images", "other_images", "equal", "near"])
+    numbers = pd.DataFrame(numbers, columns="pack other images other_images equal near".split())
     numbers.to_csv(out / "overlaps.csv", index=False)
     print(numbers.to_string(index=False))
 
@@ -254,8 +254,8 @@ def main():
     option("--index", type=Path, nargs="+", default=[], help="index.csv files")
     option("--out", type=Path, required=True, help="folder to write to")
     option("--packs", type=Path, nargs="+", default=[], help="packed folders, for Figure 1")
-    option("--overlap", nargs="*", default=[], metavar="PACK[:SPLIT]", help="packs that may share images")
-    option("--against", nargs="*", default=[], metavar="PACK[:SPLIT]", help="with each of these")
+    option("--overlap", nargs="*", default=[], help="packs that may share images, each PACK or PACK:SPLIT")
+    option("--against", nargs="*", default=[], help="with each of these, likewise")
     option("--check", action="store_true", help="exit 1 on a missed count or shared patient")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()

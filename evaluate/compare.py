@@ -45,7 +45,8 @@ SAW_REMARK = "an arm saw 22,772 of the 25,596 NIH test images in pre-training, w
 FOUR_LABELS = "Atelectasis Cardiomegaly Consolidation Effusion".split()
 TESTS = "greater every not_every no_gain highest lowest no_winner most".split()
 KEY = ["labels", "metric", "label", "threshold"]
-INTERVAL = ["effect", "ci_low", "ci_high", "p"]
+ENDS = ["ci_low", "ci_high"]
+INTERVAL = ["effect", *ENDS, "p"]
 CLAIM = "id family place ours statement test metric testsets left right margin".split()
 VERDICT = """id family place ours statement test metric testset left right margin verdict effect ci_low
     ci_high p p_holm decided_by rank source remark""".split()
@@ -56,8 +57,7 @@ PAIRS = """dataset labels metric label threshold left right effect ci_low ci_hig
 TWO = ["dataset", *KEY, "left_value", "right_value", *INTERVAL, "remark", "source"]
 DETECTABLE = "dataset labels images patients pairs se_runs se_patients detectable source".split()
 ARM = r"[A-Za-z0-9_.]+(?:-\d+k|-ensemble)?"             # 3.4, 0.1.7b, 4.2.1-100k, 3.4-ensemble
-OPERAND = (r"(?P<arm>ARM)(?::(?P<part>\w+))?(?:@(?P<testset>\w+))?(?:-(?P<minus>ARM))?"
-           r"(?P<offset>\+\d*\.?\d+)?")
+OPERAND = r"(ARM)(?::(\w+))?(?:@(\w+))?(?:-(ARM))?(\+\d*\.?\d+)?"      # arm:part@test set-arm+offset
 METRIC = re.compile(r"([a-z_]+?)(\d*)(?:@(\d*\.?\d+))?")         # name, labels of a mean, threshold
 REFERRED = {"uncertain": "oracle_auc", "random": "random_referral_auc"}
 
@@ -85,23 +85,25 @@ class Arm(NamedTuple):
 def make_arm(rows, source="our runs"):
     """An Arm from the rows of its runs, all on the same resamples of patients."""
     table = np.array(list(rows.values()))               # [R, 1 + B]
-    values, draws, runs = table[:, 0], table[:, 1:], len(table)
+    values, draws = table[:, 0], table[:, 1:]
+    runs = len(table)
     sd = values.std(ddof=1) if runs > 1 else np.nan
     run_variance = sd ** 2 / runs
     resampled = draws.mean(0) if draws.size else None
     if runs > 1 and draws.size:
         # The spread of runs includes their interaction with patients, as the resamples do: subtract it once
-        interaction = draws - values[:, None] - (resampled - values.mean())
-        variance = np.nanvar(interaction, axis=1).sum() / (runs - 1)
-        run_variance = max(run_variance - variance / runs, 0)
+        interaction = np.nanvar(draws - resampled, axis=1).sum() / (runs - 1)
+        run_variance = max(run_variance - interaction / runs, 0)
     return Arm(values.mean(), sd, runs, run_variance, source, resampled, rows)
 
 
 def combine(terms):
     """The Arm of sum(sign * value) by run, over seeds that all have; None without. terms: [(sign, Arm)]."""
     _, first = terms[0]
-    seeds = [seed for seed in first.rows if all(seed in arm.rows for _, arm in terms)]
-    rows = {seed: sum(sign * arm.rows[seed] for sign, arm in terms) for seed in seeds}
+    rows = {}
+    for seed in first.rows:
+        if all(seed in arm.rows for _, arm in terms):
+            rows[seed] = sum(sign * arm.rows[seed] for sign, arm in terms)
     return make_arm(rows, first.source) if rows else None
 
 
@@ -113,11 +115,11 @@ def estimate(terms, offset=0.0):
     test. Of one run it is over patients alone.
     """
     effect = sum(sign * arm.mean for sign, arm in terms) - offset
-    run_variance = sum(arm.run_variance for _, arm in terms)
-    variance, patient_variance = run_variance, np.nan
+    run_variances = [arm.run_variance for _, arm in terms]
+    variance, patient_variance = sum(run_variances), np.nan
     if all(arm.resampled is not None for _, arm in terms):
         patient_variance = np.nanvar(sum(sign * arm.resampled for sign, arm in terms))
-        variance = np.nansum([arm.run_variance for _, arm in terms]) + patient_variance
+        variance = np.nansum(run_variances) + patient_variance
     several = [arm for _, arm in terms if arm.runs > 1]
     denominator = sum((arm.sd ** 2 / arm.runs) ** 2 / (arm.runs - 1) for arm in several)
     freedom = np.inf
@@ -126,17 +128,17 @@ def estimate(terms, offset=0.0):
         freedom = max(variance ** 2 / denominator, fewest - 1)
     error = np.sqrt(variance) if variance > 1e-24 else np.nan           # without any spread nothing is known
     margin = stdtrit(freedom, 0.975) * error
-    return {"effect": effect, "ci_low": effect - margin, "ci_high": effect + margin,
-            "p": 2 * stdtr(freedom, -abs(effect) / error), "se_runs": np.sqrt(run_variance),
-            "se_patients": np.sqrt(patient_variance), "freedom": freedom}
+    p = 2 * stdtr(freedom, -abs(effect) / error)
+    return {"effect": effect, "ci_low": effect - margin, "ci_high": effect + margin, "p": p,
+            "se_runs": np.sqrt(sum(run_variances)), "se_patients": np.sqrt(patient_variance),
+            "freedom": freedom}
 
 
 def holm(p):
-    """Holm's adjusted p-values (1979), float [m]; a comparison without data (NaN) counts as p = 1."""
-    p = np.nan_to_num(p, nan=1)
-    order, adjusted = np.argsort(p), np.empty(len(p))
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
-    return adjusted
+    """Holm's adjusted p-values (1979) as a Series; a comparison without data (NaN) counts as p = 1."""
+    ordered = pd.Series(p).fillna(1).sort_values()
+    steps = ordered * np.arange(len(ordered), 0, -1)
+    return steps.cummax().clip(upper=1).sort_index()
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
@@ -195,24 +197,25 @@ def write(path, save):
 def read_runs(path):
     """(arms, {}, sizes of the test sets) of metrics.csv and draws.npz beside it; arms: {cell: Arm}."""
     frame = read_csv(path, ["exp", "seed", "dataset", *KEY, "variant", "value", "stand_in"])
-    file, runs = path.with_name(f"{path.stem}.draws.npz".removeprefix("metrics.")), defaultdict(dict)
+    file = path.with_name(f"{path.stem}.draws.npz".removeprefix("metrics."))
     try:
         drawn = dict(np.load(file))
         frame["number"] = pd.to_numeric(frame["value"])
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
         fail(f"{path} or {file} is not as evaluate/metrics.py writes it ({problem}); run it again")
+    frame["key"] = ["|".join(names) for names in frame[KEY].to_numpy()]
+    runs = defaultdict(dict)
     kept = frame.query("variant == 'corrected' and value != ''")
-    kept = kept.assign(key=kept["labels"].str.cat(kept[KEY[1:]], "|"))
     for (exp, seed, dataset), rows in kept.groupby(["exp", "seed", "dataset"], sort=False):
         name = f"{exp}/{seed}/{dataset}"
         if name not in drawn:
             fail(f"{file} lacks exp {exp}, seed {seed}, {dataset}; run evaluate/metrics.py again")
         values = dict(zip(rows["key"], rows["number"]))
-        for key, draws in zip(drawn[f"{name}/rows"].tolist(), drawn.pop(name)):
+        for key, draws in zip(drawn[f"{name}/rows"], drawn.pop(name)):
             if key in values:
                 runs[exp, dataset, key][seed] = np.append(values[key], draws)
-    stand_ins = set(frame.query("stand_in != ''").groupby(["exp", "dataset"]).groups)
-    arms = {cell: make_arm(rows, "stand-ins" if cell[:2] in stand_ins else "our runs")
+    marks = frame.groupby(["exp", "dataset"])["stand_in"].max()
+    arms = {cell: make_arm(rows, "stand-ins" if marks[cell[:2]] else "our runs")
             for cell, rows in runs.items()}
     counts = frame.query("metric in ['images', 'patients']")
     return arms, {}, counts.pivot_table("value", "dataset", "metric", "first")
@@ -221,12 +224,12 @@ def read_runs(path):
 def read_reported():
     """(arms of the author's published runs, arms as printed in the tables, no sizes)."""
     runs, printed = defaultdict(dict), {}
-    for row in read_csv(REPORTED / "raw_runs_auc.csv").to_dict("records"):
-        mean = row["label"] == "mean"
-        key = f"{row['classes']}|auc_mean||" if mean else f"|auc|{row['label']}|"
+    for row in read_csv(REPORTED / "raw_runs_auc.csv").itertuples():
+        mean = row.label == "mean"
+        key = f"{row.classes}|auc_mean||" if mean else f"|auc|{row.label}|"
         # Left out: an AUC without positives; a label of 14-class runs, for ViTs these are misnamed
-        if row["auc"] != "0.0" and (mean or row["classes"] == "5"):
-            runs[row["exp"], row["testset"], key][row["seed"]] = np.array([float(row["auc"])])
+        if row.auc != "0.0" and (mean or row.classes == "5"):
+            runs[row.exp, row.testset, key][row.seed] = np.array([float(row.auc)])
     for row in read_csv(REPORTED / "printed.csv").to_dict("records"):
         cell = row["exp"], row["dataset"], "|".join(row[name] for name in KEY)
         mean, sd, count = float(row["value"]), float(row["sd"] or "nan"), int(row["runs"])
@@ -256,41 +259,44 @@ def terms_of(claim, left, right, testset, pattern):
     if first.startswith("auc:"):                        # two labels of one arm
         left, right = f"{left}:{first[4:]}", f"{left}:{second}"
         first = second = "auc"
+    right, second = right or left, second or first
     terms, offset = [], 0.0
-    for sign, metric, text in ((1, first, left), (-1, second or first, right or left)):
+    for sign, metric, text in ((1, first, left), (-1, second, right)):
         operand, measure = pattern.fullmatch(text), METRIC.fullmatch(metric)
         if not operand or not measure:
             fail(f"claim {claim['id']}: '{metric}' of '{text}' cannot be read; --help says how to write it")
+        exp, part, place, minus, plus = operand.groups("")
         name, labels, threshold = measure.groups("")
-        part, labels = operand["part"] or "", "" if name == "auc" else labels or 5
+        labels = "" if name == "auc" else labels or 5
         threshold = threshold and f"{float(threshold):g}"
         if name == "oracle_auc" and part in REFERRED:
             name, part = REFERRED[part], ""
-        if operand["arm"] == "always_negative":         # at any threshold
+        if exp == "always_negative":                    # at any threshold
             name, threshold = f"always_negative_{name.removeprefix('mean_')}", ""
-        place = operand["testset"] or testset, f"{labels}|{name}|{part}|{threshold}"
-        terms.append((sign, (operand["arm"], *place)))
-        if operand["minus"]:
-            terms.append((-sign, (operand["minus"], *place)))
-        offset -= sign * float(operand["offset"] or 0)
+        dataset, key = place or testset, f"{labels}|{name}|{part}|{threshold}"
+        terms.append((sign, (exp, dataset, key)))
+        if minus:
+            terms.append((-sign, (minus, dataset, key)))
+        offset -= sign * float(plus or 0)
     return terms, offset
 
 
 def compare(arms, terms, offset=0.0):
     """The estimate of sum(sign * cell) less an offset; cells, remarks, sources. Arms are paired by run."""
     cells = frozenset(cell for _, cell in terms)
-    for _, cell in terms:
+    by_exp = defaultdict(list)
+    for sign, cell in terms:
+        exp, dataset, key = cell
         if cell not in arms:
-            exp, dataset, key = cell
             metric = " ".join(filter(None, key.split("|")))
             return {"cells": cells, "remarks": [f"no {metric} of {exp} on {dataset}"], "sources": set()}
-    used = []
-    for exp in dict.fromkeys(cell[0] for _, cell in terms):
-        own = [(sign, arms[cell]) for sign, cell in terms if cell[0] == exp]
+        by_exp[exp].append((sign, arms[cell]))
+    used, remarks = [], []
+    for own in by_exp.values():
         paired = combine(own) if len(own) > 1 else None
         used += [(1, paired)] if paired else own
-    saw = {dataset for _, (exp, dataset, _) in terms if SAW_TEST.fullmatch(exp)}
-    remarks = [SAW_REMARK] if "nih_test" in saw else []
+    if any(dataset == "nih_test" and SAW_TEST.fullmatch(exp) for exp, dataset, _ in cells):
+        remarks.append(SAW_REMARK)
     if any(arm.resampled is None for _, arm in used):
         remarks.append("seeds only")
     if any(np.isnan(arm.run_variance) for _, arm in used):
@@ -302,50 +308,50 @@ def compare(arms, terms, offset=0.0):
 def compare_spreads(arms, testset):
     """As compare, of the mean over Table 2's arms of log(sd on a test set / sd on NIH), sd over runs."""
     ratios, sources = {}, set()
-    labels = 4 if testset in ("vindr_test", "padchest") else 5          # these have no edema
+    key = "4|auc_mean||" if testset in ("vindr_test", "padchest") else "5|auc_mean||"       # these: no edema
     for exp in read_csv(REPORTED / "table2.csv")["exp"].unique():
-        pair = [arms.get((exp, dataset, f"{labels}|auc_mean||")) for dataset in (testset, "nih_test")]
-        if all(arm and arm.sd > 0 for arm in pair):
-            ratios[exp] = np.log([pair[0].sd / pair[1].sd])
-            sources |= {arm.source for arm in pair}
-    result = estimate([(1, make_arm(ratios))]) if len(ratios) > 1 else {}
+        here, nih = arms.get((exp, testset, key)), arms.get((exp, "nih_test", key))
+        if here and nih and here.sd > 0 and nih.sd > 0:
+            ratios[exp] = np.log([here.sd / nih.sd])
+            sources |= {here.source, nih.source}
     remark = f"log ratio of the sd over runs, {len(ratios)} arms; a smaller test set spreads them more"
-    return result | {"cells": testset, "remarks": [remark], "sources": sources}
+    row = {"cells": testset, "remarks": [remark], "sources": sources}
+    return row | estimate([(1, make_arm(ratios))]) if len(ratios) > 1 else row
 
 
 def verdict_row(claim, testset, comparisons):
     """A row of verdicts.csv, with the comparison that decides, such as the least clear one of `every`."""
-    test, known = claim["test"], comparisons.dropna(subset="effect")
-    directions = comparisons["direction"].tolist()
-    lowest, highest, half = min(directions), max(directions), len(directions) / 2
-    worst = comparisons.groupby("left")["direction"].min()              # of each arm
-    every = lowest > 0, lowest < 0
-    holds, contradicted = {
-        "greater": every, "every": every, "highest": every,
-        "lowest": (highest < 0, highest > 0),
-        "not_every": (lowest < 0, lowest > 0),
-        "most": (directions.count(1) > half, directions.count(-1) > half),
-        "no_gain": (comparisons["ci_high"].lt(claim["margin"]).all(), highest > 0),
-        "no_winner": (worst.max() < 0, worst.max() > 0),
-    }[test]
-    verdict = "contradicted" if contradicted else "holds" if holds else "undecided"
-    row = claim | {"testset": testset, "verdict": verdict if len(known) else "not run"}
-    gains = test == "no_gain" and not contradicted
-    known = known.sort_values(["ci_high"] if gains else ["clearness", "effect"])
-    if len(known) == 1 or len(known) and test not in ("no_winner", "most"):
-        shown = known.iloc[-1 if test in ("lowest", "no_gain") else 0]
-        row |= shown[[*INTERVAL, "p_holm"]].to_dict()
-        row["decided_by"] = f"{shown['left']} - {shown['right']}, {shown['testset']}".replace(" - ,", ",")
-    if test in ("highest", "lowest") and len(known) and testset != "all":
-        better = known["effect"] < 0 if test == "highest" else known["effect"] > 0
-        row["rank"] = f"{better.sum() + 1} of {len(known) + 1}"
+    test, direction = claim["test"], comparisons["direction"]
     remarks = comparisons["remarks"].explode().dropna().drop_duplicates()
     absent = remarks.str.startswith("no ")
     remarks = [*remarks[~absent], *remarks[absent & (testset != "all")]]     # these stand at their test set
     if test == "most":
-        remarks.insert(0, f"clearly so in {directions.count(1)} of {len(directions)} arms")
-    row["remark"] = "; ".join(remarks[:4])
-    row["source"] = " and ".join(sorted(set().union(*comparisons["sources"])))
+        remarks.insert(0, f"clearly so in {sum(direction == 1)} of {len(direction)} arms")
+    sources = set().union(*comparisons["sources"])
+    row = dict(claim, testset=testset, verdict="not run", remark="; ".join(remarks[:4]),
+               source=" and ".join(sorted(sources)))
+    known, order = comparisons.dropna(subset="effect"), ["clearness", "effect"]
+    if known.empty:
+        return row
+    worst = comparisons.groupby("left")["direction"].min()              # of each arm
+    answers = {"lowest": -direction.max(), "not_every": -direction.min(), "no_winner": -worst.max(),
+               "most": direction.median()}              # 1: more than half
+    answer = answers.get(test, direction.min())
+    if test == "no_gain":
+        answer = -1
+        if direction.max() <= 0:
+            answer = comparisons["ci_high"].lt(claim["margin"]).all()
+            order = ["ci_high"]
+    row["verdict"] = {1: "holds", -1: "contradicted"}.get(answer, "undecided")
+    known = known.sort_values(order)
+    if len(known) == 1 or test not in ("no_winner", "most"):
+        shown = known.iloc[-1 if test in ("lowest", "no_gain") else 0]
+        row |= shown[[*INTERVAL, "p_holm"]].to_dict()
+        row["decided_by"] = f"{shown['left']} - {shown['right']}, {shown['testset']}".replace(" - ,", ",")
+    sign = {"highest": -1, "lowest": 1}.get(test)
+    if sign and testset != "all":
+        better = sign * known["effect"] > 0
+        row["rank"] = f"{better.sum() + 1} of {len(known) + 1}"
     return row
 
 
@@ -353,15 +359,18 @@ def verdicts(claims, arms):
     """verdicts.csv: for each claim a row per test set, and one over all where there are several."""
     # A known arm's name, such as c.10-moco, is no difference of two
     names = sorted({re.escape(cell[0]) for cell in arms}, key=len, reverse=True)
-    rows, pattern = [], re.compile(OPERAND.replace("ARM", "|".join([*names, ARM])))
+    pattern = re.compile(OPERAND.replace("ARM", "|".join([*names, ARM])))
+    rows = []
     for number, claim in enumerate(claims):
-        testsets, test, margin = claim["testsets"].split(), claim["test"], claim["margin"]
-        if test not in TESTS or not testsets or test == "no_gain" and np.isnan(margin):
-            fail(f"claim {claim['id']}: needs test sets, a test of {', '.join(TESTS)}; no_gain a margin")
+        testsets, test = claim["testsets"].split(), claim["test"]
         lefts, rights = claim["left"].split("|"), claim["right"].split("|")
         pairs = zip(lefts, rights) if len(lefts) == len(rights) else product(lefts, rights)
         if test == "no_winner":
-            pairs = permutations(lefts, 2)
+            pairs = list(permutations(lefts, 2))
+        unknown = test == "no_gain" and np.isnan(claim["margin"])
+        if test not in TESTS or not testsets or not pairs or unknown:
+            fail(f"claim {claim['id']}: needs test sets, a test of {', '.join(TESTS)}; no_gain a margin, "
+                 "no_winner several arms")
         for testset, (left, right) in product(testsets, pairs):
             row = dict(claim=number, family=claim["family"], testset=testset, left=left, right=right)
             row |= dict.fromkeys(INTERVAL, np.nan)
@@ -375,9 +384,9 @@ def verdicts(claims, arms):
     once = table[same].drop_duplicates()
     once["p_holm"] = once.groupby("family")["p"].transform(holm)
     table = table.merge(once, how="left", on=same)
-    clear = table["p_holm"].lt(0.05) & (table["ci_low"].gt(0) | table["ci_high"].lt(0))
-    table["direction"] = np.sign(table["effect"]).where(clear, 0)       # of left over right
-    table["clearness"] = np.sign(table["effect"]) * (1 - table["p"].fillna(1))
+    sign = np.sign(table["effect"])
+    table["direction"] = sign.where(table["p_holm"] < 0.05, 0)          # then the interval is without 0, too
+    table["clearness"] = sign * (1 - table["p"].fillna(1))
     decided = []
     for number, own in table.groupby("claim"):
         parts = list(own.groupby("testset", sort=False))
@@ -392,10 +401,10 @@ def arms_table(arms):
     """arms.csv."""
     rows = []
     for (exp, dataset, key), arm in arms.items():
-        row = {"exp": exp, "dataset": dataset, **dict(zip(KEY, key.split("|"))), "value": arm.mean}
+        row = dict(zip(KEY, key.split("|")), exp=exp, dataset=dataset, value=arm.mean)
         rows.append(row | arm._asdict() | estimate([(1, arm)]))
     table = pd.DataFrame(rows, columns=ARMS)
-    table[["ci_low", "ci_high"]] = table[["ci_low", "ci_high"]].clip(0, 1)      # all these metrics lie there
+    table[ENDS] = table[ENDS].clip(0, 1)                # all these metrics lie there
     return table
 
 
@@ -405,11 +414,12 @@ def pairs_of(arms, exps, metric=""):
     for dataset, key in dict.fromkeys(cell[1:] for cell in arms if metric in cell[2]):
         cells = [(exp, dataset, key) for exp in exps if (exp, dataset, key) in arms]
         for left, right in combinations(cells, 2):
-            row = {"dataset": dataset, **dict(zip(KEY, key.split("|"))), "left": left[0], "right": right[0]}
-            row |= {"left_value": arms[left].mean, "right_value": arms[right].mean}
+            row = dict(zip(KEY, key.split("|")), dataset=dataset, left=left[0], right=right[0])
+            row |= dict(left_value=arms[left].mean, right_value=arms[right].mean)
             row |= compare(arms, [(1, left), (-1, right)])
-            source = " and ".join(sorted(row["sources"]))
-            rows.append(row | {"remark": "; ".join(row["remarks"]), "source": source})
+            row["remark"] = "; ".join(row["remarks"])
+            row["source"] = " and ".join(sorted(row["sources"]))
+            rows.append(row)
     return rows
 
 
@@ -465,7 +475,7 @@ def main():
             tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": pd.concat(pairs),
                       "detectable": detectable(pairs[0], sizes)}
             last = decided.drop_duplicates("id", keep="last")                    # over all test sets
-            shown = last[["id", "statement", "verdict", "effect", "ci_low", "ci_high", "p_holm", "source"]]
+            shown = last[["id", "statement", "verdict", "effect", *ENDS, "p_holm", "source"]]
         print(shown.to_string(index=False, float_format="{:z.4f}".format, na_rep="", max_colwidth=60,
                               formatters={"p": show_p, "p_holm": show_p}))
         for name, table in tables.items() if args.out else ():

@@ -8,7 +8,6 @@ of a V100 assume a quarter of its peak, measured ones that predicting an image t
 """
 
 import argparse
-import ast
 import difflib
 import fnmatch
 import json
@@ -60,11 +59,11 @@ def forward(arch, in_chans, model_args, size):
     import timm
     import torch
     from torch.utils.flop_counter import FlopCounterMode
-    args = dict(model_args)
+    args = dict(model_args, in_chans=in_chans, num_classes=0)
     if timm.models.get_pretrained_cfg(arch).fixed_input_size:
         args["img_size"] = size
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = timm.create_model(arch, num_classes=0, in_chans=in_chans, **args).eval()
+        model = timm.create_model(arch, **args).eval()
         model(torch.empty(1, in_chans, size, size))
     return counter.get_total_flops()
 
@@ -73,8 +72,8 @@ def cost(stage, keys, rates):
     """Steps, images, PFLOP, hours, measured hours of a stage; fine-tuning with validation and prediction."""
     script = keys["strategy"] if stage == "pretrain" else "classify"
     text = (ROOT / stage / f"{script}.py").read_text().partition("\nDEFAULTS = ")[2]
-    defaults = ast.parse(text.partition("\n)")[0] + "\n)", mode="eval").body
-    row = {keyword.arg: ast.literal_eval(keyword.value) for keyword in defaults.keywords} | keys
+    defaults = text.partition("\n)")[0] + "\n)"             # dict(...), one of ours
+    row = eval(defaults) | keys
     batch, epochs = row["batch"], row["epochs"]
     network = row["arch"], row["in_chans"], tuple(row["model_args"].items())
     size = row["model_args"].get("img_size", row["img_size"])
@@ -126,7 +125,7 @@ def main():
             tried = [row for row in found["parts"]["fast"].values() if "loop" in row]
             rates = {(row["script"], row["arch"], row["img_size"]): row["loop"]["median"] for row in tried}
             card = found["card"]
-        except (OSError, ValueError, KeyError) as problem:
+        except (OSError, ValueError, LookupError, TypeError) as problem:
             fail(f"--rates {args.rates}: not a gpu.json of tests/bench/gpu.py ({problem!r}); measure again")
     print("       row    stage     steps       images  PFLOP  V100 h  measured h")
     costs, files = [], set()

@@ -167,8 +167,7 @@ def truth(manifest, rows, labels):
             if any(rows[name]):
                 values = [codes[cell] for cell in rows[name]]
                 known[label] = np.maximum(values, known.get(label, 0))      # 1 counts, unknown hides 0
-    known = pd.DataFrame(known)
-    return known.mask(known == 0.5)
+    return pd.DataFrame(known).replace(0.5, np.nan)
 
 
 def write_atomic(path, write):
@@ -194,6 +193,8 @@ def pack_folder(folder, facts, args):
         fail(f"--images needs pack.py, which reads the files; copy it to {here}")
     root, index, rejected = Path(args.images), folder / "index.csv", folder / "rejected.csv"
     files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    if not files:
+        fail(f"--images {root} is not a folder with files; check the path")
     paths = pd.Series(files, name="path")
     write_atomic(index, lambda file: paths.to_csv(file, mode="wb", index=False, errors="replace"))
     command = [sys.executable, packer, "--index", index, "--raw", root, "--out", folder,

@@ -68,7 +68,6 @@ HERE = Path(__file__).resolve().parent
 REPORTED = HERE / "reported"
 SHOWN = yaml.safe_load((HERE / "report.yaml").read_text())
 KEY = "exp dataset labels metric variant label threshold".split()           # of a cell
-COLUMNS = [*KEY, "seed", "stand_in"]            # texts of metrics.csv
 ENDS = ["ci_low", "ci_high"]
 TEST_SETS = SHOWN["test sets"]                  # {name: as it is shown}
 LOW_IS_GOOD = "fnr|fpr|ece|brier|calibration|risk|gap"
@@ -94,7 +93,7 @@ def read_tables(paths, columns, numeric=()):
 
 def read_metrics(path):
     """metrics.csv, checked: value and interval as numbers, the rest as text, and the mark of each number."""
-    frame = read_tables([path], COLUMNS, ["value", *ENDS])
+    frame = read_tables([path], [*KEY, "seed", "stand_in"], ["value", *ENDS])
     twice = frame.duplicated([*KEY, "seed"])
     for row, line in frame[twice][:1].iterrows():
         raise InputError(f"{path} line {row + 2}: {line.metric} of exp {line.exp}, seed {line.seed} on "
@@ -137,7 +136,8 @@ def printed_numbers():
     """The numbers that the paper prints: texts by number of a table and KEY."""
     table = read_csv(REPORTED / "printed.csv").set_index(["number", *KEY])
     spread = " (" + table.sd + ")"
-    return (table.value + spread.where(table.sd != "", "")).rename("printed")
+    table["printed"] = table.value + spread.where(table.sd != "", "")
+    return table.printed
 
 
 class Results:
@@ -148,8 +148,7 @@ class Results:
         self.frame = frame
         self.exps = list(frame.exp.unique())
         self.arms = [exp for exp in self.exps if not exp.endswith("-ensemble")]
-        runs = frame.query("exp in @self.arms")[["exp", "seed"]]
-        self.runs = len(runs.drop_duplicates())
+        self.runs = frame.query("exp in @self.arms").groupby(["exp", "seed"]).ngroups
         names = list(frame.dataset.unique())
         names = [name for name in names if not name.endswith("_val")] or names      # for thresholds
         names = sorted(names, key=[*TEST_SETS, *names].index)
@@ -217,7 +216,8 @@ def places(results, spec):
             for column, place in spec["columns"].items():
                 place = {**same, "metric": metric, **place, "exp": exp}
                 place.setdefault("labels", results.labels.get(place["dataset"]))
-                yield {**place, "number": spec["number"], "head": head, "column": column}
+                place |= {"number": spec["number"], "head": head, "column": column}
+                yield place
 
 
 def fill_tables(results, specs):
@@ -232,9 +232,9 @@ def fill_tables(results, specs):
     contest = score.groupby([grid.number, grid.column, grid.metric])
     several = contest.transform("count") > 1
     grid["best"] = several & (score == contest.transform("max"))
-    there = grid.text.notna()
-    row = there.groupby([grid.number, grid["head"], grid.exp]).transform("any")
-    column = there.groupby([grid.number, grid.column]).transform("any")
+    grid["there"] = grid.text.notna()
+    row = grid.groupby(["number", "head", "exp"]).there.transform("any")
+    column = grid.groupby(["number", "column"]).there.transform("any")
     texts = ["text", "interval", "printed", "mark"]
     grid[texts] = grid[texts].fillna("")
     return grid[row & column]
@@ -268,9 +268,8 @@ def save(figure, path, legend=0):
 def differences(pairs, baseline, labels):
     """Mean AUC of an arm less the baseline's: exp, dataset, effect, ci_low, ci_high, of comparisons.csv."""
     pairs = pairs.query("metric == 'auc_mean' and labels == dataset.map(@labels)")
-    turned = {"left": "right", "right": "left", "ci_low": "ci_high", "ci_high": "ci_low"}
-    turned = pairs.rename(columns=turned)
-    turned[["effect", *ENDS]] *= -1
+    turned = pairs.rename(columns={"left": "right", "right": "left"})
+    turned[["effect", *ENDS]] = -pairs[["effect", "ci_high", "ci_low"]].to_numpy()
     found = pd.concat([pairs, turned]).query("right == @baseline")
     return found.rename(columns={"left": "exp"})
 
@@ -278,8 +277,8 @@ def differences(pairs, baseline, labels):
 def difference_figure(found, results, names, baseline, path, narrow):
     """Difference in AUC to the baseline, a row an arm: a panel a test set, or (narrow) all in one panel."""
     exps = [exp for exp in results.arms if exp in set(found.exp)]
-    middle = (len(results.datasets) - 1) / 2
-    panels, width, height = len(results.datasets), 12.4, .22
+    n = len(results.datasets)
+    panels, width, height = n, 12.4, .22
     if narrow:
         panels, width, height = 1, 4, .3
     size = width, .9 + height * len(exps)
@@ -290,7 +289,8 @@ def difference_figure(found, results, names, baseline, path, narrow):
         axis.set_title("" if narrow else shown)
         rows = found.query("dataset == @dataset and exp in @exps")
         errors = [rows.effect - rows.ci_low, rows.ci_high - rows.effect]
-        y = rows.exp.map(exps.index) + .16 * (place - middle) * narrow
+        shift = .16 * (place - (n - 1) / 2)
+        y = rows.exp.map(exps.index) + shift * narrow
         axis.errorbar(rows.effect, y, xerr=errors, fmt="o", color=f"C{place}", label=shown)
     shown = exps if narrow else [f"{exp} {names[exp]}" for exp in exps]
     axis.set_yticks(range(len(exps)), shown)
@@ -301,8 +301,7 @@ def difference_figure(found, results, names, baseline, path, narrow):
 
 def draw_line(axis, x, cells, label):
     """The values of cells and their 95 % intervals, in the next style."""
-    errors = cells[ENDS].sub(cells.value, axis=0).abs()
-    errors = errors.to_numpy().T
+    errors = np.abs([cells.ci_low - cells.value, cells.ci_high - cells.value])
     axis.errorbar(x, cells.value, errors, elinewidth=.6, label=label)
 
 
@@ -313,7 +312,8 @@ def disease_figure(results, grid, names, path):
         cells = grid.query("number == @panel['table'] and head == @panel['head']")
         columns = cells.column.unique()
         ticks = list(columns[:6])
-        axis.set(title=title, xlabel=panel["x"] if len(columns) < 7 else f"6 of {len(columns)}")
+        shown = panel["x"] if len(columns) < 7 else f"6 of {len(columns)}"
+        axis.set(title=title, xlabel=shown)
         axis.set_xticks(range(len(ticks)), ticks)
         for place, exp in enumerate(results.arms):
             line = cells.query("exp == @exp and column in @ticks")
@@ -394,7 +394,8 @@ def decision_figure(folder, exp, dataset, path):
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []
     for label in table.filter(like="true_").columns.str.removeprefix("true_"):
-        y, p = table[[f"true_{label}", f"prob_{label}"]].dropna().to_numpy().T
+        both = table[[f"true_{label}", f"prob_{label}"]].dropna()
+        y, p = both.to_numpy().T
         if len(set(y)) == 2:
             precision, recall, _ = precision_recall_curve(y, p)
             fpr, tpr, _ = roc_curve(y, p)
@@ -427,8 +428,8 @@ def read_logs(runs):
             except (ValueError, TypeError):
                 if number < len(lines):
                     raise InputError(f"{path} line {number} is no JSON object; delete the line") from None
-    logs, numbers = pd.DataFrame(entries), ["epoch", "loss", "val_auc"]
-    logs = logs.reindex(columns=["exp", "part", "run", *numbers])
+    numbers = ["epoch", "loss", "val_auc"]
+    logs = pd.DataFrame(entries, columns=["exp", "part", "run", *numbers])
     return logs.assign(**logs[numbers].apply(pd.to_numeric, errors="coerce"))
 
 
@@ -468,17 +469,17 @@ def pictures(runs, packs, data, allowed):
 
 def read_experiments(path, arms):
     """({arm: what it is in a few words}, {arm: data of its pre-training or ""}) by experiments.yaml."""
+    names, packs = {}, {}
     try:
         grid = dict(yaml.safe_load(path.read_text()))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        for arm in (*grid, *arms):
+            row = grid.get(arm) or {}
+            names[arm] = row.get("about", "")
+            while "pretrain" not in row and str(row.get("init")).startswith("exp:"):
+                row = grid.get(row["init"][4:]) or {}       # the row whose weights it starts from
+            packs[arm] = row.get("pretrain", {}).get("dataset", "")
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read as YAML ({' '.join(str(error).split())})") from None
-    names, packs = {}, {}
-    for arm in (*grid, *arms):
-        row = grid.get(arm) or {}
-        names[arm] = row.get("about", "")
-        while "pretrain" not in row and str(row.get("init")).startswith("exp:"):
-            row = grid.get(row["init"][4:]) or {}       # the row whose weights it starts from
-        packs[arm] = row.get("pretrain", {}).get("dataset", "")
     return names, packs
 
 
@@ -502,22 +503,23 @@ def beside(paths, name):
 
 def compose(args):
     """What the template shows of the runs; figures are drawn on the way."""
-    arms = beside(args.verdicts[:1], "arms.csv")
-    arms = read_tables(arms, [*KEY[:4], "label", "threshold"], ["value", *ENDS])
-    results = Results(read_metrics(args.metrics), arms)
-    for arm in filter(None, (args.baseline, args.arm)):
-        if arm not in results.arms:
-            raise InputError(f"{args.metrics} has no arm '{arm}'; known: {', '.join(results.arms)}")
-    args.baseline = args.baseline or ("2.2" if "2.2" in results.arms else results.arms[0])
-    args.arm = args.arm or ("3.4" if "3.4" in results.arms else results.arms[-1])
-    names, packs = read_experiments(args.experiments or HERE.parent / "experiments.yaml", results.arms)
+    intervals = beside(args.verdicts[:1], "arms.csv")
+    intervals = read_tables(intervals, [*KEY[:4], "label", "threshold"], ["value", *ENDS])
+    results = Results(read_metrics(args.metrics), intervals)
+    arms = results.arms
+    args.baseline = args.baseline or ("2.2" if "2.2" in arms else arms[0])
+    args.arm = args.arm or ("3.4" if "3.4" in arms else arms[-1])
+    for arm in (args.baseline, args.arm):
+        if arm not in arms:
+            raise InputError(f"{args.metrics} has no arm '{arm}'; known: {', '.join(arms)}")
+    names, packs = read_experiments(args.experiments or HERE.parent / "experiments.yaml", arms)
     specs = list(table_specs(results))
     grid = fill_tables(results, specs)
     page = {
         **vars(args),
         "results": results,
         "names": names,
-        "own": not any(names[arm] for arm in results.arms),             # somebody's, outside the grid
+        "own": not any(names[arm] for arm in arms),             # somebody's, outside the grid
         "packs": packs,
         "set_names": results.datasets,
         "tables": [(spec, grid.query("number == @spec['number']")) for spec in specs],
@@ -534,8 +536,7 @@ def compose(args):
     pairs = read_tables(pairs, ["metric", "labels", "left", "right"], ["effect", *ENDS])
     logs = read_logs(args.runs) if args.runs else None
     names = dict(names)                                 # of the figures; the tables have marks
-    drawn = set(results.frame.query("stand_in != ''").exp)
-    for exp in drawn.intersection(names):
+    for exp in results.frame.query("stand_in != '' and exp in @arms").exp.unique():
         names[exp] += " (stand-ins)"
     folder = args.out / "figures"                       # written once everything is read
     if args.predictions:
@@ -566,9 +567,8 @@ def write_tables(tables, folder):
             frame = frame.reset_index().rename(columns=lead)
             name = f"table{spec['number']}"
             latex = frame.to_latex(index=False, escape=True, caption=spec["title"], label=f"tab:{name}")
-            text = frame.to_csv(index=False)
-            write(folder / f"{name}.csv", lambda file: file.write(text.encode()))
-            write(folder / f"{name}.tex", lambda file: file.write(latex.encode()))
+            for kind, text in (("csv", frame.to_csv(index=False)), ("tex", latex)):
+                write(folder / f"{name}.{kind}", lambda file: file.write(text.encode()))
             if spec["number"] == "2":
                 print(frame.to_string(index=False))
 
@@ -576,8 +576,8 @@ def write_tables(tables, folder):
 def main():
     args = options()
     try:
-        for folder in filter(None, (args.predictions, args.runs)):
-            if not folder.is_dir():
+        for folder in (args.predictions, args.runs):
+            if folder and not folder.is_dir():
                 raise InputError(f"{folder} is no folder")
         page = compose(args)
         write_tables(page["tables"], args.out / "tables")

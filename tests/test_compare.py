@@ -703,7 +703,8 @@ def test_without_resamples_the_interval_is_welchs(tmp_path, monkeypatch):
     (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,,c,"), "claim 1: 'auc_mean5' of '' cannot"),
     (dict(claim="1,A,,0,s,better,auc_mean5,nih_test,a,c,"), "claim 1: needs test sets, a test of greater"),
     (dict(claim="1,A,,0,s,greater,auc_mean5,,a,c,"), "claim 1: needs test sets, a test of greater"),
-    (dict(claim="1,A,,0,s,no_gain,auc_mean5,nih_test,a,c,little"), "no_gain a margin")])
+    (dict(claim="1,A,,0,s,no_gain,auc_mean5,nih_test,a,c,little"), "no_gain a margin"),
+    (dict(claim="1,A,,0,s,no_winner,auc_mean5,nih_test,a,,"), "no_winner several arms")])
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, change, said):
     path = score(tmp_path, monkeypatch, {"a": 1.0}, seeds=(0,))
     claims = tmp_path / "claims.csv"

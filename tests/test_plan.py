@@ -118,8 +118,11 @@ def test_hours_by_measured_rates_stand_beside_the_estimate(capsys, monkeypatch, 
     (TABLE, ["--exp", "3.11"], "no experiment '3.11'; nearest: 3.1"),
     (TABLE, ["--exp", "miniature"], "no experiment 'miniature'"),
     (TABLE, ["--rates", "absent.json"], "--rates absent.json: not a gpu.json"),
-    (TABLE, ["--rates", ROOT / "experiments.yaml"], "experiments.yaml: not a gpu.json")])
+    (TABLE, ["--rates", ROOT / "experiments.yaml"], "experiments.yaml: not a gpu.json"),
+    (TABLE, ["--rates", "list.json"], "list.json: not a gpu.json")])
 def test_mistakes_are_one_sentence(capsys, monkeypatch, tmp_path, table, flags, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(SystemExit) as stop:
         lines(capsys, monkeypatch, tmp_path, table, *flags)
     error = capsys.readouterr().err

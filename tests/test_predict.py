@@ -582,8 +582,8 @@ def test_mistakes_are_named_in_one_sentence(model_file, packed, tmp_path, monkey
             ([*good, *data, *out, "--images", tmp_path / "empty"], ["--images"]),
             ([*good, *data, *out, "--batch", 0], ["--batch"]),
             ([*good, *data, *out, "--test-crops", 5], ["--test-crops"]),
-            ([*good, *out, "--images", tmp_path / "nowhere"], ["nowhere"]),
-            ([*good, *out, "--images", tmp_path / "empty"], [str(tmp_path / "empty")]),
+            *(([*good, "--out", tmp_path / "new/p.csv", "--images", tmp_path / name], [name, "not a folder with files"])
+              for name in ("nowhere", "empty", "garbage.pt")),
             ([*good, *data, "--out", file / "p.csv"], [f"{file}/p."])):
         said = refused(monkeypatch, capsys, *argv)
         assert not [part for part in parts if part not in said], said
