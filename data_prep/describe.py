@@ -53,10 +53,13 @@ def read(path, load, **options):
 
 def read_table(path, *columns):
     """A CSV file as text, '' where blank, with these columns."""
-    rows = read(path, pd.read_csv, dtype=str, keep_default_na=False)
+    rows = read(path, pd.read_csv, dtype=str, keep_default_na=False, engine="python")
     for column in columns:
         if column not in rows:
             fail(f"{path} row 1: no column '{column}'; make it anew")
+    odd = rows.isna().any(axis=1) | (rows.index != pd.RangeIndex(len(rows)))    # short rows, long ones
+    if odd.any():
+        fail(f"{path} row {odd.argmax() + 2}: more or fewer cells than the header has; make it anew")
     return rows
 
 
@@ -76,10 +79,7 @@ def read_index(path):
 
 def part(indexes, dataset, splits):
     """Rows of some splits of a dataset, out of its index that has most of them, and that index's facts."""
-    parts = []
-    for name, rows, facts in indexes:
-        if name == dataset:
-            parts.append((rows[rows.split.isin(splits)], facts))
+    parts = [(rows[rows.split.isin(splits)], facts) for name, rows, facts in indexes if name == dataset]
     nothing = pd.DataFrame(columns=FACTS), {}
     return max(parts, key=lambda part: len(part[0]), default=nothing)
 

@@ -8,6 +8,7 @@ of a V100 assume a quarter of its peak, measured ones that predicting an image t
 """
 
 import argparse
+import ast
 import difflib
 import fnmatch
 import json
@@ -72,8 +73,8 @@ def cost(stage, keys, rates):
     """Steps, images, PFLOP, hours, measured hours of a stage; fine-tuning with validation and prediction."""
     script = keys["strategy"] if stage == "pretrain" else "classify"
     text = (ROOT / stage / f"{script}.py").read_text().partition("\nDEFAULTS = ")[2]
-    defaults = text.partition("\n)")[0] + "\n)"             # dict(...), one of ours
-    row = eval(defaults) | keys
+    defaults = ast.parse(text.partition("\n)")[0] + "\n)", mode="eval").body
+    row = {keyword.arg: ast.literal_eval(keyword.value) for keyword in defaults.keywords} | keys
     batch, epochs = row["batch"], row["epochs"]
     network = row["arch"], row["in_chans"], tuple(row["model_args"].items())
     size = row["model_args"].get("img_size", row["img_size"])

@@ -303,9 +303,13 @@ def test_images_without_a_patient_are_no_shared_patient(tmp_path, capsys):
     assert "patients in two splits: expected 0, found 1" in capsys.readouterr().err
 
 
+TORN = {"long row": "a,test,1,\nb,test,2\n", "long rows": "a,test,1,\nb,test,2,\n", "cut": "a,test,1\nb,te"}
+
+
 @pytest.mark.parametrize("mistake, said", [
     ("absent", "index.csv"), ("no split", "no column 'split'"), ("not json", "index.csv"),
-    ("binary", "index.csv"),
+    ("binary", "index.csv"), ("long row", "index.csv row 2: more or fewer cells"),
+    ("long rows", "index.csv row 2: more or fewer"), ("cut", "index.csv row 3: more or fewer cells"),
     ("no pack", "images.npy: No such file"), ("out is a file", "out: File exists")])
 def test_mistakes_are_said_in_one_sentence(tmp_path, capsys, mistake, said):
     path = index(tmp_path / "oct", "oct", [{}])
@@ -317,6 +321,8 @@ def test_mistakes_are_said_in_one_sentence(tmp_path, capsys, mistake, said):
     elif mistake == "not json":
         path.with_suffix(".json").write_text("{")
         said = "index.json"
+    elif mistake in TORN:
+        path.write_text("path,split,patient\n" + TORN[mistake])
     elif mistake == "binary":
         path.write_bytes(b"\xff\xfe\x00path")
     elif mistake == "out is a file":
