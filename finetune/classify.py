@@ -111,8 +111,10 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
-        if kind is list and (len(value) != len(default) or {*map(type, value)} - {int, float}):
-            raise ValueError
+        if kind is list:                                                    # a range of fractions
+            low, high = value = [*map(float, value)]
+            if not 0 < low <= high <= 1:
+                raise ValueError
         return value
     read.__name__ = kind.__name__
     return read
@@ -364,6 +366,9 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
         if stopping and not ending:
             sys.exit(75)                # EX_TEMPFAIL: run the same command again
     if rank == 0:
+        if not Path(out, "classifier.pt").exists():
+            fail(f"{out}/classifier.pt is gone, and last.pt holds the last epoch, not the best: train again "
+                 "by --resume never")
         print(f"{out}/classifier.pt is of epoch {curve[:, 1].argmin() + 1}", flush=True)
 
 
@@ -962,7 +967,7 @@ def timm_names(state, wanted):
             q, v = state.pop(name), state.pop(name.replace("query", "value"))
             k = state.pop(name.replace("query", "key"), torch.zeros_like(q))        # SimMIM: no bias of keys
             state[name.replace("query", "qkv")] = torch.cat([q, k, v])
-    last, preferred = list(wanted)[-1], r"\b(\w*_)?(ema|teacher|base_encoder|encoder_q)"
+    last, preferred = list(wanted)[-1], r"\b(\w*_)?(ema|swa|teacher|(base|target)_encoder|encoder_q)"
     prefixes = [name.removesuffix(last) for name in state if f".{name}".endswith(f".{last}")]
 
     def rank(prefix):
@@ -975,8 +980,18 @@ def timm_names(state, wanted):
 
 
 # --- begin copy: adapt ---
-# without them it is another network
-KEPT = r"gamma|bias_table|reg\w*_token|^(blocks|layers?\d?|stages)\..*(norm\w*|bn1|qkv)\.(weight|bias)$"
+SPARE = r"^head\.|mask_token|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask"
+PARTS = "norm norm_pre fc_norm pos_embed absolute_pos_embed cls_token dist_token reg_token register_tokens"
+
+
+def of_network(given, wanted):
+    """Those of the given tensors that a network needs: of the parts that the wanted names have, and PARTS.
+
+    With one that is not wanted, as of a further block or norm, it is another network than the model.
+    """
+    parts = {name.partition(".")[0] for name in wanted} | {*PARTS.split()}
+    return {name: x for name, x in given.items()
+            if name.partition(".")[0] in parts and not re.search(SPARE, name)}
 
 
 def fit_channels(kernel, in_chans, how):
@@ -1018,9 +1033,10 @@ def fit_positions(value, shape):
     """
     table = value.ndim == 2
     rows = value if table else value[0].flip(0)                             # the grid first, then the others
-    side = math.isqrt(len(rows))
+    side, new_side = math.isqrt(len(rows)), math.isqrt(shape[-2])
     grid, others = rows[:side ** 2], rows[side ** 2:]
-    new_side = math.isqrt(max(1, shape[-2] - len(others)))
+    if len(others) != shape[-2] - new_side ** 2:
+        return value                                    # of no square grid, or other tokens: does not fit
     maps = F.interpolate(grid.T.reshape(1, -1, side, side), (new_side, new_side), mode="bicubic")
     rows = torch.cat([maps[0].flatten(1).T, others])
     return rows if table else rows.flip(0)[None]
@@ -1072,8 +1088,7 @@ def load_backbone(model, config):
             x = fit_positions(x, shape)
         loaded[name] = x
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
-        kept = {name: x for name, x in given.items() if re.search(KEPT, name)}
-        model.load_state_dict(kept | head | loaded)     # refuses what is absent, and what it lacks of KEPT
+        model.load_state_dict(of_network(given, wanted) | head | loaded)    # strict
     config["stand_in"] = content.get("stand_in")
     numbers = b"".join(x.numpy().tobytes() for x in loaded.values())
     config["start"] = hashlib.sha256(numbers).hexdigest()

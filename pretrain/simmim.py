@@ -62,7 +62,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     schedule="cosine",              # cosine | step; published with step: 800 epochs, lr 1e-4, warmup_lr 5e-7
     step_epoch=700,                 # the step schedule divides the rate by 10 after so many epochs
     wd=0.05,                        # weight decay
-    clip=5.0,                       # largest norm of all gradients together
+    clip=5.0,                       # largest norm of all gradients together; 0: any
     drop_path=0.0,                  # stochastic depth of the last block, linear from 0; published ViT-B: 0.1
     seed=0,                         # of all random numbers
     variant="corrected",            # corrected | paper; paper: see learning_rate and decay_groups
@@ -108,8 +108,10 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
-        if kind is list and (len(value) != len(default) or {*map(type, value)} - {int, float}):
-            raise ValueError
+        if kind is list:                                                    # a range of fractions
+            low, high = value = [*map(float, value)]
+            if not 0 < low <= high <= 1:
+                raise ValueError
         return value
     read.__name__ = kind.__name__
     return read
@@ -294,10 +296,12 @@ def train(config, args, rank, world_size, device):
     with or_fail(f"hide patches from {config['arch']}, which has to be a ViT, Swin or BEiT"):
         model = SimMIM(encoder, config["in_chans"], size)
     model.to(device)
-    if not 0 < config["mask_ratio"] < 1:
-        fail(f"--mask_ratio {config['mask_ratio']}: give a share between 0 and 1")
     if not unit or size % unit or unit % model.patch_size:
         fail(f"img_size {size}, mask_unit {unit}, patch {model.patch_size}: expected multiples of the next")
+    n_units = (size // unit) ** 2
+    if not 0 < math.ceil(config["mask_ratio"] * n_units) < n_units:
+        fail(f"--mask_ratio {config['mask_ratio']} of {n_units} squares of --mask_unit {unit}: hide some, "
+             "not all")
     if args.compile:
         for part in encoder.blocks if hasattr(encoder, "blocks") else encoder.layers:
             part.compile()                                                  # of a ViT once for all
@@ -348,7 +352,8 @@ def train(config, args, rank, world_size, device):
             scaler.scale(part_loss * world_size).backward()                 # DDP averages over processes
             loss += part_loss.detach()
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
+        if config["clip"]:
+            nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
         scaler.step(optimizer)
         scaler.update()
         meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])
@@ -369,12 +374,14 @@ def train(config, args, rank, world_size, device):
             model.train()
             hidden, restored = clean * ~masks[:, None], torch.where(masks[:, None], recon, clean)
             picture(f"{args.out}/recon_{epoch + 1:04}.png", config, clean, hidden, recon, restored)
-        if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
-            weights = encoder.state_dict() if done == last_step else None
-            save_run(args.out, done, config, state, weights, epoch=done // steps_an_epoch)
+        if rank == 0 and (stopping or time.monotonic() - saved > 60 * args.save_minutes):
+            save_run(args.out, done, config, state, epoch=done // steps_an_epoch)
             saved = time.monotonic()
         if stopping and done < last_step:
             sys.exit(75)                # EX_TEMPFAIL: run the same command again
+    if rank == 0:
+        done = max(first_step, last_step)                                   # a finished run exports again
+        save_run(args.out, done, config, state, encoder.state_dict(), epoch=done // steps_an_epoch)
 
 
 def main():
@@ -750,7 +757,7 @@ def timm_names(state, wanted):
             q, v = state.pop(name), state.pop(name.replace("query", "value"))
             k = state.pop(name.replace("query", "key"), torch.zeros_like(q))        # SimMIM: no bias of keys
             state[name.replace("query", "qkv")] = torch.cat([q, k, v])
-    last, preferred = list(wanted)[-1], r"\b(\w*_)?(ema|teacher|base_encoder|encoder_q)"
+    last, preferred = list(wanted)[-1], r"\b(\w*_)?(ema|swa|teacher|(base|target)_encoder|encoder_q)"
     prefixes = [name.removesuffix(last) for name in state if f".{name}".endswith(f".{last}")]
 
     def rank(prefix):
@@ -763,8 +770,18 @@ def timm_names(state, wanted):
 
 
 # --- begin copy: adapt ---
-# without them it is another network
-KEPT = r"gamma|bias_table|reg\w*_token|^(blocks|layers?\d?|stages)\..*(norm\w*|bn1|qkv)\.(weight|bias)$"
+SPARE = r"^head\.|mask_token|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask"
+PARTS = "norm norm_pre fc_norm pos_embed absolute_pos_embed cls_token dist_token reg_token register_tokens"
+
+
+def of_network(given, wanted):
+    """Those of the given tensors that a network needs: of the parts that the wanted names have, and PARTS.
+
+    With one that is not wanted, as of a further block or norm, it is another network than the model.
+    """
+    parts = {name.partition(".")[0] for name in wanted} | {*PARTS.split()}
+    return {name: x for name, x in given.items()
+            if name.partition(".")[0] in parts and not re.search(SPARE, name)}
 
 
 def fit_channels(kernel, in_chans, how):
@@ -806,9 +823,10 @@ def fit_positions(value, shape):
     """
     table = value.ndim == 2
     rows = value if table else value[0].flip(0)                             # the grid first, then the others
-    side = math.isqrt(len(rows))
+    side, new_side = math.isqrt(len(rows)), math.isqrt(shape[-2])
     grid, others = rows[:side ** 2], rows[side ** 2:]
-    new_side = math.isqrt(max(1, shape[-2] - len(others)))
+    if len(others) != shape[-2] - new_side ** 2:
+        return value                                    # of no square grid, or other tokens: does not fit
     maps = F.interpolate(grid.T.reshape(1, -1, side, side), (new_side, new_side), mode="bicubic")
     rows = torch.cat([maps[0].flatten(1).T, others])
     return rows if table else rows.flip(0)[None]
@@ -860,8 +878,7 @@ def load_backbone(model, config):
             x = fit_positions(x, shape)
         loaded[name] = x
     with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
-        kept = {name: x for name, x in given.items() if re.search(KEPT, name)}
-        model.load_state_dict(kept | head | loaded)     # refuses what is absent, and what it lacks of KEPT
+        model.load_state_dict(of_network(given, wanted) | head | loaded)    # strict
     config["stand_in"] = content.get("stand_in")
     numbers = b"".join(x.numpy().tobytes() for x in loaded.values())
     config["start"] = hashlib.sha256(numbers).hexdigest()

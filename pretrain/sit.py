@@ -54,7 +54,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     min_lr=1e-6,                    # learning rate at the end of the cosine, scaled likewise
     wd=0.04,                        # weight decay at the start
     wd_end=0.04,                    # weight decay at the end, by a cosine; the released fork goes to 0.1
-    clip=3.0,                       # largest gradient norm of each parameter tensor
+    clip=3.0,                       # largest gradient norm of each parameter tensor; 0: any
     drop_path=0.1,                  # stochastic depth of the student's last block, linear from 0
     seed=0,                         # of all random numbers
     variant="corrected",            # corrected | paper; the same in this script, only stored with the weights
@@ -106,8 +106,10 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
-        if kind is list and (len(value) != len(default) or {*map(type, value)} - {int, float}):
-            raise ValueError
+        if kind is list:                                                    # a range of fractions
+            low, high = value = [*map(float, value)]
+            if not 0 < low <= high <= 1:
+                raise ValueError
         return value
     read.__name__ = kind.__name__
     return read
@@ -448,7 +450,8 @@ def train(config, args, rank, world_size, device):
         loss = contrast_loss + config["recon_weight"] * recon_loss
         scaler.scale(loss * world_size).backward()                          # DDP averages over processes
         scaler.unscale_(optimizer)
-        clip_each(student.parameters(), config["clip"])
+        if config["clip"]:
+            clip_each(student.parameters(), config["clip"])
         scaler.step(optimizer)
         scaler.update()
         update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
@@ -471,12 +474,14 @@ def train(config, args, rank, world_size, device):
             student.train()
             restored = corrupt(clean[:8], recon, masks[:8])
             picture(f"{args.out}/recon_{epoch + 1:04}.png", config, clean[:8], corrupted[:8], recon, restored)
-        if rank == 0 and (stopping or done == last_step or time.monotonic() - saved > 60 * args.save_minutes):
-            weights = teacher.backbone.state_dict() if done == last_step else None
-            save_run(args.out, done, config, state, weights, epoch=done // steps_an_epoch)
+        if rank == 0 and (stopping or time.monotonic() - saved > 60 * args.save_minutes):
+            save_run(args.out, done, config, state, epoch=done // steps_an_epoch)
             saved = time.monotonic()
         if stopping and done < last_step:
             sys.exit(75)                # EX_TEMPFAIL: run the same command again
+    if rank == 0:
+        done = max(first_step, last_step)                                   # a finished run exports again
+        save_run(args.out, done, config, state, teacher.backbone.state_dict(), epoch=done // steps_an_epoch)
 
 
 def main():
@@ -771,10 +776,10 @@ N_COLOUR = 7    # uniforms: jitter or not, its 4 strengths, blur or not, its wid
 
 
 def shift_hue(rgb, turn):
-    """Turn the hue of RGB images [B, 3, H, W], of any range, by `turn` [B, 1, 1, 1] of a full circle (HSV)."""
+    """Turn the hue of RGB images [B, 3, H, W], of any range, by `turn` [B, 1, 1, 1] of a circle (HSV)."""
     value, largest = rgb.max(1, keepdim=True)
     chroma = value - rgb.amin(1, keepdim=True)
-    ahead = (rgb.roll(-1, 1) - rgb.roll(-2, 1)).gather(1, largest)          # green - blue where red is largest
+    ahead = (rgb.roll(-1, 1) - rgb.roll(-2, 1)).gather(1, largest)          # green - blue where red is most
     sixth = 2 * largest + ahead / chroma.clamp_min(1e-8) + 6 * turn
     k = (sixth + torch.arange(5, 0, -2, device=rgb.device).view(3, 1, 1)) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
@@ -957,7 +962,7 @@ def timm_names(state, wanted):
             q, v = state.pop(name), state.pop(name.replace("query", "value"))
             k = state.pop(name.replace("query", "key"), torch.zeros_like(q))        # SimMIM: no bias of keys
             state[name.replace("query", "qkv")] = torch.cat([q, k, v])
-    last, preferred = list(wanted)[-1], r"\b(\w*_)?(ema|teacher|base_encoder|encoder_q)"
+    last, preferred = list(wanted)[-1], r"\b(\w*_)?(ema|swa|teacher|(base|target)_encoder|encoder_q)"
     prefixes = [name.removesuffix(last) for name in state if f".{name}".endswith(f".{last}")]
 
     def rank(prefix):
@@ -970,8 +975,18 @@ def timm_names(state, wanted):
 
 
 # --- begin copy: adapt ---
-# without them it is another network
-KEPT = r"gamma|bias_table|reg\w*_token|^(blocks|layers?\d?|stages)\..*(norm\w*|bn1|qkv)\.(weight|bias)$"
+SPARE = r"^head\.|mask_token|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask"
+PARTS = "norm norm_pre fc_norm pos_embed absolute_pos_embed cls_token dist_token reg_token register_tokens"
+
+
+def of_network(given, wanted):
+    """Those of the given tensors that a network needs: of the parts that the wanted names have, and PARTS.
+
+    With one that is not wanted, as of a further block or norm, it is another network than the model.
+    """
+    parts = {name.partition(".")[0] for name in wanted} | {*PARTS.split()}
+    return {name: x for name, x in given.items()
+            if name.partition(".")[0] in parts and not re.search(SPARE, name)}
 
 
 def fit_channels(kernel, in_chans, how):
@@ -1022,8 +1037,7 @@ def load_backbone(model, config):
             n_prefix = wanted["pos_embed"].shape[1] - model.patch_embed.num_patches
             loaded["pos_embed"] = timm.layers.resample_abs_pos_embed(
                 loaded["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=n_prefix, antialias=False)
-        kept = {name: x for name, x in given.items() if re.search(KEPT, name)}
-        model.load_state_dict(kept | loaded)    # refuses what is absent, and what the model lacks of KEPT
+        model.load_state_dict(of_network(given, wanted) | loaded)           # strict
     config["stand_in"] = content.get("stand_in")
     numbers = b"".join(x.numpy().tobytes() for x in loaded.values())
     config["start"] = hashlib.sha256(numbers).hexdigest()

@@ -32,13 +32,15 @@ TRAIN = ["--out", "out", "--model_args", json.dumps(MODEL), "--device", "cpu", "
 READERS = ("nih", "mimic_cxr", "chexpert", "padchest", "vindr_cxr", "covidx_ct", "oct", "imagenet")
 PRETRAIN = ("gmml", "sit", "dino", "moco_v3", "simmim", "supervised")
 SOME = ["--n-pretrain", "5"]
+SQUARES = {"simmim": ["--mask_unit", "8"]}
 COMMANDS = {                        # base: the command that reads its input, in/, and writes out/
     **{name: [f"data_prep/{name}.py", "--raw", "in", "--out", "out/index.csv",
               *(SOME if name in ("mimic_cxr", "covidx_ct", "oct", "imagenet") else [])] for name in READERS},
     "describe": ["data_prep/describe.py", "--index", "in/index.csv", "--out", "out"],
     "demo": ["data_prep/demo.py", "--out", "out", "--scale", "0.001"],
     "pack": ["data_prep/pack.py", "--index", "in/index.csv", "--raw", "in", "--out", "out", "--size", "16"],
-    **{name: [f"pretrain/{name}.py", "--manifest", "in/manifest.csv", *TRAIN] for name in PRETRAIN},
+    **{name: [f"pretrain/{name}.py", "--manifest", "in/manifest.csv", *TRAIN, *SQUARES.get(name, [])]
+       for name in PRETRAIN},
     "loose": ["pretrain/gmml.py", "--manifest", "in/manifest.csv", *TRAIN],
     "weights": ["pretrain/gmml.py", "--manifest", "in/manifest.csv", *TRAIN, "--init", "in/weights.pt"],
     "row": ["pretrain/gmml.py", "--manifest", "in/manifest.csv", *TRAIN, "--experiments", "in/rows.yaml",

@@ -190,6 +190,8 @@ VIT_LAYOUTS = {                     # state dict of the network -> content of th
     "model.": lambda s: under("model.", s),
     "Lightning": lambda s: {"epoch": 1, "global_step": 10, "pytorch-lightning_version": "2.5",
                             "state_dict": under("model.", s) | {"loss.weight": torch.ones(2)}},
+    "I-JEPA": lambda s: {"encoder": under("module.", worse(s)), "target_encoder": under("module.", s)},
+    "SWA": lambda s: {"model": worse(s), "swa_model": under("module.", s)},
     "timm's training": lambda s: {"epoch": 1, "arch": VIT, "state_dict": worse(s), "state_dict_ema": s},
     "model_ema": lambda s: {"model": worse(s),
                             "model_ema": under("module.", s) | {"n_averaged": torch.tensor(3)}},
@@ -406,6 +408,24 @@ def test_a_network_with_more_blocks_is_refused(script, manifest, tmp_path):
 def test_what_makes_another_network_is_refused_not_left_out(script, theirs, ours, name, manifest, tmp_path):
     torch.save(network(VIT, {**MODEL, **theirs}).state_dict(), tmp_path / "w.pth")
     assert_user_error(start(script, manifest, tmp_path, "w.pth", model_args={**MODEL, **ours}), "w.pth", name)
+
+
+@pytest.mark.parametrize("script, arch, args, name", [
+    *((script, VIT, MODEL, name) for script in (GMML, SUPERVISED) for name in (
+        "blocks.0.attn.qkv.lora_A.weight", "blocks.1.mlp.fc3.bias", "patch_embed.norm.weight", "norm_pre.weight",
+        "dist_token", "absolute_pos_embed")),
+    (SUPERVISED, "resnet18", RESNET_MODEL, "layer1.0.se.fc1.weight"),
+    (SUPERVISED, SWIN, SWIN_MODEL, "absolute_pos_embed")])
+def test_a_network_with_more_in_its_parts_is_refused(script, arch, args, name, manifest, tmp_path):
+    torch.save(network(arch, args).state_dict() | {name: torch.ones(1, 3, 48)}, tmp_path / "w.pth")
+    assert_user_error(start(script, manifest, tmp_path, "w.pth", arch, args), "w.pth", name)
+
+
+def test_positions_of_no_square_grid_are_refused(manifest, tmp_path):
+    wide = network(VIT, {**MODEL, "img_size": [32, 64]})            # 33 rows: 5 * 5 and 8 more, not 4 * 8 and 1
+    torch.save(wide.state_dict(), tmp_path / "w.pth")
+    for script in (GMML, SUPERVISED):
+        assert_user_error(start(script, manifest, tmp_path, "w.pth"), "w.pth")
 
 
 @pytest.mark.parametrize("script", [GMML, SUPERVISED])

@@ -117,6 +117,13 @@ def test_a_single_column_holds_the_class_numbers_in_numeric_order(classes):
     assert names == ["8", "9", "10", "11"] and values.tolist() == (pd.read_csv(classes)["class"] - 8).tolist()
 
 
+def test_a_single_column_with_uncertain_cells_is_a_label(tmp_path):
+    for cells in (["1", "0", "-1"], ["1.0", "0.0", "-1.0"]):
+        rows = {"A": cells, "row": [2, 3, 4]}
+        values, labels = supervised.read_targets("m.csv", rows, "auto")
+        assert labels == ["A"] and values.tolist() == [[1], [0], [0]]
+
+
 def test_columns_with_exactly_one_1_in_every_row_are_classes(tmp_path):
     truth = [2, 0, 1, 2]
     table = pd.DataFrame(np.eye(3, dtype=int)[truth], columns=list("bca")).assign(path=list("wxyz"))

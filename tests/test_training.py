@@ -324,6 +324,22 @@ def test_a_new_beginning_is_a_new_run_and_another_configuration_is_not_resumed(n
     assert not [path for path in expected if found[path] != expected[path]]
     assert run(name, data, tmp_path).returncode == 0                        # nothing is left to do
     assert_same(tmp_path, found)
+    exported(name, tmp_path).unlink()
+    result = run(name, data, tmp_path)
+    if name == "classify":                              # last.pt holds the last epoch, not the best
+        assert_user_error(result, "classifier.pt", "--resume never")
+    else:
+        assert result.returncode == 0
+        assert_same(tmp_path, found)
+
+
+@pytest.mark.parametrize("name", ["gmml", "sit", "dino", "simmim", "supervised"])
+def test_a_clip_of_0_is_none(name, data, tmp_path):
+    weights = {}
+    for clip in ("0", "1e9", "1e-3"):
+        assert run(name, data, tmp_path / clip, "--clip", clip, "--steps", 3).returncode == 0
+        weights[clip] = plain(torch.load(exported(name, tmp_path / clip), weights_only=True)["model"])
+    assert weights["0"] == weights["1e9"] != weights["1e-3"]
 
 
 @every_script
