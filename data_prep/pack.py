@@ -81,6 +81,8 @@ def dicom_display(values, code, ds):
         ends = np.array(ends).astype(kind)              # some files have them unsigned for signed pixels
         padded = (values >= ends.min()) & (values <= ends.max())
     prepare_lut(ds, "ModalityLUTSequence", values)
+    ds.setdefault("RescaleSlope", 1)                    # of slope and intercept alone pydicom takes neither
+    ds.setdefault("RescaleIntercept", 0)
     values = apply_modality_lut(values, ds)
     if prepare_lut(ds, "VOILUTSequence", values):
         descriptor = ds.VOILUTSequence[0].LUTDescriptor
@@ -114,14 +116,12 @@ def read_dicom(file, dicom="display"):
         raise Rejected(f"wrong type: DICOM {kind} of {bits} bits; expected 8 or 16 bits of grey")
     syntax = ds.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian)
     ds.file_meta.TransferSyntaxUID = syntax
-    # Bits below the stored ones, such as 4 of 16 below 12: read as if they were stored, then shifted out.
     plain = not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless
-    unused = plain * max(0, ds.get("HighBit", 0) + 1 - ds.BitsStored)
+    unused = plain * max(0, ds.get("HighBit", 0) + 1 - ds.BitsStored)       # those below: read, shifted out
     ds.BitsStored += unused
     stored = ds.pixel_array
     stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
-    # A grey level depends on the stored value alone: worked out once a value, then looked up for each pixel.
-    code = stored.view(f"u{stored.itemsize}")
+    code = stored.view(f"u{stored.itemsize}")   # a grey level is worked out once a value, then looked up
     values = np.arange(256 ** code.itemsize, dtype=code.dtype).view(stored.dtype).astype(np.int32) >> unused
     if dicom == "paper":                        # as the released notebook: MONOCHROME1 stays a negative
         top = max(int(stored.max()) >> unused, 1)

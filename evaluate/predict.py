@@ -265,6 +265,8 @@ def main():
     if len(networks) < len(args.checkpoint) or args.images and len(networks) > 1:
         fail("several --checkpoint need seeds that differ, {seed} in --out, and a --manifest or --set")
     folder = Path(f"{out}.pack")                        # of --images
+    if args.set and len({name for name, *_ in args.set}) < len(args.set):
+        fail("two --set have one NAME; give each its own")
     sets = args.set or [("", args.manifest or str(folder / "manifest.csv"), args.images and "all")]
     try:
         if args.images and RANK == 0:

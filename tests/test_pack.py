@@ -322,6 +322,14 @@ def test_rescale_comes_before_the_window_even_with_a_negative_slope(tmp_path):
         assert (grey(path) == windowed(pixels * slope - 24, 40, 400)).all()
 
 
+def test_slope_or_intercept_alone_counts(tmp_path):
+    pixels, window = noise(20, 30, 2000, np.int16), dict(WindowCenter=40, WindowWidth=400)
+    path = dicom(tmp_path / "slope.dcm", pixels, RescaleSlope=2.5, **window)
+    assert (grey(path) == windowed(pixels * 2.5, 40, 400)).all()
+    path = dicom(tmp_path / "intercept.dcm", pixels, RescaleIntercept=-1000, **window)
+    assert (grey(path) == windowed(pixels - 1000, 40, 400)).all()
+
+
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_a_voi_lut_is_looked_up_entry_by_entry(tmp_path, bits):
     entries = np.linspace(2 ** bits - 1, 0, 3000).round().astype(int)      # long, and falling: a negative

@@ -578,6 +578,7 @@ def test_mistakes_are_named_in_one_sentence(model_file, packed, tmp_path, monkey
             ([*good, "--manifest", tmp_path / "data/manifest.csv", *out], ["pack.json"]),
             ([*good, *data, *out, "--split", "dev"], ["manifest.csv", "dev", "test, val"]),
             ([*good, *out, "--set", "nih_test"], ["--set", "nih_test"]),
+            ([*good, *out, "--set", f"a={data[1]}:val", "--set", f"a={data[1]}:test"], ["--set", "NAME"]),
             ([*good, *out], ["--manifest", "--images", "--set"]),
             ([*good, *data, *out, "--images", tmp_path / "empty"], ["--images"]),
             ([*good, *data, *out, "--batch", 0], ["--batch"]),
