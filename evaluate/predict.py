@@ -282,6 +282,9 @@ def main():
     finally:
         if args.images and RANK == 0 and not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
+    if WORLD_SIZE > 1:
+        dist.barrier()                                  # the others wait for the one that writes
+        dist.destroy_process_group()
     if rejected:
         print(f"warning: {rejected} files are rejected, see {out}.rejected.csv", file=sys.stderr)
         sys.exit(3)
