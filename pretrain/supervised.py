@@ -866,6 +866,11 @@ def load_backbone(model, config):
             if name.startswith(prefixes(model, "classifier")) or name.endswith("num_batches_tracked")}
     wanted = {name: x.shape for name, x in model.state_dict().items() if name not in head}
     ours = sorted(wanted, key=lambda name: not name.startswith("fc_norm"))
+    if "layer1.0.conv1.weight" in wanted and not any("layer1." in name for name in named):
+        children = dict(zip("014567", "conv1 bn1 layer1 layer2 layer3 layer4".split()))
+        child = re.compile(r"^(|.*?\.)([014567])\.(?=\d+\.\w+\.|weight|bias|running)")
+        named = {child.sub(lambda found: f"{found[1]}{children[found[2]]}.", name): x
+                 for name, x in named.items()}          # in a Sequential, as RadImageNet's and lightly's
     with or_fail(f"find the names of {arch} in {init}"):
         given, prefix = timm_names(named, ours)
     if "layers.0.downsample.reduction.weight" in given:                     # Swin's release: a stage earlier

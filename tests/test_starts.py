@@ -149,6 +149,12 @@ def microsoft_swin(state):
     return own | {"layers.0.blocks.1.attn_mask": torch.zeros(4, 16, 16)}
 
 
+def sequential(state):
+    """A ResNet's children in a torch.nn.Sequential, numbered in the order of torchvision."""
+    order = ["conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+    return {f"{order.index(name.split('.')[0])}.{name.partition('.')[2]}": value for name, value in state.items()}
+
+
 def mae(state):
     decoder = {"decoder_pos_embed": torch.ones(1, 17, 48), "decoder_embed.weight": torch.ones(48, 48),
                "decoder_embed.bias": torch.ones(48), "decoder_pred.weight": torch.ones(192, 48)}
@@ -229,6 +235,10 @@ LAYOUTS = [*((GMML, VIT, MODEL, name, layout) for name, layout in VIT_LAYOUTS.it
            (SUPERVISED, "resnet18", RESNET_MODEL, "MoCo ResNet", lambda s: {"arch": "resnet18", "state_dict":
                under("module.encoder_q.", s) | under("module.encoder_k.", worse(s))
                | {"module.encoder_q.fc.0.weight": torch.ones(9, 32), "module.queue": torch.ones(128, 9)}}),
+           (SUPERVISED, "resnet18", RESNET_MODEL, "RadImageNet ResNet", lambda s: under("backbone.", sequential(s))),
+           (SUPERVISED, "resnet18", RESNET_MODEL, "lightly ResNet", lambda s: {"state_dict": under(
+               "backbone.", sequential(s)) | under("backbone_momentum.", worse(sequential(s))) | {
+                   "projection_head.layers.0.weight": torch.ones(9, 32)}}),
            (SUPERVISED, "resnet18", RESNET_MODEL, "Lightning ResNet",
             lambda s: {"state_dict": under("model.", s)})]
 
