@@ -367,8 +367,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
             sys.exit(75)                # EX_TEMPFAIL: run the same command again
     if rank == 0:
         if not Path(out, "classifier.pt").exists():
-            fail(f"{out}/classifier.pt is gone, and last.pt holds the last epoch, not the best: train again "
-                 "by --resume never")
+            fail(f"{out}/classifier.pt is gone; last.pt is not of the best epoch: use --resume never")
         print(f"{out}/classifier.pt is of epoch {curve[:, 1].argmin() + 1}", flush=True)
 
 

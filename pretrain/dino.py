@@ -424,8 +424,7 @@ def train(config, args, rank, world_size, device):
             sums += share * torch.cat([torch.stack([loss.detach(), entropy]), *means])
             features.append(teacher_features[0])
         scaler.unscale_(optimizer)
-        if config["clip"]:
-            clip_each(student.parameters(), config["clip"])
+        clip_each(student.parameters(), config["clip"])
         if epoch < config["freeze_last_layer"]:
             student.head.last_layer.zero_grad()                             # to None: AdamW skips it
         scaler.step(optimizer)
@@ -439,9 +438,8 @@ def train(config, args, rank, world_size, device):
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
             seconds = (time.monotonic() - started) / (done - first_step)        # a step
-            names = "loss", "entropy", "batch_entropy", "feature_std"
-            terms = dict(zip(names, (meter[:4] / meter[4]).tolist()))
-            log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1, **terms,
+            terms = zip(["loss", "entropy", "batch_entropy", "feature_std"], (meter[:4] / meter[4]).tolist())
+            log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1, **dict(terms),
                      lr=lr, wd=wd, teacher_temp=teacher_temp, img_per_s=round(batch / seconds, 1))
             meter.zero_()
         picture_steps = args.picture_epochs * steps_an_epoch
@@ -995,10 +993,10 @@ def decay_groups(model):
 
 
 def clip_each(parameters, largest):
-    """Clip the norm of the gradient of each parameter tensor, one by one, to `largest`."""
+    """Clip the norm of the gradient of each parameter tensor, one by one, to `largest`; 0: to any."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
-    factors = (largest / (norms + 1e-6)).clamp(max=1)
+    factors = ((largest or math.inf) / (norms + 1e-6)).clamp(max=1)
     torch._foreach_mul_(gradients, factors.unbind())
 # --- end copy: schedule ---
 

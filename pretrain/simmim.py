@@ -352,8 +352,7 @@ def train(config, args, rank, world_size, device):
             scaler.scale(part_loss * world_size).backward()                 # DDP averages over processes
             loss += part_loss.detach()
         scaler.unscale_(optimizer)
-        if config["clip"]:
-            nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
+        nn.utils.clip_grad_norm_(model.parameters(), config["clip"] or math.inf)
         scaler.step(optimizer)
         scaler.update()
         meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])

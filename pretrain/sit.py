@@ -450,8 +450,7 @@ def train(config, args, rank, world_size, device):
         loss = contrast_loss + config["recon_weight"] * recon_loss
         scaler.scale(loss * world_size).backward()                          # DDP averages over processes
         scaler.unscale_(optimizer)
-        if config["clip"]:
-            clip_each(student.parameters(), config["clip"])
+        clip_each(student.parameters(), config["clip"])
         scaler.step(optimizer)
         scaler.update()
         update_teacher(teacher, student, cosine(step, n_steps, config["ema"], 1.0))
@@ -1062,10 +1061,10 @@ def decay_groups(model):
 
 
 def clip_each(parameters, largest):
-    """Clip the norm of the gradient of each parameter tensor, one by one, to `largest`."""
+    """Clip the norm of the gradient of each parameter tensor, one by one, to `largest`; 0: to any."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
-    factors = (largest / (norms + 1e-6)).clamp(max=1)
+    factors = ((largest or math.inf) / (norms + 1e-6)).clamp(max=1)
     torch._foreach_mul_(gradients, factors.unbind())
 # --- end copy: schedule ---
 

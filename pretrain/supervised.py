@@ -324,8 +324,7 @@ def train(config, args, rank, world_size, device):
             scaler.scale(part_loss * world_size).backward()                 # DDP averages over processes
             loss += part_loss.detach()
         scaler.unscale_(optimizer)
-        if config["clip"]:
-            clip_each(model.parameters(), config["clip"])
+        clip_each(model.parameters(), config["clip"])
         scaler.step(optimizer)
         scaler.update()
         meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])
@@ -922,10 +921,10 @@ def decay_groups(model):
 
 
 def clip_each(parameters, largest):
-    """Clip the norm of the gradient of each parameter tensor, one by one, to `largest`."""
+    """Clip the norm of the gradient of each parameter tensor, one by one, to `largest`; 0: to any."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
-    factors = (largest / (norms + 1e-6)).clamp(max=1)
+    factors = ((largest or math.inf) / (norms + 1e-6)).clamp(max=1)
     torch._foreach_mul_(gradients, factors.unbind())
 # --- end copy: schedule ---
 
