@@ -882,6 +882,18 @@ def people_of(frame):
                          "age": rng.integers(20, 95, len(frame)), "race": rng.choice(races, len(frame))})
 
 
+def test_a_group_of_ten_images_is_scored_one_of_nine_only_counted(monkeypatch, tmp_path):
+    path = run_folder(tmp_path) / "chexpert_valid.csv"
+    frame = predictions(path)
+    sick, well = (frame.path[frame.true_Edema == value].tolist() for value in (1, 0))
+    race = {image: "White" for image in sick[:5] + well[:5]} | {image: "Black" for image in sick[5:10] + well[5:9]}
+    frame.assign(race=frame.path.map(race).fillna("")).to_csv(path, index=False)
+    table = command(monkeypatch, tmp_path, path)
+    assert [cell(table, f"images[race={name}]") for name in ("White", "Black")] == [10, 9]
+    scored = table.metric[table.metric.str.startswith("auc[race=")]
+    assert set(scored) == {"auc[race=White]"}
+
+
 def test_subgroups_have_auc_fnr_fpr_and_calibration_of_their_own(monkeypatch, tmp_path):
     path = run_folder(tmp_path) / "chexpert_valid.csv"
     frame = predictions(path)
