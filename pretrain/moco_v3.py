@@ -884,6 +884,7 @@ def timm_names(state, wanted):
 
 
 # --- begin copy: adapt ---
+# What no backbone needs: a classifier, the mask token, what is computed. Parts that only some networks have.
 SPARE = r"^head\.|mask_token|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask"
 PARTS = "norm norm_pre fc_norm pos_embed absolute_pos_embed cls_token dist_token reg_token register_tokens"
 
