@@ -243,8 +243,9 @@ def complete(arms, printed):
     known = printed | arms
     for exp, dataset in {cell[:2] for cell in arms}:
         parts = [(0.25, arms.get((exp, dataset, f"|auc|{label}|"))) for label in FOUR_LABELS]
-        if all(arm for _, arm in parts):
-            known[exp, dataset, "4|auc_mean||"] = combine(parts)
+        mean = combine(parts) if all(arm for _, arm in parts) else None
+        if mean:
+            known[exp, dataset, "4|auc_mean||"] = mean
     for (_, dataset, key), arm in arms.items():         # of the test set alone, but stored with each arm
         if "|always_negative" in key:
             known["always_negative", dataset, key] = arm._replace(runs=1, run_variance=0.0)
@@ -284,12 +285,13 @@ def terms_of(claim, left, right, testset, pattern):
 def compare(arms, terms, offset=0.0):
     """The estimate of sum(sign * cell) less an offset; cells, remarks, sources. Arms are paired by run."""
     cells = frozenset(cell for _, cell in terms)
+    same = cells, abs(offset)                           # as of the two turned round
     by_exp = defaultdict(list)
     for sign, cell in terms:
         exp, dataset, key = cell
         if cell not in arms:
             metric = " ".join(filter(None, key.split("|")))
-            return {"cells": cells, "remarks": [f"no {metric} of {exp} on {dataset}"], "sources": set()}
+            return {"cells": same, "remarks": [f"no {metric} of {exp} on {dataset}"], "sources": set()}
         by_exp[exp].append((sign, arms[cell]))
     used, remarks = [], []
     for own in by_exp.values():
@@ -302,7 +304,7 @@ def compare(arms, terms, offset=0.0):
     if any(np.isnan(arm.run_variance) for _, arm in used):
         remarks.append("an arm has one run, whose spread is unknown")
     sources = {arms[cell].source for cell in cells}
-    return estimate(used, offset) | {"cells": cells, "remarks": remarks, "sources": sources}
+    return estimate(used, offset) | {"cells": same, "remarks": remarks, "sources": sources}
 
 
 def compare_spreads(arms, testset):
@@ -325,6 +327,9 @@ def verdict_row(claim, testset, comparisons):
     remarks = comparisons["remarks"].explode().dropna().drop_duplicates()
     absent = remarks.str.startswith("no ")
     remarks = [*remarks[~absent], *remarks[absent & (testset != "all")]]     # these stand at their test set
+    counts = comparisons.groupby("testset", sort=False)["effect"].count()
+    if counts.any() and not counts.all():
+        remarks.insert(0, f"not run on {', '.join(counts.index[counts == 0])}")
     if test == "most":
         remarks.insert(0, f"clearly so in {sum(direction == 1)} of {len(direction)} arms")
     sources = set().union(*comparisons["sources"])

@@ -661,6 +661,8 @@ def read_predictions(path):
     labels = names.map(nih_name)
     for label in labels[labels.duplicated()]:
         raise InputError(f"{path} has label {label} under two spellings; keep one")
+    for label in labels[labels.str.contains("|", regex=False)]:
+        raise InputError(f"{path} has a label '{label}'; rename it without |, which separates names")
     for row in np.flatnonzero(frame["path"].duplicated()):
         raise InputError(f"{path} row {row + 1}: image '{frame['path'][row]}' is there twice; keep one row")
     y = read_cells(path, truths, lambda cells: np.isin(cells, (-1, 0, 1)), "1, 0 or blank (unknown)")
@@ -908,6 +910,8 @@ def arms_of(args):
         found = re.search(r"([^/]+)/predictions/seed(\d+)/([^/]+)\.csv$", path.absolute().as_posix())
         exp, seed, dataset = found.groups() if found else (path.stem, "0", "test")
         exp, seed, dataset = args.exp or exp, args.seed or seed, args.dataset or dataset
+        if exp.endswith("-ensemble"):
+            raise InputError(f"exp {exp} of {path} is named as the mean of runs is; give another --exp")
         val = args.validation or path.with_name("nih_val.csv")
         if models.setdefault(val, (exp, seed)) != (exp, seed) and val.is_file():
             raise InputError(f"{val} belongs to one run and would choose thresholds for others, as {path}; "

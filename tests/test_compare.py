@@ -237,6 +237,7 @@ def test_an_unknown_arm_leaves_a_verdict_open_and_is_named():
     table = verdict(arms, "every", "a", "b")
     assert table.verdict.tolist() == ["holds", "not run", "undecided"]
     assert "no 5 auc_mean of b on vindr_test" in table.remark["vindr_test"]
+    assert table.remark["all"].startswith("not run on vindr_test") and "not run" not in table.remark["nih_test"]
     assert overall(arms, "every", "d", "b") == "contradicted"                # what is known is enough
 
 
@@ -325,6 +326,8 @@ def test_a_comparison_that_stands_in_several_claims_counts_once():
     alone = verdict(**claim).p["nih_test"]
     for same in (other, other | {"left": "b", "right": "a"}):                # as it is, turned round
         assert verdict(**claim, more=[same]).p_holm["nih_test"] == alone
+    absent = [other | {"id": n, "left": f"x+0.{n}"} for n in "23"]             # two, neither can be made
+    assert verdict(**claim, more=absent).p_holm["nih_test"] == pytest.approx(3 * alone)
     different = other | {"left": "c"}
     assert verdict(**claim, more=[different]).p_holm["nih_test"] == pytest.approx(2 * alone)
 

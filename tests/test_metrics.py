@@ -1066,6 +1066,7 @@ BASE = "path,patient,true_Edema,prob_Edema\na,1,1,0.9\nb,2,0,0.2\n"
     ("path,patient,true_Edema,prob_Edema\na,1,1,0.9\n", ["both positives and negatives"]),
     ("path,patient,true_Effusion,true_Pleural Effusion,prob_Effusion,prob_Pleural Effusion\na,1,1,1,1,1\n",
      ["Effusion", "two spellings"]),
+    (BASE.replace("Edema", "Edema | left"), ["'Edema | left'", "without |"]),
     # as a spreadsheet or pandas saves a table
     (BASE.replace("\n", ",\n"), ["column 5 has no name"]),
     ("," + BASE.replace("\na", "\n0,a").replace("\nb", "\n1,b"), ["column 1 has no name"]),
@@ -1082,6 +1083,14 @@ def test_a_mistake_in_the_file_is_one_sentence(text, said, monkeypatch, tmp_path
     assert stop.value.code == 2 and error.startswith(f"error: {path}") and error.count("\n") == 1
     assert all(fragment in error for fragment in said), error
     assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_an_arm_is_not_named_as_an_ensemble(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "mine-ensemble.csv"
+    path.write_text(BASE)
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, tmp_path, path)
+    assert stop.value.code == 2 and "mine-ensemble" in capsys.readouterr().err
 
 
 def test_validation_of_another_run_or_of_other_images_is_refused(monkeypatch, tmp_path, capsys):

@@ -487,6 +487,9 @@ def test_an_answer_has_its_remark_and_the_colour_of_its_word():
     claims = {"J4": {"all": row}, "J1": {"all": row | {"ours": "0"}}}
     table = " ".join(parts.claim_table("c", claims, {}).split())
     assert "J4, ours:" in table and "J1, section 0.A.6:" in table and "p < 0.0001" in table
+    named = row | {"decided_by": "a - b, nih_test"}         # over all it is that of one test set
+    table = parts.claim_table("c", {"J4": {"all": named, "nih_test": named}}, {})
+    assert table.count("a - b, nih_test") == 1
 
 
 def test_a_gap_is_the_mean_of_the_gaps_of_labels(folder):
