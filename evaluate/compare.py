@@ -285,7 +285,7 @@ def terms_of(claim, left, right, testset, pattern):
 def compare(arms, terms, offset=0.0):
     """The estimate of sum(sign * cell) less an offset; cells, remarks, sources. Arms are paired by run."""
     cells = frozenset(cell for _, cell in terms)
-    same = cells, abs(offset)                           # as of the two turned round
+    same = cells, abs(offset)                           # equal for one comparison, also turned round
     by_exp = defaultdict(list)
     for sign, cell in terms:
         exp, dataset, key = cell

@@ -62,7 +62,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     schedule="cosine",              # cosine | step; published with step: 800 epochs, lr 1e-4, warmup_lr 5e-7
     step_epoch=700,                 # the step schedule divides the rate by 10 after so many epochs
     wd=0.05,                        # weight decay
-    clip=5.0,                       # largest norm of all gradients together; 0: any
+    clip=5.0,                       # largest norm of all gradients together; 0: no clipping
     drop_path=0.0,                  # stochastic depth of the last block, linear from 0; published ViT-B: 0.1
     seed=0,                         # of all random numbers
     variant="corrected",            # corrected | paper; paper: see learning_rate and decay_groups
@@ -109,7 +109,8 @@ def typed(default):
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
         if kind is list:                                                    # a range of fractions
-            low, high = value = [*map(float, value)]
+            value = [*map(float, value)]
+            low, high = value
             if not 0 < low <= high <= 1:
                 raise ValueError
         return value
@@ -769,19 +770,21 @@ def timm_names(state, wanted):
 
 
 # --- begin copy: adapt ---
-# What no backbone needs: a classifier, the mask token, what is computed. Parts that only some networks have.
+# In any file: what no backbone needs (a classifier, the mask token, what is computed), and what its own does
 SPARE = r"^head\.|mask_token|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask"
-PARTS = "norm norm_pre fc_norm pos_embed absolute_pos_embed cls_token dist_token reg_token register_tokens"
+NEEDED = (r"gamma|bias_table|reg\w*_token|^(blocks|layers?\d?|stages|norm|norm_pre|fc_norm|pos_embed"
+          r"|absolute_pos_embed|cls_token|dist_token)\b")
 
 
 def of_network(given, wanted):
-    """Those of the given tensors that a network needs: of the parts that the wanted names have, and PARTS.
+    """Those of the given tensors that their network needs: of a part that has wanted names, and NEEDED.
 
     With one that is not wanted, as of a further block or norm, it is another network than the model.
     """
-    parts = {name.partition(".")[0] for name in wanted} | {*PARTS.split()}
-    return {name: x for name, x in given.items()
-            if name.partition(".")[0] in parts and not re.search(SPARE, name)}
+    parts = {name.partition(".")[0] for name in wanted}
+    needed = {name: x for name, x in given.items()
+              if name.partition(".")[0] in parts or re.search(NEEDED, name)}
+    return {name: x for name, x in needed.items() if not re.search(SPARE, name)}
 
 
 def fit_channels(kernel, in_chans, how):
@@ -854,11 +857,12 @@ def load_backbone(model, config):
             if name.startswith(prefixes(model, "classifier")) or name.endswith("num_batches_tracked")}
     wanted = {name: x.shape for name, x in model.state_dict().items() if name not in head}
     ours = sorted(wanted, key=lambda name: not name.startswith("fc_norm"))
+    # a ResNet's children in a Sequential, as RadImageNet's and lightly's
     if "layer1.0.conv1.weight" in wanted and not any("layer1." in name for name in named):
         children = dict(zip("014567", "conv1 bn1 layer1 layer2 layer3 layer4".split()))
         child = re.compile(r"^(|.*?\.)([014567])\.(?=\d+\.\w+\.|weight|bias|running)")
         named = {child.sub(lambda found: f"{found[1]}{children[found[2]]}.", name): x
-                 for name, x in named.items()}          # in a Sequential, as RadImageNet's and lightly's
+                 for name, x in named.items()}
     with or_fail(f"find the names of {arch} in {init}"):
         given, prefix = timm_names(named, ours)
     if "layers.0.downsample.reduction.weight" in given:                     # Swin's release: a stage earlier

@@ -54,7 +54,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     min_lr=1e-6,                    # learning rate at the end of the cosine, scaled likewise
     wd=0.04,                        # weight decay at the start
     wd_end=0.04,                    # weight decay at the end, by a cosine; the released fork goes to 0.1
-    clip=3.0,                       # largest gradient norm of each parameter tensor; 0: any
+    clip=3.0,                       # largest gradient norm of each parameter tensor; 0: no clipping
     drop_path=0.1,                  # stochastic depth of the student's last block, linear from 0
     seed=0,                         # of all random numbers
     variant="corrected",            # corrected | paper; the same in this script, only stored with the weights
@@ -107,7 +107,8 @@ def typed(default):
         if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
             raise ValueError
         if kind is list:                                                    # a range of fractions
-            low, high = value = [*map(float, value)]
+            value = [*map(float, value)]
+            low, high = value
             if not 0 < low <= high <= 1:
                 raise ValueError
         return value
@@ -974,19 +975,21 @@ def timm_names(state, wanted):
 
 
 # --- begin copy: adapt ---
-# What no backbone needs: a classifier, the mask token, what is computed. Parts that only some networks have.
+# In any file: what no backbone needs (a classifier, the mask token, what is computed), and what its own does
 SPARE = r"^head\.|mask_token|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask"
-PARTS = "norm norm_pre fc_norm pos_embed absolute_pos_embed cls_token dist_token reg_token register_tokens"
+NEEDED = (r"gamma|bias_table|reg\w*_token|^(blocks|layers?\d?|stages|norm|norm_pre|fc_norm|pos_embed"
+          r"|absolute_pos_embed|cls_token|dist_token)\b")
 
 
 def of_network(given, wanted):
-    """Those of the given tensors that a network needs: of the parts that the wanted names have, and PARTS.
+    """Those of the given tensors that their network needs: of a part that has wanted names, and NEEDED.
 
     With one that is not wanted, as of a further block or norm, it is another network than the model.
     """
-    parts = {name.partition(".")[0] for name in wanted} | {*PARTS.split()}
-    return {name: x for name, x in given.items()
-            if name.partition(".")[0] in parts and not re.search(SPARE, name)}
+    parts = {name.partition(".")[0] for name in wanted}
+    needed = {name: x for name, x in given.items()
+              if name.partition(".")[0] in parts or re.search(NEEDED, name)}
+    return {name: x for name, x in needed.items() if not re.search(SPARE, name)}
 
 
 def fit_channels(kernel, in_chans, how):
@@ -1062,7 +1065,7 @@ def decay_groups(model):
 
 
 def clip_each(parameters, largest):
-    """Clip the norm of the gradient of each parameter tensor, one by one, to `largest`; 0: to any."""
+    """Clip the norm of the gradient of each parameter tensor, one by one, to `largest`; 0: none."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     factors = ((largest or math.inf) / (norms + 1e-6)).clamp(max=1)

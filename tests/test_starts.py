@@ -424,7 +424,10 @@ def test_what_makes_another_network_is_refused_not_left_out(script, theirs, ours
     *((script, VIT, MODEL, name) for script in (GMML, SUPERVISED) for name in (
         "blocks.0.attn.qkv.lora_A.weight", "blocks.1.mlp.fc3.bias", "patch_embed.norm.weight", "norm_pre.weight",
         "dist_token", "absolute_pos_embed")),
+    *((script, VIT, MODEL, name) for script in (GMML, SUPERVISED) for name in (
+        "embeddings.register_tokens", "rel_pos_bias.relative_position_bias_table", "norm.gamma")),
     (SUPERVISED, "resnet18", RESNET_MODEL, "layer1.0.se.fc1.weight"),
+    (SUPERVISED, "resnet18", RESNET_MODEL, "layer5.0.bn1.weight"),
     (SUPERVISED, SWIN, SWIN_MODEL, "absolute_pos_embed")])
 def test_a_network_with_more_in_its_parts_is_refused(script, arch, args, name, manifest, tmp_path):
     torch.save(network(arch, args).state_dict() | {name: torch.ones(1, 3, 48)}, tmp_path / "w.pth")
