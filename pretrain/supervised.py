@@ -91,7 +91,7 @@ def fail(message):
 
 # --- begin copy: flags ---
 def typed(default):
-    """A type for argparse from a flag's default value: numbers are not negative, the rest is read as YAML."""
+    """A type for argparse from a flag's default value: numbers are 0 or more, the rest is read as YAML."""
     kind = type(default)
 
     def read(text):
@@ -99,7 +99,7 @@ def typed(default):
             value = kind(text) if kind in (str, float) else yaml.safe_load(text)
         except yaml.YAMLError as problem:
             raise ValueError from problem                                   # argparse expects it
-        if default is not None and type(value) is not kind or kind in (int, float) and value < 0:
+        if default is not None and type(value) is not kind or kind in (int, float) and not value >= 0:
             raise ValueError
         if kind is list:                                                    # a range of fractions
             value = [*map(float, value)]
