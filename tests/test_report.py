@@ -439,6 +439,7 @@ def test_stand_ins_are_marked_at_every_number_and_have_no_printed_one(folder, tm
         assert left_out == ["3.4", "4.1.1-50k", "mine"][len(drawn):]
     text = " ".join(" ".join(Page(html).text).split())
     assert "° Stand-in data: drawn by data_prep/demo.py" in text and "Verdicts on our runs°" in text
+    assert "\u2060°" in html and not re.search(r"\d\)?(</b>)?°", html)      # no line may end before a mark
     answers = re.findall(r"<li>(.*?)</li>", html, re.S)
     assert answers and all("°" in answer for answer in answers)
     table = pd.read_csv(tmp_path / "out/tables/table2.csv", dtype=str)
@@ -615,6 +616,12 @@ def test_an_arm_fine_tuned_from_another_rows_weights_has_its_data():
     names, packs = report.read_experiments(ROOT / "experiments.yaml", expected)
     assert {name: packs[name] for name in expected} == expected
     assert names["3.4"] == "GMML on MIMIC from ImageNet" and names["mine"] == ""
+
+
+def test_in_print_a_table_keeps_its_title_and_note_together():
+    printed = (ROOT / "evaluate/report.css").read_text().split("@media print")[1]
+    whole = [names for names, rule in re.findall(r"([^{}]+)\{([^{}]*)\}", printed) if rule == "break-inside:avoid"]
+    assert "caption" in whole[0].strip().split(",")
 
 
 def luminance(colour):
