@@ -112,10 +112,10 @@ def mean_over_runs(frame, arms=None):
     cells.loc[cells.runs > 1, ENDS] = np.nan            # those are of single runs
     if arms is not None:
         arms = arms.assign(variant="corrected").set_index(KEY)
-        gap = (arms.value - cells.value).abs()
+        gap = (arms.value - cells.value.reindex(arms.index, fill_value=np.inf)).abs()
         for exp, dataset, *_ in gap.index[gap > 1e-5][:1]:
-            raise InputError(f"arms.csv beside the verdicts has another mean of exp {exp} on {dataset} than "
-                             "metrics.csv; run evaluate/compare.py on this metrics.csv")
+            raise InputError(f"arms.csv beside the verdicts has a mean of exp {exp} on {dataset} that "
+                             "metrics.csv has not; run evaluate/compare.py on it and give its verdicts first")
         cells.update(arms[ENDS])
     return cells
 

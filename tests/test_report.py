@@ -119,18 +119,20 @@ def test_a_cell_is_mean_and_sample_sd_over_runs_with_the_interval_of_compare(tmp
     )  # of the single run
 
 
-def test_arms_csv_of_other_runs_is_refused(tmp_path, monkeypatch, capsys):
+def test_arms_csv_of_other_runs_is_refused(folder, tmp_path, monkeypatch, capsys):
     path = small(tmp_path, *[("3.4", s, "padchest", 5, "auc_mean", "corrected", "", "", 0.8) for s in (0, 1)])
     text = "exp,dataset,labels,metric,label,threshold,value,ci_low,ci_high\n"
-    text += "x,padchest,5,auc_mean,,,0.1,0,1\n3.4,padchest,5,auc_mean,,,{},0.7,0.9\n"
+    text += "3.4,padchest,5,auc_mean,,,{},0.7,0.9\n"
     (tmp_path / "verdicts.csv").write_text("id,testset,verdict,effect,ci_low,ci_high,source\nA,s,not run,,,,\n")
     command = ["--metrics", path, "--out", tmp_path / "out", "--verdicts", tmp_path / "verdicts.csv"]
-    (tmp_path / "arms.csv").write_text(text.format(0.80002))
-    with pytest.raises(SystemExit) as stop:
-        run_here(report, monkeypatch, *command)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "another mean of exp 3.4 on padchest" in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    for wrong in (text.format(0.80002), text.format(0.8) + "3.5,padchest,5,auc_mean,,,0.8,0.7,0.9\n",
+                  (folder / "published/arms.csv").read_text()):      # whose verdicts would pass for ours
+        (tmp_path / "arms.csv").write_text(wrong)
+        with pytest.raises(SystemExit) as stop:
+            run_here(report, monkeypatch, *command)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "arms.csv beside the verdicts has a mean of exp" in error
+        assert error.count("\n") == 1 and not (tmp_path / "out").exists()
     (tmp_path / "arms.csv").write_text(text.format(0.800009))               # six digits are written
     run_here(report, monkeypatch, *command)
     assert "None of the claims applies to these arms." in (tmp_path / "out/report.html").read_text()
