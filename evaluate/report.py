@@ -544,7 +544,7 @@ def compose(args):
         page["pictures"] = pictures(args.runs, packs, args.data, args.with_pictures)
     if pairs is not None:
         found = differences(pairs, args.baseline, results.labels)
-        for kind in ("wide", "narrow"):
+        for kind in ("wide", "narrow") if len(found) else ():
             path = folder / f"differences_{kind}"
             page[kind] = difference_figure(found, results, names, args.baseline, path, kind == "narrow")
     page["figure2"] = disease_figure(results, grid, names, folder / "figure2")
