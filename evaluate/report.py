@@ -144,10 +144,10 @@ class Results:
 
     def __init__(self, frame, arms):
         self.frame = frame
-        self.exps = list(frame.exp.unique())
+        self.exps = frame.exp.unique()
         self.arms = [exp for exp in self.exps if not exp.endswith("-ensemble")]
         self.runs = frame.query("exp in @self.arms").groupby(["exp", "seed"]).ngroups
-        names = list(frame.dataset.unique())
+        names = frame.dataset.unique()
         names = [name for name in names if not name.endswith("_val")] or names      # for thresholds
         names = sorted(names, key=[*TEST_SETS, *names].index)
         self.datasets = {name: TEST_SETS.get(name, name) for name in names}
@@ -422,7 +422,7 @@ def read_logs(runs):
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-                entries.append(dict(entry, exp=exp, part=part, run=str(path)))
+                entries.append(dict(entry, exp=exp, part=part, run=path))
             except (ValueError, TypeError):
                 if number < len(lines):
                     raise InputError(f"{path} line {number} is no JSON object; delete the line") from None
@@ -443,7 +443,7 @@ def learning_figure(logs, arms, path):
             means = own.groupby(["run", "epoch"])[column].mean()
             y = means.unstack().dropna(axis="columns")              # [runs, epochs], as long as the first run
             if part == "pretrain":
-                y = y / y.mean().head(1).sum()
+                y /= y.mean().head(1).sum()
             line, = axis.plot(y.mean(), label=exp, markevery=.1)
             axis.fill_between(y.columns, y.min(), y.max(), color=line.get_color(), alpha=.12)
     return save(figure, path, legend=8)
@@ -532,7 +532,7 @@ def compose(args):
                        for path in (args.metrics, *args.verdicts, *args.overlaps)}
     pairs = beside(args.verdicts[:1], "comparisons.csv")
     pairs = read_tables(pairs, ["metric", "labels", "left", "right"], ["effect", *ENDS])
-    logs = read_logs(args.runs) if args.runs else None
+    logs = args.runs and read_logs(args.runs)
     names = dict(names)                                 # of the figures; the tables have marks
     for exp in results.frame.query("stand_in != '' and exp in @arms").exp.unique():
         names[exp] += " (stand-ins)"
@@ -585,7 +585,7 @@ def main():
         printed = {"title": "The printed tables", "set_names": TEST_SETS, "printed": tables,
                    "claims": page["claims"]}
         loader = jinja2.FileSystemLoader(HERE)
-        environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
         for name, content in (("printed.html", printed), ("report.html", page)):
             html = environment.get_template("report.template.html").render(content).encode()
             write(args.out / name, lambda file: file.write(html))
