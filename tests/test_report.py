@@ -723,6 +723,13 @@ def test_in_print_a_table_keeps_its_title_and_note_together():
     assert {"tr", "caption", "figure"} == set(names.strip().split(","))
 
 
+def test_a_long_name_is_broken_and_not_written_over_the_numbers_beside_it():
+    """Rows' heads have a greatest width, and a name with underscores is one word."""
+    css = (ROOT / "evaluate/report.css").read_text()
+    assert re.search(r"tbody th\{[^}]*max-width", css)
+    assert re.search(r"\nbody\{[^}]*overflow-wrap:break-word", css)
+
+
 def luminance(colour):
     """Relative luminance of #rgb or #rrggbb (WCAG 2.2)."""
     digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
