@@ -1,8 +1,7 @@
 """Put the study on one page: what was asked, what was run and the answers first, then tables and figures.
 
-A cell holds the mean over labels and runs (sd over runs), its 95 % interval and, where the paper has one, the
-printed number. Layout of "From pre-training to downstream performance: does domain-specific pre-training make
-sense?" (Krones 2026, arXiv:2605.08819).
+A cell: mean over labels and runs (sd over runs), 95 % interval and the number that is printed in "From
+pre-training to downstream performance: does domain-specific pre-training make sense?" (arXiv:2605.08819).
 
     python evaluate/report.py --metrics results/metrics.csv --out results
     python evaluate/report.py --metrics results/metrics.csv --out results --runs runs --predictions runs \\
@@ -70,7 +69,7 @@ SHOWN = yaml.safe_load((HERE / "report.yaml").read_text())
 KEY = "exp dataset labels metric variant label threshold".split()           # of a cell
 ENDS = ["ci_low", "ci_high"]
 TEST_SETS = SHOWN["test sets"]                  # {name: as it is shown}
-LOW_IS_GOOD = "fnr|fpr|ece|brier|calibration|risk|gap"
+LOW_IS_GOOD = r"^[^[]*(?:fnr|fpr|ece|brier|calibration|risk|gap)"        # before the [group]
 plt.rcParams.update(SHOWN["style"])
 INK = plt.rcParams["text.color"]                # in an SVG it follows the reader's light or dark mode
 
@@ -113,10 +112,10 @@ def mean_over_runs(frame, arms=None):
     cells.loc[cells.runs > 1, ENDS] = np.nan            # those are of single runs
     if arms is not None:
         arms = arms.assign(variant="corrected").set_index(KEY)
-        gap = (arms.value - cells.value).abs()
+        gap = (arms.value - cells.value.reindex(arms.index, fill_value=np.inf)).abs()
         for exp, dataset, *_ in gap.index[gap > 1e-5][:1]:
-            raise InputError(f"arms.csv beside the verdicts has another mean of exp {exp} on {dataset} than "
-                             "metrics.csv; run evaluate/compare.py on this metrics.csv")
+            raise InputError(f"arms.csv beside the verdicts has a mean of exp {exp} on {dataset} that "
+                             "metrics.csv has not; run evaluate/compare.py on it and give its verdicts first")
         cells.update(arms[ENDS])
     return cells
 
@@ -141,15 +140,14 @@ def printed_numbers():
 
 
 class Results:
-    """Arms, test sets and cells of metrics.csv; cells: a frame by KEY with value, interval and texts to show.
-    arms: arms.csv of compare.py, for the intervals of several runs."""
+    """Arms, test sets and cells of metrics.csv: a frame by KEY with value, interval and texts to show."""
 
     def __init__(self, frame, arms):
         self.frame = frame
-        self.exps = list(frame.exp.unique())
+        self.exps = frame.exp.unique()
         self.arms = [exp for exp in self.exps if not exp.endswith("-ensemble")]
         self.runs = frame.query("exp in @self.arms").groupby(["exp", "seed"]).ngroups
-        names = list(frame.dataset.unique())
+        names = frame.dataset.unique()
         names = [name for name in names if not name.endswith("_val")] or names      # for thresholds
         names = sorted(names, key=[*TEST_SETS, *names].index)
         self.datasets = {name: TEST_SETS.get(name, name) for name in names}
@@ -246,8 +244,8 @@ def data_uri(kind, content):
 
 
 def save(figure, path, legend=0):
-    """Write SVG and PNG, a legend of so many columns; returns the SVG's data URI, None without a line."""
-    if not any(axis.lines for axis in figure.axes):
+    """Write SVG and PNG, a legend of so many columns; returns the SVG's data URI, None without data."""
+    if not any(len(line.get_xdata()) for axis in figure.axes for line in axis.lines):
         return plt.close(figure)
     entries = {}
     for axis in figure.axes:
@@ -289,7 +287,7 @@ def difference_figure(found, results, names, baseline, path, narrow):
         axis.set_title("" if narrow else shown)
         rows = found.query("dataset == @dataset and exp in @exps")
         errors = [rows.effect - rows.ci_low, rows.ci_high - rows.effect]
-        shift = .16 * (place - (n - 1) / 2)
+        shift = .8 / n * (place - (n - 1) / 2)
         y = rows.exp.map(exps.index) + shift * narrow
         axis.errorbar(rows.effect, y, xerr=errors, fmt="o", color=f"C{place}", label=shown)
     shown = exps if narrow else [f"{exp} {names[exp]}" for exp in exps]
@@ -307,17 +305,18 @@ def draw_line(axis, x, cells, label):
 
 def disease_figure(results, grid, names, path):
     """Figure 2: the lines of single arms in the tables of diseases, thresholds and referral."""
+    exps = results.arms[:SHOWN["lines"]]
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 7.6))
-    for axis, (title, panel) in zip(axes.flat, SHOWN["figure 2"].items()):
+    for axis, panel in zip(axes.flat, SHOWN["figure 2"]):
         cells = grid.query("number == @panel['table'] and head == @panel['head']")
         columns = cells.column.unique()
         ticks = list(columns[:6])
         shown = panel["x"] if len(columns) < 7 else f"6 of {len(columns)}"
-        axis.set(title=title, xlabel=shown)
+        axis.set(title=panel["title"], xlabel=shown)
         axis.set_xticks(range(len(ticks)), ticks)
-        for place, exp in enumerate(results.arms):
+        for place, exp in enumerate(exps):
             line = cells.query("exp == @exp and column in @ticks")
-            shift = (place + .5) / len(results.arms) - .5               # side by side
+            shift = (place + .5) / len(exps) - .5               # side by side
             x = line.column.map(ticks.index) + .5 * shift
             draw_line(axis, x, line, f"{exp} {names[exp]}")
     return save(figure, path, legend=2)
@@ -363,8 +362,8 @@ def reliability_figure(results, path):
         curve = bins.query("exp == @exp")
         areas = 60 * np.sqrt(curve.images / curve.images.sum())
         axis.axline((0, 0), (1, 1), color="#888", linewidth=.8)
-        axis.plot(curve.predicted, curve.observed, color="C0", marker="")
-        axis.scatter(curve.predicted, curve.observed, areas, color="C0")
+        axis.plot(curve.predicted, curve.observed, marker="")
+        axis.scatter(curve.predicted, curve.observed, areas)
         axis.set_title(exp)
     for axis in axes.flat[len(results.arms):]:
         axis.remove()
@@ -389,12 +388,11 @@ def decision_figure(folder, exp, dataset, path):
     runs = [read_csv(file, ["path"]).set_index("path") for file in files]
     table = pd.concat(runs).filter(regex="^(true|prob)_")
     table = table.apply(pd.to_numeric, errors="coerce")
-    known = table.isin([0, 1]) | table.columns.str.startswith("prob_")      # of the truths
-    table = table.where(known).groupby("path").mean()
+    table = table.where((table >= 0) & (table <= 1)).groupby("path").mean()         # others are unknown
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []
-    for label in table.filter(like="true_").columns.str.removeprefix("true_"):
-        both = table[[f"true_{label}", f"prob_{label}"]].dropna()
+    for label in table.filter(regex="^true_").columns.str.removeprefix("true_"):
+        both = table.reindex(columns=[f"true_{label}", f"prob_{label}"]).dropna()
         y, p = both.to_numpy().T
         if len(set(y)) == 2:
             precision, recall, _ = precision_recall_curve(y, p)
@@ -410,8 +408,8 @@ def decision_figure(folder, exp, dataset, path):
     decision.plot(thresholds, everybody, ":", color=INK, label="treat all")
     decision.axhline(0, color=INK, linewidth=.8, label="treat none")
     decision.set_ylim(-.05, None)
-    for axis, (title, x_label, y_label) in zip(figure.axes, SHOWN["curves"]):
-        axis.set(title=title, xlabel=x_label, ylabel=y_label)
+    for axis, words in zip(figure.axes, SHOWN["curves"]):
+        axis.set(**words)
     return save(figure, path, legend=6)
 
 
@@ -424,7 +422,7 @@ def read_logs(runs):
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-                entries.append(dict(entry, exp=exp, part=part, run=str(path)))
+                entries.append(dict(entry, exp=exp, part=part, run=path))
             except (ValueError, TypeError):
                 if number < len(lines):
                     raise InputError(f"{path} line {number} is no JSON object; delete the line") from None
@@ -433,20 +431,21 @@ def read_logs(runs):
     return logs.assign(**logs[numbers].apply(pd.to_numeric, errors="coerce"))
 
 
-def learning_figure(logs, path):
-    """Losses and validation AUC by epoch: mean over runs, band from lowest to highest."""
+def learning_figure(logs, arms, path):
+    """Losses and validation AUC by epoch: mean over runs, band from lowest to highest; arms come first."""
+    known = [*arms, *logs.exp]
+    exps = sorted(logs.exp.unique(), key=known.index)[:SHOWN["lines"]]
     figure, axes = plt.subplots(1, 3, figsize=(11.5, 4.2))
-    for axis, (title, (part, column)) in zip(axes, SHOWN["learning"].items()):
+    for axis, (title, part, column) in zip(axes, SHOWN["learning"]):
         axis.set(title=title, xlabel="epoch")
-        for exp in logs.exp.unique():
+        for exp in exps:
             own = logs.query("exp == @exp and part == @part").dropna(subset=column)
             means = own.groupby(["run", "epoch"])[column].mean()
             y = means.unstack().dropna(axis="columns")              # [runs, epochs], as long as the first run
             if part == "pretrain":
-                y = y / y.mean().head(1).sum()
+                y /= y.mean().head(1).sum()
             line, = axis.plot(y.mean(), label=exp, markevery=.1)
-            color = line.get_color()
-            axis.fill_between(y.columns, y.min(), y.max(), color=color, alpha=.12)
+            axis.fill_between(y.columns, y.min(), y.max(), color=line.get_color(), alpha=.12)
     return save(figure, path, legend=8)
 
 
@@ -497,8 +496,7 @@ def read_claims(path):
 def beside(paths, name):
     """The files called `name` beside those of the paths, if they have rows: one arm has no pairs."""
     files = [path.with_name(name) for path in paths]
-    files = [file for file in files if file.is_file()]
-    return [file for file in files if file.read_text().count("\n") > 1]
+    return [file for file in files if file.is_file() and file.read_text().count("\n") > 1]
 
 
 def compose(args):
@@ -534,7 +532,7 @@ def compose(args):
                        for path in (args.metrics, *args.verdicts, *args.overlaps)}
     pairs = beside(args.verdicts[:1], "comparisons.csv")
     pairs = read_tables(pairs, ["metric", "labels", "left", "right"], ["effect", *ENDS])
-    logs = read_logs(args.runs) if args.runs else None
+    logs = args.runs and read_logs(args.runs)
     names = dict(names)                                 # of the figures; the tables have marks
     for exp in results.frame.query("stand_in != '' and exp in @arms").exp.unique():
         names[exp] += " (stand-ins)"
@@ -542,11 +540,11 @@ def compose(args):
     if args.predictions:
         page["curves"] = decision_figure(args.predictions, args.arm, results.main, folder / "curves")
     if args.runs:
-        page["learning"] = learning_figure(logs, folder / "learning")
+        page["learning"] = learning_figure(logs, arms, folder / "learning")
         page["pictures"] = pictures(args.runs, packs, args.data, args.with_pictures)
     if pairs is not None:
         found = differences(pairs, args.baseline, results.labels)
-        for kind in ("wide", "narrow"):
+        for kind in ("wide", "narrow") if len(found) else ():
             path = folder / f"differences_{kind}"
             page[kind] = difference_figure(found, results, names, args.baseline, path, kind == "narrow")
     page["figure2"] = disease_figure(results, grid, names, folder / "figure2")
@@ -566,7 +564,9 @@ def write_tables(tables, folder):
             frame = cells.set_index([*lead, "column"]).shown.unstack(sort=False)
             frame = frame.reset_index().rename(columns=lead)
             name = f"table{spec['number']}"
-            latex = frame.to_latex(index=False, escape=True, caption=spec["title"], label=f"tab:{name}")
+            caption = re.sub("([&%$#_{}])", r"\\\1", spec["title"])
+            latex = frame.to_latex(index=False, escape=True, caption=caption, label=f"tab:{name}")
+            latex = latex.replace("<", "$<$").replace(">", "$>$")           # bare they are set as ¡ and ¿
             for kind, text in (("csv", frame.to_csv(index=False)), ("tex", latex)):
                 write(folder / f"{name}.{kind}", lambda file: file.write(text.encode()))
             if spec["number"] == "2":
@@ -585,7 +585,7 @@ def main():
         printed = {"title": "The printed tables", "set_names": TEST_SETS, "printed": tables,
                    "claims": page["claims"]}
         loader = jinja2.FileSystemLoader(HERE)
-        environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
         for name, content in (("printed.html", printed), ("report.html", page)):
             html = environment.get_template("report.template.html").render(content).encode()
             write(args.out / name, lambda file: file.write(html))

@@ -66,6 +66,13 @@ def cells(table):
     return found
 
 
+def drawn_figures(monkeypatch):
+    """The list that the figures go to which are drawn from now on, instead of to files."""
+    figures = []
+    monkeypatch.setattr(report, "save", lambda figure, *args, **kwargs: figures.append(figure))
+    return figures
+
+
 # ---------------------------------------------------------------------------------------- the printed numbers
 
 KNOWN_ERRATA = {  # printed cells that the published runs contradict, in errata.csv
@@ -112,18 +119,20 @@ def test_a_cell_is_mean_and_sample_sd_over_runs_with_the_interval_of_compare(tmp
     )  # of the single run
 
 
-def test_arms_csv_of_other_runs_is_refused(tmp_path, monkeypatch, capsys):
+def test_arms_csv_of_other_runs_is_refused(folder, tmp_path, monkeypatch, capsys):
     path = small(tmp_path, *[("3.4", s, "padchest", 5, "auc_mean", "corrected", "", "", 0.8) for s in (0, 1)])
     text = "exp,dataset,labels,metric,label,threshold,value,ci_low,ci_high\n"
-    text += "x,padchest,5,auc_mean,,,0.1,0,1\n3.4,padchest,5,auc_mean,,,{},0.7,0.9\n"
+    text += "3.4,padchest,5,auc_mean,,,{},0.7,0.9\n"
     (tmp_path / "verdicts.csv").write_text("id,testset,verdict,effect,ci_low,ci_high,source\nA,s,not run,,,,\n")
     command = ["--metrics", path, "--out", tmp_path / "out", "--verdicts", tmp_path / "verdicts.csv"]
-    (tmp_path / "arms.csv").write_text(text.format(0.80002))
-    with pytest.raises(SystemExit) as stop:
-        run_here(report, monkeypatch, *command)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "another mean of exp 3.4 on padchest" in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    for wrong in (text.format(0.80002), text.format(0.8) + "3.5,padchest,5,auc_mean,,,0.8,0.7,0.9\n",
+                  (folder / "published/arms.csv").read_text()):      # whose verdicts would pass for ours
+        (tmp_path / "arms.csv").write_text(wrong)
+        with pytest.raises(SystemExit) as stop:
+            run_here(report, monkeypatch, *command)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "arms.csv beside the verdicts has a mean of exp" in error
+        assert error.count("\n") == 1 and not (tmp_path / "out").exists()
     (tmp_path / "arms.csv").write_text(text.format(0.800009))               # six digits are written
     run_here(report, monkeypatch, *command)
     assert "None of the claims applies to these arms." in (tmp_path / "out/report.html").read_text()
@@ -144,8 +153,7 @@ def test_figure_3_goes_from_small_to_large_and_learning_ends_with_the_first_run(
     rows = [(f"4.1.1-{size}k", 0, "nih_test", 14, "auc_mean", "corrected", "", "", size / 1000)
             for size in (100, 250, 50)]
     grid = tables_of(small(tmp_path, *rows))["6"]
-    figures = []
-    monkeypatch.setattr(report, "save", lambda figure, *args, **kwargs: figures.append(figure))
+    figures = drawn_figures(monkeypatch)
     report.size_figure(grid, dict.fromkeys(grid.exp, ""), tmp_path / "x")
     assert list(figures[0].axes[0].lines[0].get_xdata()) == [50, 100, 250]
     for seed, values in ((0, [.9, .7]), (11, [.5, .5, .6])):
@@ -153,7 +161,7 @@ def test_figure_3_goes_from_small_to_large_and_learning_ends_with_the_first_run(
         run.mkdir(parents=True)
         lines = [json.dumps({"epoch": epoch, "val_auc": value}) + "\n" for epoch, value in enumerate(values, 1)]
         (run / "log.jsonl").write_text("".join(lines))
-    report.learning_figure(report.read_logs(tmp_path / "runs"), tmp_path / "x")
+    report.learning_figure(report.read_logs(tmp_path / "runs"), ["3.4"], tmp_path / "x")
     lines = [list(line.get_ydata()) for axis in figures[1].axes for line in axis.lines if len(line.get_ydata())]
     assert lines == [pytest.approx([.7, .6])]
 
@@ -165,8 +173,7 @@ def test_unknown_truths_are_in_no_curve(tmp_path, monkeypatch, truths):
     frame["prob_A"], frame["prob_B"] = rng.random((2, 60))
     (tmp_path / "a/predictions/seed0").mkdir(parents=True)
     frame.to_csv(tmp_path / "a/predictions/seed0/s.csv", index=False)
-    figures = []
-    monkeypatch.setattr(report, "save", lambda figure, *args, **kwargs: figures.append(figure))
+    figures = drawn_figures(monkeypatch)
     report.decision_figure(tmp_path, "a", "s", tmp_path / "x")
     lines = {line.get_label(): line for line in figures[0].axes[0].lines}
     assert set(lines) == ({"A", "B"} if 1 in truths else {"A"})
@@ -191,8 +198,7 @@ def test_other_test_sets_show_all_their_labels_and_the_constant_answer_of_whoeve
     assert len(specs["3"]["columns"]) == 7 and "mean accuracy 0.7067, subset accuracy unknown" in specs["7"]["note"]
     grid = report.fill_tables(results, specs.values())
     with pytest.MonkeyPatch.context() as patch:
-        figures = []
-        patch.setattr(report, "save", lambda figure, *args, **kwargs: figures.append(figure))
+        figures = drawn_figures(patch)
         report.disease_figure(results, grid, {"a": "", "b": ""}, tmp_path / "x")
     assert figures[0].axes[0].get_xlabel() == "6 of 7"
 
@@ -439,6 +445,7 @@ def test_stand_ins_are_marked_at_every_number_and_have_no_printed_one(folder, tm
         assert left_out == ["3.4", "4.1.1-50k", "mine"][len(drawn):]
     text = " ".join(" ".join(Page(html).text).split())
     assert "° Stand-in data: drawn by data_prep/demo.py" in text and "Verdicts on our runs°" in text
+    assert "\u2060°" in html and not re.search(r"\d\)?(</b>)?°", html)      # no line may end before a mark
     answers = re.findall(r"<li>(.*?)</li>", html, re.S)
     assert answers and all("°" in answer for answer in answers)
     table = pd.read_csv(tmp_path / "out/tables/table2.csv", dtype=str)
@@ -511,9 +518,8 @@ def test_learning_curves_are_means_of_each_run_before_they_are_compared(tmp_path
         (run / "log.jsonl").write_text("".join(
             json.dumps({"epoch": epoch, "loss": loss}) + "\n" for epoch, own in enumerate(losses, 1) for loss in own)
             + '{"epoch": 2, "loss": "abc"}\n{"epoch": 2, "lo')
-    figures = []
-    monkeypatch.setattr(report, "save", lambda figure, *args, **kwargs: figures.append(figure))
-    report.learning_figure(report.read_logs(tmp_path / "runs"), tmp_path / "learning")
+    figures = drawn_figures(monkeypatch)
+    report.learning_figure(report.read_logs(tmp_path / "runs"), ["3.4"], tmp_path / "learning")
     lines = [line for axis in figures[0].axes for line in axis.lines]
     assert [list(line.get_ydata()) for line in lines if len(line.get_ydata())] == [[3.5, 1.5]]
     band = next(axis.collections[0].get_paths()[0].vertices for axis in figures[0].axes
@@ -615,6 +621,113 @@ def test_an_arm_fine_tuned_from_another_rows_weights_has_its_data():
     names, packs = report.read_experiments(ROOT / "experiments.yaml", expected)
     assert {name: packs[name] for name in expected} == expected
     assert names["3.4"] == "GMML on MIMIC from ImageNet" and names["mine"] == ""
+
+
+def test_figures_of_many_arms_draw_those_whose_lines_can_be_told_apart(tmp_path, monkeypatch):
+    arms = [*ARMS, "0.1.1", "0.1.1b", "0.1.2", "0.1.2b"]
+    rows = [(arm, 0, "chexpert_valid", "", "auc", "corrected", label, "", 0.8) for arm in arms
+            for label in LABELS5]
+    rows += [(arm, 0, "chexpert_valid", 5, "auc_mean", "corrected", "", "", 0.8) for arm in arms]
+    path = small(tmp_path, *rows)
+    for arm in (*arms, "parent"):
+        (tmp_path / f"runs/{arm}/finetune/seed0").mkdir(parents=True)
+        (tmp_path / f"runs/{arm}/finetune/seed0/log.jsonl").write_text('{"epoch": 1, "loss": 1}\n')
+    results, figures = report.Results(report.read_metrics(path), None), drawn_figures(monkeypatch)
+    grid = report.fill_tables(results, report.table_specs(results))
+    report.disease_figure(results, grid, dict.fromkeys(arms, ""), tmp_path)
+    logs = report.read_logs(tmp_path / "runs")
+    report.learning_figure(logs, arms, tmp_path)
+    report.learning_figure(logs[logs.exp.isin(["parent", "3.4", "1.1"])], arms, tmp_path)
+    for figure, expected in zip(figures, (arms[:16], arms[:16], ["1.1", "3.4", "parent"]), strict=True):
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        assert [label.strip() for label in labels] == expected
+        lines = [getattr(handle, "lines", [handle])[0] for handle in handles]   # of an error bar or a line
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(expected)
+    monkeypatch.undo()
+    run_here(report, monkeypatch, "--metrics", path, "--out", tmp_path / "out", "--runs", tmp_path / "runs")
+    text = " ".join(Page((tmp_path / "out/report.html").read_text()).text)
+    assert "on CheXpert vali, the first 16 of 18 arms." in text and "at most 16 arms" in text
+
+
+def test_a_figure_without_data_is_left_out(tmp_path, monkeypatch):
+    path = small(tmp_path, ("a", 0, "mine", "all", "auc_mean", "corrected", "", "", 0.8))
+    (tmp_path / "runs/a/other").mkdir(parents=True)
+    (tmp_path / "runs/a/other/log.jsonl").write_text('{"epoch": 1, "loss": 1, "val_auc": 0.5}\n')
+    head = "dataset,labels,metric,left,right,effect,ci_low,ci_high\n"          # compared without a
+    (tmp_path / "comparisons.csv").write_text(head + "mine,all,auc_mean,b,c,0.1,0,0.2\n")
+    (tmp_path / "verdicts.csv").write_text("id,testset,verdict,effect,ci_low,ci_high,source\nA,s,not run,,,,\n")
+    run_here(report, monkeypatch, "--metrics", path, "--out", tmp_path / "out", "--runs", tmp_path / "runs",
+             "--verdicts", tmp_path / "verdicts.csv")
+    assert not (tmp_path / "out/figures").exists()
+
+
+def test_predictions_that_cannot_be_drawn_are_said(tmp_path, monkeypatch):
+    """No files of the arm; none with probabilities; a label whose name has "true_" in it is one as others."""
+    path = small(tmp_path, ("a", 0, "s", "all", "auc_mean", "corrected", "", "", 0.8))
+    file = tmp_path / "a/predictions/seed0/s.csv"
+    command = ["--metrics", path, "--out", tmp_path / "out", "--predictions", tmp_path]
+    frame = pd.DataFrame({"path": range(8), "true_not_true_x": np.arange(8) % 2})
+    for written, drawn in ((None, False), (frame, False), (frame.assign(prob_not_true_x=0.3), True)):
+        if written is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            written.to_csv(file, index=False)
+        run_here(report, monkeypatch, *command)
+        text = " ".join(" ".join(Page((tmp_path / "out/report.html").read_text()).text).split())
+        assert ("No curves: no true_ and prob_ columns of a on s" in text) != drawn
+        caption = "decision curves of a on s, mean probability of its runs, the last a mean over labels"
+        assert (caption in text) == drawn
+
+
+def test_an_arms_rows_stay_beside_its_name_however_many_test_sets(tmp_path, monkeypatch):
+    sets = [f"set{k}" for k in range(10)]
+    path = small(tmp_path, *((arm, 0, name, "all", "auc_mean", "corrected", "", "", 0.8)
+                             for arm in "abc" for name in sets))
+    results, figures = report.Results(report.read_metrics(path), None), drawn_figures(monkeypatch)
+    found = pd.DataFrame([(arm, name, 0.0, -0.1, 0.1) for arm in "bc" for name in sets],
+                         columns=["exp", "dataset", "effect", "ci_low", "ci_high"])
+    report.difference_figure(found, results, dict.fromkeys("abc", ""), "a", tmp_path, True)
+    rows = [container.lines[0].get_ydata() for container in figures[0].axes[0].containers]
+    assert len(rows) == 10 and all(list(row.astype(float).round()) == [0, 1] for row in rows)
+
+
+def test_the_name_of_a_group_does_not_decide_what_is_best(tmp_path):
+    rows = [(arm, 0, "s", "all", metric, "corrected", "", "", value) for arm, value in (("a", .7), ("b", .8))
+            for metric in ("auc_mean", "auc[race=Singaporean]", "ece[race=Singaporean]")]
+    tables = tables_of(small(tmp_path, *rows))
+    best = {number: set(table.exp[table.best]) for number, table in tables.items()}
+    assert best["B_s_auc"] == {"b"} and best["B_s_ece"] == {"a"}
+
+
+def test_latex_takes_the_names_of_test_sets_and_groups(tmp_path, monkeypatch):
+    rows = [("a", 0, "my_set & 50%", "all", metric, "corrected", "", "", 0.8)
+            for metric in ("auc_mean", "auc[age=<=40]", "auc[age=>80]")]
+    run_here(report, monkeypatch, "--metrics", small(tmp_path, *rows), "--out", tmp_path)
+    text = (tmp_path / "tables/tableB_my_set & 50%_auc.tex").read_text()
+    assert r"\caption{AUC by group, my\_set \& 50\%}" in text
+    assert "age $<$=40" in text and "age $>$80" in text     # bare they are set as "¡" and "¿"
+
+
+def test_one_arm_and_one_model_of_somebody_are_no_plural_and_no_part_of_the_study(tmp_path, monkeypatch):
+    def page(*exps):
+        rows = [(exp, 0, "nih_test", 5, "auc_mean", "corrected", "", "", 0.8) for exp in exps]
+        run_here(report, monkeypatch, "--metrics", small(tmp_path, *rows), "--out", tmp_path)
+        return " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
+    mine, study = page("mine"), page("2.1", "2.2")
+    assert " 1 arm, 1 model, tested on NIH" in mine and "Not run" not in mine
+    assert " 2 arms, 2 models fine-tuned" in study and "Not run: 1.1, 1.2, 2.3" in study
+
+
+def test_in_print_a_table_keeps_its_title_and_note_together():
+    printed = (ROOT / "evaluate/report.css").read_text().split("@media print")[1]
+    names = re.search(r"([^{}]+)\{break-inside:avoid\}", printed)[1]
+    assert {"tr", "caption", "figure"} == set(names.strip().split(","))
+
+
+def test_a_long_name_is_broken_and_not_written_over_the_numbers_beside_it():
+    """Rows' heads have a greatest width, and a name with underscores is one word."""
+    css = (ROOT / "evaluate/report.css").read_text()
+    assert re.search(r"tbody th\{[^}]*max-width", css)
+    assert re.search(r"\nbody\{[^}]*overflow-wrap:break-word", css)
 
 
 def luminance(colour):
