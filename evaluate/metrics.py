@@ -787,7 +787,7 @@ class Rows:
         """
         t, suffix = (chosen["youden"], "_youden") if chosen else (0.5, "@0.5")
         groups = {}
-        for group in sorted(set(people) - {""}):
+        for group in sorted(set(people) - {""}, key=lambda group: (AGES.get(group, 0), group)):
             inside, name = np.c_[people == group], f"[{people.name}={group}]"
             self.put("images", inside.sum(), group=name)
             if inside.sum() >= LEAST:

@@ -190,7 +190,7 @@ def table_specs(results):
                       "columns": columns.get(str(spec["columns"]), spec["columns"])}
     metrics = results.frame.metric.drop_duplicates()
     groups = metrics.str.extract(r"^auc\[(\w+)=(.+)\]$").dropna()
-    groups = groups.sort_values([0, 1]).to_numpy()
+    groups = groups.sort_values(0, kind="stable").to_numpy()        # ages as metrics.py has them
     parts = {f"{attribute} {group}": f"[{attribute}={group}]" for attribute, group in groups}
     parts |= {f"{attribute}: gap": f"_gap[{attribute}]" for attribute, _ in groups}
     youden = metrics.str.startswith("fnr_youden[").any()

@@ -924,6 +924,8 @@ def test_subgroups_have_auc_fnr_fpr_and_calibration_of_their_own(monkeypatch, tm
             1 - sk.recall_score(1 - y, p <= youden))
         assert cell(table, f"ece[{name}]", label="Edema") == pytest.approx(
             m.ece(y.to_numpy()[:, None], p.to_numpy()[:, None])[0])
+    shown = table.metric[table.metric.str.startswith("images[age=")]
+    assert list(shown) == [f"images[age={band}]" for band in ("<=40", "41-60", "61-80", ">80")]
     ages = [value for name, value in found.items() if name.startswith("age")]
     assert cell(table, "auc_gap[age]", label="Edema") == pytest.approx(max(ages) - min(ages))
     assert cell(table, "auc_gap[sex]", label="Edema") == pytest.approx(abs(found["sex=F"] - found["sex=M"]))
