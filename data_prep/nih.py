@@ -67,7 +67,7 @@ def main():
     table["split"] = ""
     fallback = not find(args.raw, "Xray14_train*", "Xray14_val*", "train_list*", "val_list*", required=False)
     for split in ["train_val", "test"] if fallback else ["train", "val", "test"]:
-        path = find(args.raw, f"Xray14_{split}_official.txt*", f"{split}_list.txt*")
+        path = find(args.raw, f"Xray14_{split}_official.txt*", f"{split}_list*.txt*")       # _NIH: of 224 px
         names = read_table(path, sep=r"\s+", header=None)[0]
         odd = names[~names.isin(table.path[table.split == ""])]
         if len(odd):
