@@ -70,12 +70,12 @@ def main():
     source = find(args.raw, "valid.csv*")
     table = pd.concat([read_rows(source).assign(split="val"), read_test(args.raw)], ignore_index=True)
     table = table[(table.view != "Lateral") | (args.views == "all")]
-    path = find(args.raw, "CHEXPERT?DEMO*.csv*", required=False)
-    if path:
+    path = find(args.raw, "CHEXPERT?DEMO*.csv*", "CHEXPERT?DEMO*.xlsx", required=False)
+    if path and path.suffix == ".xlsx":
+        print(f"warning: {path} is not read and race stays blank; save it as CSV beside it")
+    elif path:
         people = read_table(path, ["PATIENT", "PRIMARY_RACE"]).set_axis(["patient", "race"], axis=1)
         table = join(table, people.groupby("patient", as_index=False).max(), ["patient"], path)     # no blank
-    elif find(args.raw, "CHEXPERT?DEMO*.xlsx", required=False):
-        print("warning: CHEXPERT DEMO.xlsx is not read, race stays blank; save it as CSV, too")
     parts = [part for level in ("", "*/", "*/*/") for part in args.raw.glob(f"{level}*batch*")]
     paths = []
     for path in table.path:
