@@ -75,7 +75,7 @@ def main():
         print(f"warning: {path} is not read and race stays blank; save it as CSV beside it")
     elif path:
         people = read_table(path, ["PATIENT", "PRIMARY_RACE"]).set_axis(["patient", "race"], axis=1)
-        table = join(table, people.groupby("patient", as_index=False).max(), ["patient"], path)  # blank < text
+        table = join(table, people.groupby("patient", as_index=False).max(), ["patient"], path)  # '' < text
     parts = [part for level in ("", "*/", "*/*/") for part in args.raw.glob(f"{level}*batch*")]
     paths = []
     for path in table.path:
