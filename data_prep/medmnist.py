@@ -1,7 +1,7 @@
 """MedMNIST v2 -> a pack: sets of small images that anyone may download, in the form of the others.
 
-Yang et al., Scientific Data 10:41, 2023, arXiv:2110.14795. CC BY 4.0. No registration; a file a set and size
-(28, 64, 128, 224 pixels) at https://zenodo.org/records/10519652, for instance
+Yang et al., Scientific Data 10:41, 2023, arXiv:2110.14795. CC BY 4.0. No registration; a set and size (28,
+64, 128 or 224 pixels) is a file of https://zenodo.org/records/10519652:
     wget https://zenodo.org/records/10519652/files/chestmnist_64.npz
 
     python data_prep/medmnist.py --raw chestmnist_64.npz --out data/nih
@@ -10,8 +10,8 @@ Yang et al., Scientific Data 10:41, 2023, arXiv:2110.14795. CC BY 4.0. No regist
 
 Reads {train,val,test}_images, uint8 [N, S, S], and {train,val,test}_labels, [N, 14] of 0 and 1 or [N, 1], the
 number of a class. Writes index.csv, index.json, images.npy, manifest.csv, rejected.csv and pack.json, as a
-reader and pack.py do. The splits are MedMNIST's own; ChestMNIST's are not the lists of NIH. No file has
-patients, sex or age: every image counts as a patient. Source: INFO in medmnist/info.py of medmnist 3.0.2."""
+reader and pack.py do. The splits are MedMNIST's own, not NIH's lists: `stand_in` in pack.json keeps printed
+numbers away. No file has patients, sex or age: an image is a patient. Source: INFO of medmnist 3.0.2."""
 
 import argparse
 import hashlib
@@ -127,10 +127,10 @@ def main():
         mean = float(counts @ level / n)
         std = float(counts @ (level - mean) ** 2 / n) ** 0.5
         pack = {"dataset": args.out.resolve().name, "index_sha256": hashlib.sha256(text.encode()).hexdigest(),
-                "splits": [], "raw": os.path.abspath(args.raw), "size": side, "channels": 1,
-                "variant": "corrected", "dicom": "display", "N": len(rows), "monochrome1": 0,
-                "sixteen_bit": 0, "sixteen_bit_below_4096": 0, "rejected": 0, "reasons": {},
-                "mean": mean / 255, "std": std / 255, "stand_in": None}
+                "splits": [], "raw": os.path.abspath(args.raw), "size": side, "channels": 1, "reasons": {},
+                "variant": "corrected", "dicom": "display", "N": len(rows), "rejected": 0, "monochrome1": 0,
+                "sixteen_bit": 0, "sixteen_bit_below_4096": 0, "mean": mean / 255, "std": std / 255,
+                "stand_in": "MedMNIST's splits and crops, not the study's"}
         (args.out / "pack.json").unlink(missing_ok=True)                # it is written last
         os.replace(part, args.out / "images.npy")
         texts = {"index.csv": text, "index.json": json.dumps(facts, indent=1) + "\n", "manifest.csv": text,

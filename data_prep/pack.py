@@ -300,7 +300,7 @@ def is_finished(out, config):
     except (ValueError, TypeError):
         fail(f"{facts}: not a JSON object; remove it or choose another folder")
     other = [key for key in config if found and found.get(key) != config[key]]
-    if other and not found.get("stand_in"):
+    if other and found.get("stand_in") != STAND_IN:
         fail(f"{out}: its {other[0]} is {found.get(other[0])!r}, not {config[other[0]]!r}; remove the folder "
              f"{out} and make its index again, or use another --out")
     if not found and {"manifest.csv", "images.npy"} & there and not any(out.glob("parts-*")):
