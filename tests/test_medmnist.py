@@ -114,6 +114,19 @@ def test_the_folder_is_what_pack_py_writes(tmp_path, monkeypatch, capsys):
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+def test_the_pack_of_another_maker_is_not_replaced(tmp_path, monkeypatch, capsys):
+    make(tmp_path, "pneumoniamnist", (1, 1))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/pack.json").write_text('{"dataset": "nih", "stand_in": null}\n')
+    (tmp_path / "out/index.csv").write_text("path\n0.png\n")
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, tmp_path, "pneumoniamnist")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "another maker" in error
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"pack.json", "index.csv"}
+    assert (tmp_path / "out/index.csv").read_text() == "path\n0.png\n"
+
+
 def test_pack_py_does_not_replace_a_medmnist_pack(tmp_path, monkeypatch):
     make(tmp_path, "pneumoniamnist", (1, 1), side=28)
     call(monkeypatch, tmp_path, "pneumoniamnist")
