@@ -571,6 +571,7 @@ def test_nih_lists_that_cannot_be_are_refused(refused, tmp_path, change, said):
 def test_nih_images_in_no_list_are_left_out(read, tmp_path):
     table, facts = read("nih", write(tmp_path / "raw", nih_files() | {"test_list.txt": "00000010_000.png\r\n"}))
     assert "00000009" not in set(table.patient) and (len(table), facts["available"]) == (4, 5)
+    assert facts["in_no_list"] == 1
 
 
 # ---- MIMIC-CXR ----
