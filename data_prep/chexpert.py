@@ -7,9 +7,9 @@ Test split of Glocker et al.: chexpert_split_2021_08_20.csv of https://github.co
 
     python data_prep/chexpert.py --raw raw/chexpert --out data/chexpert/index.csv
 
-Reads valid.csv, train.csv, the split and, where there is one, "CHEXPERT DEMO.csv" (race). train/ lies beside
-the tables or spread over folders such as "CheXpert-v1.0 batch 2 (train 1)". Writes split val (202 frontal
-images of 200 patients) and test. Labels are 1, 0, -1 (uncertain) and blank (not mentioned)."""
+Reads valid.csv, train.csv, the split and "CHEXPERT DEMO.csv" (race: the download's .xlsx, saved as CSV) if
+it is there. train/ lies beside the tables or spread over folders such as "CheXpert-v1.0 batch 2 (train 1)".
+Writes split val (202 frontal images) and test. Labels: 1, 0, -1 (uncertain) and blank (not mentioned)."""
 
 import argparse
 import json
@@ -67,15 +67,15 @@ def main():
     parser.add_argument("--views", choices=["frontal", "all"], default="frontal", help="(%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-
     source = find(args.raw, "valid.csv*")
     table = pd.concat([read_rows(source).assign(split="val"), read_test(args.raw)], ignore_index=True)
     table = table[(table.view != "Lateral") | (args.views == "all")]
-    path = find(args.raw, "CHEXPERT?DEMO*.csv*", required=False)
-    if path:
+    path = find(args.raw, "CHEXPERT?DEMO*.csv*", "CHEXPERT?DEMO*.xlsx", required=False)
+    if path and path.suffix == ".xlsx":
+        print(f"warning: {path} is not read and race stays blank; save it as CSV beside it")
+    elif path:
         people = read_table(path, ["PATIENT", "PRIMARY_RACE"]).set_axis(["patient", "race"], axis=1)
-        people = people.groupby("patient", as_index=False).max()            # a blank gives way to a text
-        table = join(table, people, ["patient"], path)
+        table = join(table, people.groupby("patient", as_index=False).max(), ["patient"], path)  # '' < text
     parts = [part for level in ("", "*/", "*/*/") for part in args.raw.glob(f"{level}*batch*")]
     paths = []
     for path in table.path:

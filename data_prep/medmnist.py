@@ -1,17 +1,16 @@
 """MedMNIST v2 -> a pack: sets of small images that anyone may download, in the form of the others.
 
-Yang et al., Scientific Data 10:41, 2023, arXiv:2110.14795. CC BY 4.0. No registration; a file a set and size
-(28, 64, 128, 224 pixels) at https://zenodo.org/records/10519652, for instance
+Yang et al., Scientific Data 10:41, 2023, arXiv:2110.14795. CC BY 4.0. No registration; a set and size (28,
+64, 128 or 224 pixels) is a file of https://zenodo.org/records/10519652:
     wget https://zenodo.org/records/10519652/files/chestmnist_64.npz
 
-    python data_prep/medmnist.py --raw chestmnist_64.npz --out data/nih
-    python data_prep/medmnist.py --raw chestmnist_64.npz --out data/nih_pretrain --pretrain train,val
-    python data_prep/medmnist.py --raw octmnist_64.npz --out data/oct --pretrain train,val,test
+    python data_prep/medmnist.py --raw chestmnist_64.npz --out data/open/nih
+    python data_prep/medmnist.py --raw octmnist_64.npz --out data/open/oct --pretrain train,val,test
 
 Reads {train,val,test}_images, uint8 [N, S, S], and {train,val,test}_labels, [N, 14] of 0 and 1 or [N, 1], the
 number of a class. Writes index.csv, index.json, images.npy, manifest.csv, rejected.csv and pack.json, as a
-reader and pack.py do. The splits are MedMNIST's own; ChestMNIST's are not the lists of NIH. No file has
-patients, sex or age: every image counts as a patient. Source: INFO in medmnist/info.py of medmnist 3.0.2."""
+reader and pack.py do. The splits are MedMNIST's own, not NIH's lists: `stand_in` in pack.json keeps printed
+numbers away. No file has patients, sex or age: an image is a patient. Source: INFO of medmnist 3.0.2."""
 
 import argparse
 import hashlib
@@ -38,7 +37,7 @@ SETS = {"chestmnist": (NIH, [1], (78_468, 11_219, 22_433)),
         "organcmnist": (ORGANS, range(11), (12_975, 2_392, 8_216)),
         "organsmnist": (ORGANS, range(11), (13_932, 2_452, 8_827))}
 COLUMNS = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
-
+STAND_IN = "MedMNIST's splits and crops, not the study's"
 
 # --- begin copy: error ---
 def fail(message):
@@ -46,7 +45,6 @@ def fail(message):
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 # --- end copy: error ---
-
 
 def read(path, name):
     """An array of an .npz file, which is unpacked whole."""
@@ -108,7 +106,6 @@ def main():
     splits = args.pretrain.split(",") if args.pretrain else SPLITS
     if not set(splits) <= set(SPLITS):
         fail(f"--pretrain {args.pretrain}: give one or more of train, val and test, joined by commas")
-
     tables = [read_rows(args.raw, name, split) for split in splits]
     sizes = [len(rows) for rows in tables]
     rows = pd.concat(tables)
@@ -122,16 +119,19 @@ def main():
     part = args.out / "images.npy.part"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        target = args.out / "pack.json"                                     # it is written last
+        if target.exists() and STAND_IN not in target.read_text(errors="replace"):
+            fail(f"{args.out} holds the pack of another maker; use another --out or remove it")
         side, counts = write_images(part, args.raw, splits, sizes, order)
         level, n = np.arange(256), counts.sum()
         mean = float(counts @ level / n)
         std = float(counts @ (level - mean) ** 2 / n) ** 0.5
         pack = {"dataset": args.out.resolve().name, "index_sha256": hashlib.sha256(text.encode()).hexdigest(),
-                "splits": [], "raw": os.path.abspath(args.raw), "size": side, "channels": 1,
-                "variant": "corrected", "dicom": "display", "N": len(rows), "monochrome1": 0,
-                "sixteen_bit": 0, "sixteen_bit_below_4096": 0, "rejected": 0, "reasons": {},
-                "mean": mean / 255, "std": std / 255, "stand_in": None}
-        (args.out / "pack.json").unlink(missing_ok=True)                # it is written last
+                "splits": [], "raw": os.path.abspath(args.raw), "size": side, "channels": 1, "reasons": {},
+                "variant": "corrected", "dicom": "display", "N": len(rows), "rejected": 0, "monochrome1": 0,
+                "sixteen_bit": 0, "sixteen_bit_below_4096": 0, "mean": mean / 255, "std": std / 255,
+                "stand_in": STAND_IN}
+        target.unlink(missing_ok=True)
         os.replace(part, args.out / "images.npy")
         texts = {"index.csv": text, "index.json": json.dumps(facts, indent=1) + "\n", "manifest.csv": text,
                  "rejected.csv": "path,reason\n", "pack.json": json.dumps(pack, indent=1) + "\n"}

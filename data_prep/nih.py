@@ -67,7 +67,7 @@ def main():
     table["split"] = ""
     fallback = not find(args.raw, "Xray14_train*", "Xray14_val*", "train_list*", "val_list*", required=False)
     for split in ["train_val", "test"] if fallback else ["train", "val", "test"]:
-        path = find(args.raw, f"Xray14_{split}_official.txt*", f"{split}_list.txt*")
+        path = find(args.raw, f"Xray14_{split}_official.txt*", f"{split}_list*.txt*")       # _NIH: of 224 px
         names = read_table(path, sep=r"\s+", header=None)[0]
         odd = names[~names.isin(table.path[table.split == ""])]
         if len(odd):
@@ -78,7 +78,7 @@ def main():
         val = draw_validation(pool, round(len(pool) * 11_212 / 86_524), args.seed)      # the study's share
         table.loc[pool.index, "split"] = np.where(pool.isin(val), "val", "train")
     rows = table[table.split != ""].sort_values("path")                 # by name in every layout
-    facts = {"available": len(table), "fallback_split": fallback}
+    facts = {"available": len(table), "in_no_list": len(table) - len(rows), "fallback_split": fallback}
     if args.pretrain:
         rows = sample(rows[(rows.split != "test") | (args.pretrain == "all")], args.n_pretrain, args.seed)
         facts["test_images"] = int((table.split[rows.index] == "test").sum())

@@ -62,11 +62,14 @@ def percentile_window(levels, counts):
 
 
 def prepare_lut(ds, name, values):
-    """Whether the dataset has this LUT. A first input above all values is negative, written unsigned."""
+    """Bits of this LUT's entries, 0 without it. A first input above all values is negative, as unsigned."""
     item = ds[name].value[0] if ds.get(name) else {}
-    if "LUTDescriptor" in item and item.LUTDescriptor[1] > values.max():
+    if not (item.get("LUTDescriptor") and item.get("LUTData")):             # both may be blank
+        return 0
+    if item.LUTDescriptor[1] > values.max():
         item.LUTDescriptor[1] -= 65536
-    return "LUTDescriptor" in item and "LUTData" in item
+    bits, item.LUTDescriptor[2] = item.LUTDescriptor[2], 16     # pydicom knows no 12; of 8 positions wrap
+    return bits
 
 
 def dicom_display(values, code, ds):
@@ -77,17 +80,14 @@ def dicom_display(values, code, ds):
     padded = np.zeros(len(values), bool)
     if ds.get("PixelPaddingValue") is not None:
         ends = ds.PixelPaddingValue, ds.get("PixelPaddingRangeLimit", ds.PixelPaddingValue)
-        kind = f"{'ui'[ds.PixelRepresentation]}{code.itemsize}"
-        ends = np.array(ends).astype(kind)              # some files have them unsigned for signed pixels
+        ends = np.array(ends).astype(f"{'ui'[ds.PixelRepresentation]}{code.itemsize}")     # 65535 may be -1
         padded = (values >= ends.min()) & (values <= ends.max())
     prepare_lut(ds, "ModalityLUTSequence", values)
-    ds.setdefault("RescaleSlope", 1)                    # of slope and intercept alone pydicom takes neither
-    ds.setdefault("RescaleIntercept", 0)
+    ds.RescaleSlope = 1 if ds.get("RescaleSlope") is None else ds.RescaleSlope      # of one alone pydicom
+    ds.RescaleIntercept = ds.get("RescaleIntercept") or 0       # takes neither, on a blank one it fails
     values = apply_modality_lut(values, ds)
-    if prepare_lut(ds, "VOILUTSequence", values):
-        descriptor = ds.VOILUTSequence[0].LUTDescriptor
-        black, white = 0, 2 ** descriptor[2] - 1
-        descriptor[2] = 16              # given 8, pydicom keeps positions in 8 bits, too, and they wrap
+    if bits := prepare_lut(ds, "VOILUTSequence", values):
+        black, white = 0, 2 ** bits - 1
         values = apply_voi_lut(values, ds)
     else:
         black, ds.VOILUTFunction = -np.inf, ds.get("VOILUTFunction") or "LINEAR"     # it may be empty
@@ -300,7 +300,7 @@ def is_finished(out, config):
     except (ValueError, TypeError):
         fail(f"{facts}: not a JSON object; remove it or choose another folder")
     other = [key for key in config if found and found.get(key) != config[key]]
-    if other and not found.get("stand_in"):
+    if other and found.get("stand_in") != STAND_IN:
         fail(f"{out}: its {other[0]} is {found.get(other[0])!r}, not {config[other[0]]!r}; remove the folder "
              f"{out} and make its index again, or use another --out")
     if not found and {"manifest.csv", "images.npy"} & there and not any(out.glob("parts-*")):

@@ -95,12 +95,13 @@ def test_the_folder_is_what_pack_py_writes(tmp_path, monkeypatch, capsys):
     pixels = np.concatenate([arrays[f"{split}_images"].ravel() for split in ("train", "val", "test")]) / 255
     assert facts["mean"] == pytest.approx(pixels.mean(), abs=1e-12)
     assert facts["std"] == pytest.approx(pixels.std(), abs=1e-12)
-    assert (facts["size"], facts["N"], facts["stand_in"], facts["dataset"]) == (28, 14, None, "out")
+    assert (facts["size"], facts["N"], facts["dataset"]) == (28, 14, "out")
     Image.fromarray(arrays["train_images"][0]).save(tmp_path / "0.png")
     (tmp_path / "index.csv").write_text("path\n0.png\n")
     assert run_script("data_prep/pack.py", "--index", tmp_path / "index.csv", "--raw", tmp_path, "--out",
                       tmp_path / "packed").returncode == 0
     packed = json.loads((tmp_path / "packed/pack.json").read_text())
+    assert packed.pop("stand_in") is None and "not the study's" in facts.pop("stand_in")    # other splits
     types = ({key: type(value) for key, value in pack.items()} for pack in (facts, packed))
     assert next(types) == next(types)
     files = {path.name for path in (tmp_path / "packed").iterdir()}
@@ -111,6 +112,31 @@ def test_the_folder_is_what_pack_py_writes(tmp_path, monkeypatch, capsys):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     call(monkeypatch, tmp_path, "pneumoniamnist")
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_the_pack_of_another_maker_is_not_replaced(tmp_path, monkeypatch, capsys):
+    make(tmp_path, "pneumoniamnist", (1, 1))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/pack.json").write_text('{"dataset": "nih", "stand_in": null}\n')
+    (tmp_path / "out/index.csv").write_text("path\n0.png\n")
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, tmp_path, "pneumoniamnist")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "another maker" in error
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"pack.json", "index.csv"}
+    assert (tmp_path / "out/index.csv").read_text() == "path\n0.png\n"
+
+
+def test_pack_py_does_not_replace_a_medmnist_pack(tmp_path, monkeypatch):
+    make(tmp_path, "pneumoniamnist", (1, 1), side=28)
+    call(monkeypatch, tmp_path, "pneumoniamnist")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    Image.fromarray(np.arange(784, dtype=np.uint8).reshape(28, 28)).save(tmp_path / "0.png")
+    (tmp_path / "index.csv").write_text("path\n0.png\n")
+    said = run_script("data_prep/pack.py", "--index", tmp_path / "index.csv", "--raw", tmp_path, "--out",
+                      tmp_path / "out")
+    assert said.returncode == 2 and f"{tmp_path / 'out'}: its index_sha256 is" in said.stderr
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
 def test_published_sizes_are_medmnists():

@@ -349,6 +349,28 @@ def test_a_modality_lut_is_looked_up_first(tmp_path):
     assert grey(path).tolist() == windowed(entries[pixels], 30000, 40000)
 
 
+@pytest.mark.parametrize("bits", [8, 12])
+def test_a_modality_lut_of_any_number_of_bits_is_looked_up(tmp_path, bits):
+    entries = RNG.integers(0, 2 ** bits, 3000)          # 8 or 16 says the standard; files with 12 exist
+    pixels = noise(20, 30, 4096, np.uint16)
+    path = dicom(tmp_path / "x.dcm", pixels, "MONOCHROME1", 12, ModalityLUTSequence=lut(entries, 0, bits),
+                 WindowCenter=100, WindowWidth=120)
+    expected = windowed(entries[np.minimum(pixels, 2999)], 100, 120)
+    assert (grey(path) == 255 - np.array(expected)).all()
+
+
+def test_header_elements_without_a_value_are_as_good_as_none(tmp_path):
+    pixels, window = noise(20, 30, 4096, np.uint16), {"WindowCenter": 1800, "WindowWidth": 2000}
+    empty = Dataset()
+    empty.add_new("LUTDescriptor", "SS", None)
+    empty.add_new("LUTData", "OW", None)
+    plain = grey(dicom(tmp_path / "plain.dcm", pixels, bits=12, **window))
+    for elements in ({"RescaleSlope": None, "RescaleIntercept": None}, {"RescaleIntercept": None},
+                     {"VOILUTSequence": [empty]}, {"VOILUTSequence": []}, {"PixelPaddingValue": None}):
+        path = dicom(tmp_path / "x.dcm", pixels, bits=12, **window, **elements)
+        assert (grey(path) == plain).all(), elements
+
+
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 def test_padding_is_black_and_outside_the_percentiles(tmp_path, photometric):
     inside = noise(40, 30, 500, np.int16) + np.int16(300)

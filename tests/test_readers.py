@@ -508,6 +508,18 @@ def test_nih_images_are_found_in_every_layout_and_the_sample_is_the_same(read, t
     assert list(sample.path) == [f"nih/{place.format(names[i])}" for i in order]
 
 
+def test_nih_re_release_of_224_pixels_has_its_lists_under_other_names(read, tmp_path):
+    files = {name.replace("images/", "images-224/images-224/"): text for name, text in nih_files().items()}
+    for split in ("train", "val"):
+        del files[f"{split}_list.txt"]
+    files["Data_Entry_2017.csv"] = files.pop("Data_Entry_2017_v2020.csv")
+    files["train_val_list_NIH.txt"] = "00000007_000.png\n00000007_001.png\n00000008_000.png"
+    files["test_list_NIH.txt"] = files.pop("test_list.txt")
+    table, facts = read("nih", write(tmp_path / "raw", files))
+    assert facts["fallback_split"] and patients(table[table.split == "test"]) == {"test": 2}
+    assert set(table.patient[table.split != "test"]) == {"00000007", "00000008"}
+
+
 @pytest.mark.parametrize("n", ["6", "0", "-1", "1e3", "some"])
 def test_a_sample_that_cannot_be_drawn_is_refused(refused, tmp_path, n):
     message = refused("nih", write(tmp_path / "raw", nih_files()), "--pretrain", "all", "--n-pretrain", n)
@@ -544,9 +556,9 @@ def test_nih_whole_findings_are_compared_and_unknown_ones_refused(refused, tmp_p
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"val_list.txt": None}, "no Xray14_val_official.txt* or val_list.txt*"),
+    ({"val_list.txt": None}, "no Xray14_val_official.txt* or val_list*.txt*"),
     ({"val_list.txt": "00000007_001.png"}, "'00000007_001.png' is not in"),
-    ({"test_list.txt": None}, "test_list.txt"),
+    ({"test_list.txt": None}, "test_list*.txt*"),
     ({"test_list.txt": "00000099_000.png"}, "test_list.txt: '00000099_000.png' is not in"),
     ({"train_list.txt": "00000007_000.png\n00000007_002.png\n"}, "train_list.txt: '00000007_002.png' is not in"),
     ({"Data_Entry_2017_v2020.csv": None}, "Data_Entry"),
@@ -559,6 +571,7 @@ def test_nih_lists_that_cannot_be_are_refused(refused, tmp_path, change, said):
 def test_nih_images_in_no_list_are_left_out(read, tmp_path):
     table, facts = read("nih", write(tmp_path / "raw", nih_files() | {"test_list.txt": "00000010_000.png\r\n"}))
     assert "00000009" not in set(table.patient) and (len(table), facts["available"]) == (4, 5)
+    assert facts["in_no_list"] == 1
 
 
 # ---- MIMIC-CXR ----
@@ -720,6 +733,16 @@ def test_chexpert_race_is_the_patients_as_given(read, tmp_path, capsys):
     table, _ = read("chexpert", write(tmp_path / "raw", chexpert_files()))
     assert list(table.race) == ["White, non-Hispanic", "", "Black or African American"]
     assert "DEMO.csv: rows for 66.7% of the images" in capsys.readouterr().out
+
+
+def test_chexpert_demographics_as_they_are_downloaded_are_said_to_be_passed_over(read, tmp_path, capsys):
+    folder = tmp_path / "raw" / "chexpertchestxrays-u20210408"
+    write(folder, chexpert_files() | {"CHEXPERT DEMO.xlsx": b"PK"})
+    table, _ = read("chexpert", tmp_path / "raw")
+    assert (table.race == "").all() and "DEMO.xlsx" in capsys.readouterr().out
+    write(folder, {"CHEXPERT DEMO.csv": [DEMO, ["patient00003", "F", "61", "Asian", ""]]})
+    table, _ = read("chexpert", tmp_path / "raw")
+    assert "Asian" in set(table.race) and "DEMO.xlsx" not in capsys.readouterr().out
 
 
 def test_chexpert_demographics_whose_patients_are_mere_numbers_are_refused(refused, tmp_path):
