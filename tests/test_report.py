@@ -698,6 +698,16 @@ def test_the_name_of_a_group_does_not_decide_what_is_best(tmp_path):
     assert best["B_s_auc"] == {"b"} and best["B_s_ece"] == {"a"}
 
 
+@pytest.mark.parametrize("mark, drawn", [("drawn by data_prep/demo.py", True), ("another split", False)])
+def test_only_of_drawings_it_is_said_that_they_tell_nothing_of_the_truth(tmp_path, monkeypatch, mark, drawn):
+    path = tmp_path / "metrics.csv"
+    row = ("2.1", 0, "nih_test", 5, "auc_mean", "corrected", "", "", 0.8)
+    rows_of(row).assign(stand_in=mark).to_csv(path, index=False)
+    run_here(report, monkeypatch, "--metrics", path, "--out", tmp_path)
+    text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
+    assert f"° Stand-in data: {mark}." in text and ("not what is true" in text) == drawn
+
+
 def test_latex_takes_the_names_of_test_sets_and_groups(tmp_path, monkeypatch):
     rows = [("a", 0, "my_set & 50%", "all", metric, "corrected", "", "", 0.8)
             for metric in ("auc_mean", "auc[age=<=40]", "auc[age=>80]")]
