@@ -15,7 +15,6 @@ Stand-in numbers carry a mark; pictures of MIMIC, VinDr and unknown data stay ou
 
 import argparse
 import base64
-import contextlib
 import csv
 import hashlib
 import io
@@ -45,7 +44,7 @@ def options():
     add("--overlaps", type=Path, nargs="+", default=[], help="overlaps.csv of describe.py --overlap")
     add("--runs", type=Path, help="learning curves and pictures: <exp>/**/log.jsonl and <exp>/pretrain/*.png")
     add("--predictions", type=Path, help="curves: <exp>/predictions/seed<k>/<test set>.csv")
-    add("--data", type=Path, help="packed data: a pack's mark of stand-ins lets its pictures be embedded")
+    add("--data", type=Path, help="packs: whose images are drawn and may be shown, whose splits are drawn")
     add("--baseline", help="arm that the first figure subtracts (2.2, else the first)")
     add("--arm", help="arm of the ROC, precision-recall and decision curves (3.4, else the last)")
     add("--with-pictures", action="store_true", help="embed them all; do not pass the page on")
@@ -449,17 +448,20 @@ def learning_figure(logs, arms, path):
     return save(figure, path, legend=8)
 
 
-def pictures(runs, packs, data, allowed):
-    """([(caption, data URI)], arms left out): the last picture of each kind; packs: {arm: pack in data}."""
+def packs_with(text, data, name):
+    """Names of the packs in data, a folder or None, whose JSON file of this name has this text."""
+    files = data.glob(f"*/{name}") if data else ()
+    return [file.parent.name for file in files if text in file.read_bytes()]
+
+
+def pictures(runs, packs, drawn, allowed):
+    """([(caption, data URI)], arms left out): the last picture of each kind; packs: {arm: its pack}."""
     last, shown, left_out = {}, [], []
     for path in sorted(runs.glob("*/pretrain/*.png")):
         last[path.parts[-3], path.stem.rpartition("_")[0]] = path
     for (exp, kind), path in last.items():
         pack = packs.get(exp)
-        drawn = False
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):             # of unknown data
-            drawn = json.loads((data / pack / "pack.json").read_text())["stand_in"]
-        if allowed or drawn or pack and not re.search("mimic|vindr", pack):
+        if allowed or pack in drawn or pack and not re.search("mimic|vindr", pack):
             shown.append((f"{exp}: {kind}", data_uri("png", path.read_bytes())))
         else:
             left_out.append(exp)
@@ -477,7 +479,7 @@ def read_experiments(path, arms):
             while "pretrain" not in row and str(row.get("init")).startswith("exp:"):
                 row = grid.get(row["init"][4:]) or {}       # the row whose weights it starts from
             packs[arm] = row.get("pretrain", {}).get("dataset", "")
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except Exception as error:
         raise InputError(f"{path} cannot be read as YAML ({' '.join(str(error).split())})") from None
     return names, packs
 
@@ -513,16 +515,13 @@ def compose(args):
     names, packs = read_experiments(args.experiments or HERE.parent / "experiments.yaml", arms)
     specs = list(table_specs(results))
     grid = fill_tables(results, specs)
-    page = {
-        **vars(args),
-        "results": results,
-        "names": names,
+    page = vars(args) | {
+        "results": results, "names": names, "packs": packs, "shown": SHOWN,
         "own": not any(names[arm] for arm in arms),             # somebody's, outside the grid
-        "packs": packs,
+        "cut": packs_with(b'"fallback_split": true', args.data, "index.json"),
         "set_names": results.datasets,
         "tables": [(spec, grid.query("number == @spec['number']")) for spec in specs],
         "study": list(read_csv(REPORTED / "table1.csv").exp),
-        "shown": SHOWN,
         "claims": [read_claims(path) for path in args.verdicts],
         "overlaps": read_tables(args.overlaps, ["pack", "other", "images"], ["equal", "near"]),
         "errata": read_csv(REPORTED / "errata.csv").rename(columns=str.capitalize),
@@ -541,7 +540,8 @@ def compose(args):
         page["curves"] = decision_figure(args.predictions, args.arm, results.main, folder / "curves")
     if args.runs:
         page["learning"] = learning_figure(logs, arms, folder / "learning")
-        page["pictures"] = pictures(args.runs, packs, args.data, args.with_pictures)
+        drawn = packs_with(b'"stand_in": "', args.data, "pack.json")
+        page["pictures"] = pictures(args.runs, packs, drawn, args.with_pictures)
     if pairs is not None:
         found = differences(pairs, args.baseline, results.labels)
         for kind in ("wide", "narrow") if len(found) else ():

@@ -438,9 +438,10 @@ def test_stand_ins_are_marked_at_every_number_and_have_no_printed_one(folder, tm
     packs = {"3.4": "mimic_cxr", "4.1.1-50k": "mimic_cxr_supervised", "3.6": "oct"}
     for pack, mark in (("mimic_cxr", "drawn by data_prep/demo.py"), ("mimic_cxr_supervised", None)):
         (tmp_path / pack).mkdir()
-        (tmp_path / pack / "pack.json").write_text(json.dumps({"stand_in": mark}))
+        (tmp_path / pack / "pack.json").write_text(json.dumps({"stand_in": mark}, indent=1))
     for data, drawn in ((tmp_path, ["3.4: recon"]), (None, []), (tmp_path / "nowhere", [])):
-        shown, left_out = report.pictures(folder / "runs", packs, data, False)
+        marked = report.packs_with(b'"stand_in": "', data, "pack.json")
+        shown, left_out = report.pictures(folder / "runs", packs, marked, False)
         assert [caption for caption, _ in shown] == [*drawn, "3.6: recon"]
         assert left_out == ["3.4", "4.1.1-50k", "mine"][len(drawn):]
     text = " ".join(" ".join(Page(html).text).split())
@@ -696,6 +697,18 @@ def test_the_name_of_a_group_does_not_decide_what_is_best(tmp_path):
     tables = tables_of(small(tmp_path, *rows))
     best = {number: set(table.exp[table.best]) for number, table in tables.items()}
     assert best["B_s_auc"] == {"b"} and best["B_s_ece"] == {"a"}
+
+
+def test_a_drawn_validation_split_is_said(tmp_path, monkeypatch):
+    path = small(tmp_path, ("2.1", 0, "nih_test", 5, "auc_mean", "corrected", "", "", 0.8))
+    for name, fallback in (("nih", True), ("nih_pretrain", False)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        facts = {"dataset": "nih", "fallback_split": fallback}                  # as data_prep/nih.py writes it
+        (tmp_path / "data" / name / "index.json").write_text(json.dumps(facts, indent=1))
+    for data, said in ((["--data", tmp_path / "data"], True), ([], False)):
+        run_here(report, monkeypatch, "--metrics", path, "--out", tmp_path, *data)
+        text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
+        assert ("by a seeded draw of patients, as the lists of the study are not there: nih." in text) == said
 
 
 @pytest.mark.parametrize("mark, drawn", [("drawn by data_prep/demo.py", True), ("another split", False)])
