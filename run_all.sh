@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --demo | --open | --plan | --dry-run) option=${1#--}; declare "${option/-/_}=1"; given+=("$1") ;;
     --exp | --raw | --data | --out | --nproc | --tests | --only | --scale | --slurm | --rates)
-      [ $# -ge 2 ] || usage "$1 needs a value"
+      [[ ${2:---} != --* ]] || usage "$1 needs a value"
       declare "${1#--}=$2"; [ "$1" = --slurm ] || given+=("$1" "$2"); shift ;;
     -h | --help) sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "$0"; exit ;;
     *) usage "unknown option $1" ;;

@@ -341,6 +341,7 @@ def test_the_whole_grid_is_planned(project):
 @pytest.mark.parametrize("flags, fragment", [
     (["--exp", "3.44"], "no experiment '3.44'; nearest: 3.4"), (["--fast"], "unknown option --fast"),
     (["--nproc", "two"], "not a number of processes"), (["--exp"], "--exp needs a value"),
+    (["--dry-run", "--exp", ""], "--exp needs a value"), (["--data", "--dry-run"], "--data needs a value"),
     (["--tests", "nih_tets"], "--tests has no nih_tets"), (["--only", "some"], "--only is some"),
     (["--tests", "nih_val"], "--tests has no nih_val")])            # which chooses the epoch
 def test_mistakes_on_the_command_line(project, flags, fragment):
