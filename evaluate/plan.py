@@ -3,8 +3,8 @@
     python evaluate/plan.py --exp '3.4,4.*' --rates gpu.json    rows of experiments.yaml (all without --exp)
     python evaluate/plan.py --exp '3.4,4.*' --list              exp, strategy, data, parent, seeds ("-": none)
 
-As in run_all.sh, rows that others start from are pre-trained, too. PyTorch counts the FLOPs, two
-a multiply-add; a backward pass is two forward passes. Hours of a V100 assume a quarter of its peak,
+As in run_all.sh, rows that others start from are pre-trained, too. PyTorch counts the FLOPs of the backbone,
+two a multiply-add; a backward pass is two forward passes. Hours of a V100 assume a quarter of its peak,
 measured ones that predicting an image takes as long as training does. "-": not known.
 """
 
