@@ -430,6 +430,13 @@ def test_a_step_runs_again_when_its_command_changes(chain, tmp_path):
     assert chain("--exp", "2.1", "--nproc", 2) == []                # the same command on more processes
 
 
+def test_other_claims_are_judged_anew_and_reported(chain, project):
+    chain("--exp", "2.1")
+    (project / "evaluate/reported/claims.csv").touch()
+    assert chain("--exp", "2.1") == ["compare", "compare", "report"]            # ours, the published numbers
+    assert chain("--exp", "2.1") == []
+
+
 def test_the_report_shows_overlaps_where_a_row_pretrains_on_a_pack(chain, tmp_path):
     report = tmp_path / "out/results/report.html"
     chain("--exp", "2.1,0.2.3")                                     # which reads the files themselves
