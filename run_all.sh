@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --demo | --open | --plan | --dry-run) option=${1#--}; declare "${option/-/_}=1"; given+=("$1") ;;
     --exp | --raw | --data | --out | --nproc | --tests | --only | --scale | --slurm | --rates)
-      [ $# -ge 2 ] || usage "$1 needs a value"
+      [[ ${2:---} != --* ]] || usage "$1 needs a value"
       declare "${1#--}=$2"; [ "$1" = --slurm ] || given+=("$1" "$2"); shift ;;
     -h | --help) sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "$0"; exit ;;
     *) usage "unknown option $1" ;;
@@ -137,14 +137,14 @@ while read -r -a fields <&3; do row "${fields[@]}"; done 3<<<"$rows"
 
 step results "$results/metrics.csv" "${predictions[@]}" -- \
   "$PYTHON" evaluate/metrics.py "${predictions[@]}" --manifest "${manifests[@]}" --out "$results/metrics.csv"
-step results "$results/verdicts.csv" "$results/metrics.csv" -- \
+step results "$results/verdicts.csv" "$results/metrics.csv" evaluate/reported/claims.csv -- \
   "$PYTHON" evaluate/compare.py --metrics "$results/metrics.csv" --out "$results"
 step results "$results/published/verdicts.csv" evaluate/reported/claims.csv -- \
   "$PYTHON" evaluate/compare.py --reported --out "$results/published"
 step results "$results/figures/figure1.svg" "${packs[@]/%//manifest.csv}" -- \
   "$PYTHON" data_prep/describe.py --index "${packs[@]/%//index.csv}" --packs "${packs[@]}" --out "$results/figures" \
   --overlap "${!seen[@]}" --against "${tested[@]}"
-step results "$results/report.html" "$results/verdicts.csv" "$results/figures/overlaps.csv" -- \
+step results "$results/report.html" "$results"/{,published/}verdicts.csv "$results/figures/overlaps.csv" -- \
   "$PYTHON" evaluate/report.py --metrics "$results/metrics.csv" --out "$results" --runs "$runs" --predictions "$runs" \
   --data "$data" --verdicts "$results"/{,published/}verdicts.csv ${seen[*]:+--overlaps "$results/figures/overlaps.csv"}
 [ "$dry_run$only" ] || echo "complete; the report is $results/report.html"

@@ -3,8 +3,9 @@
     python evaluate/plan.py --exp '3.4,4.*' --rates gpu.json    rows of experiments.yaml (all without --exp)
     python evaluate/plan.py --exp '3.4,4.*' --list              exp, strategy, data, parent, seeds ("-": none)
 
-PyTorch counts the FLOPs on the architecture, two a multiply-add; a backward pass is two forward passes. Hours
-of a V100 assume a quarter of its peak, measured ones that predicting an image takes as long as training does.
+As in run_all.sh, rows that others start from are pre-trained, too. PyTorch counts the FLOPs of the backbone,
+two a multiply-add; a backward pass is two forward passes. Hours of a V100 assume a quarter of its peak,
+measured ones that predicting an image takes as long as training does. "-": not known.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import signal
 import sys
 from functools import lru_cache
+from math import nan
 from pathlib import Path
 
 import yaml
@@ -22,8 +24,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 V100_HOUR = 31.25e12 * 3600                                     # FLOPs
 N_TRAIN, N_VAL, N_TEST = 75_312, 11_212, 68_898                 # images of NIH; of all five test sets
-# Forward passes an image: three for a view that learns, one for a teacher's view; DINO's local crops apart.
-PASSES = {"gmml": 6, "sit": 8, "moco_v3": 8, "dino": 8, "simmim": 3, "supervised": 3, "classify": 3}
+# Forward passes an image: three for a view that learns (others have one), one for a teacher's; DINO's local
+PASSES = {"gmml": 6, "sit": 8, "moco_v3": 8, "dino": 8}         # crops apart
 
 
 # --- begin copy: error ---
@@ -48,10 +50,10 @@ def lines_of(table, exp, rows, miniature):
     kind, _, parent = row["init"].partition(":")
     if kind != "exp":                           # in the miniature c.0 stands in for ImageNet weights
         parent = "c.0" if miniature and kind in ("timm", "torchvision") else "-"
-    before = lines_of(table, parent, rows, miniature) if parent in table else []
+    before = lines_of(table, parent, rows, miniature) if parent != "-" else []
     seeds = keys_of(table, exp, "finetune", miniature)["seeds"] if exp in rows else "-"
-    seeds = ",".join(map(str, seeds))
-    return [*before, f"{exp}\t{row['strategy']}\t{row['dataset']}\t{parent}\t{seeds}"]
+    seeds = str(seeds).strip("[]").replace(" ", "")
+    return [*before, (exp, row["strategy"], row["dataset"], parent, seeds)]
 
 
 @lru_cache
@@ -79,17 +81,17 @@ def cost(stage, keys, rates):
     network = row["arch"], row["in_chans"], tuple(row["model_args"].items())
     size = row["model_args"].get("img_size", row["img_size"])
     if stage == "pretrain":
-        steps, tested = row["samples"] // batch * epochs, 0
-        images = steps * batch
+        steps, tested = (row["samples"] or nan) // batch * epochs, 0        # 0: all, however many
     else:
-        runs = len(row["seeds"])
-        steps, images = N_TRAIN // batch * epochs * runs, N_TRAIN * epochs * runs
+        runs = str(row["seeds"]).count(",") + 1
+        steps = N_TRAIN // batch * epochs * runs
         tested = (N_VAL * epochs + N_VAL + N_TEST) * runs
-    flops = (PASSES[script] * images + tested) * forward(*network, size)
+    images = steps * batch
+    flops = (PASSES.get(script, 3) * images + tested) * forward(*network, size)
     if script == "dino":
         local = round(size * 96 / 224 / 16) * 16
         flops += 3 * row["n_local_crops"] * images * forward(*network, local)
-    rate = rates.get((script, row["arch"], size), float("nan"))
+    rate = rates.get((script, row["arch"], size), nan)
     return steps, images, flops / 1e15, flops / V100_HOUR, (images + tested) / rate / 3600
 
 
@@ -105,19 +107,22 @@ def main():
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
-    table = yaml.safe_load((ROOT / "experiments.yaml").read_text())
-    table = {str(exp): row for exp, row in table.items()}   # scripts refuse a key without quotes
-    known = [exp for exp in table if not exp.startswith(("defaults", "miniature"))]
     rows = []
-    for part in args.exp.split(","):
-        found = fnmatch.filter(known, part)
-        if not found:
-            near = ", ".join(difflib.get_close_matches(part, known)) or "none"
-            fail(f"experiments.yaml has no experiment '{part}'; nearest: {near}")
-        rows += found
+    try:
+        table = yaml.safe_load((ROOT / "experiments.yaml").read_text())
+        known = [exp for exp in map(str, table) if not exp.startswith(("defaults", "miniature"))]
+        for part in args.exp.split(","):
+            found = fnmatch.filter(known, part)
+            if not found:
+                near = ", ".join(difflib.get_close_matches(part, known))
+                fail(f"experiments.yaml has no experiment '{part}'; nearest: {near or 'none'}")
+            rows += found
+        lines = dict.fromkeys(line for exp in rows for line in lines_of(table, exp, rows, args.miniature))
+    except Exception as problem:        # no YAML; a row that is empty, has no quotes, starts from itself
+        what = f"{type(problem).__name__} {' '.join(str(problem).split())}"
+        fail(f"cannot list {args.exp} of experiments.yaml, whose keys stand in quotes: {what}")
     if args.list:
-        lines = [line for exp in rows for line in lines_of(table, exp, rows, args.miniature)]
-        return print(*dict.fromkeys(lines), sep="\n")
+        return print(*map("\t".join, lines), sep="\n")
     import numpy as np                  # here: --list is quick without
     rates, card = {}, "no GPU"
     if args.rates:
@@ -126,20 +131,21 @@ def main():
             tried = [row for row in found["parts"]["fast"].values() if "loop" in row]
             rates = {(row["script"], row["arch"], row["img_size"]): row["loop"]["median"] for row in tried}
             card = found["card"]
-        except (OSError, ValueError, LookupError, TypeError) as problem:
+        except Exception as problem:
             fail(f"--rates {args.rates}: not a gpu.json of tests/bench/gpu.py ({problem!r}); measure again")
     print("       row    stage     steps       images  PFLOP  V100 h  measured h")
     costs, files = [], set()
-    for exp in dict.fromkeys(rows):
-        for stage in [*table[exp].keys() & {"pretrain"}, "finetune"]:
-            costs.append(cost(stage, keys_of(table, exp, stage), rates))
-            numbers = "{:9,} {:12,} {:6,.0f} {:7,.1f} {:11,.1f}".format(*costs[-1])
-            print(f"{exp:>10} {stage}", numbers.replace("nan", "  -"))
-        row = keys_of(table, exp, "pretrain")
-        packs = "nih", "vindr_cxr", "padchest", "chexpert", row.get("dataset", "nih")
+    for exp, strategy, dataset, _, seeds in lines:
+        for stage, asked in ("pretrain", strategy), ("finetune", seeds):
+            if asked != "-":
+                costs.append(cost(stage, keys_of(table, exp, stage), rates))
+                numbers = "{:9,} {:12,} {:6,.0f} {:7,.1f} {:11,.1f}".format(*costs[-1])
+                print(f"{exp:>10} {stage}", numbers.replace("nan", "  -"))
+        packs = {"nih", "vindr_cxr", "padchest", "chexpert", dataset} - {"-"}
         files |= {f"{args.data}/{pack}/manifest.csv" for pack in packs}
-        if "." in row["init"].partition(":")[0]:            # a file; timm and torchvision fetch theirs
-            files.add(row["init"])
+        init = table[exp].get("init", "")
+        if "/" in init:                                     # a file; timm and torchvision fetch theirs
+            files.add(init)
     hours, measured = np.nansum(costs, 0)[3:]
     print(f"V100: {hours:,.0f} h; {card}: {measured:,.0f} h where measured")
     print("missing:", *sorted(file for file in files if not Path(file).is_file()), sep="\n")

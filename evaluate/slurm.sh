@@ -5,13 +5,14 @@
 #   python evaluate/plan.py --list | bash evaluate/slurm.sh DIR [options of run_all.sh]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-folder=$1; shift
+folder=$1 python=${PYTHON:-}; shift
 mkdir -p "$folder"
 cat > "$folder/job.sh" <<END
 #!/bin/bash
 #SBATCH --nodes=1 --ntasks=1 --gpus-per-node=4 --cpus-per-task=32 --mem=128G --time=24:00:00
 #SBATCH --requeue --open-mode=append --signal=TERM@600 --output=%x-%j.log     # ten minutes to save
 cd ${PWD@Q}
+export PYTHON=${python@Q} SRUN_CPUS_PER_TASK=\$SLURM_CPUS_PER_TASK     # srun inherits them no more
 srun bash run_all.sh ${*@Q} "\$@"
 code=\$?
 [ \$code = 75 ] && scontrol requeue "\$SLURM_JOB_ID"

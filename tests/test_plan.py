@@ -25,8 +25,9 @@ TABLE = {
 
 
 def lines(capsys, monkeypatch, tmp_path, table, *flags):
-    """What the command prints for a table of experiments."""
-    (tmp_path / "experiments.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+    """What the command prints for a table of experiments, or for the text of its file."""
+    text = table if isinstance(table, str) else yaml.safe_dump(table, sort_keys=False)
+    (tmp_path / "experiments.yaml").write_text(text)
     for folder in ("pretrain", "finetune"):
         if not (tmp_path / folder).exists():
             (tmp_path / folder).symlink_to(ROOT / folder)
@@ -44,6 +45,32 @@ def test_a_row_is_listed_after_the_rows_it_starts_from(capsys, monkeypatch, tmp_
     every = lines(capsys, monkeypatch, tmp_path, TABLE, "--list")
     assert [line.split("\t")[0] for line in every] == ["2.1", "1.2", "3.1", "5.2", "5.2b"]
     assert every[1].split("\t")[4] == "3"
+
+
+@pytest.mark.parametrize("seeds, listed, runs", [(7, "7", 1), ("0,11", "0,11", 2), ([0, 11, 21], "0,11,21", 3)])
+def test_seeds_may_be_a_number_or_a_text_as_in_the_script(capsys, monkeypatch, tmp_path, seeds, listed, runs):
+    table = {**TABLE, "x": {"finetune": {"seeds": seeds, "epochs": 1}}}
+    assert lines(capsys, monkeypatch, tmp_path, table, "--list", "--exp", "x") == [f"x\t-\t-\t-\t{listed}"]
+    stage = lines(capsys, monkeypatch, tmp_path, table, "--exp", "x")[1].split()
+    assert stage[:3] == ["x", "finetune", f"{75_312 // 64 * runs:,}"]
+
+
+def test_the_plan_counts_what_the_chain_runs_of_parents(capsys, monkeypatch, tmp_path):
+    """5.2b starts from 5.2, which starts from 3.1: they are pre-trained, not fine-tuned, on packs of theirs."""
+    found = lines(capsys, monkeypatch, tmp_path, TABLE, "--exp", "5.2b", "--data", tmp_path)
+    stages = [line.split()[:2] for line in found[1:4]]
+    assert stages == [["3.1", "pretrain"], ["5.2", "pretrain"], ["5.2b", "finetune"]]
+    hours = sum(float(line.split()[5]) for line in found[1:4])
+    assert float(found[4].split()[1]) == pytest.approx(hours, abs=0.6)
+    assert {f"{tmp_path}/{pack}/manifest.csv" for pack in ("nih_pretrain", "oct", "nih")} <= {*found}
+    assert f"{tmp_path}/-/manifest.csv" not in found
+
+
+def test_the_cost_of_all_images_of_a_pack_is_unknown_and_not_nothing(capsys, monkeypatch, tmp_path):
+    table = {**TABLE, "x": {"pretrain": {"strategy": "gmml", "dataset": "oct", "samples": 0}}}
+    found = lines(capsys, monkeypatch, tmp_path, table, "--exp", "x")
+    assert found[1].split() == ["x", "pretrain", *"-----"]
+    assert found[3] == f"V100: {float(found[2].split()[5]):.0f} h; no GPU: 0 h where measured"
 
 
 def test_steps_and_images_are_those_of_the_row(capsys, monkeypatch, tmp_path):
@@ -67,8 +94,9 @@ def test_files_of_weights_and_packs_are_missing_until_they_are_there(capsys, mon
         found = lines(capsys, monkeypatch, tmp_path, table, "--exp", "x,5.2,2.1")
         return found[found.index("missing:") + 1:]
     packs = [f"data/{name}/manifest.csv" for name in ("chexpert", "nih", "padchest", "vindr_cxr")]
-    assert missing() == sorted([*packs, "data/oct/manifest.csv", "weights/net.pth"])
-    for file in ["weights/net.pth", "data/nih/manifest.csv", "data/oct/manifest.csv"]:
+    needed = ["weights/net.pth", "data/nih_pretrain/manifest.csv", "data/oct/manifest.csv"]     # 5.2: of 3.1 too
+    assert missing() == sorted([*packs, *needed])
+    for file in [*needed, "data/nih/manifest.csv"]:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     assert missing() == [packs[0], *packs[2:]]
@@ -119,7 +147,12 @@ def test_hours_by_measured_rates_stand_beside_the_estimate(capsys, monkeypatch, 
     (TABLE, ["--exp", "miniature"], "no experiment 'miniature'"),
     (TABLE, ["--rates", "absent.json"], "--rates absent.json: not a gpu.json"),
     (TABLE, ["--rates", ROOT / "experiments.yaml"], "experiments.yaml: not a gpu.json"),
-    (TABLE, ["--rates", "list.json"], "list.json: not a gpu.json")])
+    (TABLE, ["--rates", "list.json"], "list.json: not a gpu.json"),
+    ("a: {b: c", ["--exp", "2.1"], "experiments.yaml"),
+    ({**TABLE, "x": None}, ["--exp", "x"], "cannot list x of experiments.yaml"),
+    ({**TABLE, 9.1: {}}, ["--exp", "9.1"], "keys stand in quotes: KeyError '9.1'"),
+    ({**TABLE, "x": {"init": "exp:9.9"}}, ["--exp", "2.1,x", "--list"], "KeyError '9.9'"),
+    ({**TABLE, "x": {"init": "exp:y"}, "y": {"init": "exp:x"}}, ["--exp", "x"], "RecursionError")])
 def test_mistakes_are_one_sentence(capsys, monkeypatch, tmp_path, table, flags, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list.json").write_text("[1]")

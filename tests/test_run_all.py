@@ -215,6 +215,30 @@ def test_slurm_jobs_are_chained_and_do_what_the_chain_does(project, demo, tmp_pa
     assert state(project) == before             # nothing but what the chain does: c.0 is not fine-tuned
 
 
+def test_a_slurm_job_has_the_python_of_its_submission_and_all_its_cpus(project, tmp_path):
+    """With a stand-in for srun that only notes what it sees; a job that was stopped is queued again, no other."""
+    python = tmp_path / "my py#thon's"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "srun").write_text("""#!/bin/bash
+        printf '%s\\n' "$PYTHON" "$SRUN_CPUS_PER_TASK" "$PWD" "$@" > "$QUEUE/seen"
+        exit "$CODE"
+    """)
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$CODE $@" >> "$QUEUE/again"\n')
+    for file in (python, tmp_path / "srun", tmp_path / "scontrol"):
+        file.chmod(0o755)
+    made = run_all(project, "--exp", "2.1", "--slurm", tmp_path / "jobs", env={**ENV, "PYTHON": str(python)})
+    assert made.returncode == 0, made.stderr
+    env = {**ENV, "QUEUE": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "123",
+           "SLURM_CPUS_PER_TASK": "12"}
+    env.pop("PYTHON")
+    for code in ("0", "2", "75"):
+        job = subprocess.run(["bash", tmp_path / "jobs/job.sh", "--only", "data"], cwd=tmp_path, env={**env, "CODE": code})
+        assert job.returncode == int(code)
+        assert (tmp_path / "seen").read_text().splitlines() == [
+            str(python), "12", str(project), "bash", "run_all.sh", "--exp", "2.1", "--only", "data"]
+    assert (tmp_path / "again").read_text() == "75 requeue 123\n"
+
+
 @pytest.mark.slow
 def test_two_nodes_are_two_launchers_that_meet(project, demo):
     """An arm on two torchrun agents of this machine, as on two nodes: what one process writes."""
@@ -317,6 +341,7 @@ def test_the_whole_grid_is_planned(project):
 @pytest.mark.parametrize("flags, fragment", [
     (["--exp", "3.44"], "no experiment '3.44'; nearest: 3.4"), (["--fast"], "unknown option --fast"),
     (["--nproc", "two"], "not a number of processes"), (["--exp"], "--exp needs a value"),
+    (["--dry-run", "--exp", ""], "--exp needs a value"), (["--data", "--dry-run"], "--data needs a value"),
     (["--tests", "nih_tets"], "--tests has no nih_tets"), (["--only", "some"], "--only is some"),
     (["--tests", "nih_val"], "--tests has no nih_val")])            # which chooses the epoch
 def test_mistakes_on_the_command_line(project, flags, fragment):
@@ -403,6 +428,13 @@ def test_a_step_runs_again_when_its_command_changes(chain, tmp_path):
     assert chain("--exp", "2.1") == ["metrics", "compare", "report"]
     assert "2.1/predictions" in (tmp_path / "out/results/metrics.csv").read_text()
     assert chain("--exp", "2.1", "--nproc", 2) == []                # the same command on more processes
+
+
+def test_other_claims_are_judged_anew_and_reported(chain, project):
+    chain("--exp", "2.1")
+    (project / "evaluate/reported/claims.csv").touch()
+    assert chain("--exp", "2.1") == ["compare", "compare", "report"]            # ours, the published numbers
+    assert chain("--exp", "2.1") == []
 
 
 def test_the_report_shows_overlaps_where_a_row_pretrains_on_a_pack(chain, tmp_path):
