@@ -122,9 +122,7 @@ def person(rng):
         width=rng.normal(0.74, 0.025),                      # of half the chest
         base=rng.normal(0.38, 0.03),                        # y of the diaphragm
         heart=rng.normal(0.32, 0.02),                       # half the width of the heart on a PA film
-        rib_gap=rng.normal(0.15, 0.008),
-        fat=rng.uniform(0.85, 1.0),
-        vessels=rng.uniform())
+        rib_gap=rng.normal(0.15, 0.008), fat=rng.uniform(0.85, 1.0), vessels=rng.uniform())
 
 
 def thorax(a, has, view, sick, size, rng):
@@ -655,6 +653,9 @@ def generate(out, settings):
                 continue
             place, partly = out / name, out / f"{name}.partial"
             shutil.rmtree(partly, ignore_errors=True)           # from an interrupted run
+            if place.exists():
+                place.rename(partly)                            # half of it in its place would seem a download
+                shutil.rmtree(partly)
             partly.mkdir(parents=True)
             tasks = dataset(partly, (settings["seed"], number), lambda n: max(6, round(n * scale)))
             list(pool.map(make, tasks, chunksize=16))
@@ -663,7 +664,6 @@ def generate(out, settings):
                 "labels are invented: no number computed from them says anything about the real data.",
                 f"Made with seed {settings['seed']}, scale {scale}.",
                 f"Digest of the files' names and sizes: {contents(partly)}."])
-            shutil.rmtree(place, ignore_errors=True)
             os.replace(partly, place)
             images[name] = len(tasks)
             print(f"stand-in for {name:9s} {len(tasks):6,d} images", flush=True)

@@ -53,6 +53,22 @@ def test_same_seed_gives_the_same_bytes_even_after_an_interruption(small, tmp_pa
     assert tree_hash(tmp_path) == tree_hash(small)
 
 
+def test_half_a_removed_folder_does_not_pass_for_a_download(small, tmp_path, monkeypatch):
+    """Stopped while it removes the drawings of before, whose README.txt is gone first."""
+    def interrupted(folder, **_):
+        if folder.exists():
+            (folder / "README.txt").unlink()
+            raise KeyboardInterrupt
+    before = tree_hash(shutil.copytree(small, tmp_path, dirs_exist_ok=True))
+    command = ["--out", tmp_path, "--scale", 0.02, "--keep"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(demo.shutil, "rmtree", interrupted)
+        run_here(demo, patch, *command)
+    again = run_script("data_prep/demo.py", *command)
+    assert again.returncode == 0 and "kept as they are: no folders" in again.stdout
+    assert tree_hash(tmp_path) == before
+
+
 def test_another_seed_replaces_every_picture(small, tmp_path):
     before = tree_hash(shutil.copytree(small, tmp_path, dirs_exist_ok=True))
     assert run_script("data_prep/demo.py", "--out", tmp_path, "--scale", "0.02", "--seed", 1).returncode == 0
