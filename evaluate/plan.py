@@ -24,8 +24,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 V100_HOUR = 31.25e12 * 3600                                     # FLOPs
 N_TRAIN, N_VAL, N_TEST = 75_312, 11_212, 68_898                 # images of NIH; of all five test sets
-# Forward passes an image: three for a view that learns (others have one), one for a teacher's; DINO's local
-PASSES = {"gmml": 6, "sit": 8, "moco_v3": 8, "dino": 8}         # crops apart
+# Forward passes an image, elsewhere 3: three a view that learns, one a teacher's; DINO's local crops apart
+PASSES = {"gmml": 6, "sit": 8, "moco_v3": 8, "dino": 8}
 
 
 # --- begin copy: error ---
