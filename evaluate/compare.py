@@ -465,9 +465,12 @@ def main():
             rows = pairs_of(arms, args.arms)
             if not rows:
                 fail(f"no metric of both '{args.arms[0]}' and '{args.arms[1]}'; known: {', '.join(exps)}")
-            shown = pd.DataFrame(rows, columns=TWO)
-            tables = {"two_arms": shown}
+            tables = {"two_arms": pd.DataFrame(rows, columns=TWO)}
+            shown = tables["two_arms"].query("metric in ('auc_mean', 'auc')")
+            print("effect: {} less {}; --out writes all {} metrics".format(*args.arms, len(rows)))
         else:
+            if not args.claims.is_file():
+                fail(f"{args.claims} does not exist: give --claims FILE, or --arms LEFT RIGHT for two models")
             claims = read_csv(args.claims, CLAIM)
             claims["margin"] = pd.to_numeric(claims["margin"], errors="coerce")
             decided = verdicts(claims.to_dict("records"), complete(arms, printed))

@@ -76,7 +76,7 @@ def options():
     add("--out", required=True, help="the .csv to write; {seed} in it becomes that of the checkpoint")
     add("--mask", action="store_true", help="leave true_<label> of -1 and blank cells blank; else it is 0")
     add("--test-crops", type=int, choices=[1, 10], default=1, help="views averaged an image [1]")
-    add("--features", action="store_true", help="write the pooled features, too")
+    add("--features", action="store_true", help="write the pooled features, too, into the .npy beside --out")
     add("--keep", action="store_true", help="keep <out>.pack, the pack of --images")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--batch", type=int, default=64, help="images a pass [64]")
@@ -213,7 +213,7 @@ def predict(model, facts, manifest, split, file, args, device):
     """Predict the images of a manifest; process 0 writes them to `file`, facts and features beside it."""
     own = file.resolve() == Path(manifest).resolve() or file.stem in ("images", "manifest", "pack")
     if file.suffix != ".csv" or own:                    # .json and .npy get the same stem
-        fail(f"--out {file}: give a .csv another name than that of {manifest}, images, manifest and pack")
+        fail(f"--out {file}: give a .csv, not {manifest} and not named images, manifest or pack")
     rows, labels = read_manifest(manifest, split), facts["labels"]
     known, pack = truth(manifest, rows, labels), Path(manifest).with_name("pack.json")
     with or_fail(f"read {pack}"):
@@ -243,6 +243,8 @@ def predict(model, facts, manifest, split, file, args, device):
         said += f"; {known.isna().sum().sum():,} unknown cells {counted}"
     if len(known) and "patient" not in rows:
         said += "; no column patient: intervals will take images for patients"
+    if args.features:
+        said += f"; {model.num_features} features an image in {file.with_suffix('.npy')}"
     print(said)
 
 

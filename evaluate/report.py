@@ -1,16 +1,16 @@
 """Put the study on one page: what was asked, what was run and the answers first, then tables and figures.
 
-A cell: mean over labels and runs (sd over runs), 95 % interval and the number that is printed in "From
-pre-training to downstream performance: does domain-specific pre-training make sense?" (arXiv:2605.08819).
+A cell: mean over labels and runs (sd over runs), 95 % interval, number printed in the paper, arXiv:2605.08819.
 
-    python evaluate/report.py --metrics results/metrics.csv --out results
+    python evaluate/compare.py --metrics metrics.csv --out cmp                     two models of yours: this,
+    python evaluate/report.py --metrics metrics.csv --verdicts cmp/verdicts.csv --out page        then this
     python evaluate/report.py --metrics results/metrics.csv --out results --runs runs --predictions runs \\
         --verdicts results/verdicts.csv results/published/verdicts.csv
 
 Reads   metrics.csv; report.yaml (what stands where), report.*.html, report.css and reported/ beside this
         script; what the options name, with arms.csv, comparisons.csv and detectable.csv beside verdicts.csv
-Writes  OUT/report.html, printed.html (the paper's tables), tables/*.csv and *.tex, figures/*.svg and *.png
-Stand-in numbers carry a mark; pictures of MIMIC, VinDr and unknown data stay out unless asked for.
+Writes  OUT/report.html, printed.html (the paper's tables), tables/*.csv and *.tex, figures/*.svg and *.png;
+        stand-in numbers carry a mark, pictures of MIMIC, VinDr, unknown data stay out unless asked for
 """
 
 import argparse

@@ -47,7 +47,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih",                  # folder below --data with manifest.csv and images.npy
     label_names="",                 # columns to learn, in this order, as in A,C; none: NIH's 14, or else all
-    labels=1.0,                     # share of the training patients whose labels are used
+    labels=1.0,                     # share of the training patients of each finding whose labels are used
     uncertain="zeros",              # zeros | ones | ignore; what -1 in a label column counts as
     blank="zero",                   # zero | ignore; what a blank label cell counts as
     pos_weight=None,                # of positives in training, not in val_loss: one, one a label or balanced
@@ -61,7 +61,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     wd=0.05,                        # weight decay
     drop_path=0.1,                  # stochastic depth of the last block, linear from 0
     select="auc",                   # auc | loss; best epoch by highest mean validation AUC or lowest loss
-    crop_pct=0.875,                 # share of a validation image's side in its central crop, as 224 of 256
+    crop_pct=0.875,                 # share of a validation image's side in its central crop; of a probe 1
     epochs=30,                      # passes over the images
     batch=64,                       # images per optimiser step, all processes together
     patience=10,                    # stop after more than so many epochs without a lower validation loss
@@ -191,7 +191,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, rgb_to
 
 
 def augment(images, u, config):
-    """Training views [B, in_chans, S, S]: bilinear crop of area 0.08-1, flip, rotation within 7 degrees.
+    """Training views [B, in_chans, S, S]: bilinear crop of area crop_scale, flip, rotation; normalised.
 
     images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, >= N_CROP + 1].
     """
@@ -266,8 +266,8 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
     steps_an_epoch = len(chosen) // batch if batch else 0
     n_steps = config["epochs"] * steps_an_epoch
     if batch % world_size or not n_steps:
-        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the "
-             f"{len(chosen)} images, --epochs at least 1")
+        fail(f"--batch {batch}: give at most the {len(chosen)} images, a multiple of the processes, "
+             f"{world_size}; --epochs at least 1")
     last_step = min(n_steps, args.steps or n_steps)
 
     model, note = start(config)
@@ -278,7 +278,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
     if args.compile:
         model.compile()
     optimizer, scheduler = make_optimizer(model, config)
-    # variant paper steps the cosine by the loss in place of the epoch (divergence 14)
+    # variant paper steps the cosine by the loss in place of the epoch, as the released code does
     slipped = config["variant"] == "paper" and config["recipe"] in ("a", "b")
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
@@ -464,8 +464,15 @@ def open_labelled(manifest, split, config, device):
     return argparse.Namespace(rows=rows, images=images, views=views, values=values, known=known)
 
 
-def check_splits(args, data, val):
-    """Refuse to validate on the training images, save by --val_split all; warn of paths, patients in both."""
+def check_labelled(args, config, data, val):
+    """Refuse to validate on the training images, save by --val_split all; warn of paths, patients in both.
+
+    Say how many unknown labels count as if they were known.
+    """
+    _, certain = read_labels(args.train, data.rows, config["label_names"], "ignore", "ignore")
+    n_guessed = (data.known > certain).sum()
+    if n_guessed:
+        print(f"note: {n_guessed:,} uncertain or blank training labels count, as --uncertain and --blank say")
     same = Path(args.train).resolve() == Path(args.val).resolve()
     if same and "split" not in data.rows and args.val_split != "all":
         fail(f"{args.train} has no column split: give --val another manifest, or validate on the images of "
@@ -553,10 +560,10 @@ def main():
         data = open_labelled(args.train, args.train_split, config, device)
         val = open_labelled(args.val, args.val_split, config, device)
         if rank == 0:
-            check_splits(args, data, val)
+            check_labelled(args, config, data, val)
             print(json.dumps(config))
             if config["schedule"] == "cosine" and config["warmup_epochs"] >= config["epochs"] > 0:
-                print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
+                print("warning: the run ends within its warm-up (--warmup_epochs)", file=sys.stderr)
         run = probe if args.probe else train
         for seed in seeds:
             config["seed"] = seed
@@ -581,8 +588,8 @@ def or_fail(doing):
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
         if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
-            text = (f"{what or 'its content'} is not a tensor; if you trust the file, save its tensors: "
-                    "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)")
+            text = (f"{what or 'its content'} is not a tensor; if you trust the file, load it with "
+                    "weights_only=False and save its state_dict alone")
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 # --- end copy: reading ---
 
@@ -1096,7 +1103,8 @@ def load_backbone(model, config):
         if name.endswith(("pos_embed", "bias_table")) and x.shape != shape and x.ndim in (2, 3):
             x = fit_positions(x, shape)
         loaded[name] = x
-    with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
+    has = ", ".join(list(named)[:3]) or "no tensors"
+    with or_fail(f"fill {arch} (--arch, --model_args) from {init}, which has {has}"):
         model.load_state_dict(of_network(given, wanted) | head | loaded)    # strict
     config["stand_in"] = content.get("stand_in")
     numbers = b"".join(x.numpy().tobytes() for x in loaded.values())

@@ -58,7 +58,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     clip=3.0,                       # largest gradient norm of each parameter tensor; 0: no clipping
     drop_path=0.1,                  # stochastic depth of the student's last block, linear from 0
     seed=0,                         # of all random numbers
-    variant="corrected",            # corrected | paper; positions of local crops by size, by a scale factor
+    variant="corrected",            # corrected | paper; positions of local crops scaled by size, by a factor
     global_crop_scale=[0.4, 1.0],   # area of the two global crops
     local_crop_scale=[0.05, 0.4],   # area of the local crops
     n_local_crops=8,                # local crops an image
@@ -353,8 +353,8 @@ def train(config, args, rank, world_size, device):
     steps_an_epoch = n_images // batch if batch else 0
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     if batch % world_size or not n_steps:
-        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
-             "images, --epochs at least 1")
+        fail(f"--batch {batch}: give at most the {n_images} images, a multiple of the processes, "
+             f"{world_size}; --epochs at least 1")
     last_step = min(n_steps, args.steps or n_steps)
 
     torch.manual_seed(config["seed"])
@@ -380,7 +380,7 @@ def train(config, args, rank, world_size, device):
         print(f"{note}; {sum(p.numel() for p in student.parameters()):,} parameters; {n_images:,} images; "
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
-            print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
+            print("warning: the run ends within its warm-up (--warmup_epochs)", file=sys.stderr)
     net = student
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
@@ -485,8 +485,8 @@ def or_fail(doing):
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
         if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
-            text = (f"{what or 'its content'} is not a tensor; if you trust the file, save its tensors: "
-                    "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)")
+            text = (f"{what or 'its content'} is not a tensor; if you trust the file, load it with "
+                    "weights_only=False and save its state_dict alone")
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 # --- end copy: reading ---
 
@@ -964,7 +964,8 @@ def load_backbone(model, config):
     content, kernel = read_weights(init, arch), "patch_embed.proj.weight"
     named = {name: x for name, x in flatten(content).items() if config["init_key"] in name}
     wanted = model.state_dict()
-    with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
+    has = ", ".join(list(named)[:3]) or "no tensors"
+    with or_fail(f"fill {arch} (--arch, --model_args) from {init}, which has {has}"):
         given, prefix = timm_names(named, wanted)
         loaded = {name: given[name].detach().float() for name in wanted if name in given}
         loaded[kernel] = fit_channels(loaded[kernel], config["in_chans"], config["channel_adapt"])

@@ -332,8 +332,8 @@ def train(config, args, rank, world_size, device):
     steps_an_epoch = n_images // batch if batch else 0
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     if batch % world_size or not n_steps:
-        fail(f"--batch {batch} has to be a multiple of the {world_size} processes and at most the {n_images} "
-             "images, --epochs at least 1")
+        fail(f"--batch {batch}: give at most the {n_images} images, a multiple of the processes, "
+             f"{world_size}; --epochs at least 1")
     if not 0 < max(config["drop"], config["replace"]) <= 0.85:
         fail(f"--drop {config['drop']} and --replace {config['replace']}: give shares up to 0.85, not both 0")
     if not 1 <= config["align"] <= 0.3 * config["img_size"]:
@@ -359,7 +359,7 @@ def train(config, args, rank, world_size, device):
         print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {n_images:,} images; "
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
-            print(f"warning: the warm-up lasts all {config['epochs']} epochs", file=sys.stderr)
+            print("warning: the run ends within its warm-up (--warmup_epochs)", file=sys.stderr)
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -457,8 +457,8 @@ def or_fail(doing):
         text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
         if "weights_only" in text:                                          # torch.load's long message
             what = re.search(r"GLOBAL [\w.]+|$", text)[0]
-            text = (f"{what or 'its content'} is not a tensor; if you trust the file, save its tensors: "
-                    "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)")
+            text = (f"{what or 'its content'} is not a tensor; if you trust the file, load it with "
+                    "weights_only=False and save its state_dict alone")
         fail(f"cannot {doing}: {text[:300] or type(problem).__name__}")
 # --- end copy: reading ---
 
@@ -916,7 +916,8 @@ def load_backbone(model, config):
     content, kernel = read_weights(init, arch), "patch_embed.proj.weight"
     named = {name: x for name, x in flatten(content).items() if config["init_key"] in name}
     wanted = model.state_dict()
-    with or_fail(f"fill {arch} from {init}, which has {', '.join(list(named)[:3]) or 'no tensors'}"):
+    has = ", ".join(list(named)[:3]) or "no tensors"
+    with or_fail(f"fill {arch} (--arch, --model_args) from {init}, which has {has}"):
         given, prefix = timm_names(named, wanted)
         loaded = {name: given[name].detach().float() for name in wanted if name in given}
         loaded[kernel] = fit_channels(loaded[kernel], config["in_chans"], config["channel_adapt"])

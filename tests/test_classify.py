@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 from functools import partial
 
@@ -287,6 +288,17 @@ def test_uncertain_and_blank_cells_follow_their_policies(uncertain, blank, value
     rows = {"path": list("vwxyz"), "row": range(2, 7), "A": ["1", "0", "-1", "", "1.0"]}
     found = classify.read_labels("m.csv", rows, ["A"], uncertain, blank)
     assert found[0][:, 0].tolist() == values and found[1][:, 0].tolist() == known
+
+
+@pytest.mark.parametrize("flags, n", [([], 3), (["--uncertain", "ignore"], 2),
+                                      (["--uncertain", "ignore", "--blank", "ignore"], None)])
+def test_unknown_labels_that_count_are_said(pack, tmp_path, monkeypatch, capsys, flags, n):
+    cells = ["-1" if i == 0 else "" if i in (1, 5) else str(i % 2) for i in range(72)]
+    odd = changed_pack(pack, tmp_path / "odd", A=cells, split=["train"] * 48 + ["val"] * 24)
+    run(monkeypatch, "--train", odd, "--out", tmp_path / "out", *SMALL, "--batch", 12, "--epochs", 1,
+        "--steps", 1, "--seeds", 0, "--log_steps", 0, *flags)
+    said = re.search(r"note: (\d+) uncertain or blank training labels count", capsys.readouterr().out)
+    assert said is None if n is None else int(said[1]) == n
 
 
 def test_loss_and_balance_equal_a_loop_over_known_labels():
@@ -723,7 +735,7 @@ def test_a_batch_that_processes_or_images_do_not_allow_is_refused(pack, tmp_path
     assert "at most the 24 images" in mistake(monkeypatch, capsys, *flags, 25)
     assert "multiple" in mistake(monkeypatch, capsys, *flags, 0)
     monkeypatch.setattr(classify, "init_processes", lambda device: (0, 2, torch.device("cpu")))
-    assert "--batch 9 has to be a multiple of the 2 processes" in mistake(monkeypatch, capsys, *flags, 9)
+    assert "--batch 9: give at most the 24 images, a multiple of the processes, 2" in mistake(monkeypatch, capsys, *flags, 9)
     assert not (tmp_path / "seed0").exists()
 
 

@@ -583,7 +583,10 @@ def test_two_arms_are_compared_without_claims(tmp_path, monkeypatch, capsys):
     path = score(tmp_path, monkeypatch, {"good": 2.0, "fair": 1.0, "bad": 0.5})
     capsys.readouterr()
     run_here(compare, monkeypatch, "--metrics", path, "--arms", "good", "bad", "--out", tmp_path / "two")
-    line = next(line for line in capsys.readouterr().out.splitlines() if "auc_mean" in line)
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if "auc_mean" in line)
+    n_rows = len(pd.read_csv(tmp_path / "two/two_arms.csv"))
+    assert said.startswith(f"effect: good less bad; --out writes all {n_rows} metrics\n") and "ece" not in said
     rows = pd.read_csv(path).query("metric == 'auc_mean' and variant == 'corrected'")
     values = rows.groupby("exp").value.mean()
     assert f"{values['good']:.4f}" in line and f"{values['bad']:.4f}" in line
@@ -701,6 +704,7 @@ def test_without_resamples_the_interval_is_welchs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, said", [
     (dict(draws=None), "draws.npz is not as"), (dict(draws=b"PK\x03\x04 cut short"), "draws.npz is not as"),
     (dict(flags=["--arms", "a", "z"]), "both 'a' and 'z'; known: a"),
+    (dict(flags=["--claims", "gone.csv"]), "gone.csv does not exist: give --claims FILE, or --arms LEFT RIGHT"),
     (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,a b,c,"), "claim 1: 'auc_mean5' of 'a b' cannot"),
     (dict(claim="1,A,,0,s,greater,auc_mean5@x,nih_test,a,c,"), "claim 1: 'auc_mean5@x' of 'a' cannot"),
     (dict(claim="1,A,,0,s,greater,auc_mean5,nih_test,,c,"), "claim 1: 'auc_mean5' of '' cannot"),

@@ -127,11 +127,12 @@ def test_colour_becomes_grey_for_one_channel_as_pillow_does(tmp_path, monkeypatc
     np.testing.assert_allclose(*found, rtol=0, atol=3e-3)                   # Pillow rounds to whole levels
 
 
-def test_ten_crops_are_corners_and_centre_of_image_and_mirror(model_file, packed, tmp_path, monkeypatch):
+def test_ten_crops_are_corners_and_centre_of_image_and_mirror(model_file, packed, tmp_path, monkeypatch, capsys):
     file, model = model_file
     run(monkeypatch, "--checkpoint", file, "--manifest", packed, "--out", tmp_path / "p.csv",
         "--test-crops", 10, "--features")
     found, features = read(tmp_path / "p.csv"), np.load(tmp_path / "p.npy")
+    assert f"; {features.shape[1]} features an image in {tmp_path / 'p.npy'}\n" in capsys.readouterr().out
     for number, image in enumerate(np.load(packed.parent / "images.npy")[4:8]):
         large = stretch(image, 37)                                          # round(32 * 256 / 224)
         places = (0, 0), (0, 5), (5, 0), (5, 5), (2, 2)

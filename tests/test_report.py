@@ -450,7 +450,7 @@ def test_stand_ins_are_marked_at_every_number_and_have_no_printed_one(folder, tm
     answers = re.findall(r"<li>(.*?)</li>", html, re.S)
     assert answers and all("°" in answer for answer in answers)
     table = pd.read_csv(tmp_path / "out/tables/table2.csv", dtype=str)
-    assert table["NIH"].str.contains("°").all() and not table["CheXpert vali"].str.contains("°").any()
+    assert table["NIH"].str.contains("°").all() and not table["CheXpert valid"].str.contains("°").any()
 
 
 def test_the_mark_of_pre_training_on_test_images_stands_at_every_row_that_had_them():
@@ -546,7 +546,7 @@ def test_pictures_of_credentialed_data_only_if_asked_for_and_titles_are_text(
 def test_tables_are_written_for_spreadsheets_and_latex(made):
     tmp_path, _ = made
     table = pd.read_csv(tmp_path / "tables/table2.csv", dtype=str)
-    assert table.columns[:3].tolist() == ["Arm", "NIH", "CheXpert vali"]
+    assert table.columns[:3].tolist() == ["Arm", "NIH", "CheXpert valid"]
     text = (tmp_path / "tables/table8p.tex").read_text()
     assert all(
         part in text
@@ -647,7 +647,7 @@ def test_figures_of_many_arms_draw_those_whose_lines_can_be_told_apart(tmp_path,
     monkeypatch.undo()
     run_here(report, monkeypatch, "--metrics", path, "--out", tmp_path / "out", "--runs", tmp_path / "runs")
     text = " ".join(Page((tmp_path / "out/report.html").read_text()).text)
-    assert "on CheXpert vali, the first 16 of 18 arms." in text and "at most 16 arms" in text
+    assert "on CheXpert valid, the first 16 of 18 arms." in text and "at most 16 arms" in text
 
 
 def test_a_figure_without_data_is_left_out(tmp_path, monkeypatch):
