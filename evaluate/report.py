@@ -1,6 +1,6 @@
 """Put the study on one page: what was asked, what was run and the answers first, then tables and figures.
 
-A cell: mean over labels and runs (sd over runs), 95 % interval, number printed in the paper, arXiv:2605.08819.
+A cell: mean over labels and runs (sd over runs), 95 % interval, number printed in the paper (2605.08819).
 
     python evaluate/compare.py --metrics metrics.csv --out cmp                     two models of yours: this,
     python evaluate/report.py --metrics metrics.csv --verdicts cmp/verdicts.csv --out page        then this
