@@ -391,6 +391,8 @@ def test_the_page_is_whole_and_a_screen_reader_finds_its_headers(made):
     assert links <= set(ids) and len(set(ids)) == len(ids)
     assert ids == ["sites", "claims", "diseases", "thresholds", "calibration", "groups", "size", "learning",
                    "errata", "overlap", "detectable", "sources"]
+    text = " ".join(page.text)
+    assert "Standard error, runs" in text and not re.search("se_runs|(every|no_winner) ,", text)     # for readers
     outside = [
         value
         for _, attributes in page.tags
