@@ -8,11 +8,11 @@
             their labels unseen (but for the supervised row, which learns from them all); few labels follow
 --raw       which images: the study's question in small. GMML and MoCo-v3 pre-train on equal numbers of images
             of PACKS/cxr, oct, chest_ct and natural for equal steps; the labels, 5 % and all of them, are those
-            of PACKS/pneumonia; 40 minutes of one core
-A seed draws the labelled images, the new head and the order of training; one pre-training serves all seeds.
+            of PACKS/pneumonia; 2.5 hours of one core
+A seed draws all of a run: the network's pre-training, the labelled images, the head, the order of training.
 
 Reads   packs (see data_prep/pack.py): manifest.csv and images.npy; the labelled one has train, val and test.
-Writes  --out: the run folders, a log.txt an arm, metrics.csv, draws.npz and starts.md, which is also printed:
+Writes  --out: the run folders, a log of each, metrics.csv, draws.npz and starts.md, which is also printed:
         test AUC, mean over the labels, as mean (standard deviation) of the seeds; below, differences in pairs
         of seeds with 95 % intervals over seeds and test patients, by evaluate/compare.py; bold: p < 0.05
         after Holm over all differences. Called again, it goes on: what is there is not made again.
@@ -102,22 +102,23 @@ def arms_of_kinds(args):
     numbers = [pd.read_csv(manifest)["split"].eq("pretrain").sum() for manifest in manifests.values()]
     yield Arm("random", None, [], [*common, *TUNE])
     for strategy, kind in itertools.product(STRATEGIES, KINDS):
-        flags = ["--manifest", manifests[kind], "--samples", min(numbers), "--seed", args.pretrain_seed]
+        flags = ["--manifest", manifests[kind], "--samples", min(numbers)]
         flags += [*common, *PRETRAIN, *STRATEGIES[strategy]]
         yield Arm(f"{strategy}-{kind}", f"pretrain/{strategy}.py", flags, [*common, *TUNE])
 
 
-def train(args, arm):
-    """Pre-train an arm, then probe and fine-tune it in every way with every seed."""
+def train(args, arm, seed):
+    """Pre-train an arm with a seed, then probe and fine-tune it in every way."""
     run, start = args.out / arm.name, "random"
     run.mkdir(exist_ok=True)
-    print(f"{arm.name} ...", file=sys.stderr, flush=True)
+    log, folder = run / f"log{seed}.txt", run / f"pretrain/seed{seed}"
+    print(f"{arm.name}, seed {seed} ...", file=sys.stderr, flush=True)
     if arm.script:
-        call(run / "log.txt", arm.script, *arm.pretrain, "--out", run / "pretrain", processes=args.processes)
-        start = run / "pretrain/backbone.pt"
+        call(log, arm.script, *arm.pretrain, "--seed", seed, "--out", folder, processes=args.processes)
+        start = folder / "backbone.pt"
     for way, flags in args.ways.items():
-        call(run / "log.txt", "finetune/classify.py", *arm.finetune, *flags, "--init", start, "--train",
-             args.manifest, "--seeds", ",".join(map(str, args.seeds)), "--out", run / way)
+        call(log, "finetune/classify.py", *arm.finetune, *flags, "--init", start, "--train", args.manifest,
+             "--seeds", seed, "--out", run / way)
 
 
 def predict(args, arm, module):
@@ -171,8 +172,7 @@ def main():
     images.add_argument("--raw", type=Path, help="folder of packs: cxr, oct, chest_ct, natural, pneumonia")
     add("--out", type=Path, required=True, help="folder to write into")
     add("--seeds", type=int, nargs="+", default=[*range(10)], help="two or more (0 to 9)")
-    add("--workers", type=int, default=1, help="arms trained side by side (1)")
-    add("--pretrain_seed", type=int, default=0, help="--raw: of pre-training (0)")
+    add("--workers", type=int, default=1, help="runs side by side (1)")
     add("--model", metavar="JSON", help="--manifest: model_args of the transformer, with its img_size")
     add("--rows", nargs="+", default=ROWS, help="--manifest: rows of experiments.yaml, random first")
     add("--labels", type=float, default=0.05, help="--manifest: share of the patients with labels (0.05)")
@@ -195,7 +195,7 @@ def main():
         args.ways = {"probe": [*labels, "--probe"], "finetune": [*labels, "--epochs", args.epochs]}
         pairs = [(arm.name, arms[0].name) for arm in arms[1:]]
     with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(lambda arm: train(args, arm), arms))
+        list(pool.map(lambda run: train(args, *run), itertools.product(arms, args.seeds)))
     module = load("evaluate/predict.py")
     files = [file for arm in arms for file in predict(args, arm, module)]
     call(args.out / "log.txt", "evaluate/metrics.py", *files, "--workers", args.workers,
