@@ -7,7 +7,7 @@
 --manifest  which strategy: rows of experiments.yaml pre-train a small transformer on the training images,
             their labels unseen (but for the supervised row, which learns from them all); few labels follow
 --raw       which images: the study's question in small. GMML and MoCo-v3 pre-train on equal numbers of images
-            of PACKS/cxr, oct, chest_ct and natural for equal steps; the labels, 5 % and all of them, are those
+            of PACKS/cxr, oct, chest_ct and natural for equal steps; the labels, 5 % and all, are those
             of PACKS/pneumonia; 2.5 hours of one core
 A seed draws all of a run: the network's pre-training, the labelled images, the head, the order of training.
 
