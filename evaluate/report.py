@@ -543,7 +543,7 @@ def compose(args):
         drawn = packs_with(b'"stand_in": "', args.data, "pack.json")
         page["pictures"] = pictures(args.runs, packs, drawn, args.with_pictures)
     if pairs is not None:
-        found = differences(pairs, args.baseline, results.labels)
+        found = page["found"] = differences(pairs, args.baseline, results.labels)
         for kind in ("wide", "narrow") if len(found) else ():
             path = folder / f"differences_{kind}"
             page[kind] = difference_figure(found, results, names, args.baseline, path, kind == "narrow")

@@ -701,6 +701,18 @@ def test_the_name_of_a_group_does_not_decide_what_is_best(tmp_path):
     assert best["B_s_auc"] == {"b"} and best["B_s_ece"] == {"a"}
 
 
+def test_the_first_screen_of_ones_own_arms_has_their_differences(tmp_path, monkeypatch):
+    path = small(tmp_path, *[(arm, 0, "s", "all", "auc_mean", "corrected", "", "", 0.8) for arm in ("a", "b")])
+    (tmp_path / "verdicts.csv").write_text("id,testset,verdict,effect,ci_low,ci_high,source\nA,s,not run,,,,\n")
+    (tmp_path / "comparisons.csv").write_text("dataset,labels,metric,label,left,right,effect,ci_low,ci_high\n"
+        "s,all,auc_mean,,a,b,-0.0304,-0.05,0.01\ns,14,auc_mean,,a,b,0.2,0.1,0.3\n")       # 14: not shown here
+    run_here(report, monkeypatch, "--metrics", path, "--out", tmp_path, "--verdicts", tmp_path / "verdicts.csv")
+    html = (tmp_path / "report.html").read_text()
+    answers = re.search(r'<ul class="answers">(.*?)</ul>', html, re.S)[1]
+    assert re.findall(r"<li>(.*?)</li>", answers) == ["b less a on s: +0.030 [−0.010, 0.050]."]
+    assert "Undecided: p after Holm" not in html
+
+
 def test_a_drawn_validation_split_is_said(tmp_path, monkeypatch):
     path = small(tmp_path, ("2.1", 0, "nih_test", 5, "auc_mean", "corrected", "", "", 0.8))
     for name, fallback in (("nih", True), ("nih_pretrain", False)):
