@@ -378,15 +378,14 @@ def net_benefit(y, p, thresholds):
     return (gain * (p[:, None] > thresholds)).mean(0)
 
 
-def decision_figure(folder, exp, dataset, path):
+def decision_figure(folder, exp, seeds, dataset, path):
     """ROC, precision-recall and decision curves (mean over labels) of an arm's mean probability over runs."""
-    files = sorted(folder.glob(f"{exp}/predictions/seed*/{dataset}.csv"))
+    files = [file for seed in seeds for file in folder.glob(f"{exp}/predictions/seed{seed}/{dataset}.csv")]
     if not files:
         return None
     from sklearn.metrics import precision_recall_curve, roc_curve
     runs = [read_csv(file, ["path"]).set_index("path") for file in files]
-    table = pd.concat(runs).filter(regex="^(true|prob)_")
-    table = table.apply(pd.to_numeric, errors="coerce")
+    table = pd.concat(runs).filter(regex="^(true|prob)_").apply(pd.to_numeric, errors="coerce")
     table = table.where((table >= 0) & (table <= 1)).groupby("path").mean()         # others are unknown
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []
@@ -537,7 +536,8 @@ def compose(args):
         names[exp] += " (stand-ins)"
     folder = args.out / "figures"                       # written once everything is read
     if args.predictions:
-        page["curves"] = decision_figure(args.predictions, args.arm, results.main, folder / "curves")
+        seeds = results.frame.query("exp == @args.arm").seed.unique()
+        page["curves"] = decision_figure(args.predictions, args.arm, seeds, results.main, folder / "curves")
     if args.runs:
         page["learning"] = learning_figure(logs, arms, folder / "learning")
         drawn = packs_with(b'"stand_in": "', args.data, "pack.json")

@@ -174,7 +174,9 @@ def test_unknown_truths_are_in_no_curve(tmp_path, monkeypatch, truths):
     (tmp_path / "a/predictions/seed0").mkdir(parents=True)
     frame.to_csv(tmp_path / "a/predictions/seed0/s.csv", index=False)
     figures = drawn_figures(monkeypatch)
-    report.decision_figure(tmp_path, "a", "s", tmp_path / "x")
+    (tmp_path / "a/predictions/seed7").mkdir()                  # of a run that is not in metrics.csv
+    frame.assign(prob_B=1 - frame.prob_B).to_csv(tmp_path / "a/predictions/seed7/s.csv", index=False)
+    report.decision_figure(tmp_path, "a", ["0"], "s", tmp_path / "x")
     lines = {line.get_label(): line for line in figures[0].axes[0].lines}
     assert set(lines) == ({"A", "B"} if 1 in truths else {"A"})
     if 1 in truths:
