@@ -68,7 +68,7 @@ def prepare_lut(ds, name, values):
         return 0
     if item.LUTDescriptor[1] > values.max():
         item.LUTDescriptor[1] -= 65536
-    bits, item.LUTDescriptor[2] = item.LUTDescriptor[2], 16     # pydicom knows no 12; of 8 positions wrap
+    bits, item.LUTDescriptor[2] = item.LUTDescriptor[2], 16     # of 12 pydicom fails, of 8 positions wrap
     return bits
 
 
@@ -80,11 +80,11 @@ def dicom_display(values, code, ds):
     padded = np.zeros(len(values), bool)
     if ds.get("PixelPaddingValue") is not None:
         ends = ds.PixelPaddingValue, ds.get("PixelPaddingRangeLimit", ds.PixelPaddingValue)
-        ends = np.array(ends).astype(f"{'ui'[ds.PixelRepresentation]}{code.itemsize}")     # 65535 may be -1
+        ends = np.array(ends).astype(f"{'ui'[ds.PixelRepresentation]}{code.itemsize}")     # 65535 may mean -1
         padded = (values >= ends.min()) & (values <= ends.max())
     prepare_lut(ds, "ModalityLUTSequence", values)
-    ds.RescaleSlope = 1 if ds.get("RescaleSlope") is None else ds.RescaleSlope      # of one alone pydicom
-    ds.RescaleIntercept = ds.get("RescaleIntercept") or 0       # takes neither, on a blank one it fails
+    ds.RescaleSlope = 1 if ds.get("RescaleSlope") is None else ds.RescaleSlope    # pydicom wants both,
+    ds.RescaleIntercept = ds.get("RescaleIntercept") or 0                         # and neither blank
     values = apply_modality_lut(values, ds)
     if bits := prepare_lut(ds, "VOILUTSequence", values):
         black, white = 0, 2 ** bits - 1
