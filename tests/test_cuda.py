@@ -1,6 +1,7 @@
 """On a GPU: every training script and the prediction against themselves on the CPU, and what only a GPU has.
 
-Skipped where there is none. CUDA_TESTS_ON=cpu runs the same tests on the CPU instead, to exercise the tests.
+Skipped where there is none. CUDA_TESTS_ON=cpu runs the same tests on the CPU instead, to exercise the tests, and
+CUDA_TESTS_ON=emulated those in single precision on the device of emulated_gpu.py.
 """
 
 import json
@@ -16,7 +17,10 @@ from conftest import ROOT, blobs, load_script, log_of, run_here, write_pack
 from torch import distributed as dist
 
 DEVICE = os.environ.get("CUDA_TESTS_ON", "cuda")
+if DEVICE == "emulated":
+    import emulated_gpu
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA GPU")
+not_emulated = pytest.mark.skipif(DEVICE == "emulated", reason="needs more than the emulated device has")
 
 MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 SCRIPTS = {                         # the script and flags that make it small
@@ -57,6 +61,22 @@ def same_numbers(monkeypatch):
     torch.backends.cudnn.conv.fp32_precision = before
 
 
+def run_on(device, script, monkeypatch, *flags):
+    """Run a script in this process on a device; its --device does not know the emulated one."""
+    module = load_script(script)
+    options = module.options
+
+    def emulated(*section):
+        found = options(*section)
+        args = found[0] if section else found
+        args.device = emulated_gpu.DEVICE
+        return found
+    with monkeypatch.context() as patch:
+        if device == "emulated":
+            patch.setattr(module, "options", emulated)
+        run_here(module, monkeypatch, "--device", "cpu" if device == "emulated" else device, *flags)
+
+
 @pytest.fixture
 def train(manifest, monkeypatch):
     """A function: a script's steps on a device, in a precision; the losses of all its steps."""
@@ -64,14 +84,15 @@ def train(manifest, monkeypatch):
     def run(name, out, device, steps, *flags, dtype=torch.float32):
         script, *small = SCRIPTS[name]
         module, half = load_script(script), dtype != torch.float32
+        half = half and DEVICE != "emulated"            # it has no rules of autocast
         precision = lambda device: (torch.autocast(device.type, dtype if half else None, enabled=half),
                                     torch.amp.GradScaler(device.type, 1.0, enabled=dtype == torch.float16))
         monkeypatch.setattr(module, "mixed_precision", precision)
         source = ["--train"] if name == "classify" else ["--split", "train", "--manifest"]
         turn = ["--rotation", 0] if name in ("supervised", "classify") else []      # nearest pixels flip
-        run_here(module, monkeypatch, *source, manifest, "--out", out, "--device", device, "--steps", steps,
-                 "--model_args", json.dumps(MODEL), "--batch", 12, "--epochs", 2, "--warmup_epochs", 0,
-                 "--lr", 1e-3, "--log-steps", 1, "--save-minutes", 100, *turn, *small, *flags)
+        run_on(device, script, monkeypatch, *source, manifest, "--out", out, "--steps", steps,
+               "--model_args", json.dumps(MODEL), "--batch", 12, "--epochs", 2, "--warmup_epochs", 0,
+               "--lr", 1e-3, "--log-steps", 1, "--save-minutes", 100, *turn, *small, *flags)
         return [line["loss"] for line in log_of(out / "seed0" if name == "classify" else out)]
     return run
 
@@ -102,6 +123,7 @@ def test_six_steps_have_the_losses_of_the_cpu(name, case, train, on_cpu, same_nu
     assert {part["step"].item() for part in optimizer["state"].values()} == {6}
 
 
+@not_emulated
 @every_script
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_is_within_two_per_cent(name, dtype, train, on_cpu, same_numbers, tmp_path):
@@ -110,7 +132,7 @@ def test_half_precision_is_within_two_per_cent(name, dtype, train, on_cpu, same_
     assert len(losses) == 6 and losses == pytest.approx(on_cpu(name, train, *slow), rel=0.02)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="a scaler for a GPU is off where there is none")
+@pytest.mark.skipif(DEVICE != "cuda", reason="a scaler for a GPU is off where there is none")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_fp16_is_scaled_and_only_where_bf16_is_not_native(name, monkeypatch):
     for native, dtype in ((True, torch.bfloat16), (False, torch.float16)):
@@ -126,14 +148,14 @@ def test_no_step_waits_for_the_gpu(name, train, monkeypatch, tmp_path):
 
     def watch():
         calls.append(len(calls) + 1)
-        if DEVICE == "cuda" and calls[-1] in (2, 12):
+        if DEVICE != "cpu" and calls[-1] in (2, 12):
             torch.cuda.set_sync_debug_mode("error" if calls[-1] == 2 else "default")
         return False
     monkeypatch.setattr(load_script(SCRIPTS[name][0]), "catch_sigterm", lambda: watch)
     try:
         train(name, tmp_path / "run", DEVICE, 14, "--log-steps", 100, dtype=torch.bfloat16)
     finally:
-        if DEVICE == "cuda":
+        if DEVICE != "cpu":
             torch.cuda.set_sync_debug_mode("default")
     assert len(calls) == 14
 
@@ -141,7 +163,7 @@ def test_no_step_waits_for_the_gpu(name, train, monkeypatch, tmp_path):
 @every_script
 def test_a_share_of_two_processes_runs_under_nccl(name, train, monkeypatch, tmp_path):
     """As one GPU holds one process of NCCL, process 0 of two computes and sums with itself alone."""
-    module, device = load_script(SCRIPTS[name][0]), torch.device(DEVICE)
+    module, device = load_script(SCRIPTS[name][0]), torch.device(f"{DEVICE}:0")
     backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     monkeypatch.setattr(module, "init_processes", lambda _: (0, 2, device))
@@ -153,6 +175,7 @@ def test_a_share_of_two_processes_runs_under_nccl(name, train, monkeypatch, tmp_
     assert len(losses) == 3 and np.isfinite(losses).all()
 
 
+@not_emulated
 def test_torchrun_starts_one_process(manifest, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     flags = ["--manifest", manifest, "--split", "train", "--out", tmp_path / "run", "--device", DEVICE,
@@ -168,9 +191,9 @@ def test_predictions_are_those_of_the_cpu(crops, train, manifest, monkeypatch, t
     for device in ("cpu", DEVICE, "mapped"):
         if device == "mapped":
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
-        run_here(load_script("evaluate/predict.py"), monkeypatch, "--manifest", manifest, "--split", "val",
-                 "--batch", 6, "--checkpoint", tmp_path / "run/seed0/classifier.pt", "--test-crops", crops,
-                 "--device", DEVICE if device == "mapped" else device, "--out", tmp_path / f"{device}.csv")
+        run_on(DEVICE if device == "mapped" else device, "evaluate/predict.py", monkeypatch,
+               "--manifest", manifest, "--split", "val", "--batch", 6, "--test-crops", crops,
+               "--checkpoint", tmp_path / "run/seed0/classifier.pt", "--out", tmp_path / f"{device}.csv")
     cpu, gpu, mapped = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("cpu", DEVICE, "mapped"))
     assert len(cpu) == 16 and cpu["prob_A"].nunique() == 16
     np.testing.assert_allclose(gpu[["prob_A", "prob_B"]], cpu[["prob_A", "prob_B"]], rtol=1e-4)
