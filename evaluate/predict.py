@@ -80,7 +80,10 @@ def options():
     add("--keep", action="store_true", help="keep <out>.pack, the pack of --images")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--batch", type=int, default=64, help="images a pass [64]")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.set and Path(args.out).suffix != ".csv":
+        fail(f"--out {args.out}: give the name of a .csv")
+    return args
 
 
 if __name__ == "__main__":      # help and mistakes are answered before the imports below, which take seconds
@@ -97,7 +100,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor, resize, 
 
 def load_network(file, features):
     """The network of a checkpoint and the facts beside its weights; for features it needs no labels."""
-    with or_fail(f"find in {file} what a classifier.pt of finetune/classify.py has"):
+    with or_fail(f"find in {file} what a classifier.pt has (finetune/classify.py --init makes one of it)"):
         facts = torch.load(file, map_location="cpu", weights_only=True)
         facts["file"] = file
         if features:
@@ -192,17 +195,18 @@ def pack_folder(folder, facts, args):
     if not packer.is_file():
         fail(f"--images needs pack.py, which reads the files; copy it to {here}")
     root, index, rejected = Path(args.images), folder / "index.csv", folder / "rejected.csv"
-    files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
-    if not files:
+    found = [file for file in root.rglob("*") if file.is_file() or file.is_symlink()]
+    if not found:
         fail(f"--images {root} is not a folder with files; check the path")
-    paths = pd.Series(files, name="path")
-    write_atomic(index, lambda file: paths.to_csv(file, mode="wb", index=False, errors="replace"))
+    rows = sorted((file.relative_to(root).as_posix(), file.lstat().st_mtime_ns) for file in found)
+    rows = pd.DataFrame(rows, columns=["path", "changed"])      # so that an older pack does not pass for theirs
+    write_atomic(index, lambda file: rows.to_csv(file, mode="wb", index=False, errors="replace"))
     command = [sys.executable, packer, "--index", index, "--raw", root, "--out", folder,
                "--size", facts["img_size"], "--channels", facts["in_chans"]]
     done = subprocess.run(map(str, command), stderr=subprocess.PIPE, errors="replace")
     beside = folder.with_suffix(".rejected.csv")            # the predictions
     if rejected.is_file():
-        os.replace(rejected, beside)
+        write_atomic(beside, lambda file: file.write(rejected.read_bytes()))    # a kept pack has it again
     if done.returncode:
         said = done.stderr.replace(str(rejected), str(beside)).strip()
         fail(f"--images {args.images} cannot be packed: {said.rpartition('error: ')[2]}")
@@ -212,8 +216,8 @@ def pack_folder(folder, facts, args):
 def predict(model, facts, manifest, split, file, args, device):
     """Predict the images of a manifest; process 0 writes them to `file`, facts and features beside it."""
     own = file.resolve() == Path(manifest).resolve() or file.stem in ("images", "manifest", "pack")
-    if file.suffix != ".csv" or own:                    # .json and .npy get the same stem
-        fail(f"--out {file}: give a .csv, not {manifest} and not named images, manifest or pack")
+    if own:                                             # .json and .npy get the same stem
+        fail(f"--out {file}: give a name other than {manifest}, images, manifest or pack")
     rows, labels = read_manifest(manifest, split), facts["labels"]
     known, pack = truth(manifest, rows, labels), Path(manifest).with_name("pack.json")
     with or_fail(f"read {pack}"):

@@ -455,6 +455,8 @@ def test_bad_files_are_listed_and_the_rest_is_predicted(folder, tmp_path, monkey
     (images / "._grey.png").write_bytes(b"\0\5\x16\7")
     (images / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
     (images / "cut.png").write_bytes((images / "grey.png").read_bytes()[:90])
+    (images / "more").symlink_to(folder)                                    # of images that are not below
+    (images / "gone.png").symlink_to("nowhere.png")
     classifier(tmp_path / "c.pt", in_chans=1, mean=[0.485], std=[0.229])
     for name in ("a", "b"):
         flags = ["--images", folder if name == "a" else images, "--out", tmp_path / f"{name}.csv"]
@@ -463,7 +465,7 @@ def test_bad_files_are_listed_and_the_rest_is_predicted(folder, tmp_path, monkey
     assert stopped.value.code == 3 and "b.csv.rejected.csv" in capsys.readouterr().err
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     rejected = pd.read_csv(tmp_path / "b.csv.rejected.csv")
-    assert sorted(rejected["path"]) == ["._grey.png", "DICOMDIR", "cut.png"]
+    assert sorted(rejected["path"]) == ["._grey.png", "DICOMDIR", "cut.png", "gone.png", "more"]
     assert rejected["reason"].notna().all()
 
 
@@ -484,6 +486,26 @@ def test_the_pack_of_a_folder_can_be_kept(folder, model_file, tmp_path, monkeypa
     run(monkeypatch, "--checkpoint", model_file[0], "--manifest", tmp_path / "p.csv.pack/manifest.csv",
         "--out", tmp_path / "q.csv")
     assert (tmp_path / "p.csv").read_bytes() == (tmp_path / "q.csv").read_bytes()
+
+
+def test_a_kept_pack_is_used_again_but_not_for_files_that_have_changed(tmp_path, model_file, monkeypatch, capsys):
+    images, out = tmp_path / "images", tmp_path / "p.csv"
+    images.mkdir()
+    for number, pixels in enumerate(blobs(2)):
+        Image.fromarray(pixels).save(images / f"{number}.png")
+    (images / "bad.png").write_bytes(b"bad")
+    flags = ["--checkpoint", model_file[0], "--images", images, "--out", out, "--keep"]
+    written = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            run(monkeypatch, *flags)
+        assert stopped.value.code == 3
+        written.append([out.read_bytes(), Path(f"{out}.rejected.csv").read_bytes()])
+        Path(f"{out}.rejected.csv").unlink()
+    assert written[0] == written[1]
+    Image.fromarray(255 - blobs(1)[0]).save(images / "0.png")               # other pixels, the same name
+    assert f"remove the folder {out}.pack" in refused(monkeypatch, capsys, *flags)
+    assert out.read_bytes() == written[0][0]
 
 
 def test_a_copy_of_the_script_alone_says_what_it_needs_for_folders(folder, model_file, packed, tmp_path,
@@ -586,7 +608,8 @@ def test_mistakes_are_named_in_one_sentence(model_file, packed, tmp_path, monkey
             ([*good, *data, *out, "--test-crops", 5], ["--test-crops"]),
             *(([*good, "--out", tmp_path / "new/p.csv", "--images", tmp_path / name], [name, "not a folder with files"])
               for name in ("nowhere", "empty", "garbage.pt")),
-            ([*good, *data, "--out", file / "p.csv"], [f"{file}/p."])):
+            ([*good, *data, "--out", file / "p.csv"], [f"{file}/p."]),
+            ([*good, "--images", packed.parent, "--out", tmp_path / "new/p"], ["new/p", ".csv"])):     # at once
         said = refused(monkeypatch, capsys, *argv)
         assert not [part for part in parts if part not in said], said
         assert sorted(os.listdir(tmp_path)) == before, said
