@@ -248,7 +248,7 @@ def predict(model, facts, manifest, split, file, args, device):
     if len(known) and "patient" not in rows:
         said += "; no column patient: intervals will take images for patients"
     if args.features:
-        said += f"; {model.num_features} features an image in {file.with_suffix('.npy')}"
+        said += f"; {model.head_hidden_size} features an image in {file.with_suffix('.npy')}"
     print(said)
 
 

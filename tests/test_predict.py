@@ -334,11 +334,14 @@ def test_a_backbone_gives_features_alone(arch, args, width, packed, tmp_path, mo
     np.testing.assert_allclose(features, pooled.numpy(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_other_backbones_predict_too(arch, packed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("arch, width", [
+    ("resnet18", 512), ("swin_tiny_patch4_window7_224", 768),
+    ("mobilenetv3_small_050", 1024)])                                       # of 288 channels, widened in the head
+def test_other_backbones_predict_too(arch, width, packed, tmp_path, monkeypatch, capsys):
     model = classifier(tmp_path / "c.pt", arch=arch, model_args={}, img_size=224)
     run(monkeypatch, "--checkpoint", tmp_path / "c.pt", "--manifest", packed, "--split", "val",
-        "--out", tmp_path / "p.csv")
+        "--out", tmp_path / "p.csv", "--features")
+    assert np.load(tmp_path / "p.npy").shape == (4, width) and f"; {width} features" in capsys.readouterr().out
     images = torch.tensor(np.load(packed.parent / "images.npy")[:4])[:, None].float()
     x = torch.nn.functional.interpolate(images, (224, 224), mode="bilinear").expand(-1, 3, -1, -1) / 255
     mean, std = (torch.tensor(FACTS[key]).view(3, 1, 1) for key in ("mean", "std"))
