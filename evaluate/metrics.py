@@ -55,7 +55,7 @@ SPECIFICITIES = (0.9, 0.95)
 BINS = 15                                            # of calibration errors and reliability curves
 AGES = {"<=40": 40, "41-60": 60, "61-80": 80, ">80": np.inf}    # upper end of each band, years
 LEAST = 10                                           # images of a group of people that is scored
-RACES = {".*White.*": "White", ".*Black.*": "Black", ".*Asian.*": "Asian"}
+RACES = {"(?i).*White.*": "White", "(?i).*Black.*": "Black", "(?i).*Asian.*": "Asian"}
 UNKNOWN = "(?i)^(|nan|none|na|n/a|<na>|null|unknown|patient refused)$"      # patient, sex, race
 NORMAL = 1.959964                                    # half width of a 95 % interval in standard errors
 MEANS = {"auc": "auc_mean", "accuracy": "mean_accuracy"}        # names of means over labels
@@ -683,7 +683,7 @@ def people_of(frame):
     """Sex, age band and race, those that there are, "" if unknown; "White, non-Hispanic" is White."""
     people = frame.filter(["sex", "age", "race"]).astype(str).replace(UNKNOWN, "", regex=True)
     if "age" in people:
-        ages = pd.to_numeric(people["age"], errors="coerce")
+        ages = pd.to_numeric(people["age"].str.rstrip("Y"), errors="coerce")        # 061Y, in DICOM
         bands = pd.cut(ages, [-np.inf, *AGES.values()], labels=list(AGES))
         people["age"] = bands.astype(object).fillna("")
     return people.replace({"race": RACES}, regex=True)

@@ -1119,6 +1119,17 @@ def test_people_who_are_unknown_or_few_are_no_group(monkeypatch, tmp_path):
     assert groups["auc"] == {"auc[race=White]", "auc[race=Asian]"}          # 9 images: too few
 
 
+def test_ages_as_in_dicom_headers_and_races_in_capitals_make_the_same_groups(monkeypatch, tmp_path):
+    path = run_folder(tmp_path) / "padchest.csv"
+    races = ["White", "Black or African American", "Asian - Historical"] * 40
+    ages = [str(30 + number % 60) for number in range(120)]
+    predictions(path, age=ages, race=races)
+    expected = command(monkeypatch, tmp_path, path)
+    assert {"images[age=41-60]", "images[race=Black]"} <= {*expected.metric}
+    predictions(path, age=[f"0{age}Y" for age in ages], race=[race.upper() for race in races])
+    pd.testing.assert_frame_equal(command(monkeypatch, tmp_path, path), expected)
+
+
 def test_a_mistake_in_the_call_is_one_sentence(monkeypatch, tmp_path, capsys):
     here, there = run_folder(tmp_path) / "padchest.csv", run_folder(tmp_path, "2.2") / "padchest.csv"
     predictions(here), predictions(there)
