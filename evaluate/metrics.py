@@ -927,6 +927,8 @@ def run(args):
     """Score all runs, several at a time, and write their rows and resamples."""
     if args.out and args.out.resolve() in map(Path.resolve, args.predictions):
         raise InputError(f"--out {args.out} is one of the predictions; choose another name")
+    if args.out and args.out.suffix != ".csv":
+        raise InputError(f"--out {args.out} is not the name of a .csv; give one, such as metrics.csv")
     if args.bootstrap < 0 or args.workers < 1:
         raise InputError("--bootstrap must be 0 or more, --workers 1 or more")
     arms, rows, resamples, first = arms_of(args), [], {}, {}
