@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 RANK = int(os.environ.get("RANK", 0))                   # of torchrun; plain python is one process
@@ -261,7 +262,7 @@ def main():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if WORLD_SIZE > 1:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timedelta(days=7))      # --images: one packs, others wait
     torch.backends.cudnn.conv.fp32_precision = "ieee"                       # scores are not rounded to TF32
     networks = {}
     for checkpoint in args.checkpoint:

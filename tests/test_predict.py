@@ -7,6 +7,8 @@ import math
 import os
 import resource
 import shutil
+import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +233,16 @@ def test_any_number_of_processes_writes_the_same_bytes(model_file, packed, tmp_p
     for name in files:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
     assert len(read(tmp_path / "3/one.csv")) == 19 and len(read(tmp_path / "3/all.csv")) == 23
+
+
+def test_processes_wait_for_the_one_that_packs_a_large_folder(model_file, packed, tmp_path, monkeypatch):
+    def begin(backend, timeout=timedelta(minutes=30)):                      # gloo's own: too short for 100,000 files
+        sys.exit(int(timeout < timedelta(days=1)))
+    monkeypatch.setattr(predict, "WORLD_SIZE", 2)
+    monkeypatch.setattr(predict.dist, "init_process_group", begin)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, "--checkpoint", model_file[0], "--images", packed.parent, "--out", tmp_path / "p.csv")
+    assert stopped.value.code == 0
 
 
 def test_several_checkpoints_are_predicted_as_one_by_one(packed, tmp_path, monkeypatch, capsys):
