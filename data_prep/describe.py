@@ -75,7 +75,7 @@ def read_index(path):
     rows = rows.reindex(columns=FACTS.union(rows.columns, sort=False), fill_value="").replace("1.0", "1")
     rows = rows.assign(patient=rows.patient.replace("", np.nan), sex=rows.sex.str[:1].str.upper(),
                        age=rows.age.str.rstrip("Y"))                                    # 061Y, in DICOM
-    return facts.get("dataset", path.parent.name), rows, facts
+    return facts.get("dataset", path.absolute().parent.name), rows, facts
 
 
 def part(indexes, dataset, splits):

@@ -215,6 +215,13 @@ def test_blank_patients_are_not_one_patient(tmp_path):
         assert f"nih train, patients: expected 24,342, found {counted or 0}" in describe.misses([describe.read_index(path)])
 
 
+def test_an_index_is_of_the_dataset_whose_folder_it_is_in_seen_from_there_too(tmp_path, monkeypatch):
+    path = index(tmp_path / "nih", "nih", [{"split": "train"}])
+    path.with_name("index.json").unlink()
+    monkeypatch.chdir(path.parent)
+    assert describe.read_index(path)[0] == describe.read_index(type(path)("index.csv"))[0] == "nih"
+
+
 def test_race_groups_go_by_substring_whatever_the_ethnicity(tmp_path):
     races = ["White", "White, non-Hispanic", "Black or African American", "Asian - Historical", "Other", ""]
     frame = cells(index(tmp_path / "chexpert", "chexpert",
