@@ -236,7 +236,7 @@ def test_any_number_of_processes_writes_the_same_bytes(model_file, packed, tmp_p
 
 
 def test_processes_wait_for_the_one_that_packs_a_large_folder(model_file, packed, tmp_path, monkeypatch):
-    def begin(backend, timeout=timedelta(minutes=30)):                      # gloo's own: too short for 100,000 files
+    def begin(backend, timeout=timedelta(minutes=30)):                      # gloo's own
         sys.exit(int(timeout < timedelta(days=1)))
     monkeypatch.setattr(predict, "WORLD_SIZE", 2)
     monkeypatch.setattr(predict.dist, "init_process_group", begin)
@@ -353,7 +353,8 @@ def test_other_backbones_predict_too(arch, width, packed, tmp_path, monkeypatch,
     model = classifier(tmp_path / "c.pt", arch=arch, model_args={}, img_size=224)
     run(monkeypatch, "--checkpoint", tmp_path / "c.pt", "--manifest", packed, "--split", "val",
         "--out", tmp_path / "p.csv", "--features")
-    assert np.load(tmp_path / "p.npy").shape == (4, width) and f"; {width} features" in capsys.readouterr().out
+    assert f"; {width} features" in capsys.readouterr().out
+    assert np.load(tmp_path / "p.npy").shape == (4, width)
     images = torch.tensor(np.load(packed.parent / "images.npy")[:4])[:, None].float()
     x = torch.nn.functional.interpolate(images, (224, 224), mode="bilinear").expand(-1, 3, -1, -1) / 255
     mean, std = (torch.tensor(FACTS[key]).view(3, 1, 1) for key in ("mean", "std"))
