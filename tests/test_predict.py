@@ -241,7 +241,7 @@ def test_processes_wait_for_the_one_that_packs_a_large_folder(model_file, packed
     monkeypatch.setattr(predict, "WORLD_SIZE", 2)
     monkeypatch.setattr(predict.dist, "init_process_group", begin)
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, "--checkpoint", model_file[0], "--images", packed.parent, "--out", tmp_path / "p.csv")
+        run(monkeypatch, "--checkpoint", model_file[0], "--images", packed.parent, "--out", "p.csv")
     assert stopped.value.code == 0
 
 
@@ -348,7 +348,7 @@ def test_a_backbone_gives_features_alone(arch, args, width, packed, tmp_path, mo
 
 @pytest.mark.parametrize("arch, width", [
     ("resnet18", 512), ("swin_tiny_patch4_window7_224", 768),
-    ("mobilenetv3_small_050", 1024)])                                       # of 288 channels, widened in the head
+    ("mobilenetv3_small_050", 1024)])                                       # the head widens 288
 def test_other_backbones_predict_too(arch, width, packed, tmp_path, monkeypatch, capsys):
     model = classifier(tmp_path / "c.pt", arch=arch, model_args={}, img_size=224)
     run(monkeypatch, "--checkpoint", tmp_path / "c.pt", "--manifest", packed, "--split", "val",
