@@ -200,7 +200,8 @@ def pack_folder(folder, facts, args):
     if not found:
         fail(f"--images {root} is not a folder with files; check the path")
     rows = sorted((file.relative_to(root).as_posix(), file.lstat().st_mtime_ns) for file in found)
-    rows = pd.DataFrame(rows, columns=["path", "changed"])      # the second: an older pack is not theirs
+    # The time of change tells a kept pack of older files; the path stands last as macOS names a file "Icon\r"
+    rows = pd.DataFrame(rows, columns=["path", "changed"])[["changed", "path"]]
     write_atomic(index, lambda file: rows.to_csv(file, mode="wb", index=False, errors="replace"))
     command = [sys.executable, packer, "--index", index, "--raw", root, "--out", folder,
                "--size", facts["img_size"], "--channels", facts["in_chans"]]

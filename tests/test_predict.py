@@ -473,6 +473,7 @@ def test_bad_files_are_listed_and_the_rest_is_predicted(folder, tmp_path, monkey
     (images / "cut.png").write_bytes((images / "grey.png").read_bytes()[:90])
     (images / "more").symlink_to(folder)                                    # of images that are not below
     (images / "gone.png").symlink_to("nowhere.png")
+    (images / "Icon\r").touch()                                            # macOS, of a folder with a picture
     classifier(tmp_path / "c.pt", in_chans=1, mean=[0.485], std=[0.229])
     for name in ("a", "b"):
         flags = ["--images", folder if name == "a" else images, "--out", tmp_path / f"{name}.csv"]
@@ -481,7 +482,7 @@ def test_bad_files_are_listed_and_the_rest_is_predicted(folder, tmp_path, monkey
     assert stopped.value.code == 3 and "b.csv.rejected.csv" in capsys.readouterr().err
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     rejected = pd.read_csv(tmp_path / "b.csv.rejected.csv")
-    assert sorted(rejected["path"]) == ["._grey.png", "DICOMDIR", "cut.png", "gone.png", "more"]
+    assert sorted(rejected["path"]) == ["._grey.png", "DICOMDIR", "Icon", "cut.png", "gone.png", "more"]
     assert rejected["reason"].notna().all()
 
 
