@@ -641,7 +641,7 @@ def read_cells(path, cells, allowed, expected):
     """A table of text as float [n, K]. Raises InputError for the first cell that is not `allowed`."""
     numbers = cells.apply(pd.to_numeric, errors="coerce").to_numpy(float)
     for row, k in np.argwhere(~allowed(numbers))[:1]:
-        found = f"{path} row {row + 1}: {cells.columns[k]} is '{cells.iat[row, k]}'"
+        found = f"{path} row {row + 2}: {cells.columns[k]} is '{cells.iat[row, k]}'"
         raise InputError(f"{found}; expected {expected}")
     return numbers
 
@@ -664,7 +664,7 @@ def read_predictions(path):
     for label in labels[labels.str.contains("|", regex=False)]:
         raise InputError(f"{path} has a label '{label}'; rename it without |, which separates names")
     for row in np.flatnonzero(frame["path"].duplicated()):
-        raise InputError(f"{path} row {row + 1}: image '{frame['path'][row]}' is there twice; keep one row")
+        raise InputError(f"{path} row {row + 2}: image '{frame['path'][row]}' is there twice; keep one row")
     y = read_cells(path, truths, lambda cells: np.isin(cells, (-1, 0, 1)), "1, 0 or blank (unknown)")
     p = read_cells(path, frame["prob_" + names], lambda cells: (cells >= 0) & (cells <= 1),
                    "a probability from 0 to 1")

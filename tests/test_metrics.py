@@ -1058,12 +1058,12 @@ BASE = "path,patient,true_Edema,prob_Edema\na,1,1,0.9\nb,2,0,0.2\n"
     ("path,patient\na,1\n", ["true_<label>"]),
     (BASE.replace(",prob_Edema", ",prob_Mass"), ["true_Edema but no prob_Edema"]),
     ("path,patient,true_Edema,prob_Edema,prob_Mass\na,1,1,0.9,0.1\n", ["prob_Mass but no true_Mass"]),
-    (BASE.replace("0.9", "nan"), ["row 1", "prob_Edema is 'nan'", "0 to 1"]),
-    (BASE.replace("0.2", ""), ["row 2", "prob_Edema is ''"]),
-    (BASE.replace("0.2", "1.2"), ["row 2", "prob_Edema is '1.2'"]),
-    (BASE.replace("b,2,0", "b,2,2"), ["row 2", "true_Edema is '2'", "1, 0 or blank"]),
-    (BASE.replace("b,2,0", "b,2,yes"), ["row 2", "true_Edema is 'yes'"]),
-    (BASE.replace("b,2", "a,2"), ["row 2", "image 'a'", "twice"]),
+    (BASE.replace("0.9", "nan"), ["row 2", "prob_Edema is 'nan'", "0 to 1"]),
+    (BASE.replace("0.2", ""), ["row 3", "prob_Edema is ''"]),
+    (BASE.replace("0.2", "1.2"), ["row 3", "prob_Edema is '1.2'"]),
+    (BASE.replace("b,2,0", "b,2,2"), ["row 3", "true_Edema is '2'", "1, 0 or blank"]),
+    (BASE.replace("b,2,0", "b,2,yes"), ["row 3", "true_Edema is 'yes'"]),
+    (BASE.replace("b,2", "a,2"), ["row 3", "image 'a'", "twice"]),
     (BASE.replace("b,2,0", "b,2,1"), ["both positives and negatives"]),
     ("path,patient,true_Edema,prob_Edema\na,1,1,0.9\n", ["both positives and negatives"]),
     ("path,patient,true_Effusion,true_Pleural Effusion,prob_Effusion,prob_Pleural Effusion\na,1,1,1,1,1\n",
@@ -1171,4 +1171,4 @@ def test_the_command_needs_no_torch_and_fails_politely(tmp_path):
     assert sorted(path.name for path in out.parent.iterdir()) == ["draws.npz", "metrics.csv"]
     path.write_text(BASE.replace("0.9", "-0.1"))
     failed = run_script("evaluate/metrics.py", path, "--out", tmp_path / "m.csv")
-    assert_user_error(failed, str(path), "row 1", "-0.1")
+    assert_user_error(failed, str(path), "row 2", "-0.1")
