@@ -55,7 +55,7 @@ SPECIFICITIES = (0.9, 0.95)
 BINS = 15                                            # of calibration errors and reliability curves
 AGES = {"<=40": 40, "41-60": 60, "61-80": 80, ">80": np.inf}    # upper end of each band, years
 LEAST = 10                                           # images of a group of people that is scored
-RACES = {"(?i).*White.*": "White", "(?i).*Black.*": "Black", "(?i).*Asian.*": "Asian"}
+RACES = {rf"(?i).*\b{race}.*": race for race in ("White", "Black", "Asian")}     # no Caucasian
 UNKNOWN = "(?i)^(|nan|none|na|n/a|<na>|null|unknown|patient refused)$"      # patient, sex, race
 NORMAL = 1.959964                                    # half width of a 95 % interval in standard errors
 MEANS = {"auc": "auc_mean", "accuracy": "mean_accuracy"}        # names of means over labels

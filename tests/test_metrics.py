@@ -1121,11 +1121,12 @@ def test_people_who_are_unknown_or_few_are_no_group(monkeypatch, tmp_path):
 
 def test_ages_as_in_dicom_headers_and_races_in_capitals_make_the_same_groups(monkeypatch, tmp_path):
     path = run_folder(tmp_path) / "padchest.csv"
-    races = ["White", "Black or African American", "Asian - Historical"] * 40
+    races = ["White", "Black or African American", "Asian - Historical", "CAUCASIAN"] * 30
     ages = [str(30 + number % 60) for number in range(120)]
     predictions(path, age=ages, race=races)
     expected = command(monkeypatch, tmp_path, path)
-    assert {"images[age=41-60]", "images[race=Black]"} <= {*expected.metric}
+    assert {"images[age=41-60]", "images[race=Black]", "images[race=CAUCASIAN]"} <= {*expected.metric}
+    assert cell(expected, "images[race=Asian]") == 30
     predictions(path, age=[f"0{age}Y" for age in ages], race=[race.upper() for race in races])
     pd.testing.assert_frame_equal(command(monkeypatch, tmp_path, path), expected)
 
