@@ -917,8 +917,8 @@ def arms_of(args):
             raise InputError(f"{val} belongs to one run and would choose thresholds for others, as {path}; "
                              "give each run a folder of its own, with its nih_val.csv")
         if seed in arms[exp, dataset]:
-            raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; give one, or "
-                             "another name to one: the file's name is the arm's")
+            raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; rename it (the "
+                             "name is the arm's), or its runs to <exp>/predictions/seed<k>/<test set>.csv")
         arms[exp, dataset][seed] = path
     return arms
 
