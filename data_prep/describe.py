@@ -34,7 +34,6 @@ MAY_SHARE = ("oct", "covidx_ct")        # their makers' splits do not promise to
 # slices do have it (0.03 % of all pairs of a set). An image that was cropped is not found.
 NEAR = 0.995
 
-
 # --- begin copy: error ---
 def fail(message):
     """A mistake the user can mend: one sentence on stderr and exit code 2."""
@@ -73,15 +72,16 @@ def read_index(path):
     rows = read_table(path, "path", "split")
     facts = read_json(path.with_name("index.json"))
     facts["stand_in"] = read_json(path.with_name("pack.json")).get("stand_in")
-    rows = rows.reindex(columns=FACTS.union(rows.columns, sort=False), fill_value="")
-    return facts.get("dataset", path.parent.name), rows, facts
+    rows = rows.reindex(columns=FACTS.union(rows.columns, sort=False), fill_value="").replace("1.0", "1")
+    rows = rows.assign(patient=rows.patient.replace("", np.nan), sex=rows.sex.str[:1].str.upper(),
+                       age=rows.age.str.rstrip("Y"))                                    # 061Y, in DICOM
+    return facts.get("dataset", path.absolute().parent.name), rows, facts
 
 
 def part(indexes, dataset, splits):
     """Rows of some splits of a dataset, out of its index that has most of them, and that index's facts."""
     parts = [(rows[rows.split.isin(splits)], facts) for name, rows, facts in indexes if name == dataset]
-    nothing = pd.DataFrame(columns=FACTS), {}
-    return max(parts, key=lambda part: len(part[0]), default=nothing)
+    return max(parts, key=lambda part: len(part[0]), default=(pd.DataFrame(columns=FACTS), {}))
 
 
 def half_up(numerator, denominator, digits):
@@ -150,7 +150,7 @@ def shared(indexes):
     """A row an index: its dataset, patients in more than one split, and the mark of a stand-in."""
     sides = []
     for dataset, rows, facts in indexes:
-        splits = rows[rows.patient != ""].groupby("patient").split.nunique()
+        splits = rows.groupby("patient").split.nunique()            # of blank patients nothing is known
         sides.append([dataset, (splits > 1).sum(), facts["stand_in"]])
     return pd.DataFrame(sides, columns=["dataset", "patients in two splits", "stand-in"])
 
@@ -179,7 +179,7 @@ def figure1(packs, out):
     panels = {"imagenet": "ImageNet", "mimic_cxr": "MIMIC-CXR", "oct": "OCT", "covidx_ct": "COVIDx-CT",
               "nih": "NIH ChestX-ray", "chexpert": "CheXpert", "padchest": "PadChest",
               "vindr_cxr": "VinDr-CXR"}
-    folders = {folder.resolve().name: folder for folder in packs}
+    folders = {folder.absolute().name: folder for folder in packs}          # of a link, its own name
     figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
     for axis, (dataset, title) in zip(axes.flat, panels.items()):
         folder = folders.get(dataset) or folders.get(f"{dataset}_pretrain")

@@ -55,7 +55,7 @@ SPECIFICITIES = (0.9, 0.95)
 BINS = 15                                            # of calibration errors and reliability curves
 AGES = {"<=40": 40, "41-60": 60, "61-80": 80, ">80": np.inf}    # upper end of each band, years
 LEAST = 10                                           # images of a group of people that is scored
-RACES = {".*White.*": "White", ".*Black.*": "Black", ".*Asian.*": "Asian"}
+RACES = {rf"(?i).*\b{race}.*": race for race in ("White", "Black", "Asian")}     # no Caucasian
 UNKNOWN = "(?i)^(|nan|none|na|n/a|<na>|null|unknown|patient refused)$"      # patient, sex, race
 NORMAL = 1.959964                                    # half width of a 95 % interval in standard errors
 MEANS = {"auc": "auc_mean", "accuracy": "mean_accuracy"}        # names of means over labels
@@ -641,7 +641,7 @@ def read_cells(path, cells, allowed, expected):
     """A table of text as float [n, K]. Raises InputError for the first cell that is not `allowed`."""
     numbers = cells.apply(pd.to_numeric, errors="coerce").to_numpy(float)
     for row, k in np.argwhere(~allowed(numbers))[:1]:
-        found = f"{path} row {row + 1}: {cells.columns[k]} is '{cells.iat[row, k]}'"
+        found = f"{path} row {row + 2}: {cells.columns[k]} is '{cells.iat[row, k]}'"
         raise InputError(f"{found}; expected {expected}")
     return numbers
 
@@ -664,7 +664,7 @@ def read_predictions(path):
     for label in labels[labels.str.contains("|", regex=False)]:
         raise InputError(f"{path} has a label '{label}'; rename it without |, which separates names")
     for row in np.flatnonzero(frame["path"].duplicated()):
-        raise InputError(f"{path} row {row + 1}: image '{frame['path'][row]}' is there twice; keep one row")
+        raise InputError(f"{path} row {row + 2}: image '{frame['path'][row]}' is there twice; keep one row")
     y = read_cells(path, truths, lambda cells: np.isin(cells, (-1, 0, 1)), "1, 0 or blank (unknown)")
     p = read_cells(path, frame["prob_" + names], lambda cells: (cells >= 0) & (cells <= 1),
                    "a probability from 0 to 1")
@@ -683,7 +683,7 @@ def people_of(frame):
     """Sex, age band and race, those that there are, "" if unknown; "White, non-Hispanic" is White."""
     people = frame.filter(["sex", "age", "race"]).astype(str).replace(UNKNOWN, "", regex=True)
     if "age" in people:
-        ages = pd.to_numeric(people["age"], errors="coerce")
+        ages = pd.to_numeric(people["age"].str.rstrip("Y"), errors="coerce")        # 061Y, in DICOM
         bands = pd.cut(ages, [-np.inf, *AGES.values()], labels=list(AGES))
         people["age"] = bands.astype(object).fillna("")
     return people.replace({"race": RACES}, regex=True)
@@ -917,8 +917,8 @@ def arms_of(args):
             raise InputError(f"{val} belongs to one run and would choose thresholds for others, as {path}; "
                              "give each run a folder of its own, with its nih_val.csv")
         if seed in arms[exp, dataset]:
-            raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; give one, or "
-                             "another name to one: the file's name is the arm's")
+            raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; rename it (the "
+                             "name is the arm's), or its runs to <exp>/predictions/seed<k>/<test set>.csv")
         arms[exp, dataset][seed] = path
     return arms
 
@@ -927,6 +927,8 @@ def run(args):
     """Score all runs, several at a time, and write their rows and resamples."""
     if args.out and args.out.resolve() in map(Path.resolve, args.predictions):
         raise InputError(f"--out {args.out} is one of the predictions; choose another name")
+    if args.out and args.out.suffix != ".csv":
+        raise InputError(f"--out {args.out} is not the name of a .csv; give one, such as metrics.csv")
     if args.bootstrap < 0 or args.workers < 1:
         raise InputError("--bootstrap must be 0 or more, --workers 1 or more")
     arms, rows, resamples, first = arms_of(args), [], {}, {}

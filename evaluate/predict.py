@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 RANK = int(os.environ.get("RANK", 0))                   # of torchrun; plain python is one process
@@ -80,7 +81,10 @@ def options():
     add("--keep", action="store_true", help="keep <out>.pack, the pack of --images")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--batch", type=int, default=64, help="images a pass [64]")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.set and Path(args.out).suffix != ".csv":
+        fail(f"--out {args.out}: give the name of a .csv")
+    return args
 
 
 if __name__ == "__main__":      # help and mistakes are answered before the imports below, which take seconds
@@ -97,7 +101,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor, resize, 
 
 def load_network(file, features):
     """The network of a checkpoint and the facts beside its weights; for features it needs no labels."""
-    with or_fail(f"find in {file} what a classifier.pt of finetune/classify.py has"):
+    with or_fail(f"find in {file} what a classifier.pt has (finetune/classify.py --init makes one of it)"):
         facts = torch.load(file, map_location="cpu", weights_only=True)
         facts["file"] = file
         if features:
@@ -192,17 +196,19 @@ def pack_folder(folder, facts, args):
     if not packer.is_file():
         fail(f"--images needs pack.py, which reads the files; copy it to {here}")
     root, index, rejected = Path(args.images), folder / "index.csv", folder / "rejected.csv"
-    files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
-    if not files:
+    found = [file for file in root.rglob("*") if file.is_file() or file.is_symlink()]
+    if not found:
         fail(f"--images {root} is not a folder with files; check the path")
-    paths = pd.Series(files, name="path")
-    write_atomic(index, lambda file: paths.to_csv(file, mode="wb", index=False, errors="replace"))
+    rows = sorted((file.relative_to(root).as_posix(), file.lstat().st_mtime_ns) for file in found)
+    # The time of change tells a kept pack of older files; the path stands last as macOS names a file "Icon\r"
+    rows = pd.DataFrame(rows, columns=["path", "changed"])[["changed", "path"]]
+    write_atomic(index, lambda file: rows.to_csv(file, mode="wb", index=False, errors="replace"))
     command = [sys.executable, packer, "--index", index, "--raw", root, "--out", folder,
                "--size", facts["img_size"], "--channels", facts["in_chans"]]
     done = subprocess.run(map(str, command), stderr=subprocess.PIPE, errors="replace")
     beside = folder.with_suffix(".rejected.csv")            # the predictions
     if rejected.is_file():
-        os.replace(rejected, beside)
+        write_atomic(beside, lambda file: file.write(rejected.read_bytes()))    # a kept pack has it again
     if done.returncode:
         said = done.stderr.replace(str(rejected), str(beside)).strip()
         fail(f"--images {args.images} cannot be packed: {said.rpartition('error: ')[2]}")
@@ -212,8 +218,8 @@ def pack_folder(folder, facts, args):
 def predict(model, facts, manifest, split, file, args, device):
     """Predict the images of a manifest; process 0 writes them to `file`, facts and features beside it."""
     own = file.resolve() == Path(manifest).resolve() or file.stem in ("images", "manifest", "pack")
-    if file.suffix != ".csv" or own:                    # .json and .npy get the same stem
-        fail(f"--out {file}: give a .csv, not {manifest} and not named images, manifest or pack")
+    if own:                                             # .json and .npy get the same stem
+        fail(f"--out {file}: give a name other than {manifest}, images, manifest or pack")
     rows, labels = read_manifest(manifest, split), facts["labels"]
     known, pack = truth(manifest, rows, labels), Path(manifest).with_name("pack.json")
     with or_fail(f"read {pack}"):
@@ -244,7 +250,7 @@ def predict(model, facts, manifest, split, file, args, device):
     if len(known) and "patient" not in rows:
         said += "; no column patient: intervals will take images for patients"
     if args.features:
-        said += f"; {model.num_features} features an image in {file.with_suffix('.npy')}"
+        said += f"; {model.head_hidden_size} features an image in {file.with_suffix('.npy')}"
     print(said)
 
 
@@ -257,7 +263,7 @@ def main():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if WORLD_SIZE > 1:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timedelta(days=7))      # --images: one packs, others wait
     torch.backends.cudnn.conv.fp32_precision = "ieee"                       # scores are not rounded to TF32
     networks = {}
     for checkpoint in args.checkpoint:

@@ -194,6 +194,35 @@ def test_percentages_and_ages_are_over_images_and_unknown_ages_do_not_count(tmp_
     assert cell(frame, 11, "Patients", "test").computed == ""  # no such rows: not computable, not wrong
 
 
+def test_cells_that_pandas_or_a_dicom_header_spell_otherwise_are_the_same(tmp_path):
+    rows = [{"sex": "F", "age": "40", "split": "train", "Effusion": "1"},
+            {"sex": "M", "age": "7", "split": "train", "Effusion": "0"},
+            {"sex": "", "age": "", "split": "train", "Effusion": ""}]
+    other = [{"sex": "Female", "age": "040Y", "split": "train", "Effusion": "1.0"},
+             {"sex": "m", "age": "007Y", "split": "train", "Effusion": "0.0"}, rows[2]]
+    frame = cells(index(tmp_path / "a" / "nih", "nih", rows))
+    pd.testing.assert_frame_equal(frame, cells(index(tmp_path / "b" / "nih", "nih", other)))
+    for what, number in (("Female", 1), ("Age mean", 47), ("Pleural Effusion", 1)):
+        assert cell(frame, 11, what, "train").numerator == number
+    said = describe.misses([describe.read_index(tmp_path / "b" / "nih" / "index.csv")])
+    assert "nih train, Effusion: expected 7,649, found 1" in said
+
+
+def test_blank_patients_are_not_one_patient(tmp_path):
+    for name, patients, counted in (("a", ["", "x", "x", ""], "1"), ("b", [""] * 4, "")):
+        path = index(tmp_path / name, "nih", [{"patient": patient, "split": "train"} for patient in patients])
+        assert cell(cells(path), 11, "Patients", "train").computed == counted
+        said = describe.misses([describe.read_index(path)])
+        assert f"nih train, patients: expected 24,342, found {counted or 0}" in said
+
+
+def test_an_index_is_of_the_dataset_whose_folder_it_is_in_seen_from_there_too(tmp_path, monkeypatch):
+    path = index(tmp_path / "nih", "nih", [{"split": "train"}])
+    path.with_name("index.json").unlink()
+    monkeypatch.chdir(path.parent)
+    assert describe.read_index(path)[0] == describe.read_index(type(path)("index.csv"))[0] == "nih"
+
+
 def test_race_groups_go_by_substring_whatever_the_ethnicity(tmp_path):
     races = ["White", "White, non-Hispanic", "Black or African American", "Asian - Historical", "Other", ""]
     frame = cells(index(tmp_path / "chexpert", "chexpert",
@@ -288,6 +317,10 @@ def test_figure1_takes_nih_over_its_sample_and_passes_over_packs_of_original_siz
     packs = [pack(tmp_path / "nih", black), pack(tmp_path / "nih_pretrain", grey), tmp_path / "nih_pretrain_original"]
     packs[2].mkdir()
     (packs[2] / "pack.json").write_text('{"size": "original"}')     # the files themselves: no images.npy
+    (tmp_path / "elsewhere").mkdir()
+    packs[0] = packs[0].rename(tmp_path / "elsewhere/nih_of_64_pixels")
+    (tmp_path / "nih").symlink_to(packs[0])                         # the link's name counts
+    packs[0] = tmp_path / "nih"
     assert call("data_prep/describe.py", "--out", tmp_path / "out", "--packs", *packs) == 0
     picture = np.asarray(Image.open(tmp_path / "out" / "figure1.png").convert("RGB"))
     height, width, _ = picture.shape

@@ -1058,12 +1058,12 @@ BASE = "path,patient,true_Edema,prob_Edema\na,1,1,0.9\nb,2,0,0.2\n"
     ("path,patient\na,1\n", ["true_<label>"]),
     (BASE.replace(",prob_Edema", ",prob_Mass"), ["true_Edema but no prob_Edema"]),
     ("path,patient,true_Edema,prob_Edema,prob_Mass\na,1,1,0.9,0.1\n", ["prob_Mass but no true_Mass"]),
-    (BASE.replace("0.9", "nan"), ["row 1", "prob_Edema is 'nan'", "0 to 1"]),
-    (BASE.replace("0.2", ""), ["row 2", "prob_Edema is ''"]),
-    (BASE.replace("0.2", "1.2"), ["row 2", "prob_Edema is '1.2'"]),
-    (BASE.replace("b,2,0", "b,2,2"), ["row 2", "true_Edema is '2'", "1, 0 or blank"]),
-    (BASE.replace("b,2,0", "b,2,yes"), ["row 2", "true_Edema is 'yes'"]),
-    (BASE.replace("b,2", "a,2"), ["row 2", "image 'a'", "twice"]),
+    (BASE.replace("0.9", "nan"), ["row 2", "prob_Edema is 'nan'", "0 to 1"]),
+    (BASE.replace("0.2", ""), ["row 3", "prob_Edema is ''"]),
+    (BASE.replace("0.2", "1.2"), ["row 3", "prob_Edema is '1.2'"]),
+    (BASE.replace("b,2,0", "b,2,2"), ["row 3", "true_Edema is '2'", "1, 0 or blank"]),
+    (BASE.replace("b,2,0", "b,2,yes"), ["row 3", "true_Edema is 'yes'"]),
+    (BASE.replace("b,2", "a,2"), ["row 3", "image 'a'", "twice"]),
     (BASE.replace("b,2,0", "b,2,1"), ["both positives and negatives"]),
     ("path,patient,true_Edema,prob_Edema\na,1,1,0.9\n", ["both positives and negatives"]),
     ("path,patient,true_Effusion,true_Pleural Effusion,prob_Effusion,prob_Pleural Effusion\na,1,1,1,1,1\n",
@@ -1119,6 +1119,18 @@ def test_people_who_are_unknown_or_few_are_no_group(monkeypatch, tmp_path):
     assert groups["auc"] == {"auc[race=White]", "auc[race=Asian]"}          # 9 images: too few
 
 
+def test_ages_as_in_dicom_headers_and_races_in_capitals_make_the_same_groups(monkeypatch, tmp_path):
+    path = run_folder(tmp_path) / "padchest.csv"
+    races = ["White", "Black or African American", "Asian - Historical", "CAUCASIAN"] * 30
+    ages = [str(30 + number % 60) for number in range(120)]
+    predictions(path, age=ages, race=races)
+    expected = command(monkeypatch, tmp_path, path)
+    assert {"images[age=41-60]", "images[race=Black]", "images[race=CAUCASIAN]"} <= {*expected.metric}
+    assert cell(expected, "images[race=Asian]") == 30
+    predictions(path, age=[f"0{age}Y" for age in ages], race=[race.upper() for race in races])
+    pd.testing.assert_frame_equal(command(monkeypatch, tmp_path, path), expected)
+
+
 def test_a_mistake_in_the_call_is_one_sentence(monkeypatch, tmp_path, capsys):
     here, there = run_folder(tmp_path) / "padchest.csv", run_folder(tmp_path, "2.2") / "padchest.csv"
     predictions(here), predictions(there)
@@ -1136,6 +1148,7 @@ def test_a_mistake_in_the_call_is_one_sentence(monkeypatch, tmp_path, capsys):
             ([here, "--bootstrap", "-1"], "--bootstrap must be 0 or more"),
             ([here, "--manifest", tmp_path / "none.csv"], "none.csv does not exist"),
             ([tmp_path / "marked.csv"], "marked.json holds no facts"),
+            ([here, "--out", "."], "--out . "), ([here, "--out", tmp_path / "results"], "name of a .csv"),
             ([here, "--out", tmp_path / "file" / "m.csv"], "cannot be written")]:
         monkeypatch.setattr(sys, "argv", ["metrics.py", "--out", str(tmp_path / "m.csv"), "--bootstrap", "9",
                                           "--workers", "1", *map(str, args)])
@@ -1159,4 +1172,4 @@ def test_the_command_needs_no_torch_and_fails_politely(tmp_path):
     assert sorted(path.name for path in out.parent.iterdir()) == ["draws.npz", "metrics.csv"]
     path.write_text(BASE.replace("0.9", "-0.1"))
     failed = run_script("evaluate/metrics.py", path, "--out", tmp_path / "m.csv")
-    assert_user_error(failed, str(path), "row 1", "-0.1")
+    assert_user_error(failed, str(path), "row 2", "-0.1")

@@ -7,6 +7,8 @@ import math
 import os
 import resource
 import shutil
+import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +235,16 @@ def test_any_number_of_processes_writes_the_same_bytes(model_file, packed, tmp_p
     assert len(read(tmp_path / "3/one.csv")) == 19 and len(read(tmp_path / "3/all.csv")) == 23
 
 
+def test_processes_wait_for_the_one_that_packs_a_large_folder(model_file, packed, tmp_path, monkeypatch):
+    def begin(backend, timeout=timedelta(minutes=30)):                      # gloo's own
+        sys.exit(int(timeout < timedelta(days=1)))
+    monkeypatch.setattr(predict, "WORLD_SIZE", 2)
+    monkeypatch.setattr(predict.dist, "init_process_group", begin)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, "--checkpoint", model_file[0], "--images", packed.parent, "--out", "p.csv")
+    assert stopped.value.code == 0
+
+
 def test_several_checkpoints_are_predicted_as_one_by_one(packed, tmp_path, monkeypatch, capsys):
     files = []
     for seed in (3, 14):
@@ -334,11 +346,15 @@ def test_a_backbone_gives_features_alone(arch, args, width, packed, tmp_path, mo
     np.testing.assert_allclose(features, pooled.numpy(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_other_backbones_predict_too(arch, packed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("arch, width", [
+    ("resnet18", 512), ("swin_tiny_patch4_window7_224", 768),
+    ("mobilenetv3_small_050", 1024)])                                       # the head widens 288
+def test_other_backbones_predict_too(arch, width, packed, tmp_path, monkeypatch, capsys):
     model = classifier(tmp_path / "c.pt", arch=arch, model_args={}, img_size=224)
     run(monkeypatch, "--checkpoint", tmp_path / "c.pt", "--manifest", packed, "--split", "val",
-        "--out", tmp_path / "p.csv")
+        "--out", tmp_path / "p.csv", "--features")
+    assert f"; {width} features" in capsys.readouterr().out
+    assert np.load(tmp_path / "p.npy").shape == (4, width)
     images = torch.tensor(np.load(packed.parent / "images.npy")[:4])[:, None].float()
     x = torch.nn.functional.interpolate(images, (224, 224), mode="bilinear").expand(-1, 3, -1, -1) / 255
     mean, std = (torch.tensor(FACTS[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -455,6 +471,9 @@ def test_bad_files_are_listed_and_the_rest_is_predicted(folder, tmp_path, monkey
     (images / "._grey.png").write_bytes(b"\0\5\x16\7")
     (images / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
     (images / "cut.png").write_bytes((images / "grey.png").read_bytes()[:90])
+    (images / "more").symlink_to(folder)                                    # of images that are not below
+    (images / "gone.png").symlink_to("nowhere.png")
+    (images / "Icon\r").touch()                                            # macOS, of a folder with a picture
     classifier(tmp_path / "c.pt", in_chans=1, mean=[0.485], std=[0.229])
     for name in ("a", "b"):
         flags = ["--images", folder if name == "a" else images, "--out", tmp_path / f"{name}.csv"]
@@ -463,7 +482,7 @@ def test_bad_files_are_listed_and_the_rest_is_predicted(folder, tmp_path, monkey
     assert stopped.value.code == 3 and "b.csv.rejected.csv" in capsys.readouterr().err
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     rejected = pd.read_csv(tmp_path / "b.csv.rejected.csv")
-    assert sorted(rejected["path"]) == ["._grey.png", "DICOMDIR", "cut.png"]
+    assert sorted(rejected["path"]) == ["._grey.png", "DICOMDIR", "Icon", "cut.png", "gone.png", "more"]
     assert rejected["reason"].notna().all()
 
 
@@ -484,6 +503,26 @@ def test_the_pack_of_a_folder_can_be_kept(folder, model_file, tmp_path, monkeypa
     run(monkeypatch, "--checkpoint", model_file[0], "--manifest", tmp_path / "p.csv.pack/manifest.csv",
         "--out", tmp_path / "q.csv")
     assert (tmp_path / "p.csv").read_bytes() == (tmp_path / "q.csv").read_bytes()
+
+
+def test_a_kept_pack_is_used_again_but_not_for_files_that_have_changed(tmp_path, model_file, monkeypatch, capsys):
+    images, out = tmp_path / "images", tmp_path / "p.csv"
+    images.mkdir()
+    for number, pixels in enumerate(blobs(2)):
+        Image.fromarray(pixels).save(images / f"{number}.png")
+    (images / "bad.png").write_bytes(b"bad")
+    flags = ["--checkpoint", model_file[0], "--images", images, "--out", out, "--keep"]
+    written = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            run(monkeypatch, *flags)
+        assert stopped.value.code == 3
+        written.append([out.read_bytes(), Path(f"{out}.rejected.csv").read_bytes()])
+        Path(f"{out}.rejected.csv").unlink()
+    assert written[0] == written[1]
+    Image.fromarray(255 - blobs(1)[0]).save(images / "0.png")               # other pixels, the same name
+    assert f"remove the folder {out}.pack" in refused(monkeypatch, capsys, *flags)
+    assert out.read_bytes() == written[0][0]
 
 
 def test_a_copy_of_the_script_alone_says_what_it_needs_for_folders(folder, model_file, packed, tmp_path,
@@ -586,7 +625,8 @@ def test_mistakes_are_named_in_one_sentence(model_file, packed, tmp_path, monkey
             ([*good, *data, *out, "--test-crops", 5], ["--test-crops"]),
             *(([*good, "--out", tmp_path / "new/p.csv", "--images", tmp_path / name], [name, "not a folder with files"])
               for name in ("nowhere", "empty", "garbage.pt")),
-            ([*good, *data, "--out", file / "p.csv"], [f"{file}/p."])):
+            ([*good, *data, "--out", file / "p.csv"], [f"{file}/p."]),
+            ([*good, "--images", packed.parent, "--out", tmp_path / "new/p"], ["new/p", ".csv"])):     # at once
         said = refused(monkeypatch, capsys, *argv)
         assert not [part for part in parts if part not in said], said
         assert sorted(os.listdir(tmp_path)) == before, said
