@@ -152,7 +152,9 @@ def ranked_auc(y, level):
     area, below = placements(y, level)
     beaten, above = below[:, level]                                         # of each image
     high, low = y == 1, y == 0
-    return area, high * (above - area) / high.sum() + low * (1 - beaten - area) / low.sum()
+    influence = high * (above - area) / high.sum()
+    influence += low * (1 - beaten - area) / low.sum()
+    return area, influence
 
 
 @undefined_is_nan
@@ -169,13 +171,15 @@ def average_precision(y, level):
     area = high @ precision / positives
     gain = np.cumsum(high * false / flagged ** 2)
     loss = np.cumsum(high * true / flagged ** 2)
-    influence = (y == 1) * (precision - area + gain)[level] - (y == 0) * loss[level]
+    influence = (y == 1) * (precision - area + gain)[level]
+    influence -= (y == 0) * loss[level]
     return area, influence / positives
 
 
 def class_patients(y, patient):
     """How many patients, int [n], have positives and how many have negatives of one label."""
-    return [np.count_nonzero(np.bincount(patient[y == kind])) for kind in (1, 0)]
+    classes = patient[y == 1], patient[y == 0]
+    return [np.count_nonzero(np.bincount(members)) for members in classes]
 
 
 def margin_of(error):
@@ -185,7 +189,8 @@ def margin_of(error):
 
 def rarer_class(y, patient):
     """Patients of the class that has fewer of them, int [K]."""
-    return np.array([min(class_patients(column, patient)) for column in y.T])
+    counts = [class_patients(column, patient) for column in y.T]
+    return np.min(counts, axis=1)
 
 
 def clustered_error(y, influence, patient=None):
@@ -200,7 +205,8 @@ def clustered_error(y, influence, patient=None):
     if min(m, n) < 2:
         return np.nan
     ten, one = (np.bincount(cluster, influence * members) for members in classes)
-    variance = m / (m - 1) * ten @ ten + n / (n - 1) * one @ one
+    variance = m / (m - 1) * ten @ ten
+    variance += n / (n - 1) * one @ one
     variance += 2 * len(ten) / (len(ten) - 1) * ten @ one
     return np.sqrt(max(variance, 0))
 
@@ -214,7 +220,8 @@ def auc_interval(y, p, patient=None):
     y = np.asarray(y)
     area, influence = ranked_auc(y, ranks(p))
     margin = margin_of(clustered_error(y, influence, patient))
-    return float(area), float(max(area - margin, 0)), float(min(area + margin, 1))
+    low, high = max(area - margin, 0), min(area + margin, 1)
+    return float(area), float(low), float(high)
 
 
 def delong(y, p_left, p_right, patient=None):
@@ -230,8 +237,13 @@ def delong(y, p_left, p_right, patient=None):
     if np.isnan(difference):
         raise ValueError("DeLong's test needs positives and negatives")
     se = clustered_error(y, left_influence - right_influence, patient)
-    z = difference / se if se > 0 else (0.0 if se == difference == 0 else np.nan)
-    return {"difference": difference, "se": se, "z": z, "p": 2 * ndtr(-abs(z))}
+    z = np.nan
+    if se > 0:
+        z = difference / se
+    elif se == difference == 0:
+        z = 0.0
+    p = 2 * ndtr(-abs(z))
+    return {"difference": difference, "se": se, "z": z, "p": p}
 
 
 # ------------------------------------------------------------------------------------------------ resampling
@@ -242,7 +254,8 @@ def resample_counts(size, resamples, seed):
     rng = np.random.default_rng(seed)
     counts = np.empty((resamples, size), np.uint8, order="F")     # read patient by patient
     for row in counts:
-        row[:] = np.bincount(rng.integers(size, size=size), minlength=size)
+        drawn = rng.integers(size, size=size)
+        row[:] = np.bincount(drawn, minlength=size)
     return counts
 
 
@@ -265,7 +278,8 @@ def auc_draws(y, p, patient, counts, chunk=64):
     twice as fast as np.cumsum. Exact in float32 up to 2^22 images.
     """
     values = np.full((len(counts), y.shape[1]), np.nan)
-    triangle, maps = np.tri(32, dtype=np.float32), []
+    triangle = np.tri(32, dtype=np.float32)
+    maps = []
     for truth, score in zip(y.T, p.T):
         high, low = truth == 1, truth == 0
         leaders, at = np.unique(score[high], return_inverse=True)
@@ -318,12 +332,15 @@ def is_right(y, p, threshold):
 def mean_accuracy(y, p, threshold, variant="corrected"):
     """Accuracy at p > threshold, averaged over labels; "paper" rounds each label to 4 decimals first."""
     accuracy, _ = share(is_right(y, p, threshold), is_known(y))
-    return (accuracy.round(4) if variant == "paper" else accuracy).mean()
+    if variant == "paper":
+        accuracy = accuracy.round(4)
+    return accuracy.mean()
 
 
 def all_right(y, p, threshold):
     """share() of the images with every label right among those with every label known."""
-    return share(is_right(y, p, threshold).all(1), is_known(y).all(1))
+    right = is_right(y, p, threshold).all(1)
+    return share(right, is_known(y).all(1))
 
 
 def subset_accuracy(y, p, threshold):
@@ -353,12 +370,15 @@ def images_seen(n, fractions, variant="corrected"):
     add up (an answered image has u = 0.5 and is not asked about again).
     """
     seen = np.array([int(n * q) for q in fractions])
-    return np.minimum(seen.cumsum() if variant == "paper" else seen, n)
+    if variant == "paper":
+        seen = seen.cumsum()
+    return np.minimum(seen, n)
 
 
 def turns(u):
     """Place of each image in the order in which an expert is asked: least u first, ties by row."""
-    return np.argsort(np.argsort(u, 0, kind="stable"), 0)
+    order = np.argsort(u, 0, kind="stable")
+    return np.argsort(order, 0)
 
 
 def certainty(p):
@@ -371,10 +391,12 @@ def oracle_auc(y, p, fractions, variant="corrected"):
 
     "paper" gives 0 to a label without positives, and its referrals add up.
     """
-    turn, seen = turns(certainty(p)), images_seen(len(p), fractions, variant)
+    turn = turns(certainty(p))
+    seen = images_seen(len(p), fractions, variant)
     level, top = levels(p)
     answers = (y == 1) * top
-    values = [level_auc(y, np.where(turn < count, answers, level), variant) for count in seen]
+    referred = [np.where(turn < count, answers, level) for count in seen]
+    values = [level_auc(y, table, variant) for table in referred]
     return np.array(values), seen / len(p)
 
 
@@ -382,7 +404,8 @@ def risk_coverage_area(y, p, threshold=0.5):
     """Share of wrong labels among the 1, 2, ... n most certain images, averaged (Geifman et al. 2019)."""
     certain_first = np.argsort(-certainty(p)[:, 0], kind="stable")
     accuracy, _ = share(is_right(y, p, threshold).T, is_known(y).T)     # NaN where nothing is known
-    return 1 - pd.Series(accuracy[certain_first]).dropna().expanding().mean().mean()
+    accuracy = pd.Series(accuracy[certain_first]).dropna()
+    return 1 - accuracy.expanding().mean().mean()
 
 
 # ------------------------------------------------------------------------------------------------ calibration
@@ -393,7 +416,8 @@ def binned_error(bins, excess, known):
     excess, n = excess * known, known.sum()
     sums = np.bincount(bins, excess)
     error = np.abs(sums).sum() / n
-    return error, (np.sign(sums)[bins] * excess - error * known) / n
+    influence = np.sign(sums)[bins] * excess - error * known
+    return error, influence / n
 
 
 def calibration_error(y, p, thresholds=THRESHOLDS):
@@ -402,8 +426,10 @@ def calibration_error(y, p, thresholds=THRESHOLDS):
     Bin i starts at i/30 but is 1/15 wide, and an item goes to the first bin that holds it, which is the first
     whose upper end lies above it. Source: the released evaluation code.
     """
-    upper = np.linspace(0, 0.5, BINS + 1)[:-1] + 1 / BINS
-    confidence, known = np.abs(p - 0.5), is_known(y)
+    start = np.linspace(0, 0.5, BINS + 1)[:-1]
+    upper = start + 1 / BINS
+    confidence = np.abs(p - 0.5)
+    known = is_known(y)
     bins = np.searchsorted(upper, confidence, "right")
     excesses = [confidence - is_right(y, p, t) for t in thresholds]
     errors = [each_label(binned_error, bins, excess, known)[0] for excess in excesses]
@@ -412,7 +438,8 @@ def calibration_error(y, p, thresholds=THRESHOLDS):
 
 def probability_bins(p):
     """Bin of each probability: BINS of equal width, closed above."""
-    return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], p)
+    edges = np.linspace(0, 1, BINS + 1)
+    return np.searchsorted(edges[1:-1], p)
 
 
 @undefined_is_nan
@@ -420,7 +447,8 @@ def ece_of(y, p, adaptive=False):
     """ece() and the influences; adaptive: BINS of equal count."""
     known, bins = is_known(y), probability_bins(p)
     if adaptive:
-        bins = turns(np.where(known, p, 2)) * BINS // known.sum(0)      # the unknown ones last
+        turn = turns(np.where(known, p, 2))             # the unknown ones last
+        bins = turn * BINS // known.sum(0)
     return each_label(binned_error, bins, p - y, known)
 
 
@@ -436,7 +464,8 @@ def reliability(y, p):
     bins = probability_bins(p)
     count = np.bincount(bins, minlength=BINS)
     predicted = np.bincount(bins, p, BINS) / count
-    return {"images": count, "predicted": predicted, "observed": np.bincount(bins, y, BINS) / count}
+    observed = np.bincount(bins, y, BINS) / count
+    return {"images": count, "predicted": predicted, "observed": observed}
 
 
 def temper(p, temperature):
@@ -451,7 +480,8 @@ def fit_temperature(y, p):
 
     def cross_entropy(log_temperature):
         q = temper(p, np.exp(log_temperature))
-        return -(xlogy(y, q) + xlogy(1 - y, 1 - q)).mean()
+        likelihood = xlogy(y, q) + xlogy(1 - y, 1 - q)
+        return -likelihood.mean()
     found = minimize_scalar(cross_entropy, bounds=np.log([0.05, 20]), method="bounded")
     return float(np.exp(found.x))
 
@@ -463,7 +493,8 @@ def sensitivity_at(y, level, specificity):
     """Highest sensitivity of p > t of one label with at least that specificity; NaN without both classes."""
     counts = class_counts(y, level)
     missed, right = counts.cumsum(1) / counts.sum(1, keepdims=True)
-    return np.where(right >= specificity - 1e-9, 1 - missed, 0 * right).max()
+    sensitivity = np.where(right >= specificity - 1e-9, 1 - missed, 0 * right)
+    return sensitivity.max()
 
 
 def choose_threshold(y, p, rule):
@@ -488,7 +519,8 @@ def choose_threshold(y, p, rule):
 def ranked(metric, y, level, patient):
     """each_label() of a metric by ranks; influences are NaN if a class has fewer than two patients."""
     values, influences = each_label(metric, y, level)
-    return values, np.where(rarer_class(y, patient) < 2, np.nan, influences)
+    few = rarer_class(y, patient) < 2
+    return values, np.where(few, np.nan, influences)
 
 
 def label_metrics(y, p, level, patient, chosen, temperature):
@@ -534,7 +566,9 @@ def single_metrics(y, p, level, answers):
     yield "positives", (y == 1).sum()
     turn = turns(np.abs(p - 0.5))
     for q, seen in zip(FRACTIONS, images_seen(len(y), FRACTIONS)):
-        yield f"oracle_auc_by_label@{q:g}", placements(y, np.where(turn < seen, answers, level))[0]
+        referred = np.where(turn < seen, answers, level)
+        area, _ = placements(y, referred)
+        yield f"oracle_auc_by_label@{q:g}", area
     for name, curve in reliability(y, p).items():
         for place, value in enumerate(curve):
             yield f"reliability_{name}@{place / BINS:g}", value
@@ -550,11 +584,13 @@ def joint_metrics(y, p, level, answers, patient):
     for t in THRESHOLDS:
         value, influence = all_right(y, p, t)
         yield f"subset_accuracy@{t:g}", value, influence[:, None]
-    n, turn = len(y), turns(certainty(p))
+    n = len(y)
+    turn = turns(certainty(p))
     seen = images_seen(n, FRACTIONS)
     areas, influences = [], []
     for k in seen:
-        area, influence = ranked(ranked_auc, y, np.where(turn < k, answers, level), patient)
+        referred = np.where(turn < k, answers, level)
+        area, influence = ranked(ranked_auc, y, referred, patient)
         areas.append(mean_over_labels(area))
         influences.append(mean_over_labels(influence)[:, None])
     yield "auc_labels", (~np.isnan(area)).sum()
@@ -566,9 +602,11 @@ def joint_metrics(y, p, level, answers, patient):
         untouched = (n - k) * (n - k - 1) / (n * (n - 1))               # share of the pairs, at random
         at_random = 1 - untouched * (1 - areas[0])
         yield f"random_referral_auc@{q:g}", at_random, untouched * influences[0]
-        yield f"rejection_auc@{q:g}", mean_over_labels(level_auc(np.where(left, y, -1), level))
+        rejection = level_auc(np.where(left, y, -1), level)
+        yield f"rejection_auc@{q:g}", mean_over_labels(rejection)
     for q, k in zip(FRACTIONS, images_seen(n, FRACTIONS, "paper")):
-        area = level_auc(y, np.where(turn < k, answers, level))
+        referred = np.where(turn < k, answers, level)
+        area = level_auc(y, referred)
         yield f"paper oracle_auc@{q:g}", mean_over_labels(area, "paper")
 
 
@@ -634,7 +672,8 @@ def nih_name(label):
     """NIH's spelling of a label ("Pleural effusion": "Effusion"); a label that NIH lacks keeps its own."""
     spelt = {name.replace("_", "").lower(): name for name in NIH14}
     spelt["pleuraleffusion"] = "Effusion"
-    return spelt.get(re.sub(r"[\W_]", "", label).lower(), label)
+    letters = re.sub(r"[\W_]", "", label).lower()
+    return spelt.get(letters, label)
 
 
 def read_cells(path, cells, allowed, expected):
@@ -668,13 +707,15 @@ def read_predictions(path):
     y = read_cells(path, truths, lambda cells: np.isin(cells, (-1, 0, 1)), "1, 0 or blank (unknown)")
     p = read_cells(path, frame["prob_" + names], lambda cells: (cells >= 0) & (cells <= 1),
                    "a probability from 0 to 1")
-    if not ((y == 1).any(0) & (y == 0).any(0)).any():
+    both_classes = (y == 1).any(0) & (y == 0).any(0)
+    if not both_classes.any():
         raise InputError(f"{path} has no label with both positives and negatives, so nothing can be ranked; "
                          "check true_<label> or add images")
     scored = is_known(y).any(0)
     nobody = frame["patient"].str.fullmatch(UNKNOWN)
     patient = frame["patient"].mask(nobody, "image " + frame["path"]).to_numpy(str)
-    y, p = y[:, scored].astype(np.int8), p[:, scored]
+    y = y[:, scored].astype(np.int8)
+    p = p[:, scored]
     images = frame["path"].to_numpy(str)
     return Predictions(list(labels[scored]), y, p, patient, images, people_of(frame), path)
 
@@ -693,7 +734,8 @@ def people_of(frame):
 def read_manifests(manifests):
     """people_of every image of the manifests, by path."""
     frame = pd.concat([read_csv(path, ["path"]) for path in manifests]).fillna("")
-    people = people_of(frame).assign(path=frame["path"]).drop_duplicates().set_index("path")
+    people = people_of(frame).assign(path=frame["path"])
+    people = people.drop_duplicates().set_index("path")
     for path in people.index[people.index.duplicated()]:
         raise InputError(f"the manifests know two people for image '{path}'; give the one that the "
                          "predictions were made from")
@@ -705,8 +747,10 @@ def read_manifests(manifests):
 def read_mark(path):
     """The sentence "stand_in" of the facts beside a predictions file, "" without."""
     facts = path.with_suffix(".json")
+    if not facts.is_file():
+        return ""
     try:
-        return json.loads(facts.read_text())["stand_in"] or "" if facts.is_file() else ""
+        return json.loads(facts.read_text())["stand_in"] or ""
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{facts} holds no facts of predictions with 'stand_in'; predict again") from None
 
@@ -727,9 +771,11 @@ class Rows:
     """The rows of one predictions file of a run (exp, seed, dataset), and their patient resamples."""
 
     def __init__(self, run, test, resamples):
-        self.run, self.mark, self.sets = run, test.mark, label_sets(test.labels)
+        self.run, self.mark = run, test.mark
+        self.sets = label_sets(test.labels)
         self.main, _ = next(iter(self.sets))
-        self.patient, self.counts = draw_patients(test.patient, resamples, zlib.crc32(run[-1].encode()))
+        seed = zlib.crc32(run[-1].encode())             # of the test set's name
+        self.patient, self.counts = draw_patients(test.patient, resamples, seed)
         self.rarer = rarer_class(test.y, self.patient)
         drawn = auc_draws(test.y, test.p, self.patient, self.counts)
         self.undefined = pd.DataFrame(drawn).isna().mean().to_numpy()       # share of the resamples
@@ -740,7 +786,8 @@ class Rows:
         """Sum of the influences [n] of each patient over 1 - its share of the images that have any, [P]."""
         images = np.bincount(self.patient, influence != 0)
         rest = 1 - images / max(images.sum(), 1)
-        return np.bincount(self.patient, influence) / np.where(rest > 0, rest, 1)
+        sums = np.bincount(self.patient, influence)
+        return sums / np.where(rest > 0, rest, 1)
 
     @undefined_is_nan
     def put(self, metric, values, influences=None, places=WHOLE, group="", shared=True):
@@ -759,18 +806,21 @@ class Rows:
         values = np.atleast_1d(values)
         by_patient = np.full((1, len(values)), np.nan)
         if influences is not None:
-            by_patient = np.array([self.by_patient(column) for column in influences.T]).T
+            by_patient = [self.by_patient(column) for column in influences.T]
+            by_patient = np.array(by_patient).T                             # [P, K]
         used = shared & (values > (0 if metric == "paper auc" else -1))     # the released mean is of AUCs > 0
         for (labels, label), columns in places.items():
             kept = [k for k in columns if label or used[k]]
-            value, sums = values[kept].sum() / len(kept), mean_over_labels(by_patient[:, kept])
+            value = values[kept].sum() / len(kept)
+            sums = mean_over_labels(by_patient[:, kept])
             error = np.linalg.norm(sums)
             shown = (name if label or group else MEANS.get(name, name)) + group
             key = "|".join((labels, shown, label, threshold))
             spread = not np.isnan(value + error)
             if spread and metric + group == "auc":
                 draws = value + (self.auc_draws[kept] - values[kept]).mean(axis=1)
-                error, self.drawn[key] = draws.std(ddof=0), draws
+                error = draws.std(ddof=0)
+                self.drawn[key] = draws
             elif spread and labels == self.main and not UNREAD.match(shown):
                 self.linear[key] = value, sums
             margin = margin_of(error)
@@ -788,7 +838,8 @@ class Rows:
         t, suffix = (chosen["youden"], "_youden") if chosen else (0.5, "@0.5")
         groups = {}
         for group in sorted(set(people) - {""}, key=lambda group: (AGES.get(group, 0), group)):
-            inside, name = np.c_[people == group], f"[{people.name}={group}]"
+            inside = np.c_[people == group]
+            name = f"[{people.name}={group}]"
             self.put("images", inside.sum(), group=name)
             if inside.sum() >= LEAST:
                 theirs = np.where(inside, y, -1)                            # of all others nothing is known
@@ -798,7 +849,8 @@ class Rows:
             shared = table.dropna(how="all").notna().all().to_numpy()
             for name, part in zip(groups, parts):
                 self.put(*part, places, name, shared)
-            gaps = (table.max() - table.min()).where(table.count() > 1)
+            gaps = table.max() - table.min()
+            gaps = gaps.where(table.count() > 1)
             if len(parts) > 1:
                 self.put(parts[0][0], gaps.to_numpy(), None, places, f"_gap[{people.name}]", shared)
 
