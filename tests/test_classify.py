@@ -203,6 +203,16 @@ def test_optimisers_and_what_weight_decay_spares(arch, recipe, kind):
 
 # Starts, rows, precedence
 
+def test_stochastic_depth_is_of_images_in_networks_with_several_rows_an_image(pack, tmp_path, monkeypatch):
+    drop = classify.DropPath()
+    drop.kept = torch.tensor([0.0, 1.25])
+    rows = drop(torch.ones(6, 4, 5))                        # three rows an image, as in MobileViT
+    assert (rows[:3] == 0).all() and (rows[3:] == 1.25).all()
+    run(monkeypatch, "--train", pack, "--out", tmp_path, "--arch", "mobilevit_xxs", "--img_size", 32,
+        "--device", "cpu", "--batch", 4, "--steps", 1, "--seeds", 0)
+    assert len(log_of(tmp_path / "seed0")) == 1
+
+
 def test_the_new_head_is_small_and_depends_on_the_seed_alone():
     heads = [classify.start(config_of(seed=seed))[0].get_classifier() for seed in (0, 0, 11)]
     assert torch.equal(heads[0].weight, heads[1].weight) and not torch.equal(heads[0].weight, heads[2].weight)
