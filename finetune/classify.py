@@ -516,12 +516,15 @@ def patient_subset(rows, values, share, seed):
 
 
 def checkpoint_facts(config):
-    """What a checkpoint of this project, named by `init`, says of its network and pixels; else nothing."""
+    """What a checkpoint of ours, named by `init`, says of its network and pixels (last.pt in its config)."""
     if config["init"].partition(":")[0] in ("random", "timm", "torchvision"):
         return {}
     content = read_weights(config["init"], config["arch"])
     keys = {"arch", "model_args", "in_chans", "img_size", "mean", "std"}
-    return {key: content[key] for key in keys} if isinstance(content, dict) and keys <= content.keys() else {}
+    for card in (content, content.get("config")) if isinstance(content, dict) else ():
+        if isinstance(card, dict) and keys <= card.keys():
+            return {key: card[key] for key in keys}
+    return {}
 
 
 def resolve(args, config):

@@ -264,6 +264,10 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     config, _ = row("x", "--init", "random")
     assert (config["init"], config["arch"]) == ("random", "resnet50")
     assert row("z", "--init", "moco.pth")[0]["arch"] == "resnet50"
+    card = {**facts, "model_args": {}, "lr": 9.0}
+    torch.save({"model": {}, "step": 1, "config": card}, tmp_path / "last.pt")          # of an unfinished run
+    config, _ = row("z", "--init", "last.pt")
+    assert {key: config[key] for key in facts} == facts and config["lr"] == 6.25e-5
     config, _ = row("x", "--miniature", "true")
     assert (config["arch"], config["lr"], config["optimizer"]) == ("resnet18", 0.25, "sgd")
     assert row("z", "--seeds", "5,6")[1] == [5, 6] and row("z", "--seeds", "7")[1] == [7]
