@@ -261,7 +261,7 @@ def check_targets(manifest, rows, labels, targets, n_images):
     counts = targets.sum(0) if multilabel else targets.bincount(minlength=len(labels))
     absent = [label for label, count in zip(labels, counts) if not count]
     if absent:
-        print(f"warning: {len(absent)} of {len(labels)} outputs without a training image: "
+        print(f"warning: {len(absent)} of {len(labels)} outputs are positive in no training image: "
               f"{', '.join(absent[:3])}", file=sys.stderr)
     if multilabel:
         _, certain = read_labels(manifest, rows, labels, "ignore", "ignore")

@@ -402,7 +402,7 @@ def test_outputs_without_a_training_image_are_pointed_out(findings, tmp_path, mo
         rows.to_csv(folder / "manifest.csv", index=False)
         run_here(supervised, monkeypatch, "--manifest", folder / "manifest.csv", "--out", folder, "--batch", 16,
                  "--device", "cpu", "--model_args", json.dumps(VIT), "--steps", 1, "--warmup_epochs", 1)
-        assert f"warning: 1 of 3 outputs without a training image: {name}" in capsys.readouterr().err
+        assert f"warning: 1 of 3 outputs are positive in no training image: {name}" in capsys.readouterr().err
 
 
 def test_sigterm_in_the_last_step_ends_the_run_as_ever(findings, tmp_path, monkeypatch):
