@@ -57,7 +57,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     warmup_lr=1e-6,                 # learning rate at the start of the warm-up
     warmup_epochs=5,                # epochs of linear warm-up to the peak
     min_lr=1e-5,                    # learning rate at the end of the cosine, which spans all epochs
-    schedule="cosine",              # cosine | plateau; plateau: halved after > 5 epochs without a lower loss
+    schedule="cosine",              # cosine | plateau; plateau: no warm-up, halved after > 5 stale epochs
     wd=0.05,                        # weight decay
     drop_path=0.1,                  # stochastic depth of the last block, linear from 0
     select="auc",                   # auc | loss; best epoch by highest mean validation AUC or lowest loss
@@ -467,12 +467,20 @@ def open_labelled(manifest, split, config, device):
 def check_labelled(args, config, data, val):
     """Refuse to validate on the training images, save by --val_split all; warn of paths, patients in both.
 
-    Say how many unknown labels count as if they were known.
+    Say how many unknown labels count as if they were known, and which labels have one class only.
     """
-    _, certain = read_labels(args.train, data.rows, config["label_names"], "ignore", "ignore")
-    n_guessed = (data.known > certain).sum()
-    if n_guessed:
-        print(f"note: {n_guessed:,} uncertain or blank training labels count, as --uncertain and --blank say")
+    names = config["label_names"]
+    for what, file, part in (("training", args.train, data), ("validation", args.val, val)):
+        _, certain = read_labels(file, part.rows, names, "ignore", "ignore")
+        n_guessed = (part.known > certain).sum()
+        if n_guessed:
+            print(f"note: {n_guessed:,} uncertain or blank {what} labels count, as --uncertain and --blank "
+                  "say")
+        columns = zip(names, part.values.T, part.known.T)
+        one_class = [name for name, values, known in columns if len(values[known > 0].unique()) < 2]
+        if one_class:
+            print(f"warning: {what} images do not have both classes of {', '.join(one_class)}",
+                  file=sys.stderr)
     same = Path(args.train).resolve() == Path(args.val).resolve()
     if same and "split" not in data.rows and args.val_split != "all":
         fail(f"{args.train} has no column split: give --val another manifest, or validate on the images of "
@@ -508,12 +516,15 @@ def patient_subset(rows, values, share, seed):
 
 
 def checkpoint_facts(config):
-    """What a checkpoint of this project, named by `init`, says of its network and pixels; else nothing."""
+    """What a checkpoint of ours, named by `init`, says of its network and pixels (last.pt in its config)."""
     if config["init"].partition(":")[0] in ("random", "timm", "torchvision"):
         return {}
     content = read_weights(config["init"], config["arch"])
     keys = {"arch", "model_args", "in_chans", "img_size", "mean", "std"}
-    return {key: content[key] for key in keys} if isinstance(content, dict) and keys <= content.keys() else {}
+    for card in (content, content.get("config")) if isinstance(content, dict) else ():
+        if isinstance(card, dict) and keys <= card.keys():
+            return {key: card[key] for key in keys}
+    return {}
 
 
 def resolve(args, config):
@@ -540,7 +551,10 @@ def resolve(args, config):
             fail(f"{key} is {config[key]}, not a share above 0 and up to 1")
     if args.probe:
         config["crop_pct"] = 1.0                        # it learns from whole images, as they are tested
-    listed = lambda text: [word.strip(" '\"") for word in text.strip("[]").split(",") if word]
+
+    def listed(text):                                   # a label's name may have commas, in double quotes
+        words = next(csv.reader([text.strip("[] ")], skipinitialspace=True))
+        return [word.strip(" '") for word in words if word]
     config["label_names"], seeds = listed(config["label_names"]), listed(config.pop("seeds"))
     if not seeds or not all(seed.isdecimal() for seed in seeds):
         fail(f"seeds are {seeds}, not whole numbers such as 0,11")
@@ -564,6 +578,8 @@ def main():
             print(json.dumps(config))
             if config["schedule"] == "cosine" and config["warmup_epochs"] >= config["epochs"] > 0:
                 print("warning: the run ends within its warm-up (--warmup_epochs)", file=sys.stderr)
+            if config["schedule"] == "cosine" and config["min_lr"] > config["lr"]:
+                print("warning: the rate rises to --min_lr, which is above --lr", file=sys.stderr)
         run = probe if args.probe else train
         for seed in seeds:
             config["seed"] = seed
@@ -891,7 +907,8 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training:
             return x
-        kept = self.kept.view(-1, *[1] * (x.ndim - 1))
+        kept = self.kept.repeat_interleave(len(x) // len(self.kept))        # MobileViT has rows of patches
+        kept = kept.view(-1, *[1] * (x.ndim - 1))
         return x * kept.to(x.dtype)
 
 
@@ -1123,6 +1140,9 @@ def forward_all(forward, images, n_images, n_outputs, batch, rank, world_size):
     Batch b is computed by process b mod world_size: the batches, and so all bits of the outputs, are the same
     with any number of processes. forward: images of a batch -> [B, n_outputs].
     """
+    if dist.is_initialized() and isinstance(forward, nn.Module):
+        for buffer in forward.buffers():            # of BatchNorm on CPUs: those of the first process,
+            dist.broadcast(buffer, 0)               # that is saved
     outputs = torch.zeros(n_images, n_outputs)
     for begin in range(rank * batch, n_images, world_size * batch):
         places = torch.arange(begin, min(begin + batch, n_images))

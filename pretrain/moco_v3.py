@@ -789,7 +789,8 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training:
             return x
-        kept = self.kept.view(-1, *[1] * (x.ndim - 1))
+        kept = self.kept.repeat_interleave(len(x) // len(self.kept))        # MobileViT has rows of patches
+        kept = kept.view(-1, *[1] * (x.ndim - 1))
         return x * kept.to(x.dtype)
 
 

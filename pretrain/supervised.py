@@ -231,10 +231,13 @@ def read_targets(manifest, rows, task):
     if not labels:
         fail(f"{manifest} has no label column; supervised pre-training needs labels")
     cells = rows[labels[0]]
+    where = f"in column '{labels[0]}' (1, 0, -1 and blank of a label: --task multilabel)"
     if len(labels) == 1 and (task == "classes" or task == "auto" and not {"-1", "-1.0"} & {*cells}):
         if "" in cells:
-            fail(f"{manifest} row {rows['row'][cells.index('')]}: no class in column '{labels[0]}'")
+            fail(f"{manifest} row {rows['row'][cells.index('')]}: no class {where}")
         names = sorted(set(cells), key=lambda name: (len(name), name))      # numbers in numeric order
+        if len(names) < 2:
+            fail(f"{manifest} has the one class '{names[0]}' {where}")
         numbers = {name: number for number, name in enumerate(names)}
         return torch.tensor([numbers[cell] for cell in cells]), names
     values, _ = read_labels(manifest, rows, labels)
@@ -244,6 +247,27 @@ def read_targets(manifest, rows, task):
     for place in odd:
         fail(f"{manifest} row {rows['row'][place]}: task=classes needs exactly one label that is 1")
     return values.argmax(1), labels
+
+
+def check_targets(manifest, rows, labels, targets, n_images):
+    """Warn of images in training and validation and of labels or classes without a training image.
+
+    Say how many unknown labels count as negative.
+    """
+    both = {*rows["path"][:n_images]} & {*rows["path"][n_images:]}
+    if both:
+        print(f"warning: {len(both):,} images are in training and in validation", file=sys.stderr)
+    multilabel = targets.ndim == 2
+    counts = targets.sum(0) if multilabel else targets.bincount(minlength=len(labels))
+    absent = [label for label, count in zip(labels, counts) if not count]
+    if absent:
+        print(f"warning: {len(absent)} of {len(labels)} outputs are positive in no training image: "
+              f"{', '.join(absent[:3])}", file=sys.stderr)
+    if multilabel:
+        _, certain = read_labels(manifest, rows, labels, "ignore", "ignore")
+        n_guessed = (certain[:n_images] == 0).sum()
+        if n_guessed:
+            print(f"note: {n_guessed:,} uncertain or blank training labels count as 0")
 
 
 def train(config, args, rank, world_size, device):
@@ -277,11 +301,10 @@ def train(config, args, rank, world_size, device):
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
     first_step = open_run(args.out, [args.manifest], config, state, args.resume, rank)
     if rank == 0:
-        both = {*rows["path"][:n_images]} & {*rows["path"][n_images:]}
-        if both:
-            print(f"warning: {len(both):,} images are in training and in validation", file=sys.stderr)
+        check_targets(args.manifest, rows, labels, targets, n_images)
+        kind = "labels" if targets.ndim == 2 else "classes"
         print(json.dumps(config))
-        print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {len(labels)} outputs; "
+        print(f"{note}; {sum(p.numel() for p in model.parameters()):,} parameters; {len(labels)} {kind}; "
               f"{n_images:,} images, {n_val:,} to validate; "
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
@@ -686,7 +709,8 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training:
             return x
-        kept = self.kept.view(-1, *[1] * (x.ndim - 1))
+        kept = self.kept.repeat_interleave(len(x) // len(self.kept))        # MobileViT has rows of patches
+        kept = kept.view(-1, *[1] * (x.ndim - 1))
         return x * kept.to(x.dtype)
 
 
@@ -943,6 +967,9 @@ def forward_all(forward, images, n_images, n_outputs, batch, rank, world_size):
     Batch b is computed by process b mod world_size: the batches, and so all bits of the outputs, are the same
     with any number of processes. forward: images of a batch -> [B, n_outputs].
     """
+    if dist.is_initialized() and isinstance(forward, nn.Module):
+        for buffer in forward.buffers():            # of BatchNorm on CPUs: those of the first process,
+            dist.broadcast(buffer, 0)               # that is saved
     outputs = torch.zeros(n_images, n_outputs)
     for begin in range(rank * batch, n_images, world_size * batch):
         places = torch.arange(begin, min(begin + batch, n_images))

@@ -14,7 +14,7 @@ import timm
 import torch
 import torchvision.transforms.functional as tv
 import yaml
-from conftest import load_script, log_of, run_here, write_pack
+from conftest import fork_script, load_script, log_of, run_here, write_pack
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
@@ -158,6 +158,15 @@ def test_plateau_is_of_the_validation_loss(pack, tmp_path, monkeypatch):
     assert sum(better) > 7                                              # counting epochs would halve it
 
 
+def test_a_rate_that_would_rise_is_pointed_out(pack, tmp_path, monkeypatch, capsys):
+    flags = ["--train", pack, *SMALL, "--batch", 12, "--epochs", 2, "--steps", 1, "--seeds", 0]
+    for rate, rises in (("9e-6", True), ("1.1e-5", False)):             # of deit the cosine ends at 1e-5
+        run(monkeypatch, *flags, "--lr", rate, "--out", tmp_path / rate)
+        assert ("rate rises" in capsys.readouterr().err) == rises
+    run(monkeypatch, *flags, "--lr", "9e-6", "--schedule", "plateau", "--out", tmp_path / "plateau")
+    assert "rate rises" not in capsys.readouterr().err
+
+
 def test_sigterm_in_the_last_step_ends_a_seed_as_ever(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(classify, "catch_sigterm", lambda: lambda: True)
     run(monkeypatch, "--train", pack, "--out", tmp_path, *SMALL, "--seeds", 0, "--batch", 12, "--steps", 1)
@@ -193,6 +202,16 @@ def test_optimisers_and_what_weight_decay_spares(arch, recipe, kind):
 
 
 # Starts, rows, precedence
+
+def test_stochastic_depth_is_of_images_in_networks_with_several_rows_an_image(pack, tmp_path, monkeypatch):
+    drop = classify.DropPath()
+    drop.kept = torch.tensor([0.0, 1.25])
+    rows = drop(torch.ones(6, 4, 5))                        # three rows an image, as in MobileViT
+    assert (rows[:3] == 0).all() and (rows[3:] == 1.25).all()
+    run(monkeypatch, "--train", pack, "--out", tmp_path, "--arch", "mobilevit_xxs", "--img_size", 32,
+        "--device", "cpu", "--batch", 4, "--steps", 1, "--seeds", 0)
+    assert len(log_of(tmp_path / "seed0")) == 1
+
 
 def test_the_new_head_is_small_and_depends_on_the_seed_alone():
     heads = [classify.start(config_of(seed=seed))[0].get_classifier() for seed in (0, 0, 11)]
@@ -245,6 +264,10 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     config, _ = row("x", "--init", "random")
     assert (config["init"], config["arch"]) == ("random", "resnet50")
     assert row("z", "--init", "moco.pth")[0]["arch"] == "resnet50"
+    card = {**facts, "model_args": {}, "lr": 9.0}
+    torch.save({"model": {}, "step": 1, "config": card}, tmp_path / "last.pt")          # of an unfinished run
+    config, _ = row("z", "--init", "last.pt")
+    assert {key: config[key] for key in facts} == facts and config["lr"] == 6.25e-5
     config, _ = row("x", "--miniature", "true")
     assert (config["arch"], config["lr"], config["optimizer"]) == ("resnet18", 0.25, "sgd")
     assert row("z", "--seeds", "5,6")[1] == [5, 6] and row("z", "--seeds", "7")[1] == [7]
@@ -293,12 +316,27 @@ def test_uncertain_and_blank_cells_follow_their_policies(uncertain, blank, value
 @pytest.mark.parametrize("flags, n", [([], 3), (["--uncertain", "ignore"], 2),
                                       (["--uncertain", "ignore", "--blank", "ignore"], None)])
 def test_unknown_labels_that_count_are_said(pack, tmp_path, monkeypatch, capsys, flags, n):
-    cells = ["-1" if i == 0 else "" if i in (1, 5) else str(i % 2) for i in range(72)]
+    cells = ["-1" if i in (0, 50) else "" if i in (1, 5, 60, 71) else str(i % 2) for i in range(72)]
     odd = changed_pack(pack, tmp_path / "odd", A=cells, split=["train"] * 48 + ["val"] * 24)
     run(monkeypatch, "--train", odd, "--out", tmp_path / "out", *SMALL, "--batch", 12, "--epochs", 1,
         "--steps", 1, "--seeds", 0, "--log_steps", 0, *flags)
-    said = re.search(r"note: (\d+) uncertain or blank training labels count", capsys.readouterr().out)
-    assert said is None if n is None else int(said[1]) == n
+    out = capsys.readouterr().out
+    for part in ("training", "validation"):
+        said = re.search(rf"note: (\d+) uncertain or blank {part} labels count", out)
+        assert said is None if n is None else int(said[1]) == n
+
+
+def test_labels_of_one_class_in_training_or_validation_are_pointed_out(pack, tmp_path, monkeypatch, capsys):
+    in_train = np.repeat([True, False], [48, 24])
+    truth = {name: pd.read_csv(pack, dtype=str)[name] for name in LABELS}
+    cells = dict(C=np.where(in_train, "1", truth["C"]), A=np.where(in_train, truth["A"], "0"),
+                 B=np.where(in_train, "", truth["B"]))
+    odd = changed_pack(pack, tmp_path / "odd", **cells, split=["train"] * 48 + ["val"] * 24)
+    flags = ["--train", odd, *SMALL, "--batch", 12, "--epochs", 2, "--steps", 1, "--seeds", 0]
+    run(monkeypatch, *flags, "--blank", "ignore", "--out", tmp_path / "out")
+    error = capsys.readouterr().err
+    assert "training images do not have both classes of C, B\n" in error
+    assert "validation images do not have both classes of A\n" in error
 
 
 def test_loss_and_balance_equal_a_loop_over_known_labels():
@@ -387,6 +425,16 @@ def test_few_and_ignored_labels_train_in_the_order_asked_for(pack, tmp_path, mon
 
 
 # Views
+
+@pytest.mark.parametrize("text", ['"Mass, left",Épanchement', '["Mass, left", "Épanchement"]'])
+def test_a_label_may_have_commas_and_any_letters(pack, tmp_path, monkeypatch, text):
+    table = pd.read_csv(pack)
+    odd = changed_pack(pack, tmp_path / "odd", **{"Mass, left": table["B"], "Épanchement": table["A"]})
+    run(monkeypatch, "--train", odd, "--out", tmp_path, *SMALL, "--batch", 12, "--epochs", 1, "--seeds", 0,
+        "--label_names", text)
+    assert load(tmp_path / "seed0/classifier.pt")["labels"] == ["Mass, left", "Épanchement"]
+    assert {"val_auc_Mass, left", "val_auc_Épanchement"} < log_of(tmp_path / "seed0")[0].keys()
+
 
 def test_validation_view_is_pillows_resize_and_centre_crop(pack):
     images = np.load(pack.parent / "images.npy")[:4]
@@ -693,6 +741,27 @@ def test_a_label_with_one_class_gets_a_constant_probe(pack, tmp_path, monkeypatc
     run(monkeypatch, "--train", manifest, "--out", tmp_path, *SMALL, "--probe", "true")
     model = load(tmp_path / "seed0/classifier.pt")["model"]
     assert model["head.bias"][1:].tolist() == [10, -10] and not model["head.weight"][1:].any()
+
+
+def test_scores_of_two_processes_are_of_the_network_that_is_saved(pack, tmp_path):
+    """A ResNet's, whose processes normalise by their own share: its statistics too are those of the file."""
+    flags = ["--device", "cpu", "--arch", "resnet18", "--model_args", '{"channels": [8, 8, 8, 8]}',
+             "--img_size", 32, "--crop_pct", 1, "--batch", 12, "--epochs", 2, "--warmup_epochs", 0,
+             "--lr", "1e-2", "--seeds", 0]
+    result = fork_script("finetune/classify.py", "--train", pack, "--out", tmp_path, *flags, nproc=2)
+    assert result.returncode == 0, result.stderr
+    saved = load(tmp_path / "seed0/classifier.pt")
+    line = [line for line in log_of(tmp_path / "seed0") if line["epoch"] == saved["epoch"]][-1]
+    model = timm.create_model("resnet18", in_chans=1, num_classes=3, channels=[8, 8, 8, 8]).eval()
+    model.load_state_dict(saved["model"])
+    rows = pd.read_csv(pack)
+    place = np.flatnonzero(rows["split"] == "val")
+    x = torch.tensor(np.load(pack.parent / "images.npy")[place, None] / 255.0).float()
+    with torch.no_grad():
+        p = model((x - 0.485) / 0.229).sigmoid().double().numpy()
+    truth = rows[LABELS].to_numpy()[place]
+    assert line["val_loss"] == pytest.approx(log_loss(truth.ravel(), p.ravel()), rel=1e-5)
+    assert line["val_auc"] == pytest.approx(roc_auc_score(truth, p))
 
 
 def test_shuffled_labels_cannot_be_predicted(tmp_path, monkeypatch):

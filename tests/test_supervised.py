@@ -378,6 +378,33 @@ def test_validation_is_optional_and_its_images_in_training_are_pointed_out(findi
     assert f"warning: {n_val} images are in training and in validation" in capsys.readouterr().err
 
 
+def test_unknown_labels_that_count_and_the_task_are_said(findings, classes, tmp_path, monkeypatch, capsys):
+    flags = ["--device", "cpu", "--model_args", json.dumps(VIT), "--batch", 16, "--steps", 1]
+    run_here(supervised, monkeypatch, "--manifest", findings, "--out", tmp_path / "a", *flags)
+    table = pd.read_csv(findings, dtype=str, keep_default_na=False)
+    n = table.loc[table["split"] == "pretrain", LABELS].isin(["-1", ""]).to_numpy().sum()
+    out = capsys.readouterr().out
+    assert f"note: {n} uncertain or blank training labels count as 0" in out and "3 labels; 48 images" in out
+    run_here(supervised, monkeypatch, "--manifest", classes, "--out", tmp_path / "b", *flags)
+    out = capsys.readouterr().out
+    assert "note:" not in out and "4 classes; 48 images" in out
+
+
+def test_outputs_without_a_training_image_are_pointed_out(findings, tmp_path, monkeypatch, capsys):
+    table = pd.read_csv(findings, dtype=str, keep_default_na=False)
+    names = [*["b", "a"] * 12, *["a"] * 47, "c"]
+    absent = {"b": table.drop(columns=LABELS).assign(kind=names),
+              "Edema": table.assign(Edema=table["Edema"].where(table["split"] == "val", "-1"))}
+    for name, rows in absent.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "images.npy").symlink_to(findings.parent / "images.npy")
+        rows.to_csv(folder / "manifest.csv", index=False)
+        run_here(supervised, monkeypatch, "--manifest", folder / "manifest.csv", "--out", folder, "--batch", 16,
+                 "--device", "cpu", "--model_args", json.dumps(VIT), "--steps", 1, "--warmup_epochs", 1)
+        assert f"warning: 1 of 3 outputs are positive in no training image: {name}" in capsys.readouterr().err
+
+
 def test_sigterm_in_the_last_step_ends_the_run_as_ever(findings, tmp_path, monkeypatch):
     monkeypatch.setattr(supervised, "catch_sigterm", lambda: lambda: True)
     run_here(supervised, monkeypatch, "--manifest", findings, "--out", tmp_path, "--device", "cpu",
@@ -397,6 +424,8 @@ def test_it_learns_labels(findings, tmp_path, monkeypatch):
     ("path,a,b\nx.png,1,0\ny.png,1,yes\n", [], ["row 3", "'b'", "'yes'"]),
     ("path,class\nx.png,1\ny.png,\n", [], ["row 3", "no class in column 'class'"]),
     ("path,split\nx.png,pretrain\n", [], ["no label column"]),
+    ("path,class\nx.png,1\ny.png,\n", ["--task", "auto"], ["multilabel"]),
+    ("path,class\nx.png,cat\ny.png,cat\n", [], ["'cat'", "'class'"]),
     ("path,a,b\nx.png,1,0\ny.png,1,1\n", ["--task", "classes"], ["row 3", "task=classes"]),
     ("path,a,b\nx.png,1,0\ny.png,1,1\n", ["--task", "labels"], ["task", "labels"]),
 ])
