@@ -130,7 +130,7 @@ def main():
                 "splits": [], "raw": os.path.abspath(args.raw), "size": side, "channels": 1, "reasons": {},
                 "variant": "corrected", "dicom": "display", "N": len(rows), "rejected": 0, "monochrome1": 0,
                 "sixteen_bit": 0, "sixteen_bit_below_4096": 0, "mean": mean / 255, "std": std / 255,
-                "stand_in": STAND_IN}
+                "stand_in": STAND_IN, "order": hashlib.sha256("".join(rows.path + "\n").encode()).hexdigest()}
         target.unlink(missing_ok=True)
         os.replace(part, args.out / "images.npy")
         texts = {"index.csv": text, "index.json": json.dumps(facts, indent=1) + "\n", "manifest.csv": text,

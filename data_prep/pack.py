@@ -311,7 +311,7 @@ def is_finished(out, config):
 
 def join(shards, out, config, index):
     """Join the parts into images.npy and the tables. Returns: what pack.json is to say."""
-    folder, tally, reasons = shards[0][0].parent, Counter(N=0), Counter()
+    folder, tally, reasons, order = shards[0][0].parent, Counter(N=0), Counter(), hashlib.sha256()
     rows = index_rows(index, config["splits"])
     with replacing(out / "manifest.csv", folder, **TEXT) as file, \
             replacing(out / "rejected.csv", folder, **TEXT) as other:       # renamed after images.npy
@@ -329,6 +329,7 @@ def join(shards, out, config, index):
                     manifest.writerow(row)
                 row |= {name: cell for name, cell in record["person"].items() if row.get(name) == ""}
                 manifest.writerow(row.values())
+                order.update(row["path"].encode() + b"\n")
                 tally.update(record["facts"], N=1)
         if config["size"] != "original":
             with replacing(out / "images.npy", folder, mode="wb") as images:
@@ -340,8 +341,8 @@ def join(shards, out, config, index):
                         file.readline()
                         shutil.copyfileobj(file, images)
     n, total, square = (tally.pop(key, 1) for key in ("pixels", "sum", "square"))
-    return {**config, **tally, "rejected": reasons.total(), "reasons": dict(reasons),
-            "mean": total / n / 255, "std": (n * square - total ** 2) ** 0.5 / n / 255}
+    return {**config, **tally, "rejected": reasons.total(), "reasons": dict(reasons), "mean": total / n / 255,
+            "std": (n * square - total ** 2) ** 0.5 / n / 255, "order": order.hexdigest()}
 
 
 def pack(args):
@@ -422,8 +423,7 @@ def main():
     try:
         pack(args)
     except OSError as error:
-        fail(f"{error.filename or args.out}: {error.strerror or error}; what is packed stays, and the same "
-             "command goes on")
+        fail(f"{error.filename or args.out}: {error.strerror or error}; the same command goes on from there")
 
 
 if __name__ == "__main__":

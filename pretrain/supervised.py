@@ -250,20 +250,11 @@ def read_targets(manifest, rows, task):
 
 
 def check_targets(manifest, rows, labels, targets, n_images):
-    """Warn of images in training and validation and of labels or classes without a training image.
-
-    Say how many unknown labels count as negative.
-    """
+    """Warn of images in training and validation; say how many unknown labels count as negative."""
     both = {*rows["path"][:n_images]} & {*rows["path"][n_images:]}
     if both:
         print(f"warning: {len(both):,} images are in training and in validation", file=sys.stderr)
-    multilabel = targets.ndim == 2
-    counts = targets.sum(0) if multilabel else targets.bincount(minlength=len(labels))
-    absent = [label for label, count in zip(labels, counts) if not count]
-    if absent:
-        print(f"warning: {len(absent)} of {len(labels)} outputs are positive in no training image: "
-              f"{', '.join(absent[:3])}", file=sys.stderr)
-    if multilabel:
+    if targets.ndim == 2:
         _, certain = read_labels(manifest, rows, labels, "ignore", "ignore")
         n_guessed = (certain[:n_images] == 0).sum()
         if n_guessed:
@@ -512,9 +503,10 @@ def open_images(manifest, paths, in_chans, device):
     """
     folder = Path(manifest).parent
     file, own, pack = folder / "images.npy", folder / "manifest.csv", folder / "pack.json"
+    with or_fail(f"read {pack}"):
+        facts = json.loads(pack.read_text()) if pack.is_file() else {}
+        root = Path(facts.get("raw", folder))
     if not file.is_file():
-        with or_fail(f"read {pack}"):
-            root = Path(json.loads(pack.read_text())["raw"]) if pack.is_file() else folder
         absent = [path for path in paths if not Path(root, path).is_file()]
         if absent:
             fail(f"{len(absent):,} of {len(paths):,} images of {manifest} are not there, the first is "
@@ -538,13 +530,14 @@ def open_images(manifest, paths, in_chans, device):
 
     packed_paths = read_manifest(own)["path"]
     number_of = {path: number for number, path in enumerate(packed_paths)}
+    order = hashlib.sha256("".join(path + "\n" for path in packed_paths).encode()).hexdigest()
     with or_fail(f"read {file}; pack the dataset again"):
         packed = np.load(file, mmap_mode="r")
         n, *sides = packed.shape
-        matched = n == len(packed_paths) == len(number_of)
+        matched = n == len(packed_paths) == len(number_of) and order == facts.get("order", order)
         if packed.dtype != np.uint8 or len(sides) != 2 and sides[2:] != [3] or not matched:
-            raise ValueError(f"{packed.dtype} {(n, *sides)} are not the images of {own}, "
-                             f"{len(packed_paths)} rows of {len(number_of)} paths")
+            raise ValueError(f"{packed.dtype} {(n, *sides)} are not the images of {own} in its order, "
+                             f"{len(packed_paths)} rows of {len(number_of)} paths; rename it to keep it")
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = np.array([number_of[path] for path in paths])
     packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)

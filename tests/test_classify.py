@@ -779,6 +779,27 @@ def test_shuffled_labels_cannot_be_predicted(tmp_path, monkeypatch):
 
 # Mistakes
 
+def test_a_packs_manifest_in_another_order_is_refused_but_not_one_beside_it(tmp_path, monkeypatch, capsys):
+    raw, packed = tmp_path / "raw", tmp_path / "packed"
+    index = make_pack(raw, 72)
+    for name, image in zip(pd.read_csv(index)["path"], np.load(raw / "images.npy")):
+        Image.fromarray(image).save(raw / name)
+    assert fork_script("data_prep/pack.py", "--index", index, "--raw", raw, "--out", packed,
+                       "--size", 32).returncode == 0
+    mixed = pd.read_csv(packed / "manifest.csv").sample(frac=1, random_state=0)
+    mixed.to_csv(packed / "mine.csv", index=False)
+    flags = [*SMALL, "--batch", 12, "--epochs", 1, "--seeds", 0, "--crop_pct", 1, "--out"]
+    run(monkeypatch, "--train", packed / "mine.csv", *flags, tmp_path / "mine")
+    mixed.assign(path=[raw / name for name in mixed["path"]]).to_csv(tmp_path / "files.csv", index=False)
+    run(monkeypatch, "--train", tmp_path / "files.csv", *flags, tmp_path / "files")
+    logs = [log_of(tmp_path / name / "seed0")[-1] for name in ("mine", "files")]
+    assert all(logs[0][key] == logs[1][key] for key in ("loss", "val_loss", "val_auc"))
+    mixed.to_csv(packed / "manifest.csv", index=False)
+    said = mistake(monkeypatch, capsys, "--train", packed / "manifest.csv", *flags, tmp_path / "out")
+    assert f"are not the images of {packed}/manifest.csv in its order" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_images_of_training_are_validated_on_only_by_intent(pack, tmp_path, monkeypatch, capsys):
     unsplit = changed_pack(pack, tmp_path / "pack", split=None)
     flags = ["--train", unsplit, *SMALL, "--epochs", 1, "--seeds", 0, "--out"]
