@@ -139,7 +139,8 @@ def read_row(file, exp, section, miniature):
             row |= layer | layer.get(section, {})
     except Exception as problem:
         fail(f"cannot read {file}: {' '.join(str(problem).split())}")
-    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in row.items()
+    text = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return [f"--{key}={text(value)}" for key, value in row.items()
             if key not in ("about", "pretrain", "finetune")]
 
 
@@ -872,9 +873,11 @@ def fill_defaults(config):
     config = {**config, "img_size": size}
     imagenet = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
     for key, default in imagenet.items():
-        with or_fail(f"use {key} {config[key]}, one number or {n}"):
+        with or_fail(f"use {key} {config[key]}, one number or {n} of pixels in 0..1"):
             given = default[:n] if config[key] is None else config[key]
             config[key] = np.broadcast_to(given, n).astype(float).tolist()
+            if max(config[key]) > 1:
+                raise ValueError("above 1")
     return config
 
 

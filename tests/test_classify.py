@@ -243,7 +243,7 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     rows = {"defaults": {"in_chans": 1, "arch": "resnet50", "init": "random", "finetune": {"recipe": "deit"}},
             "x": {"pretrain": {"img_size": 96}, "finetune": {"recipe": "b", "lr": 0.5}},
             "y": {"init": "exp:x", "img_size": 224, "in_chans": 1,
-                  "finetune": {"seeds": [3, 4], "drop_path": 0.2, "label_names": ["No Finding", "A"]}},
+                  "finetune": {"seeds": [3, 4], "drop_path": 0.2, "label_names": ["No Finding", "É"]}},
             "w": {"init": "timm", "pretrain": {}}, "v": {"pretrain": {}, "finetune": {"init": "moco.pth"}},
             "z": {}, "miniature": {"arch": "resnet18", "finetune": {"lr": 0.25}}}
     row = partial(resolved, monkeypatch, tmp_path, rows, "--exp")
@@ -254,7 +254,7 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     config, seeds = row("y")
     assert (config["in_chans"], config["img_size"], config["mean"], seeds) == (1, 224, [0.485], [3, 4])
     assert (config["lr"], config["drop_path"]) == (6.25e-5, 0.2)
-    assert config["label_names"] == ["No Finding", "A"]
+    assert config["label_names"] == ["No Finding", "É"]
     assert row("y", "--recipe", "a")[0]["drop_path"] == 0.2 and row("z", "--recipe", "a")[0]["drop_path"] == 0
     assert (row("x", "--img-size", 64)[0]["img_size"], row("x", "--mean=0.4")[0]["mean"]) == (64, [0.4] * 3)
     (tmp_path / "runs/w/pretrain").mkdir(parents=True)
