@@ -265,7 +265,7 @@ def main():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if WORLD_SIZE > 1:
             dist.init_process_group("gloo", timeout=timedelta(days=7))      # --images: one packs, others wait
-    torch.backends.cudnn.conv.fp32_precision = "ieee"                       # scores are not rounded to TF32
+    torch.backends.cudnn.allow_tf32 = False                                 # scores are not rounded to TF32
     networks = {}
     for checkpoint in args.checkpoint:
         model, facts = load_network(checkpoint, args.features)

@@ -653,6 +653,7 @@ def end_processes():
     code = 0 if kind is None else getattr(error, "code", 1)
     if dist.is_initialized() and code in (0, 75):
         sum_over_processes(torch.zeros(1))      # wait for the one that saves: an exit code 75 ends them all
+        time.sleep(0.1)                         # gloo's threads let go of tensors, or torch <= 2.10 may hang
         dist.destroy_process_group()
     elif dist.is_initialized():
         if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died

@@ -55,10 +55,10 @@ def same_numbers(monkeypatch):
     """Convolutions without TF32, and normal deviates of the CPU: its generator and a GPU's differ."""
     drawn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *shape, device=None, **how: drawn(*shape, **how).to(device))
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def run_on(device, script, monkeypatch, *flags):

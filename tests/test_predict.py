@@ -403,7 +403,7 @@ def test_unpacked_files_of_other_kinds_are_refused_with_the_remedy(model_file, t
     Image.fromarray(grey.astype(np.uint16) * 200).save(tmp_path / "sixteen.png")
     Image.fromarray(grey.astype(np.int32) * 200).save(tmp_path / "signed.tif")
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
-    Image.fromarray(grey.astype(np.uint16) * 200).save(tmp_path / "sixteen.pgm")
+    (tmp_path / "sixteen.pgm").write_bytes(b"P5 40 40 65535\n" + (grey.astype(">u2") * 200).tobytes())
     Image.fromarray(grey).save(tmp_path / "eight.tif")
     dicom(tmp_path / "plain.dcm", grey)
     with open(tmp_path / "plain.dcm", "rb") as whole, open(tmp_path / "eight.tif", "rb") as tiff:

@@ -62,7 +62,7 @@ def cells(table):
     """{(arm, row's head if it has one, column): cell}."""
     found = {}
     for cell in table.to_dict("records"):
-        found[*filter(None, (cell["exp"], cell["head"], cell["column"]))] = cell
+        found[tuple(filter(None, (cell["exp"], cell["head"], cell["column"])))] = cell
     return found
 
 

@@ -543,7 +543,7 @@ def test_exported_checkpoints_load_strictly_into_timm_without_this_project(whole
 def test_the_copied_file_alone_trains_on_image_files_of_any_size(name, files, tmp_path):
     shutil.copy(ROOT / SCRIPTS[name][0], tmp_path / "copied.py")
     shutil.copytree(files, tmp_path / "files")
-    sizes = np.random.default_rng(0).integers(33, 70, (64, 2))
+    sizes = np.random.default_rng(0).integers(33, 70, (64, 2)).tolist()
     for i, size in enumerate(sizes):
         image = Image.open(files / f"{i}.png").resize(size)
         image.save(tmp_path / f"files/{i}.png", format="JPEG" if i % 2 else "PNG")
