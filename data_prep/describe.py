@@ -73,7 +73,7 @@ def read_index(path):
     facts = read_json(path.with_name("index.json"))
     facts["stand_in"] = read_json(path.with_name("pack.json")).get("stand_in")
     rows = rows.reindex(columns=FACTS.union(rows.columns, sort=False), fill_value="").replace("1.0", "1")
-    rows = rows.assign(patient=rows.patient.replace("", np.nan), sex=rows.sex.str[:1].str.upper(),
+    rows = rows.assign(patient=rows.patient.mask(rows.patient == ""), sex=rows.sex.str[:1].str.upper(),
                        age=rows.age.str.rstrip("Y"))                                    # 061Y, in DICOM
     return facts.get("dataset", path.absolute().parent.name), rows, facts
 

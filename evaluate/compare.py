@@ -480,7 +480,8 @@ def main():
                 table = pd.DataFrame(pairs_of(arms, family, "|auc"), columns=PAIRS)
                 table["p_holm"] = table.groupby(["dataset", *KEY])["p"].transform(holm)
                 pairs.append(table)
-            tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": pd.concat(pairs),
+            together = pd.concat([*filter(len, pairs)] or pairs)                # an empty one makes all text
+            tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": together,
                       "detectable": detectable(pairs[0], sizes)}
             last = decided.drop_duplicates("id", keep="last")                    # over all test sets
             shown = last[["id", "statement", "verdict", "effect", *ENDS, "p_holm", "source"]]

@@ -55,7 +55,7 @@ SPECIFICITIES = (0.9, 0.95)
 BINS = 15                                            # of calibration errors and reliability curves
 AGES = {"<=40": 40, "41-60": 60, "61-80": 80, ">80": np.inf}    # upper end of each band, years
 LEAST = 10                                           # images of a group of people that is scored
-RACES = {rf"(?i).*\b{race}.*": race for race in ("White", "Black", "Asian")}     # no Caucasian
+RACES = {rf"(?i).*\b{race}.*": race for race in ("White", "Black", "Asian")}     # not Caucasian
 UNKNOWN = "(?i)^(|nan|none|na|n/a|<na>|null|unknown|patient refused)$"      # patient, sex, race
 NORMAL = 1.959964                                    # half width of a 95 % interval in standard errors
 MEANS = {"auc": "auc_mean", "accuracy": "mean_accuracy"}        # names of means over labels
@@ -695,7 +695,7 @@ def read_predictions(path):
             raise InputError(f"{path} has a column {column} but no {partner}; add it or drop both")
     if columns.empty:
         raise InputError(f"{path} has no columns true_<label>, prob_<label>, as evaluate/predict.py writes")
-    truths = frame.filter(regex="^true_").replace("", -1)
+    truths = frame.filter(regex="^true_").replace("", "-1")
     names = truths.columns.str[5:]
     labels = names.map(nih_name)
     for label in labels[labels.duplicated()]:

@@ -201,7 +201,7 @@ def pack_folder(folder, facts, args):
     if not found:
         fail(f"--images {root} is not a folder with files; check the path")
     rows = sorted((file.relative_to(root).as_posix(), file.lstat().st_mtime_ns) for file in found)
-    # The time of change tells a kept pack of older files; the path stands last as macOS names a file "Icon\r"
+    # "changed" tells a kept pack from older files; path is last: the \r of macOS's "Icon\r" then ends the row
     rows = pd.DataFrame(rows, columns=["path", "changed"])[["changed", "path"]]
     write_atomic(index, lambda file: rows.to_csv(file, mode="wb", index=False, errors="replace"))
     command = [sys.executable, packer, "--index", index, "--raw", root, "--out", folder,
@@ -370,13 +370,13 @@ def open_images(manifest, paths, in_chans, device):
     packed_paths = read_manifest(own)["path"]
     number_of = {path: number for number, path in enumerate(packed_paths)}
     order = hashlib.sha256("".join(path + "\n" for path in packed_paths).encode()).hexdigest()
-    with or_fail(f"read {file}; pack the dataset again"):
+    with or_fail(f"read {file}; rename {own} to keep it, or remove it, and pack the dataset again"):
         packed = np.load(file, mmap_mode="r")
         n, *sides = packed.shape
         matched = n == len(packed_paths) == len(number_of) and order == facts.get("order", order)
         if packed.dtype != np.uint8 or len(sides) != 2 and sides[2:] != [3] or not matched:
             raise ValueError(f"{packed.dtype} {(n, *sides)} are not the images of {own} in its order, "
-                             f"{len(packed_paths)} rows of {len(number_of)} paths; rename it to keep it")
+                             f"{len(packed_paths)} rows of {len(number_of)} paths")
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = np.array([number_of[path] for path in paths])
     packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)

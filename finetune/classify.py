@@ -57,7 +57,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     warmup_lr=1e-6,                 # learning rate at the start of the warm-up
     warmup_epochs=5,                # epochs of linear warm-up to the peak
     min_lr=1e-5,                    # learning rate at the end of the cosine, which spans all epochs
-    schedule="cosine",              # cosine | plateau; plateau: no warm-up, halved after > 5 stale epochs
+    schedule="cosine",              # cosine | plateau: no warm-up, halved after > 5 epochs without lower loss
     wd=0.05,                        # weight decay
     drop_path=0.1,                  # stochastic depth of the last block, linear from 0
     select="auc",                   # auc | loss; best epoch by highest mean validation AUC or lowest loss
@@ -554,7 +554,8 @@ def resolve(args, config):
         config["crop_pct"] = 1.0                        # it learns from whole images, as they are tested
 
     def listed(text):                                   # a label's name may have commas, in double quotes
-        words = next(csv.reader([text.strip("[] ")], skipinitialspace=True))
+        line = text.strip("[] ").replace("\n", " ")
+        words = next(csv.reader([line], skipinitialspace=True))
         return [word.strip(" '") for word in words if word]
     config["label_names"], seeds = listed(config["label_names"]), listed(config.pop("seeds"))
     if not seeds or not all(seed.isdecimal() for seed in seeds):
@@ -740,13 +741,13 @@ def open_images(manifest, paths, in_chans, device):
     packed_paths = read_manifest(own)["path"]
     number_of = {path: number for number, path in enumerate(packed_paths)}
     order = hashlib.sha256("".join(path + "\n" for path in packed_paths).encode()).hexdigest()
-    with or_fail(f"read {file}; pack the dataset again"):
+    with or_fail(f"read {file}; rename {own} to keep it, or remove it, and pack the dataset again"):
         packed = np.load(file, mmap_mode="r")
         n, *sides = packed.shape
         matched = n == len(packed_paths) == len(number_of) and order == facts.get("order", order)
         if packed.dtype != np.uint8 or len(sides) != 2 and sides[2:] != [3] or not matched:
             raise ValueError(f"{packed.dtype} {(n, *sides)} are not the images of {own} in its order, "
-                             f"{len(packed_paths)} rows of {len(number_of)} paths; rename it to keep it")
+                             f"{len(packed_paths)} rows of {len(number_of)} paths")
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = np.array([number_of[path] for path in paths])
     packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)

@@ -593,13 +593,13 @@ def open_images(manifest, paths, in_chans, device):
     packed_paths = read_manifest(own)["path"]
     number_of = {path: number for number, path in enumerate(packed_paths)}
     order = hashlib.sha256("".join(path + "\n" for path in packed_paths).encode()).hexdigest()
-    with or_fail(f"read {file}; pack the dataset again"):
+    with or_fail(f"read {file}; rename {own} to keep it, or remove it, and pack the dataset again"):
         packed = np.load(file, mmap_mode="r")
         n, *sides = packed.shape
         matched = n == len(packed_paths) == len(number_of) and order == facts.get("order", order)
         if packed.dtype != np.uint8 or len(sides) != 2 and sides[2:] != [3] or not matched:
             raise ValueError(f"{packed.dtype} {(n, *sides)} are not the images of {own} in its order, "
-                             f"{len(packed_paths)} rows of {len(number_of)} paths; rename it to keep it")
+                             f"{len(packed_paths)} rows of {len(number_of)} paths")
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = np.array([number_of[path] for path in paths])
     packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)

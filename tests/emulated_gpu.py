@@ -1,8 +1,8 @@
 """A device without hardware: its tensors say that they are on `emulated:0` and hold their numbers on the CPU.
 
-As on a GPU, an operation on tensors of two devices is an error, and what makes the host wait for the device is
-noticed: reading a number, a blocking copy, an index with a mask or from the host. For the tests of test_cuda.py
-where there is no GPU; importing this module changes torch for the whole process.
+As on a GPU, an operation on tensors of two devices is an error. Of what makes the host wait for the device it
+notices reading a number, a blocking copy, nonzero, masked_select and an index with a mask or from the host. For
+the tests of test_cuda.py where there is no GPU; importing this module changes torch for the whole process.
 """
 
 import timm
@@ -81,19 +81,19 @@ def check(function, args, kwargs, to_device):
     """Refuse what a GPU refuses, and tell `waited` where it would make the host wait."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     ours = [x for x in tensors if isinstance(x, OnDevice)]
-    others = [x for x in tensors if not isinstance(x, OnDevice)]
+    indices = [x for x in args[1] if x is not None] if function in INDEXED else []
+    others = [x for x in tensors if not isinstance(x, OnDevice) and not any(x is index for index in indices)]
     if function in READS and ours:
         waited(function)
     elif function in COPIES:
-        source = args[function is aten.copy_.default]
+        source = args[1] if function is aten.copy_.default else args[0]
         blocks = not (kwargs.get("non_blocking") or args[2:] == (True,))
         if isinstance(source, OnDevice) != to_device and (blocks or not to_device):
             waited(f"{function} of {tuple(source.shape)}")
-    elif function in INDEXED and isinstance(args[0], OnDevice):
-        if any(x is not None and (x.dtype == torch.bool or not isinstance(x, OnDevice)) for x in args[1]):
-            waited("an index with a mask or from the host")
     elif ours and any(x.ndim or "foreach" in str(function) for x in others):
         raise RuntimeError(f"tensors of two devices in {function}: {[(x.device, x.shape) for x in tensors]}")
+    elif ours and any(x.dtype == torch.bool or not isinstance(x, OnDevice) for x in indices):
+        waited("an index with a mask or from the host")
 
 
 def on_host(tree):
@@ -125,7 +125,8 @@ def run(function, args, kwargs):
 def through_host(make):
     """torch.tensor and torch.as_tensor, which would ask the device for memory."""
     def made(data, *args, device=None, **kwargs):
-        return make(data, *args, **kwargs).to(device or "cpu")
+        tensor = make(data, *args, **kwargs)
+        return tensor if device is None else tensor.to(device)
     return made
 
 

@@ -1,6 +1,7 @@
 """evaluate/compare.py against SciPy, simulation, loops and constructed arms; the claims of the paper."""
 
 import itertools
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -657,6 +658,9 @@ def test_arms_called_like_a_column_keep_their_values(tmp_path, monkeypatch, caps
     run_here(compare, monkeypatch, "--metrics", path, "--arms", "p", "effect", "--out", tmp_path / "two")
     two = pd.read_csv(tmp_path / "two/two_arms.csv").query("metric == 'auc_mean'").iloc[0]
     assert two["left_value"] - two["right_value"] == pytest.approx(two.effect, abs=1e-5) and two.p < 1e-4
+    run_here(compare, monkeypatch, "--metrics", path, "--out", tmp_path / "all")
+    pairs = (tmp_path / "all/comparisons.csv").read_text()                  # without ensembles: six digits
+    assert "p,effect" in pairs and "." in pairs and not re.search(r"\.\d{13}", pairs)
     assert "-0.0000" not in capsys.readouterr().out
 
 

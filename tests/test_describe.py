@@ -198,7 +198,7 @@ def test_cells_that_pandas_or_a_dicom_header_spell_otherwise_are_the_same(tmp_pa
     rows = [{"sex": "F", "age": "40", "split": "train", "Effusion": "1"},
             {"sex": "M", "age": "7", "split": "train", "Effusion": "0"},
             {"sex": "", "age": "", "split": "train", "Effusion": ""}]
-    other = [{"sex": "Female", "age": "040Y", "split": "train", "Effusion": "1.0"},
+    other = [{"sex": "female", "age": "040Y", "split": "train", "Effusion": "1.0"},
              {"sex": "m", "age": "007Y", "split": "train", "Effusion": "0.0"}, rows[2]]
     frame = cells(index(tmp_path / "a" / "nih", "nih", rows))
     pd.testing.assert_frame_equal(frame, cells(index(tmp_path / "b" / "nih", "nih", other)))

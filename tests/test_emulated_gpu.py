@@ -18,8 +18,9 @@ import pytest, torch
 import emulated_gpu as emulated
 x, y = torch.ones(3, device=emulated.DEVICE), torch.arange(3)
 assert (x + 1).sum().item() == 6 and x[y].tolist() == [1, 1, 1]     # allowed, but the host waits
-with pytest.raises(RuntimeError, match="two devices"):
-    x + y
+for mix in (lambda: x + y, lambda: y[x > 0], lambda: x.index_put_((x.long(),), y * 1.0)):
+    with pytest.raises(RuntimeError, match="two devices"):
+        mix()
 torch.cuda.set_sync_debug_mode("error")
 for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x[y], lambda: x.cpu(), lambda: y.to(x.device),
              lambda: x.copy_(y), lambda: bool(x.all()), lambda: x.nonzero(), lambda: torch.tensor(1, device=x.device)):

@@ -1,6 +1,7 @@
 """MedMNIST's files as packs: labels in their order, splits, pixels, and the form of pack.py."""
 
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -96,6 +97,8 @@ def test_the_folder_is_what_pack_py_writes(tmp_path, monkeypatch, capsys):
     assert facts["mean"] == pytest.approx(pixels.mean(), abs=1e-12)
     assert facts["std"] == pytest.approx(pixels.std(), abs=1e-12)
     assert (facts["size"], facts["N"], facts["dataset"]) == (28, 14, "out")
+    paths = "".join(path + "\n" for path in pd.read_csv(out / "manifest.csv", dtype=str).path)
+    assert facts["order"] == hashlib.sha256(paths.encode()).hexdigest()
     Image.fromarray(arrays["train_images"][0]).save(tmp_path / "0.png")
     (tmp_path / "index.csv").write_text("path\n0.png\n")
     assert run_script("data_prep/pack.py", "--index", tmp_path / "index.csv", "--raw", tmp_path, "--out",
