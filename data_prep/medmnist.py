@@ -95,7 +95,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     option = parser.add_argument
     option("--raw", type=Path, required=True, help="the file: SET.npz or SET_64.npz, SET being one of\n"
-           + ", ".join(SETS))
+           f"{', '.join(SETS)}")
     option("--out", type=Path, required=True, help="folder of the pack")
     option("--pretrain", default="", metavar="A,B", help="these splits alone, shuffled, as split pretrain")
     parser.error = fail                 # one sentence, like every other mistake
@@ -124,7 +124,7 @@ def main():
             fail(f"{args.out} holds the pack of another maker; use another --out or remove it")
         side, counts = write_images(part, args.raw, splits, sizes, order)
         level, n = np.arange(256), counts.sum()
-        mean = float(counts @ level / n)
+        mean = counts @ level / n
         std = float(counts @ (level - mean) ** 2 / n) ** 0.5
         pack = {"dataset": args.out.resolve().name, "index_sha256": hashlib.sha256(text.encode()).hexdigest(),
                 "splits": [], "raw": os.path.abspath(args.raw), "size": side, "channels": 1, "reasons": {},
