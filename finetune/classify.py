@@ -55,9 +55,9 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     optimizer="adamw",              # adamw | adam | sgd; sgd has Nesterov's momentum, 0.9
     lr=6.25e-5,                     # peak of the learning rate, whatever the batch
     warmup_lr=1e-6,                 # learning rate at the start of the warm-up
-    warmup_epochs=5,                # epochs of linear warm-up to the peak
+    warmup_epochs=5,                # epochs of linear warm-up to the peak, of the cosine schedule alone
     min_lr=1e-5,                    # learning rate at the end of the cosine, which spans all epochs
-    schedule="cosine",              # cosine | plateau: no warm-up, halved after > 5 epochs without lower loss
+    schedule="cosine",              # cosine | plateau; plateau: halved after > 5 epochs without a lower loss
     wd=0.05,                        # weight decay
     drop_path=0.1,                  # stochastic depth of the last block, linear from 0
     select="auc",                   # auc | loss; best epoch by highest mean validation AUC or lowest loss
@@ -1148,8 +1148,8 @@ def forward_all(forward, images, n_images, n_outputs, batch, rank, world_size):
     with any number of processes. forward: images of a batch -> [B, n_outputs].
     """
     if dist.is_initialized() and isinstance(forward, nn.Module):
-        for buffer in forward.buffers():            # of BatchNorm on CPUs: those of the first process,
-            dist.broadcast(buffer, 0)               # that is saved
+        for buffer in forward.buffers():            # on CPUs each process has statistics of BatchNorm of its
+            dist.broadcast(buffer, 0)               # own; those of the first are saved
     outputs = torch.zeros(n_images, n_outputs)
     for begin in range(rank * batch, n_images, world_size * batch):
         places = torch.arange(begin, min(begin + batch, n_images))

@@ -965,8 +965,8 @@ def forward_all(forward, images, n_images, n_outputs, batch, rank, world_size):
     with any number of processes. forward: images of a batch -> [B, n_outputs].
     """
     if dist.is_initialized() and isinstance(forward, nn.Module):
-        for buffer in forward.buffers():            # of BatchNorm on CPUs: those of the first process,
-            dist.broadcast(buffer, 0)               # that is saved
+        for buffer in forward.buffers():            # on CPUs each process has statistics of BatchNorm of its
+            dist.broadcast(buffer, 0)               # own; those of the first are saved
     outputs = torch.zeros(n_images, n_outputs)
     for begin in range(rank * batch, n_images, world_size * batch):
         places = torch.arange(begin, min(begin + batch, n_images))

@@ -83,8 +83,8 @@ def train(manifest, monkeypatch):
     # a scaler begins with 65,536 and skips steps until it fits, for DINO below 256; 1 fits at once
     def run(name, out, device, steps, *flags, dtype=torch.float32):
         script, *small = SCRIPTS[name]
-        module, half = load_script(script), dtype != torch.float32
-        half = half and DEVICE != "emulated"            # it has no rules of autocast
+        module = load_script(script)
+        half = dtype != torch.float32 and DEVICE != "emulated"      # it has no rules of autocast
         precision = lambda device: (torch.autocast(device.type, dtype if half else None, enabled=half),
                                     torch.amp.GradScaler(device.type, 1.0, enabled=dtype == torch.float16))
         monkeypatch.setattr(module, "mixed_precision", precision)

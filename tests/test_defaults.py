@@ -3,6 +3,10 @@
 Keys on which the sections say nothing, or two things (how DINO's weight decay ends), are left out.
 """
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 from conftest import load_script
 
@@ -62,3 +66,17 @@ def test_recipes_are_the_table_of_section_8(recipe, stated):
     stated = dict(schedule="cosine", drop_path=0.0, crop_pct=224 / 256, select="loss") | stated
     row = {**SCRIPTS["classify"].DEFAULTS, **SCRIPTS["classify"].RECIPES[recipe]}
     assert {key: row[key] for key in stated} == stated
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_value_that_is_none_of_a_keys_choices_is_refused(name, monkeypatch, capsys):
+    """The words that begin a key's comment are its choices; `init` begins with some, but names files too."""
+    module = SCRIPTS[name]
+    text = Path(module.__file__).read_text()
+    keys = {*re.findall(r"^    (\w+)=.*# \w+ \| \w+", text, re.M)} - {"init"}
+    assert keys >= {"variant", "device", "in_chans", "channel_adapt"}
+    for key in keys:
+        monkeypatch.setattr(sys, "argv", [name, f"--{key}", "7"])
+        with pytest.raises(SystemExit):
+            module.options("pretrain")
+        assert f"--{key}: invalid choice" in capsys.readouterr().err
