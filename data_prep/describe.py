@@ -1,7 +1,6 @@
 """Recomputes Tables 9-13 of the study from index.csv files, draws Figure 1, finds images that packs share.
 
-Each cell is put beside the printed number with its count and denominator; what disagrees is shown and, where
-known, explained. Every percentage and age is over images, as in the study, also where it says "of patients".
+Percentages and ages are over images, as in the study, also where it says "of patients".
 
     python data_prep/describe.py --index data/*/index.csv --packs data/nih data/oct --out results/data --check
     python data_prep/describe.py --overlap data/mimic_cxr data/nih:test data/chexpert --out results/data
@@ -9,9 +8,8 @@ known, explained. Every percentage and age is over images, as in the study, also
 Reads   index.csv files (or a pack's manifest.csv) with index.json beside them, evaluate/reported/*.csv, packs
 Writes  distributions.csv; figure1.png and figure1.svg if packs are given (images of MIMIC-CXR and VinDr-CXR
         must not be passed on); overlap.csv, a line a shared image, and overlaps.csv, a line a pair of packs
---check exits with 1 if an index misses its exact counts or a patient is in two splits, and says which.
---overlap compares the first pack with the others; with --against all packs with each of these. Equal: every
-pixel. Near: the 16 x 16 thumbnails correlate by NEAR or more."""
+--check exits with 1 if an index misses its counts or a patient is in two splits. --overlap compares the
+first pack with the others, or all with --against. Equal: every pixel; near: thumbnails correlate by NEAR."""
 
 import argparse
 import hashlib
@@ -27,11 +25,8 @@ from PIL import Image
 REPORTED = Path(__file__).resolve().parent.parent / "evaluate" / "reported"
 FACTS = pd.Index("path patient study split view sex age race".split())             # other columns are labels
 MAY_SHARE = ("oct", "covidx_ct")        # their makers' splits do not promise to keep patients apart
-
-# All of 2,500 chest radiographs of 64 pixels keep this when recompressed (JPEG, quality 50), halved, doubled
-# or shifted by 20 grey levels. Of different ones, a patient's own included, none of 3.1 million pairs has
-# 0.988, and of 28 pixels none of 5.0 million has 0.995: fewer than 4 in 10 million (95 %). Neighbouring CT
-# slices do have it (0.03 % of all pairs of a set). An image that was cropped is not found.
+# 2,500 radiographs keep this recompressed, halved, doubled, shifted by 20 grey levels; of 8.1 million pairs
+# of different ones none has it, of a set of CT slices 0.03 % do. A cropped image is not found.
 NEAR = 0.995
 
 # --- begin copy: error ---
@@ -72,16 +67,22 @@ def read_index(path):
     rows = read_table(path, "path", "split")
     facts = read_json(path.with_name("index.json"))
     facts["stand_in"] = read_json(path.with_name("pack.json")).get("stand_in")
-    rows = rows.reindex(columns=FACTS.union(rows.columns, sort=False), fill_value="").replace("1.0", "1")
-    rows = rows.assign(patient=rows.patient.mask(rows.patient == ""), sex=rows.sex.str[:1].str.upper(),
-                       age=rows.age.str.rstrip("Y"))                                    # 061Y, in DICOM
+    columns = FACTS.union(rows.columns, sort=False)
+    rows = rows.reindex(columns=columns, fill_value="").replace("1.0", "1")
+    rows["patient"] = rows.patient.mask(rows.patient == "")
+    rows["sex"] = rows.sex.str[:1].str.upper()
+    rows["age"] = rows.age.str.rstrip("Y")                          # 061Y, in DICOM
     return facts.get("dataset", path.absolute().parent.name), rows, facts
 
 
 def part(indexes, dataset, splits):
     """Rows of some splits of a dataset, out of its index that has most of them, and that index's facts."""
-    parts = [(rows[rows.split.isin(splits)], facts) for name, rows, facts in indexes if name == dataset]
-    return max(parts, key=lambda part: len(part[0]), default=(pd.DataFrame(columns=FACTS), {}))
+    found = pd.DataFrame(columns=FACTS), {}
+    for name, rows, facts in reversed(indexes):
+        chosen = rows[rows.split.isin(splits)]
+        if name == dataset and len(chosen) >= len(found[0]):
+            found = chosen, facts
+    return found
 
 
 def half_up(numerator, denominator, digits):
@@ -214,8 +215,7 @@ def fingerprints(text):
 
 
 def overlap(first, other):
-    """Images of a pack that are in another, each given as fingerprints returns it: a list of path, path of
-    the most like one, equal or near, correlation."""
+    """Images of one pack in another, as rows: path, path of the most like one, equal or near, correlation."""
     paths, hashes, thumbnails = first
     places = {digest: place for place, digest in enumerate(other[1])}
     found = []
