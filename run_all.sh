@@ -24,7 +24,7 @@ while [ $# -gt 0 ]; do
     --exp | --raw | --data | --out | --nproc | --tests | --only | --scale | --slurm | --rates)
       [[ ${2:---} != --* ]] || usage "$1 needs a value"
       declare "${1#--}=$2"; [ "$1" = --slurm ] || given+=("$1" "$2"); shift ;;
-    -h | --help) sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "$0"; exit ;;
+    -h | --help) sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p;}' "$0"; exit ;;
     *) usage "unknown option $1" ;;
   esac; shift
 done

@@ -403,8 +403,8 @@ def pack(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = fail                             # one sentence, like every other mistake
-    option = parser.add_argument
+    parser.error, option = fail, parser.add_argument            # one sentence, like every other mistake
+    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)        # macOS has it not
     option("--index", type=Path, required=True, metavar="FILE", help="index.csv, any with a column path")
     option("--raw", type=Path, required=True, metavar="DIR", help="folder the index's paths are relative to")
     option("--out", type=Path, required=True, metavar="DIR", help="folder to write to, made if need be")
@@ -415,7 +415,7 @@ def main():
     option("--dicom", choices=DICOM.values(), help="paper: raw / maximum (default: as --variant says)")
     option("--splits", default="", metavar="A,B", help="pack the rows of these splits only (default: all)")
     option("--require-files", action="store_true", help="stop if an image is missing, not reject it")
-    option("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
+    option("--workers", type=int, default=len(cores), help="processes (default: all cores)")
     args = parser.parse_args()
     if args.workers < 1 or args.size != "original" and args.size < 1:
         fail("--workers and --size have to be at least 1")

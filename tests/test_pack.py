@@ -1128,6 +1128,14 @@ def test_where_folders_cannot_be_locked_packing_goes_on(tmp_path, monkeypatch):
     assert len(np.load(tmp_path / "out/images.npy")) == 1
 
 
+def test_where_a_process_has_no_set_of_cores_packing_goes_on(tmp_path, monkeypatch):
+    save(tmp_path / "raw/x.png", noise(9, 9))
+    write_index(tmp_path / "index.csv", ["x.png"])
+    monkeypatch.delattr(os, "sched_getaffinity")                    # as on macOS
+    monkeypatch.setattr(pack, "pack_shards", in_this_process)
+    assert run_main(tmp_path, "--size", 8).returncode == 0
+
+
 @pytest.mark.parametrize("mount_point", [True, False])
 def test_a_raw_folder_that_goes_away_while_it_is_packed_costs_no_row(tmp_path, mount_point):
     many(tmp_path)

@@ -526,7 +526,7 @@ def test_a_download_that_is_not_complete_stops_the_chain_and_the_same_command_go
 
 
 @pytest.mark.parametrize("there, made", [
-    ([], True), (["bin/python"], False), (["requirements.sha256", "old"], True)])
+    ([], True), (["bin/python"], False), (["requirements.txt", "old"], True)])
 def test_a_virtual_environment_of_somebody_else_is_left_alone(project, tmp_path, there, made):
     """With a stand-in for python3 that makes the environment's python, which pip's command fails under FAIL."""
     for name in there:
