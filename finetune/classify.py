@@ -180,6 +180,7 @@ if __name__ == "__main__":      # help and mistakes are answered before the impo
     options("finetune")
 
 import numpy as np
+import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
@@ -502,18 +503,16 @@ def patient_subset(rows, values, share, seed):
     Args: rows {column: texts}, where an image with a blank patient is its own patient; values float [N, K],
     1 = finding.
     """
-    patients = [patient or path for patient, path in zip(rows.get("patient", rows["path"]), rows["path"])]
-    names, number = np.unique(patients, return_inverse=True)                # sorted
-    findings = np.zeros((len(names), values.shape[1]))
-    np.maximum.at(findings, number, values.numpy())
-    frequency = np.where(findings, findings.sum(0), np.inf)
-    group = np.where(findings.any(1), frequency.argmin(1), -1)
-    order = np.random.default_rng(seed).permutation(len(names))
-    chosen = np.zeros(len(names), bool)
-    for finding in np.unique(group):
-        members = order[group[order] == finding]
-        chosen[members[:math.ceil(share * len(members) - 1e-9)]] = True     # 0.07 * 100 is 7.000000000000001
-    return np.flatnonzero(chosen[number])
+    patients = pd.Series(rows.get("patient", rows["path"]))
+    patients = patients.where(patients != "", rows["path"])
+    findings = pd.DataFrame(values.numpy()).groupby(patients).max()         # a row a patient, by name
+    findings["none"] = 1 - findings.max(axis=1)
+    rarest = np.where(findings, findings.sum(), np.inf).argmin(1)
+    order = np.random.default_rng(seed).permutation(len(findings))
+    stratum = pd.Series(rarest, findings.index).iloc[order]
+    members = stratum.groupby(stratum)
+    chosen = stratum.index[members.cumcount() / members.transform("size") < share]
+    return np.flatnonzero(patients.isin(chosen))
 
 
 def checkpoint_facts(config):
