@@ -242,8 +242,8 @@ def make_optimizer(model, config):
     optimizer = create_optimizer_v2(model, config["optimizer"], config["lr"], config["wd"], fused=fused)
     if config["schedule"] == "plateau":
         return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
-    warmup = dict(warmup_t=config["warmup_epochs"], warmup_lr_init=config["warmup_lr"])
-    return optimizer, CosineLRScheduler(optimizer, config["epochs"], config["min_lr"], **warmup)
+    return optimizer, CosineLRScheduler(optimizer, config["epochs"], config["min_lr"],
+                                        warmup_t=config["warmup_epochs"], warmup_lr_init=config["warmup_lr"])
 
 
 def start(config):
@@ -282,6 +282,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
     optimizer, scheduler = make_optimizer(model, config)
     # variant paper steps the cosine by the loss in place of the epoch, as the released code does
     slipped = config["variant"] == "paper" and config["recipe"] in ("a", "b")
+    by_loss = slipped or config["schedule"] == "plateau"
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
     # validation loss of each epoch, and what is lowest in the best one; 1e9: not there yet
@@ -324,13 +325,12 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
         u = u.to(device, non_blocking=True)
         torch.manual_seed(generator.initial_seed() + rank)                  # for dropout, if any
         views = augment(data.images(places[local]), u, config)
-        depth = u[:, N_CROP + 1:]
 
         loss = 0
         optimizer.zero_grad()
         for begin in range(0, local_batch, micro):
             part = slice(begin, begin + micro)
-            set_drop_path(drop_paths, depth[part])
+            set_drop_path(drop_paths, u[part, N_CROP + 1:])
             net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: only after the last pass
             with amp:
                 part_loss = label_loss(net(views[part]), truth[part], counts[part], pos_weight) / n_known
@@ -352,7 +352,6 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
                 fail("no label has both classes among the validation images, hence no AUC; use --select loss")
             curve[epoch, 0] = scores["val_loss"]
             curve[epoch, 1] = -scores["val_auc"] if config["select"] == "auc" else scores["val_loss"]
-            by_loss = slipped or config["schedule"] == "plateau"
             scheduler.step(scores["val_loss"] if by_loss else epoch + 1)
         ending = ended(done)
         best = curve[:, 1].argmin()                             # 0 within the first epoch
@@ -406,12 +405,11 @@ def probe(out, config, chosen, data, val, args, rank, world_size, device):
             head.bias[k] = 10 if y.any() else -10       # for a label of one class: a constant logit
             continue
         fits = [LogisticRegression(C=strength, max_iter=1000).fit(x[seen], y) for strength in PROBE_C]
-        val_scores = [torch.from_numpy(fit.decision_function(val_x)) for fit in fits]
-        aucs = [auc(logits, val.values[:, k], val.known[:, k]) or 0 for logits in val_scores]
+        aucs = [auc(fit.decision_function(val_x), val.values[:, k], val.known[:, k]) or 0 for fit in fits]
         best = fits[np.argmax(aucs)]                    # without an AUC: the strongest penalty
         head.weight[k], head.bias[k] = torch.from_numpy(best.coef_[0]), best.intercept_[0]
-    loss = scores_of(x @ head.weight.T + head.bias, values, known, labels)["val_loss"]
-    scores = scores_of(val_x @ head.weight.T + head.bias, val.values, val.known, labels)
+    loss = scores_of(head(x), values, known, labels)["val_loss"]
+    scores = scores_of(head(val_x), val.values, val.known, labels)
     log_line(out, rank, 0, step=1, epoch=0, loss=loss, **scores)
     head.weight /= sd                                   # standardising becomes part of the head
     head.bias -= head.weight @ mean
@@ -428,11 +426,8 @@ def auc(logits, values, known):
 def scores_of(logits, values, known, labels):
     """val_loss, val_auc_<label> of the labels that have both classes, and val_auc, the mean of these."""
     loss = label_loss(logits, values, known).item() / max(1, known.sum().item())
-    aucs = {}
-    for label, *columns in zip(labels, logits.T, values.T, known.T):
-        value = auc(*columns)
-        if value is not None:
-            aucs[f"val_auc_{label}"] = value
+    found = [auc(*columns) for columns in zip(logits.T, values.T, known.T)]
+    aucs = {f"val_auc_{label}": value for label, value in zip(labels, found) if value is not None}
     mean = {"val_auc": sum(aucs.values()) / len(aucs)} if aucs else {}
     return {"val_loss": loss, **mean, **aucs}
 
@@ -441,9 +436,9 @@ def export(out, model, config, step, epoch):
     """Write classifier.pt: weights under timm's names and the labels in the order of the outputs."""
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     stop_if_nan(weights.values(), step, out)
-    keys = ("arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "stand_in")
-    content = {key: config[key] for key in keys}
-    content |= dict(model=weights, labels=config["label_names"], step=step, epoch=epoch, config=config)
+    keys = "arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "stand_in"
+    content = dict(model=weights, labels=config["label_names"], step=step, epoch=epoch, config=config)
+    content |= {key: config[key] for key in keys}
     write_atomic(f"{out}/classifier.pt", lambda file: torch.save(content, file))
 
 
@@ -451,8 +446,11 @@ NIH14 = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nod
          "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
 
 
-def open_labelled(manifest, split, config, device):
-    """Rows, labels, images and their validation views; sets label_names of the config where it has none."""
+def open_labelled(what, manifest, split, config, rank, device):
+    """Rows, labels, images and validation views for "training" or "validation"; sets empty label_names.
+
+    Says how many unknown labels count as if they were known, and which labels have one class only.
+    """
     rows = read_manifest(manifest, split)
     columns = [name for name in rows if name not in FACTS]
     names = config["label_names"] or (NIH14 if {*NIH14} <= {*columns} else columns)
@@ -461,30 +459,22 @@ def open_labelled(manifest, split, config, device):
              f"of them, each once, and is {', '.join(names)}")
     config["label_names"] = names
     values, known = read_labels(manifest, rows, names, config["uncertain"], config["blank"])
+    _, certain = read_labels(manifest, rows, names, "ignore", "ignore")
+    n_guessed = (known > certain).sum()
+    if rank == 0 and n_guessed:
+        print(f"note: {n_guessed:,} uncertain or blank {what} labels count, as --uncertain and --blank say")
+    columns = zip(names, values.T, known.T)
+    one_class = ", ".join(name for name, x, seen in columns if len(x[seen > 0].unique()) < 2)
+    if rank == 0 and one_class:
+        print(f"warning: {what} images do not have both classes of {one_class}", file=sys.stderr)
     images = open_images(manifest, rows["path"], config["in_chans"], device)
     views = lambda places: validation_view(images(places), config)
     return argparse.Namespace(rows=rows, images=images, views=views, values=values, known=known)
 
 
-def check_labelled(args, config, data, val):
-    """Refuse to validate on the training images, save by --val_split all; warn of paths, patients in both.
-
-    Say how many unknown labels count as if they were known, and which labels have one class only.
-    """
-    names = config["label_names"]
-    for what, file, part in (("training", args.train, data), ("validation", args.val, val)):
-        _, certain = read_labels(file, part.rows, names, "ignore", "ignore")
-        n_guessed = (part.known > certain).sum()
-        if n_guessed:
-            print(f"note: {n_guessed:,} uncertain or blank {what} labels count, as --uncertain and --blank "
-                  "say")
-        columns = zip(names, part.values.T, part.known.T)
-        one_class = [name for name, values, known in columns if len(values[known > 0].unique()) < 2]
-        if one_class:
-            print(f"warning: {what} images do not have both classes of {', '.join(one_class)}",
-                  file=sys.stderr)
-    same = Path(args.train).resolve() == Path(args.val).resolve()
-    if same and "split" not in data.rows and args.val_split != "all":
+def check_apart(args, data, val):
+    """Refuse to validate on the training images, save by --val_split all; warn of paths, patients in both."""
+    if Path(args.train).samefile(args.val) and "split" not in data.rows and args.val_split != "all":
         fail(f"{args.train} has no column split: give --val another manifest, or validate on the images of "
              "training by --val_split all")
     for column in ("path", "patient"):
@@ -520,16 +510,16 @@ def checkpoint_facts(config):
     if config["init"].partition(":")[0] in ("random", "timm", "torchvision"):
         return {}
     content = read_weights(config["init"], config["arch"])
-    keys = {"arch", "model_args", "in_chans", "img_size", "mean", "std"}
-    for card in (content, content.get("config")) if isinstance(content, dict) else ():
-        if isinstance(card, dict) and keys <= card.keys():
-            return {key: card[key] for key in keys}
+    keys = "arch", "model_args", "in_chans", "img_size", "mean", "std"
+    with contextlib.suppress(KeyError, TypeError, RuntimeError):            # another maker's has none
+        card = content if "arch" in content else content["config"]
+        return {key: card[key] for key in keys}
     return {}
 
 
 def resolve(args, config):
     """The config of a run and its seeds: flags, row and miniature, then checkpoint, recipe, DEFAULTS."""
-    flags = [word[2:].partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    flags = [word[2:].split("=")[0] for word in sys.argv if word.startswith("--")]
     stated = {flag.replace("-", "_") for flag in flags}
     if args.exp:
         file = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml"
@@ -572,10 +562,10 @@ def main():
     rank, world_size, device = init_processes(args.device)
     try:
         args.stop_asked = catch_sigterm()
-        data = open_labelled(args.train, args.train_split, config, device)
-        val = open_labelled(args.val, args.val_split, config, device)
+        data = open_labelled("training", args.train, args.train_split, config, rank, device)
+        val = open_labelled("validation", args.val, args.val_split, config, rank, device)
         if rank == 0:
-            check_labelled(args, config, data, val)
+            check_apart(args, data, val)
             print(json.dumps(config))
             if config["schedule"] == "cosine" and config["warmup_epochs"] >= config["epochs"] > 0:
                 print("warning: the run ends within its warm-up (--warmup_epochs)", file=sys.stderr)
