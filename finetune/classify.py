@@ -46,7 +46,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     init_key="",                    # part of the names to load, as in student; none: of several the average
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih",                  # folder below --data with manifest.csv and images.npy
-    label_names="",                 # columns to learn, in this order, as in A,C; none: NIH's 14, or else all
+    label_names="",                 # columns to learn, in this order, as in A,C; none: all the manifest has
     labels=1.0,                     # share of the training patients of each finding whose labels are used
     uncertain="zeros",              # zeros | ones | ignore; what -1 in a label column counts as
     blank="zero",                   # zero | ignore; what a blank label cell counts as
@@ -442,10 +442,6 @@ def export(out, model, config, step, epoch):
     write_atomic(f"{out}/classifier.pt", lambda file: torch.save(content, file))
 
 
-NIH14 = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
-         "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
-
-
 def open_labelled(what, manifest, split, config, rank, device):
     """Rows, labels, images and validation views for "training" or "validation"; sets empty label_names.
 
@@ -453,7 +449,7 @@ def open_labelled(what, manifest, split, config, rank, device):
     """
     rows = read_manifest(manifest, split)
     columns = [name for name in rows if name not in FACTS]
-    names = config["label_names"] or (NIH14 if {*NIH14} <= {*columns} else columns)
+    names = config["label_names"] or columns
     if not names or len({*names} & {*columns}) < len(names):
         fail(f"{manifest} has the label columns {', '.join(columns) or '(none)'}; label_names has to be some "
              f"of them, each once, and is {', '.join(names)}")
@@ -507,7 +503,7 @@ def patient_subset(rows, values, share, seed):
 
 def checkpoint_facts(config):
     """What a checkpoint of ours, named by `init`, says of its network and pixels (last.pt in its config)."""
-    if config["init"].partition(":")[0] in ("random", "timm", "torchvision"):
+    if config["init"] == "random":
         return {}
     content = read_weights(config["init"], config["arch"])
     keys = "arch", "model_args", "in_chans", "img_size", "mean", "std"
