@@ -210,8 +210,7 @@ def validation_view(images, config):
 
 def label_loss(logits, values, known, pos_weight=None):
     """Binary cross-entropy summed over known labels; logits, values, known float [B, K]."""
-    loss = F.binary_cross_entropy_with_logits(logits, values, pos_weight=pos_weight, reduction="none")
-    return (loss * known).sum()
+    return F.binary_cross_entropy_with_logits(logits, values, known, pos_weight=pos_weight, reduction="sum")
 
 
 def positive_weight(wanted, values, known):
@@ -373,7 +372,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
         print(f"{out}/classifier.pt is of epoch {curve[:, 1].argmin() + 1}", flush=True)
 
 
-PROBE_C = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]     # inverse penalties of the probe, chosen by validation AUC
+PROBE_C = np.logspace(-4, 0, 5)     # 1e-4 to 1, inverse penalties of the probe, chosen by validation AUC
 
 
 @torch.no_grad()
@@ -523,7 +522,7 @@ def resolve(args, config):
         row = table[args.exp]
         if "pretrain" in row and "init" not in {*stated, *row.get("finetune", {})}:
             config["init"] = f"exp:{args.exp}"          # the row's own pre-training
-        for layer in [row, table["miniature"]] if args.miniature else [row]:
+        for layer in row, table["miniature"] if args.miniature else {}:
             stated |= {*layer, *layer.get("finetune", {})}
     facts = checkpoint_facts(config)
     if "img_size" in stated:
