@@ -404,8 +404,8 @@ def probe(out, config, chosen, data, val, args, rank, world_size, device):
             head.bias[k] = 10 if y.any() else -10       # for a label of one class: a constant logit
             continue
         fits = [LogisticRegression(C=strength, max_iter=1000).fit(x[seen], y) for strength in PROBE_C]
-        aucs = [auc(fit.decision_function(val_x), val.values[:, k], val.known[:, k]) or 0 for fit in fits]
-        best = fits[np.argmax(aucs)]                    # without an AUC: the strongest penalty
+        score = lambda fit: auc(fit.decision_function(val_x), val.values[:, k], val.known[:, k]) or 0
+        best = max(fits, key=score)                     # of equal ones, or without an AUC: the strongest penalty
         head.weight[k], head.bias[k] = torch.from_numpy(best.coef_[0]), best.intercept_[0]
     loss = scores_of(head(x), values, known, labels)["val_loss"]
     scores = scores_of(head(val_x), val.values, val.known, labels)
@@ -542,7 +542,7 @@ def resolve(args, config):
         words = next(csv.reader([line], skipinitialspace=True))
         return [word.strip(" '") for word in words if word]
     config["label_names"], seeds = listed(config["label_names"]), listed(config.pop("seeds"))
-    if not seeds or not all(seed.isdecimal() for seed in seeds):
+    if not "".join(seeds).isdecimal():
         fail(f"seeds are {seeds}, not whole numbers such as 0,11")
     return fill_defaults(config), [int(seed) for seed in seeds]
 
@@ -562,9 +562,10 @@ def main():
         if rank == 0:
             check_apart(args, data, val)
             print(json.dumps(config))
-            if config["schedule"] == "cosine" and config["warmup_epochs"] >= config["epochs"] > 0:
+            cosine = config["schedule"] == "cosine"
+            if cosine and config["warmup_epochs"] >= config["epochs"] > 0:
                 print("warning: the run ends within its warm-up (--warmup_epochs)", file=sys.stderr)
-            if config["schedule"] == "cosine" and config["min_lr"] > config["lr"]:
+            if cosine and config["min_lr"] > config["lr"]:
                 print("warning: the rate rises to --min_lr, which is above --lr", file=sys.stderr)
         run = probe if args.probe else train
         for seed in seeds:
