@@ -405,7 +405,7 @@ def probe(out, config, chosen, data, val, args, rank, world_size, device):
             continue
         fits = [LogisticRegression(C=strength, max_iter=1000).fit(x[seen], y) for strength in PROBE_C]
         score = lambda fit: auc(fit.decision_function(val_x), val.values[:, k], val.known[:, k]) or 0
-        best = max(fits, key=score)                     # of equal ones, or without an AUC: the strongest penalty
+        best = max(fits, key=score)                     # without an AUC: the strongest penalty
         head.weight[k], head.bias[k] = torch.from_numpy(best.coef_[0]), best.intercept_[0]
     loss = scores_of(head(x), values, known, labels)["val_loss"]
     scores = scores_of(head(val_x), val.values, val.known, labels)
