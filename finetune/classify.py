@@ -353,16 +353,15 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
             curve[epoch, 1] = -scores["val_auc"] if config["select"] == "auc" else scores["val_loss"]
             scheduler.step(scores["val_loss"] if by_loss else epoch + 1)
         ending = ended(done)
-        best = curve[:, 1].argmin()                             # 0 within the first epoch
-        if rank == 0 and best == epoch and (scores or ending):
-            export(out, model, config, done, epoch + 1)
         if args.log_steps and done % args.log_steps == 0 or scores or ending:
             rate = (done - first_step) * batch / (time.monotonic() - started)
             log_line(out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
                      loss=(meter[0] / meter[1]).item(), lr=lr, img_per_s=round(rate, 1), **scores)
             meter.zero_()
-        if rank == 0 and (stopping or ending or time.monotonic() - saved > 60 * args.save_minutes):
-            save_run(out, done, config, state, epoch=epoch + 1)
+        best = (scores or ending) and curve[:, 1].argmin() == epoch         # 0 within the first epoch
+        if rank == 0 and (stopping or ending or best or time.monotonic() - saved > 60 * args.save_minutes):
+            weights = model.state_dict() if best else None
+            save_run(out, done, config, state, weights, "classifier", labels=labels, epoch=epoch + 1)
             saved = time.monotonic()
         if stopping and not ending:
             sys.exit(75)                # EX_TEMPFAIL: run the same command again
@@ -412,8 +411,7 @@ def probe(out, config, chosen, data, val, args, rank, world_size, device):
     log_line(out, rank, 0, step=1, epoch=0, loss=loss, **scores)
     head.weight /= sd                                   # standardising becomes part of the head
     head.bias -= head.weight @ mean
-    export(out, model, config, 1, 0)
-    save_run(out, 1, config, {}, epoch=0)
+    save_run(out, 1, config, {}, model.state_dict(), "classifier", labels=labels, epoch=0)
 
 
 def auc(logits, values, known):
@@ -429,16 +427,6 @@ def scores_of(logits, values, known, labels):
     aucs = {f"val_auc_{label}": value for label, value in zip(labels, found) if value is not None}
     mean = {"val_auc": sum(aucs.values()) / len(aucs)} if aucs else {}
     return {"val_loss": loss, **mean, **aucs}
-
-
-def export(out, model, config, step, epoch):
-    """Write classifier.pt: weights under timm's names and the labels in the order of the outputs."""
-    weights = {name: value.cpu() for name, value in model.state_dict().items()}
-    stop_if_nan(weights.values(), step, out)
-    keys = "arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "stand_in"
-    content = dict(model=weights, labels=config["label_names"], step=step, epoch=epoch, config=config)
-    content |= {key: config[key] for key in keys}
-    write_atomic(f"{out}/classifier.pt", lambda file: torch.save(content, file))
 
 
 def open_labelled(what, manifest, split, config, rank, device):
@@ -501,14 +489,13 @@ def patient_subset(rows, values, share, seed):
 
 
 def checkpoint_facts(config):
-    """What a checkpoint of ours, named by `init`, says of its network and pixels (last.pt in its config)."""
+    """What a checkpoint of ours, named by `init`, says of its network and pixels."""
     if config["init"] == "random":
         return {}
     content = read_weights(config["init"], config["arch"])
     keys = "arch", "model_args", "in_chans", "img_size", "mean", "std"
-    with contextlib.suppress(KeyError, TypeError, RuntimeError):            # another maker's has none
-        card = content if "arch" in content else content["config"]
-        return {key: card[key] for key in keys}
+    with contextlib.suppress(KeyError, TypeError, IndexError):              # another maker's has none
+        return {key: content[key] for key in keys}
     return {}
 
 
@@ -1210,17 +1197,16 @@ def open_run(out, manifests, config, parts, resume, rank):
 
 
 # --- begin copy: save ---
-def save_run(out, step, config, parts, weights=None, **values):
-    """Write last.pt and, if given, `weights` as backbone.pt; NaN in the state ends the run instead."""
-    values.update(step=step, config=config, **{key: config[key] for key in ("exp", "seed", "stand_in")})
-    state = {name: part if isinstance(part, torch.Tensor) else part.state_dict()
-             for name, part in parts.items()}
+def save_run(out, step, config, parts, weights=None, name="backbone", **values):
+    """Write last.pt and before it, if given, `weights` as <name>.pt; NaN in the state ends the run instead."""
+    keys = "arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "stand_in"
+    values.update(step=step, config=config, **{key: config[key] for key in keys})
+    state = {part: x if isinstance(x, torch.Tensor) else x.state_dict() for part, x in parts.items()}
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
-        card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
-        card["model"] = {name: value.cpu() for name, value in weights.items()}
-        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**card, **values}, file))
-    write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
+        model = {key: value.cpu() for key, value in weights.items()}
+        write_atomic(f"{out}/{name}.pt", lambda file: torch.save({**values, "model": model}, file))
+    write_atomic(f"{out}/last.pt", lambda file: torch.save({**values, **state}, file))
 # --- end copy: save ---
 
 

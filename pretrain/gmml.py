@@ -1032,17 +1032,16 @@ def open_run(out, manifests, config, parts, resume, rank):
 
 
 # --- begin copy: save ---
-def save_run(out, step, config, parts, weights=None, **values):
-    """Write last.pt and, if given, `weights` as backbone.pt; NaN in the state ends the run instead."""
-    values.update(step=step, config=config, **{key: config[key] for key in ("exp", "seed", "stand_in")})
-    state = {name: part if isinstance(part, torch.Tensor) else part.state_dict()
-             for name, part in parts.items()}
+def save_run(out, step, config, parts, weights=None, name="backbone", **values):
+    """Write last.pt and before it, if given, `weights` as <name>.pt; NaN in the state ends the run instead."""
+    keys = "arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "stand_in"
+    values.update(step=step, config=config, **{key: config[key] for key in keys})
+    state = {part: x if isinstance(x, torch.Tensor) else x.state_dict() for part, x in parts.items()}
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
-        card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
-        card["model"] = {name: value.cpu() for name, value in weights.items()}
-        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**card, **values}, file))
-    write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
+        model = {key: value.cpu() for key, value in weights.items()}
+        write_atomic(f"{out}/{name}.pt", lambda file: torch.save({**values, "model": model}, file))
+    write_atomic(f"{out}/last.pt", lambda file: torch.save({**values, **state}, file))
 # --- end copy: save ---
 
 
