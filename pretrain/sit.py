@@ -735,11 +735,11 @@ def crop_boxes(u, height, width, scale):
     widths = (area / ratio).sqrt().round()
     fits = (heights <= height) & (widths <= width)
     first = fits.int().argmax(1, keepdim=True)
-    box = []
-    for tries, side, place in ((heights, height, u[:, 20]), (widths, width, u[:, 21])):
+
+    def box(tries, side, place):
         length = tries.gather(1, first)[:, 0].clamp(1, side)
-        box.append((((side - length + 1) * place).floor(), length))
-    return box
+        return ((side - length + 1) * place).floor(), length
+    return box(heights, height, u[:, 20]), box(widths, width, u[:, 21])
 
 
 def resample_matrix(begin, length, in_size, out_size, cubic):
@@ -994,9 +994,8 @@ def of_network(given, wanted):
     With one that is not wanted, as of a further block or norm, it is another network than the model.
     """
     parts = {name.partition(".")[0] for name in wanted}
-    needed = {name: x for name, x in given.items()
-              if name.partition(".")[0] in parts or re.search(NEEDED, name)}
-    return {name: x for name, x in needed.items() if not re.search(SPARE, name)}
+    needed = lambda name: name.partition(".")[0] in parts or re.search(NEEDED, name)
+    return {name: x for name, x in given.items() if needed(name) and not re.search(SPARE, name)}
 
 
 def fit_channels(kernel, in_chans, how):
