@@ -46,7 +46,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     init_key="",                    # part of the names to load, as in student; none: of several the average
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih",                  # folder below --data with manifest.csv and images.npy
-    label_names="",                 # columns to learn, in this order, as in A,C; none: NIH's 14, or else all
+    label_names="",                 # columns to learn, in this order, as in A,C; none: all the manifest has
     labels=1.0,                     # share of the training patients of each finding whose labels are used
     uncertain="zeros",              # zeros | ones | ignore; what -1 in a label column counts as
     blank="zero",                   # zero | ignore; what a blank label cell counts as
@@ -171,8 +171,7 @@ def options(section):
         name = word[2:].split("=")[0]
         near = difflib.get_close_matches(name, vars(args), 1) or ["none"]
         parser.error(f"unknown {word}; nearest: {near[0]} (a flag takes one value)")
-    config = {key: getattr(args, key) for key in DEFAULTS}
-    return args, {"exp": args.exp or None, **config}
+    return args, {"exp": args.exp or None, **{key: getattr(args, key) for key in DEFAULTS}}
 # --- end copy: options ---
 
 
@@ -180,6 +179,7 @@ if __name__ == "__main__":      # help and mistakes are answered before the impo
     options("finetune")
 
 import numpy as np
+import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
@@ -209,8 +209,7 @@ def validation_view(images, config):
 
 def label_loss(logits, values, known, pos_weight=None):
     """Binary cross-entropy summed over known labels; logits, values, known float [B, K]."""
-    loss = F.binary_cross_entropy_with_logits(logits, values, pos_weight=pos_weight, reduction="none")
-    return (loss * known).sum()
+    return F.binary_cross_entropy_with_logits(logits, values, known, pos_weight=pos_weight, reduction="sum")
 
 
 def positive_weight(wanted, values, known):
@@ -241,8 +240,8 @@ def make_optimizer(model, config):
     optimizer = create_optimizer_v2(model, config["optimizer"], config["lr"], config["wd"], fused=fused)
     if config["schedule"] == "plateau":
         return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
-    warmup = dict(warmup_t=config["warmup_epochs"], warmup_lr_init=config["warmup_lr"])
-    return optimizer, CosineLRScheduler(optimizer, config["epochs"], config["min_lr"], **warmup)
+    return optimizer, CosineLRScheduler(optimizer, config["epochs"], config["min_lr"],
+                                        warmup_t=config["warmup_epochs"], warmup_lr_init=config["warmup_lr"])
 
 
 def start(config):
@@ -281,6 +280,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
     optimizer, scheduler = make_optimizer(model, config)
     # variant paper steps the cosine by the loss in place of the epoch, as the released code does
     slipped = config["variant"] == "paper" and config["recipe"] in ("a", "b")
+    by_loss = slipped or config["schedule"] == "plateau"
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
     # validation loss of each epoch, and what is lowest in the best one; 1e9: not there yet
@@ -323,13 +323,12 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
         u = u.to(device, non_blocking=True)
         torch.manual_seed(generator.initial_seed() + rank)                  # for dropout, if any
         views = augment(data.images(places[local]), u, config)
-        depth = u[:, N_CROP + 1:]
 
         loss = 0
         optimizer.zero_grad()
         for begin in range(0, local_batch, micro):
             part = slice(begin, begin + micro)
-            set_drop_path(drop_paths, depth[part])
+            set_drop_path(drop_paths, u[part, N_CROP + 1:])
             net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: only after the last pass
             with amp:
                 part_loss = label_loss(net(views[part]), truth[part], counts[part], pos_weight) / n_known
@@ -351,19 +350,17 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
                 fail("no label has both classes among the validation images, hence no AUC; use --select loss")
             curve[epoch, 0] = scores["val_loss"]
             curve[epoch, 1] = -scores["val_auc"] if config["select"] == "auc" else scores["val_loss"]
-            by_loss = slipped or config["schedule"] == "plateau"
             scheduler.step(scores["val_loss"] if by_loss else epoch + 1)
         ending = ended(done)
-        best = curve[:, 1].argmin()                             # 0 within the first epoch
-        if rank == 0 and best == epoch and (scores or ending):
-            export(out, model, config, done, epoch + 1)
         if args.log_steps and done % args.log_steps == 0 or scores or ending:
             rate = (done - first_step) * batch / (time.monotonic() - started)
             log_line(out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
                      loss=(meter[0] / meter[1]).item(), lr=lr, img_per_s=round(rate, 1), **scores)
             meter.zero_()
-        if rank == 0 and (stopping or ending or time.monotonic() - saved > 60 * args.save_minutes):
-            save_run(out, done, config, state, epoch=epoch + 1)
+        best = (scores or ending) and curve[:, 1].argmin() == epoch         # 0 within the first epoch
+        if rank == 0 and (stopping or ending or best or time.monotonic() - saved > 60 * args.save_minutes):
+            weights = model.state_dict() if best else None
+            save_run(out, done, config, state, weights, "classifier", labels=labels, epoch=epoch + 1)
             saved = time.monotonic()
         if stopping and not ending:
             sys.exit(75)                # EX_TEMPFAIL: run the same command again
@@ -373,7 +370,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
         print(f"{out}/classifier.pt is of epoch {curve[:, 1].argmin() + 1}", flush=True)
 
 
-PROBE_C = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]     # inverse penalties of the probe, chosen by validation AUC
+PROBE_C = np.logspace(-4, 0, 5)     # 1e-4 to 1, inverse penalties of the probe, chosen by validation AUC
 
 
 @torch.no_grad()
@@ -405,17 +402,15 @@ def probe(out, config, chosen, data, val, args, rank, world_size, device):
             head.bias[k] = 10 if y.any() else -10       # for a label of one class: a constant logit
             continue
         fits = [LogisticRegression(C=strength, max_iter=1000).fit(x[seen], y) for strength in PROBE_C]
-        val_scores = [torch.from_numpy(fit.decision_function(val_x)) for fit in fits]
-        aucs = [auc(logits, val.values[:, k], val.known[:, k]) or 0 for logits in val_scores]
-        best = fits[np.argmax(aucs)]                    # without an AUC: the strongest penalty
+        score = lambda fit: auc(fit.decision_function(val_x), val.values[:, k], val.known[:, k]) or 0
+        best = max(fits, key=score)                     # without an AUC: the strongest penalty
         head.weight[k], head.bias[k] = torch.from_numpy(best.coef_[0]), best.intercept_[0]
-    loss = scores_of(x @ head.weight.T + head.bias, values, known, labels)["val_loss"]
-    scores = scores_of(val_x @ head.weight.T + head.bias, val.values, val.known, labels)
+    loss = scores_of(head(x), values, known, labels)["val_loss"]
+    scores = scores_of(head(val_x), val.values, val.known, labels)
     log_line(out, rank, 0, step=1, epoch=0, loss=loss, **scores)
     head.weight /= sd                                   # standardising becomes part of the head
     head.bias -= head.weight @ mean
-    export(out, model, config, 1, 0)
-    save_run(out, 1, config, {}, epoch=0)
+    save_run(out, 1, config, {}, model.state_dict(), "classifier", labels=labels, epoch=0)
 
 
 def auc(logits, values, known):
@@ -427,63 +422,41 @@ def auc(logits, values, known):
 def scores_of(logits, values, known, labels):
     """val_loss, val_auc_<label> of the labels that have both classes, and val_auc, the mean of these."""
     loss = label_loss(logits, values, known).item() / max(1, known.sum().item())
-    aucs = {}
-    for label, *columns in zip(labels, logits.T, values.T, known.T):
-        value = auc(*columns)
-        if value is not None:
-            aucs[f"val_auc_{label}"] = value
+    found = [auc(*columns) for columns in zip(logits.T, values.T, known.T)]
+    aucs = {f"val_auc_{label}": value for label, value in zip(labels, found) if value is not None}
     mean = {"val_auc": sum(aucs.values()) / len(aucs)} if aucs else {}
     return {"val_loss": loss, **mean, **aucs}
 
 
-def export(out, model, config, step, epoch):
-    """Write classifier.pt: weights under timm's names and the labels in the order of the outputs."""
-    weights = {name: value.cpu() for name, value in model.state_dict().items()}
-    stop_if_nan(weights.values(), step, out)
-    keys = ("arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "stand_in")
-    content = {key: config[key] for key in keys}
-    content |= dict(model=weights, labels=config["label_names"], step=step, epoch=epoch, config=config)
-    write_atomic(f"{out}/classifier.pt", lambda file: torch.save(content, file))
+def open_labelled(what, manifest, split, config, rank, device):
+    """Rows, labels, images and validation views for "training" or "validation"; sets empty label_names.
 
-
-NIH14 = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
-         "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
-
-
-def open_labelled(manifest, split, config, device):
-    """Rows, labels, images and their validation views; sets label_names of the config where it has none."""
+    Says how many unknown labels count as if they were known, and which labels have one class only.
+    """
     rows = read_manifest(manifest, split)
     columns = [name for name in rows if name not in FACTS]
-    names = config["label_names"] or (NIH14 if {*NIH14} <= {*columns} else columns)
+    names = config["label_names"] or columns
     if not names or len({*names} & {*columns}) < len(names):
         fail(f"{manifest} has the label columns {', '.join(columns) or '(none)'}; label_names has to be some "
              f"of them, each once, and is {', '.join(names)}")
     config["label_names"] = names
     values, known = read_labels(manifest, rows, names, config["uncertain"], config["blank"])
+    _, certain = read_labels(manifest, rows, names, "ignore", "ignore")
+    n_guessed = (known > certain).sum()
+    if rank == 0 and n_guessed:
+        print(f"note: {n_guessed:,} uncertain or blank {what} labels count, as --uncertain and --blank say")
+    columns = zip(names, values.T, known.T)
+    one_class = ", ".join(name for name, x, seen in columns if len(x[seen > 0].unique()) < 2)
+    if rank == 0 and one_class:
+        print(f"warning: {what} images do not have both classes of {one_class}", file=sys.stderr)
     images = open_images(manifest, rows["path"], config["in_chans"], device)
     views = lambda places: validation_view(images(places), config)
     return argparse.Namespace(rows=rows, images=images, views=views, values=values, known=known)
 
 
-def check_labelled(args, config, data, val):
-    """Refuse to validate on the training images, save by --val_split all; warn of paths, patients in both.
-
-    Say how many unknown labels count as if they were known, and which labels have one class only.
-    """
-    names = config["label_names"]
-    for what, file, part in (("training", args.train, data), ("validation", args.val, val)):
-        _, certain = read_labels(file, part.rows, names, "ignore", "ignore")
-        n_guessed = (part.known > certain).sum()
-        if n_guessed:
-            print(f"note: {n_guessed:,} uncertain or blank {what} labels count, as --uncertain and --blank "
-                  "say")
-        columns = zip(names, part.values.T, part.known.T)
-        one_class = [name for name, values, known in columns if len(values[known > 0].unique()) < 2]
-        if one_class:
-            print(f"warning: {what} images do not have both classes of {', '.join(one_class)}",
-                  file=sys.stderr)
-    same = Path(args.train).resolve() == Path(args.val).resolve()
-    if same and "split" not in data.rows and args.val_split != "all":
+def check_apart(args, data, val):
+    """Refuse to validate on the training images, save by --val_split all; warn of paths, patients in both."""
+    if Path(args.train).samefile(args.val) and "split" not in data.rows and args.val_split != "all":
         fail(f"{args.train} has no column split: give --val another manifest, or validate on the images of "
              "training by --val_split all")
     for column in ("path", "patient"):
@@ -502,35 +475,32 @@ def patient_subset(rows, values, share, seed):
     Args: rows {column: texts}, where an image with a blank patient is its own patient; values float [N, K],
     1 = finding.
     """
-    patients = [patient or path for patient, path in zip(rows.get("patient", rows["path"]), rows["path"])]
-    names, number = np.unique(patients, return_inverse=True)                # sorted
-    findings = np.zeros((len(names), values.shape[1]))
-    np.maximum.at(findings, number, values.numpy())
-    frequency = np.where(findings, findings.sum(0), np.inf)
-    group = np.where(findings.any(1), frequency.argmin(1), -1)
-    order = np.random.default_rng(seed).permutation(len(names))
-    chosen = np.zeros(len(names), bool)
-    for finding in np.unique(group):
-        members = order[group[order] == finding]
-        chosen[members[:math.ceil(share * len(members) - 1e-9)]] = True     # 0.07 * 100 is 7.000000000000001
-    return np.flatnonzero(chosen[number])
+    patients = pd.Series(rows.get("patient", rows["path"]))
+    patients = patients.where(patients != "", rows["path"])
+    findings = pd.DataFrame(values.numpy()).groupby(patients).max()         # a row a patient, by name
+    findings["none"] = 1 - findings.max(axis=1)
+    rarest = np.where(findings, findings.sum(), np.inf).argmin(1)
+    order = np.random.default_rng(seed).permutation(len(findings))
+    stratum = pd.Series(rarest, findings.index).iloc[order]
+    members = stratum.groupby(stratum)
+    chosen = stratum.index[members.cumcount() / members.transform("size") < share]
+    return np.flatnonzero(patients.isin(chosen))
 
 
 def checkpoint_facts(config):
-    """What a checkpoint of ours, named by `init`, says of its network and pixels (last.pt in its config)."""
-    if config["init"].partition(":")[0] in ("random", "timm", "torchvision"):
+    """What a checkpoint of ours, named by `init`, says of its network and pixels."""
+    if config["init"] == "random":
         return {}
     content = read_weights(config["init"], config["arch"])
-    keys = {"arch", "model_args", "in_chans", "img_size", "mean", "std"}
-    for card in (content, content.get("config")) if isinstance(content, dict) else ():
-        if isinstance(card, dict) and keys <= card.keys():
-            return {key: card[key] for key in keys}
+    keys = "arch", "model_args", "in_chans", "img_size", "mean", "std"
+    with contextlib.suppress(KeyError, TypeError, IndexError):              # another maker's has none
+        return {key: content[key] for key in keys}
     return {}
 
 
 def resolve(args, config):
     """The config of a run and its seeds: flags, row and miniature, then checkpoint, recipe, DEFAULTS."""
-    flags = [word[2:].partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    flags = [word[2:].split("=")[0] for word in sys.argv if word.startswith("--")]
     stated = {flag.replace("-", "_") for flag in flags}
     if args.exp:
         file = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml"
@@ -538,7 +508,7 @@ def resolve(args, config):
         row = table[args.exp]
         if "pretrain" in row and "init" not in {*stated, *row.get("finetune", {})}:
             config["init"] = f"exp:{args.exp}"          # the row's own pre-training
-        for layer in [row, table["miniature"]] if args.miniature else [row]:
+        for layer in row, table["miniature"] if args.miniature else {}:
             stated |= {*layer, *layer.get("finetune", {})}
     facts = checkpoint_facts(config)
     if "img_size" in stated:
@@ -558,7 +528,7 @@ def resolve(args, config):
         words = next(csv.reader([line], skipinitialspace=True))
         return [word.strip(" '") for word in words if word]
     config["label_names"], seeds = listed(config["label_names"]), listed(config.pop("seeds"))
-    if not seeds or not all(seed.isdecimal() for seed in seeds):
+    if not "".join(seeds).isdecimal():
         fail(f"seeds are {seeds}, not whole numbers such as 0,11")
     return fill_defaults(config), [int(seed) for seed in seeds]
 
@@ -573,14 +543,15 @@ def main():
     rank, world_size, device = init_processes(args.device)
     try:
         args.stop_asked = catch_sigterm()
-        data = open_labelled(args.train, args.train_split, config, device)
-        val = open_labelled(args.val, args.val_split, config, device)
+        data = open_labelled("training", args.train, args.train_split, config, rank, device)
+        val = open_labelled("validation", args.val, args.val_split, config, rank, device)
         if rank == 0:
-            check_labelled(args, config, data, val)
+            check_apart(args, data, val)
             print(json.dumps(config))
-            if config["schedule"] == "cosine" and config["warmup_epochs"] >= config["epochs"] > 0:
+            cosine = config["schedule"] == "cosine"
+            if cosine and config["warmup_epochs"] >= config["epochs"] > 0:
                 print("warning: the run ends within its warm-up (--warmup_epochs)", file=sys.stderr)
-            if config["schedule"] == "cosine" and config["min_lr"] > config["lr"]:
+            if cosine and config["min_lr"] > config["lr"]:
                 print("warning: the rate rises to --min_lr, which is above --lr", file=sys.stderr)
         run = probe if args.probe else train
         for seed in seeds:
@@ -765,8 +736,8 @@ def open_images(manifest, paths, in_chans, device):
 # --- begin copy: random ---
 def step_generator(*numbers, device="cpu"):
     """A random generator made from (seed, step): any number of processes and any resume draw the same."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0]))
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64).item()
+    return torch.Generator(device).manual_seed(seed)
 # --- end copy: random ---
 
 
@@ -803,17 +774,18 @@ def crop_boxes(u, height, width, scale):
     Returns: (top, height) and (left, width), each [B], in pixels. torchvision differs after ten tries that do
     not fit: it takes a central box.
     """
-    area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
+    low, high = scale
+    area = height * width * (low + u[:, :10] * (high - low))
     ratio = (4 / 3) ** (1 - 2 * u[:, 10:20])                                # height / width, 3/4 to 4/3
     heights = (area * ratio).sqrt().round()
     widths = (area / ratio).sqrt().round()
     fits = (heights <= height) & (widths <= width)
     first = fits.int().argmax(1, keepdim=True)
-    box = []
-    for tries, side, place in ((heights, height, u[:, 20]), (widths, width, u[:, 21])):
+
+    def box(tries, side, place):
         length = tries.gather(1, first)[:, 0].clamp(1, side)
-        box.append((((side - length + 1) * place).floor(), length))
-    return box
+        return ((side - length + 1) * place).floor(), length
+    return box(heights, height, u[:, 20]), box(widths, width, u[:, 21])
 
 
 def resample_matrix(begin, length, in_size, out_size, cubic):
@@ -845,7 +817,7 @@ def random_resized_crop(images, u, scale, size, cubic=True):
     rows = resample_matrix(*vertical, height, size, cubic)[:, None]
     columns = resample_matrix(*horizontal, width, size, cubic)[:, None]
     x = (rows @ images.float() @ columns.mT).clamp_(0, 255)
-    return torch.where(u[:, 22].view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
+    return torch.where(u[:, 22, None, None, None] < 0.5, x.flip(3), x)
 # --- end copy: crop ---
 
 
@@ -1005,8 +977,7 @@ def timm_names(state, wanted):
         n_found = sum(prefix + name in state for name in wanted)
         return n_found, bool(re.search(preferred, prefix))
     best = max(prefixes, default="", key=rank)
-    state = {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}
-    return state, best
+    return {name.removeprefix(best): x for name, x in state.items() if name.startswith(best)}, best
 # --- end copy: timm names ---
 
 
@@ -1023,9 +994,8 @@ def of_network(given, wanted):
     With one that is not wanted, as of a further block or norm, it is another network than the model.
     """
     parts = {name.partition(".")[0] for name in wanted}
-    needed = {name: x for name, x in given.items()
-              if name.partition(".")[0] in parts or re.search(NEEDED, name)}
-    return {name: x for name, x in needed.items() if not re.search(SPARE, name)}
+    needed = lambda name: name.partition(".")[0] in parts or re.search(NEEDED, name)
+    return {name: x for name, x in given.items() if needed(name) and not re.search(SPARE, name)}
 
 
 def fit_channels(kernel, in_chans, how):
@@ -1046,10 +1016,10 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     adapted = [name for name, x in loaded.items() if x.shape != given[name].shape]
     left_out = [name for name in given if name not in loaded and not name.endswith("num_batches_tracked")]
     notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)"]
-    for what, names in (("adapted", adapted), ("left out", left_out)):
-        notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
-    theirs, args = dict(content), content.get("model_args")
-    theirs.update(args if isinstance(args, dict) else {})                   # of another maker: anything
+    notes += [f"{len(names)} {what}: {', '.join(names[:3])}"
+              for what, names in (("adapted", adapted), ("left out", left_out)) if names]
+    args = content.get("model_args")
+    theirs = content | (args if isinstance(args, dict) else {})             # of another maker: anything
     if "base_encoder" in prefix and n_heads and "config" not in theirs:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
     ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}
@@ -1115,10 +1085,10 @@ def load_backbone(model, config):
             if any("downsample_layers" in name for name in named):          # ConvNeXt's release
                 content = timm_names(named, ["downsample_layers.0.0.weight"])[0]
             given = rename(content, model)
-    others = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()
-                 for old, new in STAND_INS.items() if re.sub(old, new, name) in given}
-    found = {name: given[other] for name, other in others.items()}
-    given = {name: x for name, x in given.items() if name not in others.values()} | found
+    for old, new in STAND_INS.items():
+        others = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()}
+        found = {name: given[other] for name, other in others.items() if other in given}
+        given = {name: x for name, x in given.items() if name not in others.values()} | found
     loaded = {}
     for name in [name for name in wanted if name in given]:
         x, shape = given[name].detach().float(), wanted[name]
@@ -1225,17 +1195,16 @@ def open_run(out, manifests, config, parts, resume, rank):
 
 
 # --- begin copy: save ---
-def save_run(out, step, config, parts, weights=None, **values):
-    """Write last.pt and, if given, `weights` as backbone.pt; NaN in the state ends the run instead."""
-    values.update(step=step, config=config, **{key: config[key] for key in ("exp", "seed", "stand_in")})
-    state = {name: part if isinstance(part, torch.Tensor) else part.state_dict()
-             for name, part in parts.items()}
+def save_run(out, step, config, parts, weights=None, name="backbone", **values):
+    """Write last.pt and before it, if given, `weights` as <name>.pt; NaN in the state ends the run instead."""
+    keys = "arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "stand_in"
+    values.update(step=step, config=config, **{key: config[key] for key in keys})
+    state = {part: x if isinstance(x, torch.Tensor) else x.state_dict() for part, x in parts.items()}
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
-        card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
-        card["model"] = {name: value.cpu() for name, value in weights.items()}
-        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**card, **values}, file))
-    write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
+        model = {key: value.cpu() for key, value in weights.items()}
+        write_atomic(f"{out}/{name}.pt", lambda file: torch.save({**values, "model": model}, file))
+    write_atomic(f"{out}/last.pt", lambda file: torch.save({**values, **state}, file))
 # --- end copy: save ---
 
 

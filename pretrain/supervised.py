@@ -161,8 +161,7 @@ def options(section):
         name = word[2:].split("=")[0]
         near = difflib.get_close_matches(name, vars(args), 1) or ["none"]
         parser.error(f"unknown {word}; nearest: {near[0]} (a flag takes one value)")
-    config = {key: getattr(args, key) for key in DEFAULTS}
-    return args, {"exp": args.exp or None, **config}
+    return args, {"exp": args.exp or None, **{key: getattr(args, key) for key in DEFAULTS}}
 # --- end copy: options ---
 
 
@@ -557,8 +556,8 @@ def open_images(manifest, paths, in_chans, device):
 # --- begin copy: random ---
 def step_generator(*numbers, device="cpu"):
     """A random generator made from (seed, step): any number of processes and any resume draw the same."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0]))
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64).item()
+    return torch.Generator(device).manual_seed(seed)
 # --- end copy: random ---
 
 
@@ -595,17 +594,18 @@ def crop_boxes(u, height, width, scale):
     Returns: (top, height) and (left, width), each [B], in pixels. torchvision differs after ten tries that do
     not fit: it takes a central box.
     """
-    area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))
+    low, high = scale
+    area = height * width * (low + u[:, :10] * (high - low))
     ratio = (4 / 3) ** (1 - 2 * u[:, 10:20])                                # height / width, 3/4 to 4/3
     heights = (area * ratio).sqrt().round()
     widths = (area / ratio).sqrt().round()
     fits = (heights <= height) & (widths <= width)
     first = fits.int().argmax(1, keepdim=True)
-    box = []
-    for tries, side, place in ((heights, height, u[:, 20]), (widths, width, u[:, 21])):
+
+    def box(tries, side, place):
         length = tries.gather(1, first)[:, 0].clamp(1, side)
-        box.append((((side - length + 1) * place).floor(), length))
-    return box
+        return ((side - length + 1) * place).floor(), length
+    return box(heights, height, u[:, 20]), box(widths, width, u[:, 21])
 
 
 def resample_matrix(begin, length, in_size, out_size, cubic):
@@ -637,7 +637,7 @@ def random_resized_crop(images, u, scale, size, cubic=True):
     rows = resample_matrix(*vertical, height, size, cubic)[:, None]
     columns = resample_matrix(*horizontal, width, size, cubic)[:, None]
     x = (rows @ images.float() @ columns.mT).clamp_(0, 255)
-    return torch.where(u[:, 22].view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
+    return torch.where(u[:, 22, None, None, None] < 0.5, x.flip(3), x)
 # --- end copy: crop ---
 
 
@@ -797,8 +797,7 @@ def timm_names(state, wanted):
         n_found = sum(prefix + name in state for name in wanted)
         return n_found, bool(re.search(preferred, prefix))
     best = max(prefixes, default="", key=rank)
-    state = {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}
-    return state, best
+    return {name.removeprefix(best): x for name, x in state.items() if name.startswith(best)}, best
 # --- end copy: timm names ---
 
 
@@ -815,9 +814,8 @@ def of_network(given, wanted):
     With one that is not wanted, as of a further block or norm, it is another network than the model.
     """
     parts = {name.partition(".")[0] for name in wanted}
-    needed = {name: x for name, x in given.items()
-              if name.partition(".")[0] in parts or re.search(NEEDED, name)}
-    return {name: x for name, x in needed.items() if not re.search(SPARE, name)}
+    needed = lambda name: name.partition(".")[0] in parts or re.search(NEEDED, name)
+    return {name: x for name, x in given.items() if needed(name) and not re.search(SPARE, name)}
 
 
 def fit_channels(kernel, in_chans, how):
@@ -838,10 +836,10 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     adapted = [name for name, x in loaded.items() if x.shape != given[name].shape]
     left_out = [name for name in given if name not in loaded and not name.endswith("num_batches_tracked")]
     notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)"]
-    for what, names in (("adapted", adapted), ("left out", left_out)):
-        notes += [f"{len(names)} {what}: {', '.join(names[:3])}"] if names else []
-    theirs, args = dict(content), content.get("model_args")
-    theirs.update(args if isinstance(args, dict) else {})                   # of another maker: anything
+    notes += [f"{len(names)} {what}: {', '.join(names[:3])}"
+              for what, names in (("adapted", adapted), ("left out", left_out)) if names]
+    args = content.get("model_args")
+    theirs = content | (args if isinstance(args, dict) else {})             # of another maker: anything
     if "base_encoder" in prefix and n_heads and "config" not in theirs:
         theirs["num_heads"] = 12                                            # of MoCo-v3's ViT-S; timm's has 6
     ours = {"num_heads": n_heads, "mean": config["mean"], "std": config["std"]}
@@ -907,10 +905,10 @@ def load_backbone(model, config):
             if any("downsample_layers" in name for name in named):          # ConvNeXt's release
                 content = timm_names(named, ["downsample_layers.0.0.weight"])[0]
             given = rename(content, model)
-    others = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()
-                 for old, new in STAND_INS.items() if re.sub(old, new, name) in given}
-    found = {name: given[other] for name, other in others.items()}
-    given = {name: x for name, x in given.items() if name not in others.values()} | found
+    for old, new in STAND_INS.items():
+        others = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()}
+        found = {name: given[other] for name, other in others.items() if other in given}
+        given = {name: x for name, x in given.items() if name not in others.values()} | found
     loaded = {}
     for name in [name for name in wanted if name in given]:
         x, shape = given[name].detach().float(), wanted[name]
@@ -1042,17 +1040,16 @@ def open_run(out, manifests, config, parts, resume, rank):
 
 
 # --- begin copy: save ---
-def save_run(out, step, config, parts, weights=None, **values):
-    """Write last.pt and, if given, `weights` as backbone.pt; NaN in the state ends the run instead."""
-    values.update(step=step, config=config, **{key: config[key] for key in ("exp", "seed", "stand_in")})
-    state = {name: part if isinstance(part, torch.Tensor) else part.state_dict()
-             for name, part in parts.items()}
+def save_run(out, step, config, parts, weights=None, name="backbone", **values):
+    """Write last.pt and before it, if given, `weights` as <name>.pt; NaN in the state ends the run instead."""
+    keys = "arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "stand_in"
+    values.update(step=step, config=config, **{key: config[key] for key in keys})
+    state = {part: x if isinstance(x, torch.Tensor) else x.state_dict() for part, x in parts.items()}
     stop_if_nan(flatten(state).values(), step, out)
     if weights:
-        card = {key: config[key] for key in ("arch", "model_args", "in_chans", "img_size", "mean", "std")}
-        card["model"] = {name: value.cpu() for name, value in weights.items()}
-        write_atomic(f"{out}/backbone.pt", lambda file: torch.save({**card, **values}, file))
-    write_atomic(f"{out}/last.pt", lambda file: torch.save({**state, **values}, file))
+        model = {key: value.cpu() for key, value in weights.items()}
+        write_atomic(f"{out}/{name}.pt", lambda file: torch.save({**values, "model": model}, file))
+    write_atomic(f"{out}/last.pt", lambda file: torch.save({**values, **state}, file))
 # --- end copy: save ---
 
 

@@ -264,8 +264,8 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     config, _ = row("x", "--init", "random")
     assert (config["init"], config["arch"]) == ("random", "resnet50")
     assert row("z", "--init", "moco.pth")[0]["arch"] == "resnet50"
-    card = {**facts, "model_args": {}, "lr": 9.0}
-    torch.save({"model": {}, "step": 1, "config": card}, tmp_path / "last.pt")          # of an unfinished run
+    card = {**facts, "model_args": {}}
+    torch.save({"model": {}, "step": 1, "config": {"lr": 9.0}, **card}, tmp_path / "last.pt")      # of an unfinished run
     config, _ = row("z", "--init", "last.pt")
     assert {key: config[key] for key in facts} == facts and config["lr"] == 6.25e-5
     config, _ = row("x", "--miniature", "true")
@@ -685,8 +685,8 @@ def test_weights_of_timm_that_change_between_two_seeds_stop_the_run(pack, tmp_pa
     run(monkeypatch, *flags, "--out", "one")
     put(1)
     assert "made with start=" in mistake(monkeypatch, capsys, *flags, "--out", "one")
-    export = classify.export
-    monkeypatch.setattr(classify, "export", lambda *args: (export(*args), put(2)))
+    save_run = classify.save_run
+    monkeypatch.setattr(classify, "save_run", lambda *args, **more: (save_run(*args, **more), put(2)))
     assert "have changed since the previous seed" in mistake(monkeypatch, capsys, *flags, "--out", "two")
     assert (tmp_path / "two/seed0/last.pt").exists() and not (tmp_path / "two/seed11/last.pt").exists()
 

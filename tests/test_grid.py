@@ -203,6 +203,17 @@ def test_images_and_decay_are_those_of_the_captions():
     assert len(swin_or_simmim) == 20 and all(whole(exp, "finetune")["drop_path"] == 0.1 for exp in swin_or_simmim)
 
 
+def test_rows_keep_their_channels_where_the_miniature_has_weights_of_three_for_imagenet(tmp_path, monkeypatch):
+    facts = dict(arch="vit_small_patch16_224", model_args={}, in_chans=3, img_size=64, mean=[0.5] * 3, std=[0.2] * 3)
+    torch.save({"model": {}, **facts}, tmp_path / "c.0.pt")
+    classify, found = load_script("finetune/classify.py"), {}
+    rows = [exp for exp in ROWS if "pretrain" not in TABLE[exp] and whole(exp, "finetune")["init"].startswith("timm")]
+    for exp in rows:
+        monkeypatch.setattr("sys.argv", ["x", "--exp", exp, "--miniature", "true", "--init", str(tmp_path / "c.0.pt")])
+        found[exp] = classify.resolve(*classify.options("finetune"))[0]["in_chans"]
+    assert found == {exp: whole(exp, "finetune")["in_chans"] for exp in rows} and found["c.1"] == 1
+
+
 @pytest.mark.parametrize("exp", ["2.1", "2.2", "3.3", "3.4", "3.5", "4.1.1-50k", "4.3.1-50k", "c.10-moco", "c.10-simmim"])
 def test_the_miniature_is_laid_over_a_row(exp, monkeypatch):
     for section, script in (("pretrain", TABLE[exp].get("pretrain", {}).get("strategy")), ("finetune", "classify")):
