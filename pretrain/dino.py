@@ -384,7 +384,7 @@ def train(config, args, rank, world_size, device):
     net = student
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
-    local = torch.arange(batch).chunk(world_size)[rank]                     # places in the batch
+    local = np.split(np.arange(batch), world_size)[rank]                    # places in the batch
     micro = args.micro_batch or len(local)
     sizes = [N_VIEW, len(student.drop_paths)]                               # numbers drawn for a crop
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()

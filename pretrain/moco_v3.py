@@ -342,8 +342,8 @@ def train(config, args, rank, world_size, device):
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     micro = 2 * args.micro_batch                                            # two views an image; 0: all
-    local = torch.arange(batch).chunk(world_size)[rank]                     # places in the batch
-    positives = local.to(device)
+    local = np.split(np.arange(batch), world_size)[rank]                    # places in the batch
+    positives = torch.from_numpy(local).to(device)
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 
     for step in range(first_step, last_step):

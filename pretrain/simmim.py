@@ -321,7 +321,7 @@ def train(config, args, rank, world_size, device):
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    local = torch.arange(batch).chunk(world_size)[rank]                     # places in the batch
+    local = np.split(np.arange(batch), world_size)[rank]                    # places in the batch
     micro = args.micro_batch or len(local)
     stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
 

@@ -395,6 +395,15 @@ def test_processes_and_micro_batches_do_not_change_the_weights(name, data, tmp_p
 
 
 @every_script
+def test_processes_with_one_image_each_are_one_with_two(name, data, tmp_path):
+    for out, nproc in (("one", 1), ("two", 2)):
+        result = run(name, data, tmp_path / out, "--batch", 2, "--steps", 2, nproc=nproc)
+        assert result.returncode == 0, result.stderr
+    losses = [[line["loss"] for line in log_of(folder(name, tmp_path / out))] for out in ("one", "two")]
+    assert np.allclose(*losses, rtol=1e-4), losses
+
+
+@every_script
 def test_a_compiled_network_is_the_same_network(name, data, whole, tmp_path, monkeypatch):
     """Traced and run by default operators; what a compiler makes of them is slow on CPUs."""
     compile = torch.nn.Module.compile
