@@ -219,7 +219,7 @@ class DINO(nn.Module):
             if depth is not None:
                 set_drop_path(self.drop_paths, depth[done:done + len(views)].flatten(0, 1))
             done += len(views)
-            patches = vit.patch_embed(views.flatten(0, 1))                  # [V * B, N, D]
+            patches = vit.patch_embed(views.flatten(0, 1)).flatten(1, -2)   # [V * B, N, D]
             cls = vit.cls_token.expand(len(patches), -1, -1)
             positions = fit_to_grid(vit.pos_embed, math.isqrt(patches.shape[1]), self.by_scale)
             tokens = vit.norm_pre(torch.cat([cls, patches], 1) + positions)

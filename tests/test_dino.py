@@ -407,6 +407,13 @@ def test_crops_of_a_size_are_one_pass():
     assert passes == [6, 24] and logits.shape == (10, 3, 64) and features.shape == (10, 3, 48)
 
 
+def test_timms_dynamic_image_size_changes_nothing():
+    crops = [torch.randn(2, 3, 1, 32, 32), torch.randn(4, 3, 1, 16, 16)]
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_small_patch16_224", num_classes=0, in_chans=1, dynamic_img_size=True, **MODEL)
+    assert torch.equal(dino.DINO(vit, **HEAD)(crops)[0], student_of()(crops)[0])
+
+
 @pytest.mark.parametrize("flags", [
     dict(arch="resnet10t", model_args={}),
     dict(model_args={**MODEL, "class_token": False, "global_pool": "avg"})])
