@@ -255,7 +255,8 @@ def make_backbone(config):
     # the formula has three channels whatever in_chans is, as in the released code
     bound = math.sqrt(6 / (3 * math.prod(projection.kernel_size) + vit.embed_dim))
     nn.init.uniform_(projection.weight, -bound, bound)
-    nn.init.zeros_(projection.bias)
+    if projection.bias is not None:                 # CLIP's has none
+        nn.init.zeros_(projection.bias)
     vit.pos_embed.data.copy_(positions)
     note = load_backbone(vit, config)
     vit.pos_embed.requires_grad_(False)

@@ -82,6 +82,11 @@ def test_projection_and_positions_are_frozen_and_the_rest_is_trained():
     assert vit.patch_embed.proj.weight.requires_grad and not vit.pos_embed.requires_grad
 
 
+def test_a_patch_projection_without_bias_is_taken_too():
+    vit, _ = moco.make_backbone(config_of(arch="vit_base_patch16_clip_224"))
+    assert vit.patch_embed.proj.bias is None and vit.norm_pre.weight.requires_grad
+
+
 def test_q_k_and_v_are_initialised_as_three_layers():
     vit, _ = moco.make_backbone(config_of())
     bound = math.sqrt(6 / (48 + 48))
