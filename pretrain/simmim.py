@@ -195,10 +195,10 @@ class SimMIM(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.patch_size = encoder.patch_embed.patch_size[0]
-        stride = encoder.feature_info[-1]["reduction"]      # of an output token, in pixels: 16, Swin 32
-        self.grid_size = img_size // stride
-        self.decoder = nn.Sequential(nn.Conv2d(encoder.num_features, stride ** 2 * in_chans, 1),
-                                     nn.PixelShuffle(stride))
+        self.stride = encoder.feature_info[-1]["reduction"]                 # of output tokens: 16, Swin 32
+        self.grid_size = img_size // self.stride
+        self.decoder = nn.Sequential(nn.Conv2d(encoder.num_features, self.stride ** 2 * in_chans, 1),
+                                     nn.PixelShuffle(self.stride))
 
     def forward(self, x, masks):
         """x [B, C, S, S] and masks bool [B, S, S] of whole patches -> reconstruction [B, C, S, S]."""
@@ -297,8 +297,9 @@ def train(config, args, rank, world_size, device):
     with or_fail(f"hide patches from {config['arch']}, which has to be a ViT, Swin or BEiT"):
         model = SimMIM(encoder, config["in_chans"], size)
     model.to(device)
-    if not unit or size % unit or unit % model.patch_size:
-        fail(f"img_size {size}, mask_unit {unit}, patch {model.patch_size}: expected multiples of the next")
+    if not unit or size % unit or unit % model.patch_size or size % model.stride:
+        fail(f"img_size {size}, mask_unit {unit}, patch {model.patch_size}: expected multiples of the next, "
+             f"img_size of {model.stride} too")
     n_units = (size // unit) ** 2
     if not 0 < math.ceil(config["mask_ratio"] * n_units) < n_units:
         fail(f"--mask_ratio {config['mask_ratio']} of {n_units} squares of --mask_unit {unit}: hide some, "

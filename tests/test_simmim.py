@@ -389,6 +389,8 @@ def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch):
     (["--arch", "resnet10t"], ["resnet10t", "ViT, Swin or BEiT"]),
     (["--arch", "beit_base_patch16_224"], ["global_pool"]),
     (["--img_size", 48], ["48", "32"]),
+    (["--img_size", 48, "--mask_unit", 16, "--arch", SMALL["swin"][0], "--model_args", json.dumps(SMALL["swin"][1])],
+     ["48", "16", "of 32"]),
     (["--schedule", "linear"], ["schedule", "linear"])])
 def test_what_cannot_be_masked_is_refused(flags, words, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as leaving:
