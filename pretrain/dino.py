@@ -192,7 +192,7 @@ class DINO(nn.Module):
     """Student or teacher: a timm vision transformer and the head on its class token.
 
     The model needs `cls_token`, `pos_embed` of the class token and a square of patches, `patch_embed`,
-    `norm_pre`, `blocks`, `norm` and `embed_dim`.
+    `pos_drop`, `patch_drop`, `norm_pre`, `blocks`, `norm` and `embed_dim`.
     """
 
     def __init__(self, backbone, out_dim=65536, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True,
@@ -222,7 +222,8 @@ class DINO(nn.Module):
             patches = vit.patch_embed(views.flatten(0, 1)).flatten(1, -2)   # [V * B, N, D]
             cls = vit.cls_token.expand(len(patches), -1, -1)
             positions = fit_to_grid(vit.pos_embed, math.isqrt(patches.shape[1]), self.by_scale)
-            tokens = vit.norm_pre(torch.cat([cls, patches], 1) + positions)
+            tokens = vit.pos_drop(torch.cat([cls, patches], 1) + positions)
+            tokens = vit.norm_pre(vit.patch_drop(tokens))
             features.append(vit.norm(vit.blocks(tokens))[:, 0].unflatten(0, views.shape[:2]))
         features = torch.cat(features)
         return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2]), features
@@ -335,8 +336,8 @@ def attention_picture(vit, images, config, path):
 
     Args: images uint8 [B, C, H, W] or a list of [C, H, W].
     """
-    middle = torch.full((len(images), N_CROP), 0.5, device=images[0].device)
-    whole = random_resized_crop(images, middle, (1.0, 1.0), config["img_size"])     # the middle, not mirrored
+    resize = lambda x: F.interpolate(x[None].float(), config["img_size"], mode="bicubic", antialias=True)
+    whole = torch.cat([*map(resize, images)]).clamp(0, 255)
     maps = cls_attention(vit, normalise(whole, config))
     maps = F.interpolate(maps / maps.amax((2, 3), keepdim=True), whole.shape[2:]) * 255
     row = torch.cat([rgb_to_grayscale(whole), *maps.split(1, 1)], 3)        # [B, 1, S, (1 + heads) * S]

@@ -407,6 +407,25 @@ def test_crops_of_a_size_are_one_pass():
     assert passes == [6, 24] and logits.shape == (10, 3, 64) and features.shape == (10, 3, 48)
 
 
+def test_dropout_of_positions_and_of_patches_acts_in_training_alone():
+    crops = [torch.randn(2, 3, 1, 32, 32)]
+    for args in (dict(pos_drop_rate=0.5), dict(patch_drop_rate=0.5)):
+        torch.manual_seed(0)
+        vit = timm.create_model("vit_small_patch16_224", num_classes=0, in_chans=1, **MODEL, **args)
+        model = dino.DINO(vit, **HEAD)
+        assert not torch.equal(model(crops)[1], student_of()(crops)[1])
+        assert torch.equal(model.eval()(crops)[1], student_of()(crops)[1])
+
+
+def test_the_picture_of_attention_shows_whole_images_of_any_shape(tmp_path):
+    images = [torch.from_numpy(blobs(3)[i][None, :side]) for i, side in enumerate([40, 25, 13])]
+    dino.attention_picture(student_of().eval().backbone, images, config_of(), tmp_path / "a.png")
+    picture = np.array(Image.open(tmp_path / "a.png"), float).reshape(3, 32, 1 + HEADS, 32)
+    for image, got in zip(images, picture[:, :, 0]):
+        whole = Image.fromarray(image[0].numpy().astype(np.float32)).resize((32, 32), Image.BICUBIC)
+        assert np.abs(got - np.array(whole).clip(0, 255)).max() < 0.51
+
+
 def test_timms_dynamic_image_size_changes_nothing():
     crops = [torch.randn(2, 3, 1, 32, 32), torch.randn(4, 3, 1, 16, 16)]
     torch.manual_seed(0)
