@@ -388,8 +388,8 @@ def train(config, args, rank, world_size, device):
              f"{world_size}; --epochs at least 1")
     if not 0 < max(config["drop"], config["replace"]) <= 0.85:
         fail(f"--drop {config['drop']} and --replace {config['replace']}: give shares up to 0.85, not both 0")
-    if not 1 <= config["align"] <= 0.3 * config["img_size"]:
-        fail(f"--align {config['align']}: blocks are up to 0.3 of the image; give 1 to that many pixels")
+    if not 1 <= config["align"] < 0.2 * config["img_size"]:                 # above: no block at the end
+        fail(f"--align {config['align']}: give 1 to less than a fifth of the {config['img_size']} pixels")
     last_step = min(n_steps, args.steps or n_steps)
 
     torch.manual_seed(config["seed"])

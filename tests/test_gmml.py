@@ -75,6 +75,14 @@ def test_enough_blocks_are_drawn_to_reach_every_target(fraction):
     assert (reached >= fraction).all()
 
 
+@pytest.mark.parametrize("side, align", [(32, 6), (64, 12), (96, 16), (224, 44)])
+def test_the_largest_align_that_is_taken_reaches_every_target_and_not_by_masking_all(side, align):
+    u = uniform(3, 100, gmml.N_BLOCKS, 4)
+    for fraction in (0.5, 0.7):
+        reached = gmml.block_masks(u, torch.full((100,), fraction), side, align).float().mean((1, 2))
+        assert align < 0.2 * side and (reached >= fraction).all() and (reached < 0.9).all()
+
+
 def test_masked_l1_equals_a_loop_over_pixels():
     recon, clean, masks = uniform(3, 2, 3, 5, 6), uniform(4, 2, 3, 5, 6), uniform(5, 2, 5, 6) < 0.4
     total = 0.0
