@@ -312,7 +312,7 @@ def block_masks(u, fraction, side, align=1):
     for bit in reversed(range(u.shape[1].bit_length())):
         more = last + 2 ** bit
         last = torch.where((first < more).sum((1, 2), keepdim=True) < needed, more, last)
-    return (first <= last) & (needed > 0)
+    return (first <= last.clamp_max(u.shape[1] - 1)) & (needed > 0)         # out of reach: all blocks
 
 
 def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):

@@ -83,6 +83,12 @@ def test_the_largest_align_that_is_taken_reaches_every_target_and_not_by_masking
         assert align < 0.2 * side and (reached >= fraction).all() and (reached < 0.9).all()
 
 
+def test_a_target_out_of_reach_masks_what_the_blocks_cover():
+    u = uniform(4, 9, 3, 4)
+    few = gmml.block_masks(u, torch.full((9,), 0.85), 32)
+    assert torch.equal(few, torch.stack([gmml.block_masks(u[:, [k]], torch.full((9,), 0.01), 32) for k in range(3)]).any(0))
+
+
 def test_masked_l1_equals_a_loop_over_pixels():
     recon, clean, masks = uniform(3, 2, 3, 5, 6), uniform(4, 2, 3, 5, 6), uniform(5, 2, 5, 6) < 0.4
     total = 0.0
