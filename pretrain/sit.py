@@ -59,7 +59,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     seed=0,                         # of all random numbers
     variant="corrected",            # corrected | paper; the same in this script, only stored with the weights
     drop=0.5,                       # empty blocks cover a fraction U(min(0.5, drop), drop); at most 0.85
-    replace=0.3,                    # in half of the images another image covers this fraction instead
+    replace=0.3,                    # in half of the images (drop 0: all) another covers this share; 0: none
     align=1,                        # blocks begin and end at multiples of this many pixels
     crop_scale=[0.2, 1.0],          # area of the random resized crop, range of fractions
     hidden_dim=4096,                # width of the contrastive head
@@ -319,11 +319,12 @@ def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
     """Masks of GMML's two corruptions: in each image pixels are dropped or replaced, with equal chance.
 
     Args:
-        u: uniform [B, 2]: replace if u[:, 0] < 0.5; u[:, 1]: where in min(0.5, drop)..drop the fraction lies.
+        u: uniform [B, 2]: whether to replace, then where in min(0.5, drop)..drop the fraction lies.
         blocks: uniform [B, K, 4].
     Returns: masks bool [B, side, side], True = corrupted, and replaced bool [B].
     """
-    replaced, least = u[:, 0] < 0.5, min(0.5, drop)
+    share = 0.5 if drop and replace else float(replace > 0)                 # 0 switches a corruption off
+    replaced, least = u[:, 0] < share, min(0.5, drop)
     fraction = torch.where(replaced, replace, least + (drop - least) * u[:, 1])
     return block_masks(blocks, fraction, side, align), replaced
 

@@ -67,6 +67,13 @@ def test_mask_fractions_have_the_stated_distribution():
     assert (fraction[replaced] >= 0.3).all() and (fraction[replaced] <= 0.3 + 67 * 67 / side ** 2).all()
 
 
+def test_without_drop_all_images_are_replaced_and_without_replace_none():
+    u, blocks = uniform(1, 40, 2), uniform(2, 40, gmml.N_BLOCKS, 4)
+    for drop, replace in ((0.0, 0.3), (0.4, 0.0)):
+        masks, replaced = gmml.draw_masks(u, blocks, 32, drop, replace)
+        assert (replaced == (replace > 0)).all() and (masks.float().mean((1, 2)) >= max(drop, replace)).all()
+
+
 @pytest.mark.parametrize("fraction", [0.3, 0.5, 0.75, 0.85])
 def test_enough_blocks_are_drawn_to_reach_every_target(fraction):
     u = uniform(2, 100, gmml.N_BLOCKS, 4)
