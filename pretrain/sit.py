@@ -324,7 +324,8 @@ def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
     Returns: masks bool [B, side, side], True = corrupted, and replaced bool [B].
     """
     share = 0.5 if drop and replace else float(replace > 0)                 # 0 switches a corruption off
-    replaced, least = u[:, 0] < share, min(0.5, drop)
+    replaced = u[:, 0] < share
+    least = min(0.5, drop)
     fraction = torch.where(replaced, replace, least + (drop - least) * u[:, 1])
     return block_masks(blocks, fraction, side, align), replaced
 
