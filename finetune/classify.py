@@ -67,7 +67,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     patience=10,                    # stop after more than so many epochs without a lower validation loss
     crop_scale=[0.08, 1.0],         # area of the random resized crop, range of fractions
     rotation=7.0,                   # degrees, either way
-    seed=0,                         # seed of the row's pre-training; for fine-tuning see seeds
+    seed=0,                         # of the row's pre-training; as a flag: this one instead of seeds
     seeds="0,11,21,42,100",         # one fine-tuning run each, one after the other; comma-separated
     variant="corrected",            # corrected | paper; paper steps the cosine of recipes a and b by the loss
 )
@@ -528,6 +528,8 @@ def resolve(args, config):
         words = next(csv.reader([line], skipinitialspace=True))
         return [word.strip(" '") for word in words if word]
     config["label_names"], seeds = listed(config["label_names"]), listed(config.pop("seeds"))
+    if "seed" in flags:
+        seeds = [str(config["seed"])]
     if not "".join(seeds).isdecimal():
         fail(f"seeds are {seeds}, not whole numbers such as 0,11")
     return fill_defaults(config), [int(seed) for seed in seeds]

@@ -271,6 +271,7 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     config, _ = row("x", "--miniature", "true")
     assert (config["arch"], config["lr"], config["optimizer"]) == ("resnet18", 0.25, "sgd")
     assert row("z", "--seeds", "5,6")[1] == [5, 6] and row("z", "--seeds", "7")[1] == [7]
+    assert row("z", "--seed", 7)[1] == [7]
     assert row("z", "--label_names", "C,A")[0]["label_names"] == ["C", "A"]
 
 
