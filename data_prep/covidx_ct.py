@@ -47,16 +47,16 @@ def main():
     option("--seed", type=int, default=42, help="of the sample (%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-    lists = f"*_COVIDx_CT-{args.release}.txt*"
-    home, tables = find(args.raw, lists).parent, []
+    lists = f"[!.]*_COVIDx_CT-{args.release}.txt*"                  # not macOS's ._*
+    home, tables = find(args.raw, lists).parent, {}
     for path in sorted(home.glob(lists)):
         print("list:", path.name)
         lines = read_table(path, sep="\t", header=None)[0]                  # whole lines: there is no tab
         rows = lines.str.extract(r"^(?P<path>\S+) +(?P<number>[012])(?: +\d+){4}$")
         if rows.path.isna().any():
             fail(f"{path} row {rows.path.isna().idxmax()}: not `name class and four numbers`; download again")
-        tables.append(rows.assign(split=path.name.partition("_")[0]))
-    table = pd.concat(tables, ignore_index=True)
+        tables[path.name.partition("_")[0]] = rows              # one list, though it may lie there as .gz too
+    table = pd.concat(tables).reset_index(0, names="split")
     path = find(args.raw, "metadata.csv*")
     people = read_table(path, ["patient id", "sex", "age", "view"]).rename(columns={"patient id": "patient"})
     known = set(people.patient)

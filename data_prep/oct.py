@@ -43,9 +43,14 @@ def main():
     args = parser.parse_args()
 
     table = pd.DataFrame({"path": scan(args.raw, ".jpeg", ".jpg")}, dtype=str)
-    place = table.path.str.extract(rf"(?:^|/)(train|val|test)/({'|'.join(CLASSES)})/([^/]+)\.[^.]+$")
-    table[["split", "class", "name"]] = place
-    table = table[table.name.notna() & ~table.path.str.contains("chest_xray/")]
+    table = table[~table.path.str.contains("chest_xray/", case=False)]
+    folders = rf"(?i)(?:^|/)(train|val|test) */({'|'.join(CLASSES)}) */([^/]+)\.[^.]+$"
+    place = table.path.str.extract(folders)
+    table["split"] = place[0].str.lower()
+    table["class"] = place[1].str.upper()
+    table["name"] = place[2]
+    elsewhere = int(table.name.isna().sum())
+    table = table.dropna()
     if table.empty:
         fail(f"{args.raw}: no train/CNV/*.jpeg at any depth; unpack ZhangLabData.zip there or change --raw")
     found = len(table)
@@ -62,7 +67,7 @@ def main():
     leak = test[test.isin(table.patient[table.split == "train"])].nunique()
     rows = sample(table.drop(columns=["class", "name"]), args.n_pretrain, args.seed)
     write_index(rows, args.out, dataset="oct", available=len(table), second_copies=found - len(table),
-                test_patients_in_train=leak)
+                in_other_folders=elsewhere, test_patients_in_train=leak)
 
 
 # --- begin copy: scan ---

@@ -915,6 +915,13 @@ def test_covidx_lists_that_are_absent_are_named(refused, tmp_path, capsys):
     assert facts["absent_lists"] == ["train"] and len(table) == 3
 
 
+def test_covidx_lists_that_lie_there_twice_or_have_companions_of_macos_count_once(read, tmp_path):
+    files = covidx_files()
+    files |= {"val_COVIDx_CT-3A.txt.gz": files["val_COVIDx_CT-3A.txt"], "._val_COVIDx_CT-3A.txt": b"\0\5\x16\7\xff"}
+    table, facts = read("covidx_ct", write(tmp_path / "raw", files), "--n-pretrain", "all")
+    assert len(table) == table.path.nunique() == facts["available"] == 4
+
+
 @pytest.mark.parametrize("folder", ["3A_images", "images", "COVIDx_CT-3A"])
 def test_covidx_image_folder_is_found_by_its_names(read, tmp_path, folder):
     files = {("splits/v3/" if name.endswith(".txt") else "") + name: text
@@ -974,6 +981,18 @@ def test_oct_passes_over_companions_and_childrens_radiographs(read, tmp_path):
         "CellData/chest_xray/train/NORMAL/NORMAL-28501-0001.jpeg": b"",
         "__MACOSX/OCT/train/CNV/._CNV-101-2.jpeg": b""})
     assert sorted(read("oct", raw, "--n-pretrain", "all")[0].path) == sorted(oct_files())
+
+
+@pytest.mark.parametrize("change", [("/DRUSEN/", "/Drusen/"), ("/train/", "/Train/"), ("/NORMAL/", "/NORMAL /")])
+def test_oct_folders_may_be_spelt_otherwise(read, tmp_path, change):
+    table, facts = read("oct", write(tmp_path / "raw", oct_files()), "--n-pretrain", "all")
+    other = {name.replace(*change): b"" for name in oct_files()} | {"CellData/OCT/train/AMD/AMD-1-1.jpeg": b""}
+    same, said = read("oct", write(tmp_path / "other", other), "--n-pretrain", "all")
+    assert sorted(same.path.str.replace(*change[::-1])) == sorted(table.path)
+    columns = ["patient", "CNV", "DME", "DRUSEN", "NORMAL"]
+    assert sorted(same[columns].values.tolist()) == sorted(table[columns].values.tolist())
+    assert facts["in_other_folders"] == 0 and said["in_other_folders"] == 1         # counted aloud
+    assert said["test_patients_in_train"] == facts["test_patients_in_train"] == 1
 
 
 def test_oct_files_of_unprintable_paths_are_counted_aloud(read, tmp_path, capsys):
