@@ -147,12 +147,12 @@ class Results:
         self.arms = [exp for exp in self.exps if not exp.endswith("-ensemble")]
         self.runs = frame.query("exp in @self.arms").groupby(["exp", "seed"]).ngroups
         names = frame.dataset.unique()
-        names = [name for name in names if not name.endswith("_val")] or names      # for thresholds
+        names = [name for name in names if name != "nih_val"] or names              # for thresholds
         names = sorted(names, key=[*TEST_SETS, *names].index)
         self.datasets = {name: TEST_SETS.get(name, name) for name in names}
         self.main = "chexpert_valid" if "chexpert_valid" in names else names[0]
         self.labels = {}                                # that tables are about: the study's, or all of others
-        for name, sizes in frame.groupby("dataset").labels.agg(set).items():
+        for name, sizes in frame.query("dataset in @names").groupby("dataset").labels.agg(set).items():
             order = "5", "14", "all", ""
             if name not in TEST_SETS:
                 order = "all", "14", "5", ""
@@ -312,7 +312,7 @@ def disease_figure(results, grid, names, path):
         ticks = list(columns[:6])
         shown = panel["x"] if len(columns) < 7 else f"6 of {len(columns)}"
         axis.set(title=panel["title"], xlabel=shown)
-        axis.set_xticks(range(len(ticks)), ticks)
+        axis.set_xticks(range(len(ticks)), ticks, rotation=15 * any(len(tick) > 13 for tick in ticks))
         for place, exp in enumerate(exps):
             line = cells.query("exp == @exp and column in @ticks")
             shift = (place + .5) / len(exps) - .5               # side by side

@@ -715,6 +715,32 @@ def test_the_first_screen_of_ones_own_arms_has_their_differences(tmp_path, monke
     assert "Undecided: p after Holm" not in html
 
 
+def test_a_test_set_of_ones_own_may_be_called_validation_and_that_of_the_thresholds_is_none(tmp_path, monkeypatch):
+    names = "nih_val", "external_val", "nih_test"
+    path = small(tmp_path, *[(arm, 0, name, "all", "auc_mean", "corrected", "", "", 0.8)
+                             for arm in "ab" for name in names])
+    pairs = [f"{name},all,auc_mean,,a,b,-0.03,-0.05,0.01\n" for name in names]
+    (tmp_path / "comparisons.csv").write_text("dataset,labels,metric,label,left,right,effect,ci_low,ci_high\n" + "".join(pairs))
+    (tmp_path / "verdicts.csv").write_text("id,testset,verdict,effect,ci_low,ci_high,source\nA,s,not run,,,,\n")
+    run_here(report, monkeypatch, "--metrics", path, "--out", tmp_path, "--verdicts", tmp_path / "verdicts.csv")
+    html = (tmp_path / "report.html").read_text()
+    answers = re.search(r'<ul class="answers">(.*?)</ul>', html, re.S)[1]
+    assert re.findall(r"<li>b less a on (.*?):", answers) == ["external_val", "NIH"]
+    assert (tmp_path / "tables/table2.csv").read_text().startswith("Arm,NIH,external_val\n")
+
+
+def test_figures_show_the_names_of_labels_as_they_are(tmp_path, monkeypatch):
+    labels = ["$x_1$", "5 $ \\foo $", "a long name of a finding"]
+    path = small(tmp_path, *[("a", 0, "s", "", "auc", "corrected", label, "", 0.8) for label in labels],
+                 ("a", 0, "s", "all", "auc_mean", "corrected", "", "", 0.8))
+    run_here(report, monkeypatch, "--metrics", path, "--out", tmp_path)
+    assert all(label in (tmp_path / "figures/figure2.svg").read_text() for label in labels)     # in its comments
+    results, figures = report.Results(report.read_metrics(path), None), drawn_figures(monkeypatch)
+    report.disease_figure(results, report.fill_tables(results, report.table_specs(results)), {"a": ""}, tmp_path)
+    ticks = figures[0].axes[0].get_xticklabels()
+    assert [tick.get_rotation() for tick in ticks] == [15] * 3              # long ones would run into each other
+
+
 def test_a_drawn_validation_split_is_said(tmp_path, monkeypatch):
     path = small(tmp_path, ("2.1", 0, "nih_test", 5, "auc_mean", "corrected", "", "", 0.8))
     for name, fallback in (("nih", True), ("nih_pretrain", False)):
@@ -753,6 +779,7 @@ def test_one_arm_and_one_model_of_somebody_are_no_plural_and_no_part_of_the_stud
         return " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
     mine, study = page("mine"), page("2.1", "2.2")
     assert " 1 arm, 1 model, tested on NIH" in mine and "Not run" not in mine
+    assert "NIH is in distribution" in study and "NIH is in distribution" not in mine
     assert " 2 arms, 2 models fine-tuned" in study and "Not run: 1.1, 1.2, 2.3" in study
 
 
