@@ -21,7 +21,8 @@ Claims: test, metric, test sets (blank-separated), left and right arms (separate
     highest, lowest  left beats each right arm       most       left > right in more than half of the arms
     no_gain          left - right below the margin   no_winner  no arm beats all others on every test set
 Operands: arm 3.4, label 3.4:Edema, test set 3.4@nih_test, difference 2.2-2.1, offset 3.4:Edema+0.20, random
-referral 3.4:random, always_negative, sd over runs sd(ood). Metric a-b: a left and b right; labels: auc:A-B.
+referral 3.4:random, always_negative, sd over runs sd(ood). Metric auc_mean (5), auc_mean14, auc_meanall: the
+mean over these labels; fnr@0.3, fnrall@0.3: at a threshold; a-b: a left and b right; labels: auc:A-B.
 """
 
 import argparse
@@ -57,8 +58,8 @@ PAIRS = """dataset labels metric label threshold left right effect ci_low ci_hig
 TWO = ["dataset", *KEY, "left_value", "right_value", *INTERVAL, "remark", "source"]
 DETECTABLE = "dataset labels images patients pairs se_runs se_patients detectable source".split()
 ARM = r"[A-Za-z0-9_.]+(?:-\d+k|-ensemble)?"             # 3.4, 0.1.7b, 4.2.1-100k, 3.4-ensemble
-OPERAND = r"(ARM)(?::(\w+))?(?:@(\w+))?(?:-(ARM))?(\+\d*\.?\d+)?"      # arm:part@test set-arm+offset
-METRIC = re.compile(r"([a-z_]+?)(\d*)(?:@(\d*\.?\d+))?")         # name, labels of a mean, threshold
+OPERAND = r"(ARM)(?::([^@+-]+))?(?:@(\w+))?(?:-(ARM))?(\+\d*\.?\d+)?"  # arm:part@test set-arm+offset
+METRIC = re.compile(r"([a-z_]+?)(\d*|all)(?:@(\d*\.?\d+))?")     # name, labels of a mean, threshold
 REFERRED = {"uncertain": "oracle_auc", "random": "random_referral_auc"}
 
 

@@ -652,6 +652,38 @@ def test_other_peoples_claims_and_the_constant_answer(tmp_path, monkeypatch):
     assert found.effect[2] == pytest.approx(accuracy - negative, abs=1e-5)
 
 
+def test_claims_on_ones_own_labels(tmp_path, monkeypatch):
+    rng, files, labels = np.random.default_rng(0), [], ["Größe > 5 mm", "a & b", "Support Devices"]
+    y = rng.integers(0, 2, (90, 3))
+    for exp, strength in {"x (1)": 2.0, "y": 0.2}.items():
+        p = 1 / (1 + np.exp(-strength * y - rng.normal(size=y.shape)))
+        frame = pd.DataFrame({"path": range(90), "patient": range(90)})
+        for k, label in enumerate(labels):
+            frame[f"true_{label}"], frame[f"prob_{label}"] = y[:, k], p[:, k]
+        files.append(tmp_path / f"{exp}.csv")
+        frame.to_csv(files[-1], index=False)
+    run_here(metrics, monkeypatch, *files, "--out", tmp_path / "metrics.csv", "--bootstrap", 200, "--workers", 1)
+    (tmp_path / "claims.csv").write_text(
+        "id,family,place,ours,statement,test,metric,testsets,left,right,margin\n"
+        "1,A,,1,mean,greater,auc_meanall,test,x (1),y,\n"
+        "2,A,,1,threshold,greater,mean_accuracyall@0.5,test,x (1),y,\n"
+        "3,A,,1,label,greater,auc,test,x (1):Größe > 5 mm,y:a & b,\n"
+        "4,A,,1,labels of one arm,greater,auc:a & b-Support Devices,test,x (1),,\n")
+    run_here(compare, monkeypatch, "--metrics", tmp_path / "metrics.csv", "--claims", tmp_path / "claims.csv",
+             "--out", tmp_path)
+    effects = pd.read_csv(tmp_path / "verdicts.csv").effect
+    found = pd.read_csv(tmp_path / "metrics.csv", dtype=str, keep_default_na=False)
+    found = found.query("variant == 'corrected'").set_index(["exp", "metric", "label", "labels", "threshold"]).value
+
+    def value(exp, metric, label="", labels="", threshold=""):
+        return float(found[exp, metric, label, labels, threshold])
+    expected = [value("x (1)", "auc_mean", "", "all") - value("y", "auc_mean", "", "all"),
+                value("x (1)", "mean_accuracy", "", "all", "0.5") - value("y", "mean_accuracy", "", "all", "0.5"),
+                value("x (1)", "auc", labels[0]) - value("y", "auc", labels[1]),
+                value("x (1)", "auc", labels[1]) - value("x (1)", "auc", labels[2])]
+    assert effects.tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_arms_called_like_a_column_keep_their_values(tmp_path, monkeypatch, capsys):
     path = score(tmp_path, monkeypatch, {"p": 8.0, "effect": 0.5}, seeds=(0,))
     capsys.readouterr()
