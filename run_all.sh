@@ -40,6 +40,8 @@ if [ "$demo" ]; then                        # small networks: on CPUs two proces
 elif [ "$open" ]; then
   study=/open exp=${exp:-2.1,2.2,3.1,3.2,3.5,3.6} all=nih_test,pneumonia_test
 fi
+[[ ($demo || ! $scale) && ($plan || ! $rates) && $demo$open$plan != 11* ]] ||
+  usage "--scale goes with --demo, --rates with --plan; --demo, --open and --plan exclude each other"
 raw=${raw:-raw} data=${data:-data$study} tests=${tests:-$all} nproc=${nproc:-$(( gpus > 1 ? gpus : 1 ))}
 out=${out:+${out%/}/} results="${out}results$study" runs="$out${study:+results$study/}runs"
 for test in ${tests//,/ }; do [[ ,$all, = *",$test,"* ]] || usage "--tests has no $test, only $all"; done
@@ -62,8 +64,8 @@ step() {        # PART OUTPUT INPUT... -- COMMAND...: run the command unless it 
   if [ "$dry_run" ]; then printf '%q ' "$@"; echo; return; fi
   if [ "$stopping" ]; then echo "stopped before $output; the same command goes on from there" >&2; exit 75; fi
   if [ "$fresh" ]; then echo "$output is complete"; return; fi
-  mkdir -p "$(dirname "$output")"
-  rm -f "$output.done"; echo "$command" > "$output.begun"       # with its time: an input that changes now is newer
+  mkdir -p "$(dirname "$output")" && rm -f "$output.done" || exit 2
+  echo "$command" > "$output.begun" || exit 2                   # with its time: an input that changes now is newer
   echo "$(date +%H:%M:%S) $(printf '%q ' "$@")"
   "$@" </dev/null > >(trap '' TERM INT HUP; exec tee "$output.log") 2>&1 &
   while wait $! || code=$?; kill -0 $! 2>/dev/null; do code=0; done       # a signal interrupts wait
@@ -74,8 +76,7 @@ step() {        # PART OUTPUT INPUT... -- COMMAND...: run the command unless it 
 
 prepare() {     # FOLDER: download -> index -> pack
   local here="$data/$1" reader=$1 index="" pack=--require-files size=$size file="" sample=""     # the last two: --open
-  [[ " ${packs[*]} " != *" $here "* ]] || return 0
-  packs+=("$here")
+  [[ " ${packs[*]} " != *" $here "* ]] || return 0; packs+=("$here")
   case "$1" in
     nih) file=chestmnist ;; pneumonia) file=pneumoniamnist ;; mimic_cxr) index="--n-pretrain 250000" ;;
     nih_pretrain) reader=nih index="--pretrain all" file=chestmnist sample="--pretrain train,val,test" ;;
@@ -123,8 +124,7 @@ row() {         # EXP STRATEGY DATA PARENT SEEDS: pre-train, fine-tune, predict
   predictions+=("${files[@]}")
 }
 
-if [ "$demo" ]; then
-  step data "$raw/demo.json" -- "$PYTHON" data_prep/demo.py --out "$raw" --scale "${scale:-1}" --keep; fi
+[ -z "$demo" ] || step data "$raw/demo.json" -- "$PYTHON" data_prep/demo.py --out "$raw" --scale "${scale:-1}" --keep
 declare -A seen=() split=([nih_val]=nih:val [nih_test]=nih:test [vindr_test]=vindr_cxr:test [padchest]=padchest:test
           [chexpert_test]=chexpert:test [chexpert_valid]=chexpert:val [pneumonia_test]=pneumonia:test)
 for test in nih_val ${tests//,/ }; do
@@ -133,7 +133,7 @@ for test in nih_val ${tests//,/ }; do
   [ "$test" = nih_val ] || tested+=("$data/${split[$test]}")
 done
 manifests=("${packs[@]/%//manifest.csv}")       # of the test sets
-while read -r -a fields <&3; do row "${fields[@]}"; done 3<<<"$rows"
+while IFS=$'\t' read -r -a fields <&3; do row "${fields[@]}"; done 3<<<"$rows"
 
 step results "$results/metrics.csv" "${predictions[@]}" -- \
   "$PYTHON" evaluate/metrics.py "${predictions[@]}" --manifest "${manifests[@]}" --out "$results/metrics.csv"

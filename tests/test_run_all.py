@@ -192,7 +192,7 @@ def test_slurm_jobs_are_chained_and_do_what_the_chain_does(project, demo, tmp_pa
     (tmp_path / "sbatch").write_text("""#!/bin/bash
         echo "$@" >> "$QUEUE/submitted"
         id=$(wc -l < "$QUEUE/submitted")
-        echo "$id"
+        echo "$id;cluster"                          # as where there are several
         while [[ $1 = --* ]]; do shift; done
         bash "$@" > "$QUEUE/$id.out" 2>&1 || touch "$QUEUE/failed"
     """)
@@ -210,6 +210,8 @@ def test_slurm_jobs_are_chained_and_do_what_the_chain_does(project, demo, tmp_pa
     assert [(after and after[1], what) for after, what in jobs] == [
         (None, "--only data"), ("afterok:1", "--only pretrain --exp c.0"),
         ("afterok:1:2", f"--only rows --exp {EXP}"), ("afterok:2:3", "--only results")] or jobs[3][0][1] == "afterok:3:2"
+    names = [re.search(r"--job-name=(\S+)", line)[1] for line in submitted]
+    assert names == ["data", "c.0", EXP, "results"]                 # what squeue and the logs show
     assert f"{EXP}/pretrain/backbone.pt is complete" in (tmp_path / "3.out").read_text()
     assert "c.0/pretrain/backbone.pt is complete" in (tmp_path / "2.out").read_text()
     assert state(project) == before             # nothing but what the chain does: c.0 is not fine-tuned
@@ -281,6 +283,17 @@ def test_dry_run_prints_commands_and_runs_nothing(project):
     assert len(packing) == 1
 
 
+def test_the_name_of_a_row_may_hold_blanks(project):
+    rows = project / "experiments.yaml"
+    text, times = rows.read_text(), rows.stat()
+    rows.write_text(text + '"my row": {init: "exp:3.3"}\n')
+    lines = run_all(project, "--exp", "my row", "--only", "rows", "--dry-run").stdout.splitlines()
+    rows.write_text(text)
+    os.utime(rows, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert [re.search(r"(\w+)\.py", line)[1] for line in lines] == ["gmml", "classify", "predict"]
+    assert "--exp my\\ row " in lines[1] and "--init runs/3.3/pretrain/backbone.pt" in lines[1]
+
+
 def test_results_alone_name_every_pack_that_the_rows_read(project):
     lines = run_all(project, "--exp", "3.5", "--only", "results", "--dry-run").stdout.splitlines()
     assert [re.search(r"(\w+)\.py", line)[1] for line in lines] == [
@@ -343,7 +356,10 @@ def test_the_whole_grid_is_planned(project):
     (["--nproc", "two"], "not a number of processes"), (["--exp"], "--exp needs a value"),
     (["--dry-run", "--exp", ""], "--exp needs a value"), (["--data", "--dry-run"], "--data needs a value"),
     (["--tests", "nih_tets"], "--tests has no nih_tets"), (["--only", "some"], "--only is some"),
-    (["--tests", "nih_val"], "--tests has no nih_val")])            # which chooses the epoch
+    (["--tests", "nih_val"], "--tests has no nih_val"),             # which chooses the epoch
+    (["--scale", "0.1", "--exp", "2.1"], "--scale goes with --demo"), (["--rates", "gpu.json"], "--rates with --plan"),
+    (["--demo", "--open"], "exclude each other"), (["--plan", "--demo"], "exclude each other"),     # of full size
+    (["--dry-run", "--open", "--plan"], "exclude each other")])
 def test_mistakes_on_the_command_line(project, flags, fragment):
     result = run_all(project, *flags)
     assert result.returncode == 2 and fragment in result.stderr.strip().splitlines()[-1]
@@ -470,6 +486,12 @@ def test_an_index_made_by_hand_is_not_the_chains(chain, tmp_path):
     assert chain("--exp", "2.1", "--only", "data") == ["nih", "pack"]
     (tmp_path / "data/nih/index.csv").write_text("path\n")          # pack.py compares it with the one it packed
     assert chain("--exp", "2.1", "--only", "data") == ["pack"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(project, tmp_path):
+    (tmp_path / "data").write_text("a file")
+    result = run_all(project, "--exp", "2.1", "--data", tmp_path / "data")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and f"{tmp_path}/data" in result.stderr
 
 
 def test_pretraining_alone_is_no_fine_tuning(chain):
