@@ -24,15 +24,17 @@ cat >&3 <<'END'
 set -e
 cd "$(dirname "$0")"
 declare -A job
-data=$(sbatch --parsable "$@" job.sh --only data)
+data=$(sbatch --parsable --job-name=data "$@" job.sh --only data)       # with several clusters: number;name
 END
 rows=0
 while read -r name _ _ parent seeds; do
-  after='$data' part=rows
-  [ "$parent" = - ] || after="\$data:\${job[$parent]}"
+  after='${data%;*}' part=rows
+  [ "$parent" = - ] || after+=":\${job[$parent]%;*}"
   [ "$seeds" != - ] || part=pretrain                            # a parent that was not asked for
-  echo "job[$name]=\$(sbatch --parsable --kill-on-invalid-dep=yes --dependency=afterok:$after \"\$@\" job.sh --only $part --exp $name)" >&3
+  options="--parsable --job-name=$name --kill-on-invalid-dep=yes --dependency=afterok:$after"
+  echo "job[$name]=\$(sbatch $options \"\$@\" job.sh --only $part --exp $name)" >&3
   rows=$(( rows + 1 ))
 done
-echo 'sbatch --kill-on-invalid-dep=yes --dependency=afterok$(printf ":%s" "${job[@]}") "$@" job.sh --only results' >&3
+echo 'after=afterok$(printf ":%s" "${job[@]%;*}")' >&3
+echo 'sbatch --job-name=results --kill-on-invalid-dep=yes --dependency=$after "$@" job.sh --only results' >&3
 echo "bash $folder/submit.sh [options of sbatch] hands in $rows rows"
