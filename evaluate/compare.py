@@ -29,6 +29,7 @@ import argparse
 import csv
 import os
 import re
+import signal
 import sys
 import zipfile
 from collections import defaultdict
@@ -486,12 +487,14 @@ def main():
                       "detectable": detectable(pairs[0], sizes)}
             last = decided.drop_duplicates("id", keep="last")                    # over all test sets
             shown = last[["id", "statement", "verdict", "effect", *ENDS, "p_holm", "source"]]
-        print(shown.to_string(index=False, float_format="{:z.4f}".format, na_rep="", max_colwidth=60,
-                              formatters={"p": show_p, "p_holm": show_p}))
         for name, table in tables.items() if args.out else ():
             text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
             write(args.out / f"{name}.csv", lambda file: file.write(text))
-            print(f"wrote {args.out / name}.csv")
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
+        print(shown.to_string(index=False, float_format="{:z.4f}".format, na_rep="", max_colwidth=60,
+                              formatters={"p": show_p, "p_holm": show_p}))
+        if args.out:
+            print(f"wrote {', '.join(tables)} (.csv) to {args.out}")
     except InputError as mistake:
         fail(mistake)
 

@@ -31,6 +31,7 @@ import csv
 import json
 import os
 import re
+import signal
 import sys
 import zlib
 from collections import defaultdict, namedtuple
@@ -993,6 +994,12 @@ def run(args):
                 rows += lines
                 resamples |= draws
     table = pd.DataFrame(rows, columns=COLUMNS)
+    if args.out:
+        draws = args.out.with_name(f"{args.out.stem}.draws.npz".removeprefix("metrics."))
+        write(draws, lambda file: np.savez(file, **resamples))
+        layout = dict(index=False, float_format="%.10g", lineterminator="\n")
+        write(args.out, lambda file: table.to_csv(file, **layout))
+        print(f"{args.out}: {len(rows):,} rows of {len(args.predictions)} files; {draws.name} beside it")
     names = "auc_mean" if len(args.predictions) > 2 else "auc(_mean)?"      # two at most: each label
     shown = table[table["metric"].str.fullmatch(names) & (table["variant"] == "corrected")]
     shown = shown.drop(columns=["variant", "threshold", "stand_in"])
@@ -1003,12 +1010,6 @@ def run(args):
               ", ".join(sorted(set(table["label"][few]))))
     for mark in sorted(set(table["stand_in"]) - {""}):
         print(f"stand-in: {mark}")
-    if args.out:
-        draws = args.out.with_name(f"{args.out.stem}.draws.npz".removeprefix("metrics."))
-        write(draws, lambda file: np.savez(file, **resamples))
-        layout = dict(index=False, float_format="%.10g", lineterminator="\n")
-        write(args.out, lambda file: table.to_csv(file, **layout))
-        print(f"{args.out}: {len(rows):,} rows of {len(args.predictions)} files; {draws.name} beside it")
 
 
 def main():
@@ -1025,6 +1026,7 @@ def main():
     add("--manifest", nargs="+", type=Path, default=[], help="manifests with sex, age and race of the images")
     add("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
     parser.error = fail                 # one sentence, like every other mistake
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word, the files written
     try:
         run(parser.parse_args())
     except InputError as mistake:
