@@ -22,6 +22,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 
@@ -289,7 +290,7 @@ def difference_figure(found, results, names, baseline, path, narrow):
         shift = .8 / n * (place - (n - 1) / 2)
         y = rows.exp.map(exps.index) + shift * narrow
         axis.errorbar(rows.effect, y, xerr=errors, fmt="o", color=f"C{place}", label=shown)
-    shown = exps if narrow else [f"{exp} {names[exp]}" for exp in exps]
+    shown = [textwrap.fill(exp, 24) if narrow else f"{exp} {names[exp]}" for exp in exps]
     axis.set_yticks(range(len(exps)), shown)
     axis.set_ylim(len(exps) - .5, -.5)                  # the first on top
     axes[0, panels // 2].set_xlabel(f"difference in AUC to {baseline}, 95 % interval")
@@ -355,8 +356,7 @@ def reliability_figure(results, path):
         return None
     bins = pooled_bins(results)
     rows = -(-len(results.arms) // 5)
-    size = 11.4, 2.3 * rows
-    figure, axes = plt.subplots(rows, 5, figsize=size, sharex=True, sharey=True)
+    figure, axes = plt.subplots(rows, 5, figsize=(11.4, 2.3 * rows), sharex=True, sharey=True)
     for axis, exp in zip(axes.flat, results.arms):
         curve = bins.query("exp == @exp")
         areas = 60 * np.sqrt(curve.images / curve.images.sum())

@@ -695,6 +695,19 @@ def test_an_arms_rows_stay_beside_its_name_however_many_test_sets(tmp_path, monk
     assert len(rows) == 10 and all(list(row.astype(float).round()) == [0, 1] for row in rows)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")               # matplotlib's, of axes that leave no room
+def test_long_names_of_arms_leave_room_for_the_narrow_figure(tmp_path, monkeypatch):
+    arms = ["a", "ConvNeXt-Base pretrained on our 2.3M images", "resnet50_imagenet1k_v2_seed_avg_long_underscores"]
+    path = small(tmp_path, *((arm, 0, "s", "all", "auc_mean", "corrected", "", "", 0.8) for arm in arms))
+    results = report.Results(report.read_metrics(path), None)
+    found = pd.DataFrame([(arm, "s", 0.0, -0.1, 0.1) for arm in arms[1:]],
+                         columns=["exp", "dataset", "effect", "ci_low", "ci_high"])
+    for kind in ("wide", "narrow"):
+        report.difference_figure(found, results, dict.fromkeys(arms, ""), "a", tmp_path / kind, kind == "narrow")
+    width = Image.open(tmp_path / "narrow.png").width / 160
+    assert 3.5 < width < 4.5                                    # inches
+
+
 def test_the_name_of_a_group_does_not_decide_what_is_best(tmp_path):
     rows = [(arm, 0, "s", "all", metric, "corrected", "", "", value) for arm, value in (("a", .7), ("b", .8))
             for metric in ("auc_mean", "auc[race=Singaporean]", "ece[race=Singaporean]")]
