@@ -33,7 +33,7 @@ import os
 import re
 import sys
 import zlib
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -231,11 +231,7 @@ def delong(y, p_left, p_right, patient=None):
     if np.isnan(difference):
         raise ValueError("DeLong's test needs positives and negatives")
     se = clustered_error(y, left_influence - right_influence, patient)
-    z = np.nan
-    if se > 0:
-        z = difference / se
-    elif se == difference == 0:
-        z = 0.0
+    z = 0.0 if difference == se == 0 else difference / (se or np.nan)
     p = 2 * ndtr(-abs(z))
     return {"difference": difference, "se": se, "z": z, "p": p}
 
@@ -262,16 +258,23 @@ def draw_patients(patient, resamples, seed=0):
     return index, resample_counts(index.max() + 1, resamples, seed)
 
 
+def drawn_auc(weights, positives, negatives):
+    """AUC of one label, [b], where patients have these weights, float32 [P, b]: exact up to 2^22 images.
+
+    positives: the patient of each, by score; negatives: a sparse matrix [positives + 1, P] in which a negative
+    stands twice, at the first positive that is not below it and at the first above it. The sum of the rows up
+    to a positive is then twice the weight of the negatives below it, a tie 1/2.
+    """
+    drawn = weights[positives]
+    below = np.cumsum(negatives @ weights, axis=0)
+    ordered = np.einsum("ij,ij->j", drawn, below[:-1], dtype=np.float64)
+    return ordered / (drawn.sum(0) * below[-1].astype(float))
+
+
 @undefined_is_nan
 def auc_draws(y, p, patient, counts, chunk=32):
-    """AUC per label of every resample, float [B, K], by weighted ranks; patient and counts of draw_patients.
-
-    A row is a positive, by score; a negative is in two: the first positive that is not below it and the first
-    above it. The sum up to a row is then twice the weight of the negatives below, a tie 1/2. A resample costs
-    one sparse product and a cumulative sum over the positives. Exact in float32 up to 2^22 images.
-    """
-    values = np.empty((len(counts), y.shape[1]))
-    labels = []
+    """AUC per label of every resample, float [B, K], by weighted ranks; patient and counts of draw_patients."""
+    labels, draws = [], []
     for truth, score in zip(y.T, p.T):
         high, low = (np.flatnonzero(truth == kind) for kind in (1, 0))
         high = high[np.argsort(score[high])]
@@ -280,27 +283,23 @@ def auc_draws(y, p, patient, counts, chunk=32):
         ones = np.ones(len(cells[0]), np.float32)
         negatives = csr_matrix((ones, cells), (len(high) + 1, counts.shape[1]))
         labels.append((patient[high], negatives))
-    for start in range(0, len(counts), chunk):              # few enough for their weights to be cached
-        weights = counts[start:start + chunk].T.astype(np.float32, order="C")       # [P, b]
-        for k, (positives, negatives) in enumerate(labels):
-            drawn = weights[positives]                                              # [positives, b]
-            below = np.cumsum(negatives @ weights, axis=0)
-            ordered = np.einsum("ij,ij->j", drawn, below[:-1], dtype=np.float64)
-            pairs = drawn.sum(0) * below[-1].astype(float)
-            values[start:start + chunk, k] = ordered / pairs
-    return values
+    for block in np.array_split(counts, len(counts) // chunk + 1):      # few enough for weights to be cached
+        weights = block.T.astype(np.float32, order="C")
+        draws.append([drawn_auc(weights, *label) for label in labels])
+    return np.concatenate(draws, axis=1).T
 
 
-def linear_draws(values, sums, counts, chunk=128):
-    """M metrics in every resample, to first order, float [B, M]; sums [P, M]: influence of each patient.
+def linear_draws(values, changes, counts, chunk=128):
+    """M metrics in every resample, to first order, float [M, B]; changes [M, P]: influence of each patient.
 
     The infinitesimal jackknife (Efron 1982): its spread is the bootstrap's where the metric is smooth.
     """
-    sums, draws = sums.astype(np.float32), values - sums.sum(0)
+    sums = np.stack(changes, 1)
+    draws, sums = values - sums.sum(0), sums.astype(np.float32)
     for start in range(0, len(sums), chunk):                # few enough for their draws to be cached
         block = counts[:, start:start + chunk].astype(np.float32)
         draws = draws + block @ sums[start:start + chunk]
-    return draws
+    return draws.T
 
 
 # ------------------------------------------------------------------------------------- decisions and referral
@@ -375,9 +374,10 @@ def certainty(p):
     return np.abs(p - 0.5).mean(1, keepdims=True)
 
 
-def referrals(turn, level, answers, fractions=FRACTIONS, variant="corrected"):
-    """Ranks, int [n, K], when an expert answers the first of the images in turn, for each fraction."""
-    return [np.where(turn < seen, answers, level) for seen in images_seen(len(turn), fractions, variant)]
+def referrals(p, level, answers, fractions=FRACTIONS, variant="corrected"):
+    """Ranks, int [n, K], when an expert answers the images of least certainty, for each fraction."""
+    turn = turns(certainty(p))
+    return [np.where(turn < seen, answers, level) for seen in images_seen(len(p), fractions, variant)]
 
 
 def oracle_auc(y, p, fractions, variant="corrected"):
@@ -385,7 +385,7 @@ def oracle_auc(y, p, fractions, variant="corrected"):
 
     "paper" gives 0 to a label without positives, and its referrals add up.
     """
-    referred = referrals(turns(certainty(p)), *levels(y, p), fractions, variant)
+    referred = referrals(p, *levels(y, p), fractions, variant)
     values = [level_auc(y, level, variant) for level in referred]
     return np.array(values), images_seen(len(p), fractions, variant) / len(p)
 
@@ -533,7 +533,7 @@ def label_metrics(y, p, level, rarer, chosen, temperature):
     yield "paper random_guess_accuracy", negative
     for least in SPECIFICITIES:
         found = [sensitivity_at(*column, least) for column in zip(y.T, level.T)]
-        yield f"sensitivity_at_specificity_{least:g}", np.array(found)
+        yield f"sensitivity_at_specificity_{least:g}", found
     for t, error in zip(THRESHOLDS, calibration_error(y, p)):
         found = list(decisions(y, p, t, f"@{t:g}"))
         yield from found
@@ -572,13 +572,13 @@ def group_metrics(people, places, y, p, level, patient, chosen):
             yield kept, name.format(group), *estimate
         gaps = table.max() - table.min()
         if len(parts) > 1:
-            yield kept, name.format(f"_gap[{people.name}]"), gaps.where(table.count() > 1).to_numpy()
+            yield kept, name.format(f"_gap[{people.name}]"), gaps.where(table.count() > 1)
 
 
 def single_metrics(y, p, level, rarer, answers):
     """Yields the metrics of one label, [n, 1], of which no mean is taken; an expert answers it alone."""
     yield "positives", (y == 1).sum()
-    for q, referred in zip(FRACTIONS, referrals(turns(np.abs(p - 0.5)), level, answers)):
+    for q, referred in zip(FRACTIONS, referrals(p, level, answers)):
         yield f"oracle_auc_by_label@{q:g}", level_auc(y, referred)
     for name, curve in reliability(y, p).items():
         for place, value in enumerate(curve):
@@ -594,21 +594,20 @@ def joint_metrics(y, p, level, rarer, answers):
     yield "always_negative_subset_accuracy", subset_accuracy(y, 0 * y, 0.5)
     for t in THRESHOLDS:
         yield f"subset_accuracy@{t:g}", *all_right(y, p, t)
-    n, turn = len(y), turns(certainty(p))
-    scored = [ranked(ranked_auc, y, referred, rarer) for referred in referrals(turn, level, answers)]
+    scored = [ranked(ranked_auc, y, referred, rarer) for referred in referrals(p, level, answers)]
     areas, influences = (mean_over_labels(np.array(part)) for part in zip(*scored))
-    yield "auc_labels", (~np.isnan(scored[0][0])).sum()
+    yield "auc_labels", np.isfinite(scored[0][0]).sum()
     slopes = np.gradient(areas, FRACTIONS)                              # what a larger share would add
-    seen = images_seen(n, FRACTIONS)
-    for q, k, area, slope, influence in zip(FRACTIONS, seen, areas, slopes, influences):
-        asked = turn < k
+    asked_for = referrals(p, False, True)
+    for q, asked, area, slope, influence in zip(FRACTIONS, asked_for, areas, slopes, influences):
+        n, k = len(asked), asked.sum()
         # a resample refers the same share: where it has more images above the cut, the cut moves
         yield f"oracle_auc@{q:g}", area, influence + slope * (k / n - asked[:, 0]) / n
         untouched = (n - k) * (n - k - 1) / (n * (n - 1))               # share of the pairs, at random
         yield f"random_referral_auc@{q:g}", 1 - untouched * (1 - areas[0]), untouched * influences[0]
         rejection = level_auc(np.where(asked, -1, y), level)
         yield f"rejection_auc@{q:g}", mean_over_labels(rejection)
-    for q, referred in zip(FRACTIONS, referrals(turn, level, answers, variant="paper")):
+    for q, referred in zip(FRACTIONS, referrals(p, level, answers, variant="paper")):
         yield f"paper oracle_auc@{q:g}", mean_over_labels(level_auc(y, referred), "paper")
 
 
@@ -827,9 +826,9 @@ def score_file(run, test, validation, resamples):
     seed = zlib.crc32(run[-1].encode())                 # of the test set's name
     patient, counts = draw_patients(test.patient, resamples, seed)
     rarer = class_patients(test.y, patient).min(0)
-    drawn = auc_draws(test.y, test.p, patient, counts)
-    undefined = pd.DataFrame(drawn).isna().mean().to_numpy()
-    drawn = pd.DataFrame(np.where(rarer < 2, np.nan, drawn))
+    drawn = pd.DataFrame(auc_draws(test.y, test.p, patient, counts))
+    undefined = drawn.isna().mean()
+    drawn.loc[:, rarer < 2] = np.nan
     main, _ = next(iter(label_sets(test.labels)))
     rows, ranked_draws, linear = [], {}, {}
     for places, metric, values, *influences in all_metrics(test, validation, patient, rarer, undefined):
@@ -855,9 +854,8 @@ def score_file(run, test, validation, resamples):
                 linear[key] = value, change
             place = labels, shown, variant, label, threshold
             rows.append((*run, *place, value, *interval(value, error), test.mark))
-    values, changes = zip(*linear.values())
-    first_order = linear_draws(np.array(values), np.stack(changes, 1), counts)
-    draws = np.array([*ranked_draws.values(), *first_order.T], np.float32)
+    first_order = linear_draws(*zip(*linear.values()), counts)
+    draws = np.array([*ranked_draws.values(), *first_order], np.float32)
     name = "/".join(run)
     return rows, {name: draws, f"{name}/rows": np.array([*ranked_draws, *linear])}
 
@@ -890,12 +888,11 @@ def mean_of(runs):
     return runs[0]._replace(p=total.to_numpy() / len(runs), mark=mark)
 
 
-def read_run(path, args):
-    """Predictions of a file and of validation: --validation, else nih_val.csv beside it, else None."""
+def read_run(path, val, args):
+    """Predictions of a file and of validation, None without."""
     test, validation = read_predictions(path), None
-    beside = args.validation or path.with_name("nih_val.csv")
-    if args.validation or beside != path and beside.is_file():
-        validation = read_predictions(beside)
+    if args.validation or val != path and val.is_file():
+        validation = read_predictions(val)
     if args.manifest:
         people = read_manifests(tuple(args.manifest))
         for image in test.path[~np.isin(test.path, people.index)]:
@@ -906,9 +903,9 @@ def read_run(path, args):
 
 
 def score_arm(args, arm, files):
-    """score_file() of an arm's runs on a test set, files {seed: path}, and of their ensemble; the digest."""
+    """score_file() of an arm's runs on a test set and of their ensemble, and the digest; files: of arms_of."""
     exp, dataset = arm
-    runs = {(exp, seed, dataset): read_run(path, args) for seed, path in files.items()}
+    runs = {(exp, seed, dataset): read_run(*paths, args) for seed, paths in files.items()}
     tests, validations = zip(*runs.values())
     if len(files) > 1:
         validation = mean_of(validations) if all(validations) else None
@@ -920,8 +917,8 @@ def score_arm(args, arm, files):
 # ------------------------------------------------------------------------------------------------------- main
 
 def arms_of(args):
-    """{(exp, dataset): {seed: file}} of the predictions given; each from the flags, else its path or name."""
-    arms, models = {}, {}
+    """{(exp, dataset): {seed: (file, its validation file)}}, each from the flags, else its path or name."""
+    arms, models = defaultdict(dict), {}
     for path in args.predictions:
         found = re.search(r"([^/]+)/predictions/seed(\d+)/([^/]+)\.csv$", path.absolute().as_posix())
         exp, seed, dataset = found.groups() if found else (path.stem, "0", "test")
@@ -932,11 +929,10 @@ def arms_of(args):
         if models.setdefault(val, (exp, seed)) != (exp, seed) and val.is_file():
             raise InputError(f"{val} belongs to one run and would choose thresholds for others, as {path}; "
                              "give each run a folder of its own, with its nih_val.csv")
-        files = arms.setdefault((exp, dataset), {})
-        if seed in files:
+        if seed in arms[exp, dataset]:
             raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; rename it (the "
                              "name is the arm's), or its runs to <exp>/predictions/seed<k>/<test set>.csv")
-        files[seed] = path
+        arms[exp, dataset][seed] = path, val
     return arms
 
 
