@@ -44,7 +44,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
-from scipy.special import expit, logit, ndtr, xlogy
+from scipy.special import expit, logit, ndtr
 from threadpoolctl import threadpool_limits
 
 NIH14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
@@ -101,14 +101,14 @@ def each_label(metric, *tables):
 
 def ranks(p):
     """Rank of each score, int [n], equal scores sharing one."""
-    return pd.factorize(np.asarray(p), sort=True)[0]
+    return np.unique(p, return_inverse=True)[1]
 
 
-def levels(p):
-    """Ranks of each label's scores, int [n, K], and of a score of 1, int [K]; a score of 0 has rank 0."""
+def levels(y, p):
+    """Ranks of each label's scores, and of an expert's answers, 1 or 0, in their place, int [n, K] each."""
     columns = [ranks(np.append(score, [0, 1])) for score in p.T]
     table = np.array(columns).T
-    return table[:-2], table[-1]
+    return table[:-2], (y == 1) * table[-1]
 
 
 def class_counts(y, level):
@@ -140,7 +140,7 @@ def auc(y, p, variant="corrected"):
     """
     if np.ndim(y) == 1:
         return auc(np.c_[y], np.c_[p], variant)[0]
-    return level_auc(y, levels(p)[0], variant)
+    return level_auc(y, levels(y, p)[0], variant)
 
 
 @undefined_is_nan
@@ -178,20 +178,15 @@ def average_precision(y, level):
 
 
 def class_patients(y, patient):
-    """How many patients, int [n], have positives and how many have negatives of one label."""
-    classes = patient[y == 1], patient[y == 0]
-    return [np.count_nonzero(np.bincount(members)) for members in classes]
+    """How many patients have positives and how many have negatives of each label, int [2, K]."""
+    counts = [pd.DataFrame(y == kind).groupby(patient).any().sum() for kind in (1, 0)]
+    return np.array(counts)
 
 
-def margin_of(error):
-    """Half width of a 95 % interval; NaN where there is no spread at all, which tells nothing."""
-    return NORMAL * error if error > 1e-12 else np.nan
-
-
-def rarer_class(y, patient):
-    """Patients of the class that has fewer of them, int [K]."""
-    counts = [class_patients(column, patient) for column in y.T]
-    return np.min(counts, axis=1)
+def interval(value, error):
+    """Ends of a 95 % interval within 0 and 1; NaN where there is no spread at all, which tells nothing."""
+    margin = NORMAL * error if error > 1e-12 else np.nan
+    return max(value - margin, 0), min(value + margin, 1)
 
 
 def clustered_error(y, influence, patient=None):
@@ -202,7 +197,7 @@ def clustered_error(y, influence, patient=None):
     """
     cluster = ranks(np.arange(len(y)) if patient is None else patient)
     classes = y == 1, y == 0
-    m, n = class_patients(y, cluster)
+    (m,), (n,) = class_patients(y, cluster)
     if min(m, n) < 2:
         return np.nan
     ten, one = (np.bincount(cluster, influence * members) for members in classes)
@@ -220,9 +215,8 @@ def auc_interval(y, p, patient=None):
     """
     y = np.asarray(y)
     area, influence = ranked_auc(y, ranks(p))
-    margin = margin_of(clustered_error(y, influence, patient))
-    low, high = max(area - margin, 0), min(area + margin, 1)
-    return float(area), float(low), float(high)
+    error = clustered_error(y, influence, patient)
+    return float(area), *map(float, interval(area, error))
 
 
 def delong(y, p_left, p_right, patient=None):
@@ -238,11 +232,7 @@ def delong(y, p_left, p_right, patient=None):
     if np.isnan(difference):
         raise ValueError("DeLong's test needs positives and negatives")
     se = clustered_error(y, left_influence - right_influence, patient)
-    z = np.nan
-    if se > 0:
-        z = difference / se
-    elif se == difference == 0:
-        z = 0.0
+    z = 0.0 if difference == se == 0 else difference / (se or np.nan)
     p = 2 * ndtr(-abs(z))
     return {"difference": difference, "se": se, "z": z, "p": p}
 
@@ -269,50 +259,48 @@ def draw_patients(patient, resamples, seed=0):
     return index, resample_counts(index.max() + 1, resamples, seed)
 
 
-@undefined_is_nan
-def auc_draws(y, p, patient, counts, chunk=64):
-    """AUC per label of every resample, float [B, K], by weighted ranks; patient and counts of draw_patients.
+def drawn_auc(weights, positives, negatives):
+    """AUC of one label, [b], where patients have these weights, float32 [P, b]: exact up to 2^22 images.
 
-    Positives of one score share a row. A row of `steps` holds the negatives between its positives and those
-    before, by patient (twice; a tie: once here, once in the next), a row of `drawn` its positives. A resample
-    costs two sparse products and a cumulative sum over rows, by blocks of 32 rows times a triangle of ones:
-    twice as fast as np.cumsum. Exact in float32 up to 2^22 images.
+    positives: the patient of each, by score; negatives: a sparse matrix [positives + 1, P] in which a negative
+    stands twice, at the first positive that is not below it and at the first above it. The sum of the rows up
+    to a positive is then twice the weight of the negatives below it, a tie 1/2.
     """
-    values = np.full((len(counts), y.shape[1]), np.nan)
-    triangle = np.tri(32, dtype=np.float32)
-    maps = []
+    drawn = weights[positives]
+    below = np.cumsum(negatives @ weights, axis=0)
+    ordered = np.einsum("ij,ij->j", drawn, below[:-1], dtype=np.float64)
+    return ordered / (drawn.sum(0) * below[-1].astype(float))
+
+
+@undefined_is_nan
+def auc_draws(y, p, patient, counts, chunk=32):
+    """AUC per label of every resample, float [B, K], by weighted ranks; patient and counts of draw_patients."""
+    labels, draws = [], []
     for truth, score in zip(y.T, p.T):
-        high, low = truth == 1, truth == 0
-        leaders, at = np.unique(score[high], return_inverse=True)
-        between = [np.searchsorted(leaders, score[low], side) for side in ("left", "right")]
-        shape = (len(leaders) // 32 + 1) * 32, counts.shape[1]
-        negatives = np.concatenate(between), np.tile(patient[low], 2)
-        pair = negatives, (at, patient[high])
-        ones = [np.ones(len(rows), np.float32) for rows, _ in pair]
-        maps.append([csr_matrix(cells, shape) for cells in zip(ones, pair)])
-    for start in range(0, len(counts), chunk):
-        weights = counts[start:start + chunk].T.astype(np.float32, order="C")       # [P, b]
-        for k, pair in enumerate(maps):
-            steps, drawn = (rows @ weights for rows in pair)                        # [rows, b]
-            below = triangle @ steps.reshape(-1, 32, steps.shape[1])
-            below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                      # of the blocks before
-            below = below.reshape(drawn.shape)
-            ordered = np.einsum("ij,ij->j", drawn, below, dtype=np.float64)
-            pairs = drawn.sum(0, dtype=np.float64) * below[-1]
-            values[start:start + chunk, k] = ordered / pairs
-    return values
+        high, low = (np.flatnonzero(truth == kind) for kind in (1, 0))
+        high = high[np.argsort(score[high])]
+        rows = [np.searchsorted(score[high], score[low], side) for side in ("left", "right")]
+        cells = np.concatenate(rows), np.tile(patient[low], 2)
+        ones = np.ones(len(cells[0]), np.float32)
+        negatives = csr_matrix((ones, cells), (len(high) + 1, counts.shape[1]))
+        labels.append((patient[high], negatives))
+    for block in np.array_split(counts, len(counts) // chunk + 1):      # few enough for weights to be cached
+        weights = block.T.astype(np.float32, order="C")
+        draws.append([drawn_auc(weights, *label) for label in labels])
+    return np.concatenate(draws, axis=1).T
 
 
-def linear_draws(values, sums, counts, chunk=128):
-    """M metrics in every resample, to first order, float [B, M]; sums [P, M]: influence of each patient.
+def linear_draws(values, changes, counts, chunk=128):
+    """M metrics in every resample, to first order, float [M, B]; changes [M, P]: influence of each patient.
 
     The infinitesimal jackknife (Efron 1982): its spread is the bootstrap's where the metric is smooth.
     """
-    sums, draws = sums.astype(np.float32), values - sums.sum(0)
+    sums = np.stack(changes, 1)
+    draws, sums = values - sums.sum(0), sums.astype(np.float32)
     for start in range(0, len(sums), chunk):                # few enough for their draws to be cached
         block = counts[:, start:start + chunk].astype(np.float32)
         draws = draws + block @ sums[start:start + chunk]
-    return draws
+    return draws.T
 
 
 # ------------------------------------------------------------------------------------- decisions and referral
@@ -387,18 +375,20 @@ def certainty(p):
     return np.abs(p - 0.5).mean(1, keepdims=True)
 
 
+def referrals(p, level, answers, fractions=FRACTIONS, variant="corrected"):
+    """Ranks, int [n, K], when an expert answers the images of least certainty, for each fraction."""
+    turn = turns(certainty(p))
+    return [np.where(turn < seen, answers, level) for seen in images_seen(len(p), fractions, variant)]
+
+
 def oracle_auc(y, p, fractions, variant="corrected"):
     """Oracle AUC per label, float [Q, K], and the share of images that the expert saw, float [Q].
 
     "paper" gives 0 to a label without positives, and its referrals add up.
     """
-    turn = turns(certainty(p))
-    seen = images_seen(len(p), fractions, variant)
-    level, top = levels(p)
-    answers = (y == 1) * top
-    referred = [np.where(turn < count, answers, level) for count in seen]
-    values = [level_auc(y, table, variant) for table in referred]
-    return np.array(values), seen / len(p)
+    referred = referrals(p, *levels(y, p), fractions, variant)
+    values = [level_auc(y, level, variant) for level in referred]
+    return np.array(values), images_seen(len(p), fractions, variant) / len(p)
 
 
 def risk_coverage_area(y, p, threshold=0.5):
@@ -469,20 +459,24 @@ def reliability(y, p):
     return {"images": count, "predicted": predicted, "observed": observed}
 
 
+def logits(p):
+    """logit(p), with p kept 1e-8 off 0 and 1, the precision of a predictions file."""
+    return logit(np.clip(p, 1e-8, 1 - 1e-8))
+
+
 def temper(p, temperature):
-    """sigmoid(logit(p) / temperature), with p kept 1e-8 off 0 and 1, the precision of a predictions file."""
-    return expit(logit(np.clip(p, 1e-8, 1 - 1e-8)) / temperature)
+    """sigmoid(logit(p) / temperature)."""
+    return expit(logits(p) / temperature)
 
 
 def fit_temperature(y, p):
     """The temperature in 0.05-20 of least cross-entropy on all known cells (Guo et al., arXiv:1706.04599)."""
     from scipy.optimize import minimize_scalar          # takes half a second and is not always needed
-    y, p = y[is_known(y)], p[is_known(y)]
+    signed = np.where(y == 1, -1, 1) * logits(p)
+    wrong = signed[is_known(y)]
 
     def cross_entropy(log_temperature):
-        q = temper(p, np.exp(log_temperature))
-        likelihood = xlogy(y, q) + xlogy(1 - y, 1 - q)
-        return -likelihood.mean()
+        return np.logaddexp(0, wrong / np.exp(log_temperature)).mean()
     found = minimize_scalar(cross_entropy, bounds=np.log([0.05, 20]), method="bounded")
     return float(np.exp(found.x))
 
@@ -502,13 +496,12 @@ def choose_threshold(y, p, rule):
     """The lowest score t of one label where p > t is best by `rule`: "f1", or "youden" for
     sensitivity + specificity; -0.1, below them all, if all positive is best. NaN without both classes.
     """
-    y, p = y[is_known(y)], p[is_known(y)]
-    if y.all() or not y.any():
-        return np.nan
     scores, level = np.unique([-0.1, *p], return_inverse=True)
     counts = class_counts(y, level[1:])
-    positives, negatives = counts.sum(1)
-    true, false = counts.sum(1, keepdims=True) - counts.cumsum(1)
+    positives, negatives = totals = counts.sum(1)
+    if not totals.all():
+        return np.nan
+    true, false = totals[:, None] - counts.cumsum(1)
     youden = true / positives - false / negatives
     f1 = true / (true + false + positives)                          # half of it
     return scores[np.argmax(f1 if rule == "f1" else youden)]
@@ -517,23 +510,22 @@ def choose_threshold(y, p, rule):
 # ------------------------------------------------------------------------------------------ lists of metrics
 # Names are "[paper ]metric[@threshold]"; after the values come influences where there is an interval.
 
-def ranked(metric, y, level, patient):
+def ranked(metric, y, level, rarer):
     """each_label() of a metric by ranks; influences are NaN if a class has fewer than two patients."""
     values, influences = each_label(metric, y, level)
-    few = rarer_class(y, patient) < 2
-    return values, np.where(few, np.nan, influences)
+    return values, np.where(rarer < 2, np.nan, influences)
 
 
-def label_metrics(y, p, level, patient, chosen, temperature):
+def label_metrics(y, p, level, rarer, chosen, temperature):
     """Yields the metrics of each label of which means are taken.
 
     chosen: {rule: thresholds, [K]} and temperature: of validation, {} and None without.
     """
     known = is_known(y)
     negative, influence = share(y == 0, known)
-    yield "auc", *ranked(ranked_auc, y, level, patient)
+    yield "auc", *ranked(ranked_auc, y, level, rarer)
     yield "paper auc", level_auc(y, level, "paper")
-    yield "auprc", *ranked(average_precision, y, level, patient)
+    yield "auprc", *ranked(average_precision, y, level, rarer)
     yield "brier", *share((p - y) ** 2 * known, known)
     yield "ece", *ece_of(y, p)
     yield "adaptive_ece", ece(y, p, adaptive=True)
@@ -542,7 +534,7 @@ def label_metrics(y, p, level, patient, chosen, temperature):
     yield "paper random_guess_accuracy", negative
     for least in SPECIFICITIES:
         found = [sensitivity_at(*column, least) for column in zip(y.T, level.T)]
-        yield f"sensitivity_at_specificity_{least:g}", np.array(found)
+        yield f"sensitivity_at_specificity_{least:g}", found
     for t, error in zip(THRESHOLDS, calibration_error(y, p)):
         found = list(decisions(y, p, t, f"@{t:g}"))
         yield from found
@@ -555,27 +547,46 @@ def label_metrics(y, p, level, patient, chosen, temperature):
         yield "ece_temperature", ece(y, temper(p, temperature))
 
 
-def group_metrics(y, p, level, patient, threshold, suffix):
-    """Yields the metrics of each label of a group of people: AUC, ECE, FNR and FPR."""
-    yield "auc", *ranked(ranked_auc, y, level, patient)
-    yield "ece", *ece_of(y, p)
-    yield from list(decisions(y, p, threshold, suffix))[:2]
+def group_metrics(people, places, y, p, level, patient, chosen):
+    """Yields (places, name, values, influences) of each group of people, and of the gap between the best and
+    the worst group, which has no interval: resampling adds noise to every group, hence to the gap.
+
+    Means are over the labels that are defined in every group that has any. Of groups of fewer than LEAST
+    images only the number is told.
+    """
+    t, suffix = (chosen["youden"], "_youden{}") if chosen else (0.5, "{}@0.5")
+    groups = {}
+    for group, inside in pd.get_dummies(people, people.name, "=").items():
+        if inside.any():
+            yield WHOLE, f"images[{group}]", inside.sum()
+        if inside.sum() >= LEAST:
+            theirs = np.where(np.c_[inside], y, -1)                         # of all others nothing is known
+            rarer = class_patients(theirs, patient).min(0)
+            missed, alarms, *_ = decisions(theirs, p, t, suffix)
+            area = "auc{}", *ranked(ranked_auc, theirs, level, rarer)
+            groups[f"[{group}]"] = area, ("ece{}", *ece_of(theirs, p)), missed, alarms
+    for parts in zip(*groups.values()):                                     # a metric in each group
+        table = pd.DataFrame([values for _, values, _ in parts])            # [groups, K]
+        shared = table.dropna(how="all").notna().all()
+        kept = {place: [k for k in columns if place[1] or shared[k]] for place, columns in places.items()}
+        for group, (name, *estimate) in zip(groups, parts):
+            yield kept, name.format(group), *estimate
+        gaps = table.max() - table.min()
+        if len(parts) > 1:
+            yield kept, name.format(f"_gap[{people.name}]"), gaps.where(table.count() > 1)
 
 
-def single_metrics(y, p, level, answers):
-    """Yields the metrics of one label of which no mean is taken; an expert answers it alone."""
+def single_metrics(y, p, level, rarer, answers):
+    """Yields the metrics of one label, [n, 1], of which no mean is taken; an expert answers it alone."""
     yield "positives", (y == 1).sum()
-    turn = turns(np.abs(p - 0.5))
-    for q, seen in zip(FRACTIONS, images_seen(len(y), FRACTIONS)):
-        referred = np.where(turn < seen, answers, level)
-        area, _ = placements(y, referred)
-        yield f"oracle_auc_by_label@{q:g}", area
+    for q, referred in zip(FRACTIONS, referrals(p, level, answers)):
+        yield f"oracle_auc_by_label@{q:g}", level_auc(y, referred)
     for name, curve in reliability(y, p).items():
         for place, value in enumerate(curve):
             yield f"reliability_{name}@{place / BINS:g}", value
 
 
-def joint_metrics(y, p, level, answers, patient):
+def joint_metrics(y, p, level, rarer, answers):
     """Yields the metrics of several labels together.
 
     An expert answers the uncertain images (oracle), or as many at random, or they are left out (rejection).
@@ -583,32 +594,22 @@ def joint_metrics(y, p, level, answers, patient):
     yield "risk_coverage_area", risk_coverage_area(y, p)
     yield "always_negative_subset_accuracy", subset_accuracy(y, 0 * y, 0.5)
     for t in THRESHOLDS:
-        value, influence = all_right(y, p, t)
-        yield f"subset_accuracy@{t:g}", value, influence[:, None]
-    n = len(y)
-    turn = turns(certainty(p))
-    seen = images_seen(n, FRACTIONS)
-    areas, influences = [], []
-    for k in seen:
-        referred = np.where(turn < k, answers, level)
-        area, influence = ranked(ranked_auc, y, referred, patient)
-        areas.append(mean_over_labels(area))
-        influences.append(mean_over_labels(influence)[:, None])
-    yield "auc_labels", (~np.isnan(area)).sum()
+        yield f"subset_accuracy@{t:g}", *all_right(y, p, t)
+    scored = [ranked(ranked_auc, y, referred, rarer) for referred in referrals(p, level, answers)]
+    areas, influences = (mean_over_labels(np.array(part)) for part in zip(*scored))
+    yield "auc_labels", np.isfinite(scored[0][0]).sum()
     slopes = np.gradient(areas, FRACTIONS)                              # what a larger share would add
-    for q, k, value, slope, influence in zip(FRACTIONS, seen, areas, slopes, influences):
-        left = turn >= k
+    asked_for = referrals(p, False, True)
+    for q, asked, area, slope, influence in zip(FRACTIONS, asked_for, areas, slopes, influences):
+        n, k = len(asked), asked.sum()
         # a resample refers the same share: where it has more images above the cut, the cut moves
-        yield f"oracle_auc@{q:g}", value, influence + slope * (k / n - ~left) / n
+        yield f"oracle_auc@{q:g}", area, influence + slope * (k / n - asked[:, 0]) / n
         untouched = (n - k) * (n - k - 1) / (n * (n - 1))               # share of the pairs, at random
-        at_random = 1 - untouched * (1 - areas[0])
-        yield f"random_referral_auc@{q:g}", at_random, untouched * influences[0]
-        rejection = level_auc(np.where(left, y, -1), level)
+        yield f"random_referral_auc@{q:g}", 1 - untouched * (1 - areas[0]), untouched * influences[0]
+        rejection = level_auc(np.where(asked, -1, y), level)
         yield f"rejection_auc@{q:g}", mean_over_labels(rejection)
-    for q, k in zip(FRACTIONS, images_seen(n, FRACTIONS, "paper")):
-        referred = np.where(turn < k, answers, level)
-        area = level_auc(y, referred)
-        yield f"paper oracle_auc@{q:g}", mean_over_labels(area, "paper")
+    for q, referred in zip(FRACTIONS, referrals(p, level, answers, variant="paper")):
+        yield f"paper oracle_auc@{q:g}", mean_over_labels(level_auc(y, referred), "paper")
 
 
 # ---------------------------------------------------------------------------------------------- reading files
@@ -694,8 +695,6 @@ def read_predictions(path):
         partner = ("prob" if column.startswith("true") else "true") + column[4:]
         if partner not in columns:
             raise InputError(f"{path} has a column {column} but no {partner}; add it or drop both")
-    if columns.empty:
-        raise InputError(f"{path} has no columns true_<label>, prob_<label>, as evaluate/predict.py writes")
     truths = frame.filter(regex="^true_").replace("", "-1")
     names = truths.columns.str[5:]
     labels = names.map(nih_name)
@@ -708,10 +707,9 @@ def read_predictions(path):
     y = read_cells(path, truths, lambda cells: np.isin(cells, (-1, 0, 1)), "1, 0 or blank (unknown)")
     p = read_cells(path, frame["prob_" + names], lambda cells: (cells >= 0) & (cells <= 1),
                    "a probability from 0 to 1")
-    both_classes = (y == 1).any(0) & (y == 0).any(0)
-    if not both_classes.any():
-        raise InputError(f"{path} has no label with both positives and negatives, so nothing can be ranked; "
-                         "check true_<label> or add images")
+    if not any({0, 1} <= set(truth) for truth in y.T):
+        raise InputError(f"{path} has no column true_<label> with both positives and negatives, so nothing "
+                         "can be ranked; add images, or predict again with evaluate/predict.py")
     scored = is_known(y).any(0)
     nobody = frame["patient"].str.fullmatch(UNKNOWN)
     patient = frame["patient"].mask(nobody, "image " + frame["path"]).to_numpy(str)
@@ -722,25 +720,24 @@ def read_predictions(path):
 
 
 def people_of(frame):
-    """Sex, age band and race, those that there are, "" if unknown; "White, non-Hispanic" is White."""
-    people = frame.filter(["sex", "age", "race"]).astype(str).replace(UNKNOWN, "", regex=True)
+    """Sex, age band and race, those that there are, NaN if unknown; "White, non-Hispanic" is White."""
+    people = frame.filter(["sex", "age", "race"]).astype(str).replace(UNKNOWN, pd.NA, regex=True)
     if "age" in people:
         ages = pd.to_numeric(people["age"].str.rstrip("Y"), errors="coerce")        # 061Y, in DICOM
-        bands = pd.cut(ages, [-np.inf, *AGES.values()], labels=list(AGES))
-        people["age"] = bands.astype(object).fillna("")
+        people["age"] = pd.cut(ages, [-np.inf, *AGES.values()], labels=list(AGES))
     return people.replace({"race": RACES}, regex=True)
 
 
 @lru_cache(maxsize=1)
 def read_manifests(manifests):
     """people_of every image of the manifests, by path."""
-    frame = pd.concat([read_csv(path, ["path"]) for path in manifests]).fillna("")
+    frame = pd.concat([read_csv(path, ["path"]) for path in manifests])
     people = people_of(frame).assign(path=frame["path"])
     people = people.drop_duplicates().set_index("path")
     for path in people.index[people.index.duplicated()]:
         raise InputError(f"the manifests know two people for image '{path}'; give the one that the "
                          "predictions were made from")
-    if (people == "").all(axis=None):
+    if people.isna().all(axis=None):
         raise InputError(f"{manifests[0]} knows no sex, age or race of any image; leave --manifest out")
     return people
 
@@ -768,135 +765,100 @@ def label_sets(labels):
     return sets
 
 
-class Rows:
-    """The rows of one predictions file of a run (exp, seed, dataset), and their patient resamples."""
+def by_patient(influence, patient):
+    """Sum of each patient's influences, [n], over 1 - its share of the images that have any, [P].
 
-    def __init__(self, run, test, resamples):
-        self.run, self.mark = run, test.mark
-        self.sets = label_sets(test.labels)
-        self.main, _ = next(iter(self.sets))
-        seed = zlib.crc32(run[-1].encode())             # of the test set's name
-        self.patient, self.counts = draw_patients(test.patient, resamples, seed)
-        self.rarer = rarer_class(test.y, self.patient)
-        drawn = auc_draws(test.y, test.p, self.patient, self.counts)
-        self.undefined = pd.DataFrame(drawn).isna().mean().to_numpy()       # share of the resamples
-        self.auc_draws = pd.DataFrame(np.where(self.rarer < 2, np.nan, drawn))
-        self.rows, self.drawn, self.linear = [], {}, {}
-
-    def by_patient(self, influence):
-        """Sum of the influences [n] of each patient over 1 - its share of the images that have any, [P]."""
-        images = np.bincount(self.patient, influence != 0)
-        rest = 1 - images / max(images.sum(), 1)
-        sums = np.bincount(self.patient, influence)
-        return sums / np.where(rest > 0, rest, 1)
-
-    @undefined_is_nan
-    def put(self, metric, values, influences=None, places=WHOLE, group="", shared=True):
-        """A row for each of the places, {(labels, label): columns}: the mean of the values, [K] or a number,
-        that are defined and `shared` in these columns, +- 1.96 standard errors from influences, [n, K].
-
-        AUCs have resamples by ranks; of everything else the means over the main label set have linear ones.
-        A mean's resamples are its value plus the mean change of the labels that are defined there. A label
-        with fewer than two patients in a class has no resamples of its AUC; its share of a mean's error is
-        taken to be like the others', which is too little.
-        Influences of a patient are divided by 1 - its share of the images that have any (as if the patient
-        was left out: jackknife), or one with most of the images would seem to agree with the value.
-        """
-        name, _, threshold = metric.removeprefix("paper ").partition("@")
-        variant = "paper" if metric.startswith("paper") else "corrected"
-        values = np.atleast_1d(values)
-        by_patient = np.full((1, len(values)), np.nan)
-        if influences is not None:
-            by_patient = [self.by_patient(column) for column in influences.T]
-            by_patient = np.array(by_patient).T                             # [P, K]
-        used = shared & (values > (0 if metric == "paper auc" else -1))     # the released mean is of AUCs > 0
-        for (labels, label), columns in places.items():
-            kept = [k for k in columns if label or used[k]]
-            value = values[kept].sum() / len(kept)
-            sums = mean_over_labels(by_patient[:, kept])
-            error = np.linalg.norm(sums)
-            shown = (name if label or group else MEANS.get(name, name)) + group
-            key = "|".join((labels, shown, label, threshold))
-            spread = not np.isnan(value + error)
-            if spread and metric + group == "auc":
-                draws = value + (self.auc_draws[kept] - values[kept]).mean(axis=1)
-                error = draws.std(ddof=0)
-                self.drawn[key] = draws
-            elif spread and labels == self.main and not UNREAD.match(shown):
-                self.linear[key] = value, sums
-            margin = margin_of(error)
-            ends = max(value - margin, 0), min(value + margin, 1)
-            row = labels, shown, variant, label, threshold, value, *ends, self.mark
-            self.rows.append((*self.run, *row))
-
-    def put_groups(self, people, y, p, level, chosen, places):
-        """Rows of each group of people and of the gap between the best and the worst group.
-
-        Means are over the labels that are defined in every group that has any. Of groups of fewer than LEAST
-        images only the number is a row. A gap has no interval: resampling adds noise to every group, hence to
-        the largest difference.
-        """
-        t, suffix = (chosen["youden"], "_youden") if chosen else (0.5, "@0.5")
-        groups = {}
-        for group in sorted(set(people) - {""}, key=lambda group: (AGES.get(group, 0), group)):
-            inside = np.c_[people == group]
-            name = f"[{people.name}={group}]"
-            self.put("images", inside.sum(), group=name)
-            if inside.sum() >= LEAST:
-                theirs = np.where(inside, y, -1)                            # of all others nothing is known
-                groups[name] = list(group_metrics(theirs, p, level, self.patient, t, suffix))
-        for parts in zip(*groups.values()):                                 # a metric in each group
-            table = pd.DataFrame([values for _, values, _ in parts])        # [groups, K]
-            shared = table.dropna(how="all").notna().all().to_numpy()
-            for name, part in zip(groups, parts):
-                self.put(*part, places, name, shared)
-            gaps = table.max() - table.min()
-            gaps = gaps.where(table.count() > 1)
-            if len(parts) > 1:
-                self.put(parts[0][0], gaps.to_numpy(), None, places, f"_gap[{people.name}]", shared)
-
-    def draws(self):
-        """The resamples, float32 [rows, B], and which they are, str [rows], by their names in draws.npz."""
-        values, sums = zip(*self.linear.values())
-        linear = linear_draws(np.array(values), np.stack(sums, 1), self.counts)
-        rows = np.array([*self.drawn.values(), *linear.T], np.float32)
-        name = "/".join(self.run)
-        return {name: rows, f"{name}/rows": np.array([*self.drawn, *self.linear])}
+    As if the patient was left out (jackknife), or one with most of the images would seem to agree with the
+    value.
+    """
+    images = np.bincount(patient, influence != 0)
+    rest = 1 - images / max(images.sum(), 1)
+    sums = np.bincount(patient, influence)
+    return sums / np.where(rest > 0, rest, 1)
 
 
 def choose(validation, labels):
-    """What validation predictions decide: {rule: threshold of each label, [K]}, and one temperature."""
-    chosen = {rule: np.full(len(labels), np.nan) for rule in ("f1", "youden")}
-    for label, y, p in zip(validation.labels, validation.y.T, validation.p.T):
-        for rule in chosen if label in labels else ():
-            chosen[rule][labels.index(label)] = choose_threshold(y, p, rule)
-    return chosen, fit_temperature(validation.y, validation.p)
+    """What validation predictions decide: {rule: threshold of each label, [K], NaN if they lack it}."""
+    chosen = {}
+    for rule in ("f1", "youden"):
+        found = [choose_threshold(*column, rule) for column in zip(validation.y.T, validation.p.T)]
+        chosen[rule] = pd.Series(found, validation.labels).reindex(labels).to_numpy()
+    return chosen
 
 
-def score_file(run, test, validation, resamples):
-    """Rows and resamples of the predictions of a run (exp, seed, dataset), with its validation or None."""
-    rows = Rows(run, test, resamples)
+def all_metrics(test, validation, patient, rarer, undefined):
+    """Yields (places, name, values, influences if any) of every metric of a file.
+
+    places: {(labels, label): columns of which a row holds the mean}; undefined: share of resamples, [K].
+    """
     each = {("", label): [k] for k, label in enumerate(test.labels)}
-    level, top = levels(test.p)
-    tables = test.y, test.p, level, (test.y == 1) * top                     # the last: as an expert answers
-    chosen, temperature = choose(validation, test.labels) if validation else ({}, None)
-    rows.put("images", len(level))
-    rows.put("patients", rows.counts.shape[1])
-    if temperature:
-        rows.put("temperature", temperature)
-    rows.put("rarer_class_patients", rows.rarer, places=each)
-    rows.put("undefined_resamples", rows.undefined, places=each)
-    for part in label_metrics(*tables[:3], rows.patient, chosen, temperature):
-        rows.put(*part, places=each | rows.sets)
-    for place, columns in rows.sets.items():
-        for part in joint_metrics(*(table[:, columns] for table in tables), rows.patient):
-            rows.put(*part, places={place: [0]})
-    for k, place in enumerate(each):
-        for part in single_metrics(*(table[:, k] for table in tables)):
-            rows.put(*part, places={place: [0]})
+    sets = label_sets(test.labels)
+    level, answers = levels(test.y, test.p)
+    tables = test.y, test.p, level, rarer, answers
+    chosen, temperature = {}, None
+    yield WHOLE, "images", len(patient)
+    yield WHOLE, "patients", patient.max() + 1
+    if validation:
+        chosen = choose(validation, test.labels)
+        temperature = fit_temperature(validation.y, validation.p)
+        yield WHOLE, "temperature", temperature
+    yield each, "rarer_class_patients", rarer
+    yield each, "undefined_resamples", undefined
+    for part in label_metrics(*tables[:4], chosen, temperature):
+        yield each | sets, *part
+    for metrics, places in ((joint_metrics, sets), (single_metrics, each)):
+        for place, columns in places.items():
+            for part in metrics(*(table[..., columns] for table in tables)):
+                yield {place: [0]}, *part
     for attribute in test.people:
-        rows.put_groups(test.people[attribute], *tables[:3], chosen, each | rows.sets)
-    return rows.rows, rows.draws()
+        yield from group_metrics(test.people[attribute], each | sets, *tables[:3], patient, chosen)
+
+
+@undefined_is_nan
+def score_file(run, test, validation, resamples):
+    """Rows and resamples of the predictions of a run (exp, seed, dataset), with its validation or None.
+
+    A row is the mean of the values that are defined, +- 1.96 standard errors from influences. AUCs have
+    resamples by ranks; of everything else the means over the main label set have linear ones. A mean's
+    resamples are its value plus the mean change of the labels that are defined there. A label with fewer than
+    two patients in a class has no resamples of its AUC; its share of a mean's error is taken to be like the
+    others', which is too little.
+    """
+    seed = zlib.crc32(run[-1].encode())                 # of the test set's name
+    patient, counts = draw_patients(test.patient, resamples, seed)
+    rarer = class_patients(test.y, patient).min(0)
+    drawn = pd.DataFrame(auc_draws(test.y, test.p, patient, counts))
+    undefined = drawn.isna().mean()
+    drawn.loc[:, rarer < 2] = np.nan
+    main, _ = next(iter(label_sets(test.labels)))
+    rows, ranked_draws, linear = [], {}, {}
+    for places, metric, values, *influences in all_metrics(test, validation, patient, rarer, undefined):
+        name, _, threshold = metric.removeprefix("paper ").partition("@")
+        variant = "paper" if metric.startswith("paper") else "corrected"
+        least = 0 if metric == "paper auc" else -1      # the released mean is of AUCs > 0
+        values = np.atleast_1d(values)
+        changes = np.full((1, len(values)), np.nan)
+        if influences:
+            changes = np.c_[np.apply_along_axis(by_patient, 0, *influences, patient)]
+        for (labels, label), columns in places.items():
+            kept = [k for k in columns if label or values[k] > least]
+            value = values[kept].sum() / len(kept)
+            change = mean_over_labels(changes[:, kept])
+            error = np.linalg.norm(change)
+            shown = name if label else MEANS.get(name, name)
+            key = "|".join((labels, shown, label, threshold))
+            spread = not np.isnan(value + error)
+            if spread and metric == "auc":
+                ranked_draws[key] = value + (drawn[kept] - values[kept]).mean(axis=1)
+                error = ranked_draws[key].std(ddof=0)
+            elif spread and labels == main and not UNREAD.match(shown):
+                linear[key] = value, change
+            place = labels, shown, variant, label, threshold
+            rows.append((*run, *place, value, *interval(value, error), test.mark))
+    first_order = linear_draws(*zip(*linear.values()), counts)
+    draws = np.array([*ranked_draws.values(), *first_order], np.float32)
+    name = "/".join(run)
+    return rows, {name: draws, f"{name}/rows": np.array([*ranked_draws, *linear])}
 
 
 def digest(test):
@@ -927,25 +889,24 @@ def mean_of(runs):
     return runs[0]._replace(p=total.to_numpy() / len(runs), mark=mark)
 
 
-def read_run(path, args):
-    """Predictions of a file and of validation: --validation, else nih_val.csv beside it, else None."""
+def read_run(path, val, args):
+    """Predictions of a file and of validation, None without."""
     test, validation = read_predictions(path), None
-    beside = args.validation or path.with_name("nih_val.csv")
-    if args.validation or beside != path and beside.is_file():
-        validation = read_predictions(beside)
+    if args.validation or val != path and val.is_file():
+        validation = read_predictions(val)
     if args.manifest:
         people = read_manifests(tuple(args.manifest))
         for image in test.path[~np.isin(test.path, people.index)]:
             raise InputError(f"{path}: image '{image}' is in no manifest; give the one that the predictions "
                              "were made from")
-        test = test._replace(people=people.loc[test.path].reset_index(drop=True))
+        test = test._replace(people=people.loc[test.path])
     return test._replace(mark=read_mark(path)), validation
 
 
 def score_arm(args, arm, files):
-    """score_file() of an arm's runs on a test set, files {seed: path}, and of their ensemble; the digest."""
+    """score_file() of an arm's runs on a test set and of their ensemble, and the digest; files: of arms_of."""
     exp, dataset = arm
-    runs = {(exp, seed, dataset): read_run(path, args) for seed, path in files.items()}
+    runs = {(exp, seed, dataset): read_run(*paths, args) for seed, paths in files.items()}
     tests, validations = zip(*runs.values())
     if len(files) > 1:
         validation = mean_of(validations) if all(validations) else None
@@ -957,7 +918,7 @@ def score_arm(args, arm, files):
 # ------------------------------------------------------------------------------------------------------- main
 
 def arms_of(args):
-    """{(exp, dataset): {seed: file}} of the predictions given; each from the flags, else its path or name."""
+    """{(exp, dataset): {seed: (file, its validation file)}}, each from the flags, else its path or name."""
     arms, models = defaultdict(dict), {}
     for path in args.predictions:
         found = re.search(r"([^/]+)/predictions/seed(\d+)/([^/]+)\.csv$", path.absolute().as_posix())
@@ -972,16 +933,16 @@ def arms_of(args):
         if seed in arms[exp, dataset]:
             raise InputError(f"{path} is a second file of exp {exp}, seed {seed}, {dataset}; rename it (the "
                              "name is the arm's), or its runs to <exp>/predictions/seed<k>/<test set>.csv")
-        arms[exp, dataset][seed] = path
+        arms[exp, dataset][seed] = path, val
     return arms
 
 
 def run(args):
     """Score all runs, several at a time, and write their rows and resamples."""
-    if args.out and args.out.resolve() in map(Path.resolve, args.predictions):
-        raise InputError(f"--out {args.out} is one of the predictions; choose another name")
-    if args.out and args.out.suffix != ".csv":
-        raise InputError(f"--out {args.out} is not the name of a .csv; give one, such as metrics.csv")
+    given = [path.resolve() for path in args.predictions]
+    if args.out and (args.out.suffix != ".csv" or args.out.resolve() in given):
+        raise InputError(f"--out {args.out} is one of the predictions or not the name of a .csv; give one, "
+                         "such as metrics.csv")
     if args.bootstrap < 0 or args.workers < 1:
         raise InputError("--bootstrap must be 0 or more, --workers 1 or more")
     arms, rows, resamples, first = arms_of(args), [], {}, {}
@@ -997,17 +958,16 @@ def run(args):
     if args.out:
         draws = args.out.with_name(f"{args.out.stem}.draws.npz".removeprefix("metrics."))
         write(draws, lambda file: np.savez(file, **resamples))
-        layout = dict(index=False, float_format="%.10g", lineterminator="\n")
-        write(args.out, lambda file: table.to_csv(file, **layout))
+        write(args.out, lambda file: table.to_csv(file, index=False, float_format="%.10g"))
         print(f"{args.out}: {len(rows):,} rows of {len(args.predictions)} files; {draws.name} beside it")
-    names = "auc_mean" if len(args.predictions) > 2 else "auc(_mean)?"      # two at most: each label
-    shown = table[table["metric"].str.fullmatch(names) & (table["variant"] == "corrected")]
+    names = ["auc_mean"] if len(args.predictions) > 2 else ["auc", "auc_mean"]      # two at most: each label
+    shown = table.query("metric in @names and variant == 'corrected'")
     shown = shown.drop(columns=["variant", "threshold", "stand_in"])
     print(shown.to_string(index=False, float_format="%.4f", na_rep=""))
-    few = (table["metric"] == "rarer_class_patients") & (table["value"] < 10)
-    if few.any():
+    few = table.query("metric == 'rarer_class_patients' and value < 10")
+    if len(few):
         print("fewer than 10 patients in a class, so intervals of AUC and AUPRC are too narrow or missing:",
-              ", ".join(sorted(set(table["label"][few]))))
+              ", ".join(sorted(set(few["label"]))))
     for mark in sorted(set(table["stand_in"]) - {""}):
         print(f"stand-in: {mark}")
 
