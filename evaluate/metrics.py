@@ -262,7 +262,7 @@ def draw_patients(patient, resamples, seed=0):
 def drawn_auc(weights, positives, negatives):
     """AUC of one label, [b], where patients have these weights, float32 [P, b]: exact up to 2^22 images.
 
-    positives: the patient of each, by score; negatives: a sparse matrix [positives + 1, P] in which a negative
+    positives: the patient of each, by score; negatives: a sparse matrix [positives + 1, P] in which each
     stands twice, at the first positive that is not below it and at the first above it. The sum of the rows up
     to a positive is then twice the weight of the negatives below it, a tie 1/2.
     """
@@ -274,7 +274,7 @@ def drawn_auc(weights, positives, negatives):
 
 @undefined_is_nan
 def auc_draws(y, p, patient, counts, chunk=32):
-    """AUC per label of every resample, float [B, K], by weighted ranks; patient and counts of draw_patients."""
+    """AUC per label of every resample, float [B, K], by weighted ranks; the last two of draw_patients."""
     labels, draws = [], []
     for truth, score in zip(y.T, p.T):
         high, low = (np.flatnonzero(truth == kind) for kind in (1, 0))
@@ -904,7 +904,7 @@ def read_run(path, val, args):
 
 
 def score_arm(args, arm, files):
-    """score_file() of an arm's runs on a test set and of their ensemble, and the digest; files: of arms_of."""
+    """score_file() of an arm's runs on a test set and their ensemble, and the digest; files: see arms_of."""
     exp, dataset = arm
     runs = {(exp, seed, dataset): read_run(*paths, args) for seed, paths in files.items()}
     tests, validations = zip(*runs.values())
@@ -986,7 +986,7 @@ def main():
     add("--manifest", nargs="+", type=Path, default=[], help="manifests with sex, age and race of the images")
     add("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
     parser.error = fail                 # one sentence, like every other mistake
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word, the files written
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
     try:
         run(parser.parse_args())
     except InputError as mistake:

@@ -1058,7 +1058,7 @@ def open_run(out, manifests, config, parts, resume, rank):
 
 # --- begin copy: save ---
 def save_run(out, step, config, parts, weights=None, name="backbone", **values):
-    """Write last.pt and before it, if given, `weights` as <name>.pt; NaN in the state ends the run instead."""
+    """Write last.pt and before it, if given, `weights` as <name>.pt; NaN in the state ends the run."""
     keys = "arch", "model_args", "in_chans", "img_size", "mean", "std", "exp", "seed", "stand_in"
     values.update(step=step, config=config, **{key: config[key] for key in keys})
     state = {part: x if isinstance(x, torch.Tensor) else x.state_dict() for part, x in parts.items()}

@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
+from sklearn.linear_model import LogisticRegression
 
 from conftest import ROOT, assert_user_error, load_script, run_script
 
@@ -204,6 +205,16 @@ def test_adaptive_ece_has_bins_of_equal_count():
         cells = [order[np.arange(152) * 15 // 152 == b] for b in range(15)]
         gaps = [len(cell) * abs(p[cell, k].mean() - y[cell, k].mean()) / 152 for cell in cells]
         assert m.ece(y, p, adaptive=True)[k] == pytest.approx(sum(gaps))
+
+
+def test_the_temperature_is_that_of_a_logistic_regression_where_a_sure_cell_is_wrong():
+    rng = np.random.default_rng(5)
+    y = np.repeat([0.0, 1.0], 200)
+    p = np.clip(0.3 + 0.4 * y + rng.normal(0, 0.15, 400), 0.01, 0.99)
+    p[0] = 1.0                                                      # sure, and wrong
+    x = special.logit(np.clip(p, 1e-8, 1 - 1e-8))[:, None]
+    fit = LogisticRegression(C=1e12, fit_intercept=False, tol=1e-10).fit(x, y)
+    assert m.fit_temperature(y[:, None], p[:, None]) == pytest.approx(1 / fit.coef_.item(), rel=1e-4)
 
 
 def test_temperature_undoes_overconfidence():
