@@ -338,12 +338,12 @@ def train(config, args, rank, world_size, device):
              f"{world_size}; --epochs at least 1")
     if not 0 < max(config["drop"], config["replace"]) <= 0.85:
         fail(f"--drop {config['drop']} and --replace {config['replace']}: give shares up to 0.85, not both 0")
-    if not 1 <= config["align"] < 0.2 * config["img_size"]:                 # above: no block at the end
-        fail(f"--align {config['align']}: give 1 to less than a fifth of the {config['img_size']} pixels")
     last_step = min(n_steps, args.steps or n_steps)
 
     torch.manual_seed(config["seed"])
     backbone = make_model(config, 0, config["drop_path"])
+    if not 1 <= config["align"] < 0.2 * config["img_size"]:                 # above: no block at the end
+        fail(f"--align {config['align']}: give 1 to less than a fifth of the {config['img_size']} pixels")
     drop_paths, note = replace_drop_path(backbone), load_backbone(backbone, config)
     with or_fail(f"decode the blocks of {config['arch']}, which has to be a vision transformer"):
         model = GMML(backbone, config["in_chans"], config["recon_blocks"])
