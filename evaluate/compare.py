@@ -146,7 +146,7 @@ def holm(p):
 # ---------------------------------------------------------------------------------------------------- numbers
 # Below, arms is {cell: Arm}, cell is (exp, test set, key), and key is "labels|metric|label|threshold".
 # --- begin copy: files ---
-class InputError(ValueError):
+class InputError(Exception):
     """A mistake in the user's files; the text is the sentence to print."""
 
 
@@ -166,8 +166,6 @@ def read_csv(path, columns=(), dtype=str):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path") from None
     except (OSError, ValueError, csv.Error) as problem:           # pandas' errors are ValueErrors
-        if isinstance(problem, InputError):
-            raise
         raise InputError(f"{path} is no CSV table with a header row ({problem}); make it again") from None
     for place, name in enumerate(header, 1):
         if not name.strip():

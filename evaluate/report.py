@@ -596,7 +596,7 @@ def main():
 
 # ------------------------------------------------------------------------------------------ shared by scripts
 # --- begin copy: files ---
-class InputError(ValueError):
+class InputError(Exception):
     """A mistake in the user's files; the text is the sentence to print."""
 
 
@@ -616,8 +616,6 @@ def read_csv(path, columns=(), dtype=str):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path") from None
     except (OSError, ValueError, csv.Error) as problem:           # pandas' errors are ValueErrors
-        if isinstance(problem, InputError):
-            raise
         raise InputError(f"{path} is no CSV table with a header row ({problem}); make it again") from None
     for place, name in enumerate(header, 1):
         if not name.strip():
