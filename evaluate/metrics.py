@@ -268,10 +268,10 @@ def drawn_auc(weights, positives, negatives):
     triangle of ones are faster than np.cumsum.
     """
     drawn = weights[positives]
-    blocks = (negatives @ weights).reshape(-1, 32, weights.shape[1])
-    below = np.tri(32, dtype=np.float32) @ blocks
+    rows = negatives.shape[0]
+    below = np.tri(32, dtype=np.float32) @ (negatives @ weights).reshape(rows // 32, 32, -1)
     below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                      # of the blocks before
-    below = below.reshape(negatives.shape[0], -1)
+    below = below.reshape(rows, -1)
     ordered = np.einsum("ij,ij->j", drawn, below[:len(drawn)], dtype=np.float64)
     return ordered / (drawn.sum(0) * below[-1].astype(float))
 
