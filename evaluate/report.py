@@ -112,7 +112,8 @@ def mean_over_runs(frame, arms=None):
     cells.loc[cells.runs > 1, ENDS] = np.nan            # those are of single runs
     if arms is not None:
         arms = arms.assign(variant="corrected").set_index(KEY)
-        gap = (arms.value - cells.value.reindex(arms.index, fill_value=np.inf)).abs()
+        ours = cells.value.reindex(arms.index, fill_value=np.inf)
+        gap = (arms.value - ours).abs()
         for exp, dataset, *_ in gap.index[gap > 1e-5][:1]:
             raise InputError(f"arms.csv beside the verdicts has a mean of exp {exp} on {dataset} that "
                              "metrics.csv has not; run evaluate/compare.py on it and give its verdicts first")
@@ -386,7 +387,8 @@ def decision_figure(folder, exp, seeds, dataset, path):
     from sklearn.metrics import precision_recall_curve, roc_curve
     runs = [read_csv(file, ["path"]).set_index("path") for file in files]
     table = pd.concat(runs).filter(regex="^(true|prob)_").apply(pd.to_numeric, errors="coerce")
-    table = table.where((table >= 0) & (table <= 1)).groupby("path").mean()         # others are unknown
+    known = (table >= 0) & (table <= 1)
+    table = table.where(known).groupby("path").mean()
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []
     for label in table.filter(regex="^true_").columns.str.removeprefix("true_"):
