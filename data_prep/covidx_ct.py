@@ -47,9 +47,9 @@ def main():
     option("--seed", type=int, default=42, help="of the sample (%(default)s)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
-    lists = f"[!.]*_COVIDx_CT-{args.release}.txt*"                  # not macOS's ._*
+    lists = f"*_COVIDx_CT-{args.release}.txt*"
     home, tables = find(args.raw, lists).parent, {}
-    for path in sorted(home.glob(lists)):
+    for path in sorted(home.glob(f"[!.]{lists}")):                  # not macOS's ._*
         print("list:", path.name)
         lines = read_table(path, sep="\t", header=None)[0]                  # whole lines: there is no tab
         rows = lines.str.extract(r"^(?P<path>\S+) +(?P<number>[012])(?: +\d+){4}$")

@@ -78,7 +78,7 @@ def read_index(path):
 def part(indexes, dataset, splits):
     """Rows of some splits of a dataset, out of its index that has most of them, and that index's facts."""
     found = pd.DataFrame(columns=FACTS), {}
-    for name, rows, facts in reversed(indexes):
+    for name, rows, facts in reversed(indexes):                     # of two as long: the first
         chosen = rows[rows.split.isin(splits)]
         if name == dataset and len(chosen) >= len(found[0]):
             found = chosen, facts

@@ -95,7 +95,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     option = parser.add_argument
     option("--raw", type=Path, required=True, help="the file: SET.npz or SET_64.npz, SET being one of\n"
-           f"{', '.join(SETS)}")
+           + ", ".join(SETS))
     option("--out", type=Path, required=True, help="folder of the pack")
     option("--pretrain", default="", metavar="A,B", help="these splits alone, shuffled, as split pretrain")
     parser.error = fail                 # one sentence, like every other mistake
@@ -132,12 +132,12 @@ def main():
                 "sixteen_bit": 0, "sixteen_bit_below_4096": 0, "mean": mean / 255, "std": std / 255,
                 "stand_in": STAND_IN, "order": hashlib.sha256("".join(rows.path + "\n").encode()).hexdigest()}
         target.unlink(missing_ok=True)
-        os.replace(part, args.out / "images.npy")
+        part.replace(args.out / "images.npy")
         texts = {"index.csv": text, "index.json": json.dumps(facts, indent=1) + "\n", "manifest.csv": text,
                  "rejected.csv": "path,reason\n", "pack.json": json.dumps(pack, indent=1) + "\n"}
         for file, content in texts.items():
             part.write_text(content)
-            os.replace(part, args.out / file)
+            part.replace(args.out / file)
     except OSError as problem:
         fail(f"--out {args.out} cannot be written ({problem.strerror}); choose another")
     finally:

@@ -387,7 +387,7 @@ def decision_figure(folder, exp, seeds, dataset, path):
     from sklearn.metrics import precision_recall_curve, roc_curve
     runs = [read_csv(file, ["path"]).set_index("path") for file in files]
     table = pd.concat(runs).filter(regex="^(true|prob)_").apply(pd.to_numeric, errors="coerce")
-    known = (table >= 0) & (table <= 1)
+    known = (table >= 0) & (table <= 1)                         # others are unknown
     table = table.where(known).groupby("path").mean()
     figure, (roc, recalls, decision) = plt.subplots(1, 3, figsize=(12, 4))
     thresholds, benefits = np.linspace(.01, .6, 60), []

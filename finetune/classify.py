@@ -489,7 +489,7 @@ def patient_subset(rows, values, share, seed):
 
 def checkpoint_facts(config):
     """What a checkpoint of ours, named by `init`, says of its network and pixels."""
-    if config["init"] == "random":
+    if config["init"].partition(":")[0] in ("random", "timm", "torchvision"):
         return {}
     content = read_weights(config["init"], config["arch"])
     keys = "arch", "model_args", "in_chans", "img_size", "mean", "std"
