@@ -28,25 +28,25 @@ while [ $# -gt 0 ]; do
     *) usage "unknown option $1" ;;
   esac; shift
 done
-trap 'exit 75' TERM INT HUP                 # until there is a step to stop
-. tests/setup_env.sh
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || usage "$PYTHON has no torch"
-if [ "$gpus" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 
 study="" size=224 all=nih_test,vindr_test,padchest,chexpert_test,chexpert_valid
-if [ "$demo" ]; then                        # small networks: on CPUs two processes of one thread beat one of two
+if [ "$demo" ]; then
   study=/demo${scale:+-$scale} size=64 exp=${exp:-2.1,2.2,3.3,3.4,3.5} raw=${raw:-${data:-data$study}/raw}
-  if [ "$gpus" = 0 ] && [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ]; then nproc=${nproc:-2}; fi
 elif [ "$open" ]; then
   study=/open exp=${exp:-2.1,2.2,3.1,3.2,3.5,3.6} all=nih_test,pneumonia_test
 fi
 [[ ($demo || ! $scale) && ($plan || ! $rates) && $demo$open$plan != 11* ]] ||
   usage "--scale goes with --demo, --rates with --plan; --demo, --open and --plan exclude each other"
-raw=${raw:-raw} data=${data:-data$study} tests=${tests:-$all} nproc=${nproc:-$(( gpus > 1 ? gpus : 1 ))}
+raw=${raw:-raw} data=${data:-data$study} tests=${tests:-$all}
 out=${out:+${out%/}/} results="${out}results$study" runs="$out${study:+results$study/}runs"
 for test in ${tests//,/ }; do [[ ,$all, = *",$test,"* ]] || usage "--tests has no $test, only $all"; done
 [[ $only =~ ^(data|pretrain|rows|results)?$ ]] || usage "--only is $only, not data, pretrain, rows or results"
-[ "$nproc" -ge 1 ] 2>/dev/null || usage "--nproc is $nproc, not a number of processes"
+[ "${nproc:-1}" -ge 1 ] 2>/dev/null || usage "--nproc is $nproc, not a number of processes"
+trap 'exit 75' TERM INT HUP                 # until there is a step to stop
+. tests/setup_env.sh
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || usage "$PYTHON has no torch"
+if [ "$gpus" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
+nproc=${nproc:-$(( gpus > 1 ? gpus : demo > gpus ? 2 : 1 ))}    # small networks on CPUs: two processes of one thread beat one of two
 [ -z "$plan" ] || exec "$PYTHON" evaluate/plan.py --data "$data" ${exp:+--exp "$exp"} ${rates:+--rates "$rates"}
 train=("$PYTHON"); [ "$nproc" = 1 ] || train+=(-m torch.distributed.run --standalone "--nproc_per_node=$nproc")
 rows=$("$PYTHON" evaluate/plan.py --list --exp "${exp:-[0-9]*}" ${demo:+--miniature})   # exp strategy data parent seeds

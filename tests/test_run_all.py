@@ -16,12 +16,12 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, fork_script
 from PIL import Image
 
 META = ["path", "patient", "study", "split", "view", "sex", "age", "race"]
 EXP, PLACE, DATA = "3.4", "results/demo-0.1", "data/demo-0.1"       # it needs the weights of c.0
-ENV = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,10 @@ def project(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("run_all.sh", "experiments.yaml", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
+    # a python that says at once how many GPUs there are: 0
+    ENV["PYTHON"] = str(folder / "python")
+    (folder / "python").write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec echo 0\nexec {sys.executable} "$@"\n')
+    (folder / "python").chmod(0o755)
     # the miniature's miniature
     text = (folder / "experiments.yaml").read_text()
     text, n = re.subn(r"(samples: 0, batch: 16, epochs: )\d+", r"\g<1>2", text)
@@ -57,7 +61,7 @@ def state(project):
 @pytest.fixture(scope="module")
 def demo(project):
     """One arm on a tenth of the stand-ins."""
-    result = run_all(project, "--demo", "--scale", 0.1, "--exp", EXP)
+    result = run_all(project, "--demo", "--scale", 0.1, "--exp", EXP, env={**ENV, "PYTHON": sys.executable})
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 
@@ -151,14 +155,14 @@ def test_prediction_and_metric_contracts(project, demo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", [os.kill, os.killpg])          # the script alone, or as SLURM does
-def test_sigterm_lets_the_step_save_and_the_same_command_goes_on(project, demo, kill):
+@pytest.mark.parametrize("kill, only", [(os.kill, "rows"), (os.killpg, "pretrain")])     # as SLURM does
+def test_sigterm_lets_the_step_save_and_the_same_command_goes_on(project, demo, kill, only):
     out = f"stop#ped {kill.__name__}'s"
-    command = ["bash", "run_all.sh", "--demo", "--scale", "0.1", "--exp", "3.3",
-               "--out", out, "--tests", "nih_test", "--nproc", "1"]
+    command = ["bash", "run_all.sh", "--demo", "--scale", "0.1", "--exp", "3.3", "--data", DATA,
+               "--out", out, "--tests", "nih_test", "--nproc", "1", "--only", only]
     rows = project / "experiments.yaml"
     text, times = rows.read_text(), rows.stat()
-    rows.write_text(text.replace("batch: 16, epochs: 2", "batch: 16, epochs: 20"))
+    rows.write_text(text.replace("batch: 16, epochs: 2", "batch: 16, epochs: 8"))
     try:
         with open(project / f"{out}.txt", "w") as output:
             chain = subprocess.Popen(command, cwd=project, stdout=output, stderr=output, env=ENV,
@@ -179,7 +183,7 @@ def test_sigterm_lets_the_step_save_and_the_same_command_goes_on(project, demo, 
     assert again.returncode == 0, again.stderr
     assert int(re.search(r"steps (\d+) to", log.read_text())[1]) > 0            # not from the beginning
     tested = {path.name for path in (project / out).rglob("predictions/*/*.csv")}
-    assert tested == {"nih_val.csv", "nih_test.csv"}
+    assert tested == ({"nih_val.csv", "nih_test.csv"} if only == "rows" else set())
 
 
 @pytest.mark.slow
@@ -244,32 +248,27 @@ def test_a_slurm_job_has_the_python_of_its_submission_and_all_its_cpus(project, 
 @pytest.mark.slow
 def test_two_nodes_are_two_launchers_that_meet(project, demo):
     """An arm on two torchrun agents of this machine, as on two nodes: what one process writes."""
-    def run(command, nodes):
+    def on_two(*command):
         port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=1",
-                    "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=study",
-                    "--local_addr=127.0.0.1"]
-        running = [subprocess.Popen([sys.executable, *(launcher if nodes > 1 else []), *command,
-                                     "--device", "cpu"], cwd=project, env=ENV, text=True,
-                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(nodes)]
+        launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+                    f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=study", "--local_addr=127.0.0.1"]
+        running = [subprocess.Popen([sys.executable, *launcher, *command], cwd=project, env=ENV, text=True,
+                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
         said = [node.communicate(timeout=120)[0] for node in running]
-        assert [node.returncode for node in running] == [0] * nodes, said
-        return "".join(said)
+        assert [node.returncode for node in running] == [0, 0] and "on 2 x cpu" in "".join(said), said
 
-    row = ["--exp", "3.3", "--miniature", "true", "--data", DATA]
-    for nodes in (1, 2):
-        out = f"on{nodes}"
-        said = run(["pretrain/gmml.py", *row, "--steps", "6", "--out", f"{out}/pretrain"], nodes)
-        assert nodes == 1 or "on 2 x cpu" in said
-        run(["finetune/classify.py", *row, "--seeds", "0", "--steps", "4", "--out", f"{out}/finetune",
-             "--init", f"{out}/pretrain/backbone.pt"], nodes)
-        run(["evaluate/predict.py", "--checkpoint", f"{out}/finetune/seed0/classifier.pt", "--manifest",
-             f"{DATA}/nih/manifest.csv", "--batch", "8", "--out", f"{out}/nih_test.csv"], nodes)
+    def on_one(*command):
+        done = fork_script(*command, "--experiments", project / "experiments.yaml", cwd=project)
+        assert done.returncode == 0, done.stderr
+
+    row = ["--exp", "3.3", "--miniature", "true", "--data", DATA, "--device", "cpu"]
+    for out, run in (("on1", on_one), ("on2", on_two)):
+        run("pretrain/gmml.py", *row, "--steps", "6", "--out", f"{out}/pretrain")
+        run("finetune/classify.py", *row, "--seeds", "0", "--steps", "4", "--out", f"{out}/finetune",
+            "--init", f"{out}/pretrain/backbone.pt")
     for name in ("pretrain/backbone.pt", "finetune/seed0/classifier.pt"):
-        one, two = (torch.load(project / f"on{nodes}" / name, weights_only=True)["model"] for nodes in (1, 2))
+        one, two = (torch.load(project / out / name, weights_only=True)["model"] for out in ("on1", "on2"))
         assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5, name
-    one, two = (pd.read_csv(project / f"on{nodes}/nih_test.csv").filter(like="prob_") for nodes in (1, 2))
-    assert len(one) > 20 and one.std().min() > 0 and np.allclose(one, two, rtol=0, atol=1e-5)
 
 
 def test_dry_run_prints_commands_and_runs_nothing(project):
