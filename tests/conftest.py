@@ -178,5 +178,6 @@ def shared():
 
 
 def pytest_collection_modifyitems(items):
-    """The file that takes longest goes first: on several cores the last file to end is waited for."""
-    items.sort(key=lambda item: item.path.name != "test_run_all.py")
+    """The files that take longest go first: on several cores the last file to end is waited for."""
+    longest = ["test_run_all.py", "test_training.py", "test_emulated_gpu.py", "test_gpu_bench.py"]
+    items.sort(key=lambda item: (longest + [item.path.name]).index(item.path.name))
