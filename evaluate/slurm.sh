@@ -27,12 +27,12 @@ declare -A job
 data=$(sbatch --parsable --job-name=data "$@" job.sh --only data)       # with several clusters: number;name
 END
 rows=0
-while read -r name _ _ parent seeds; do
+while IFS=$'\t' read -r name _ _ parent seeds; do
   after='${data%;*}' part=rows
-  [ "$parent" = - ] || after+=":\${job[$parent]%;*}"
+  [ "$parent" = - ] || after+=":\${job[${parent@Q}]%;*}"
   [ "$seeds" != - ] || part=pretrain                            # a parent that was not asked for
-  options="--parsable --job-name=$name --kill-on-invalid-dep=yes --dependency=afterok:$after"
-  echo "job[$name]=\$(sbatch $options \"\$@\" job.sh --only $part --exp $name)" >&3
+  options="--parsable --job-name=${name@Q} --kill-on-invalid-dep=yes --dependency=afterok:$after"
+  echo "job[${name@Q}]=\$(sbatch $options \"\$@\" job.sh --only $part --exp ${name@Q})" >&3
   rows=$(( rows + 1 ))
 done
 echo 'after=afterok$(printf ":%s" "${job[@]%;*}")' >&3

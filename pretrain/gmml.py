@@ -1058,7 +1058,8 @@ def log_line(out, rank, left, **values):
     stop_if_nan([values["loss"]], values["step"], out)
     if rank == 0:
         for name, value in values.items():
-            print(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}", end="  ")
+            if not name.startswith("val_auc_"):                             # of a label: in the file alone
+                print(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}", end="  ")
         print(f"eta {timedelta(seconds=int(left))}", flush=True)
         with or_fail(f"write {out}/log.jsonl"), open(f"{out}/log.jsonl", "a") as log:
             log.write(json.dumps({**values, "time": time.time()}) + "\n")

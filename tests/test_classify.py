@@ -428,13 +428,15 @@ def test_few_and_ignored_labels_train_in_the_order_asked_for(pack, tmp_path, mon
 # Views
 
 @pytest.mark.parametrize("text", ['"Mass, left",Épanchement', '["Mass, left", "Épanchement"]'])
-def test_a_label_may_have_commas_and_any_letters(pack, tmp_path, monkeypatch, text):
+def test_a_label_may_have_commas_and_any_letters(pack, tmp_path, monkeypatch, capsys, text):
     table = pd.read_csv(pack)
     odd = changed_pack(pack, tmp_path / "odd", **{"Mass, left": table["B"], "Épanchement": table["A"]})
     run(monkeypatch, "--train", odd, "--out", tmp_path, *SMALL, "--batch", 12, "--epochs", 1, "--seeds", 0,
         "--label_names", text)
     assert load(tmp_path / "seed0/classifier.pt")["labels"] == ["Mass, left", "Épanchement"]
     assert {"val_auc_Mass, left", "val_auc_Épanchement"} < log_of(tmp_path / "seed0")[0].keys()
+    said = capsys.readouterr().out
+    assert "val_auc 0." in said and "val_auc_" not in said and max(map(len, said.splitlines()[1:])) < 200     # a line for people
 
 
 def test_validation_view_is_pillows_resize_and_centre_crop(pack):

@@ -5,6 +5,7 @@ run once."""
 import contextlib
 import io
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,12 @@ TINY = {
 }
 LABELS = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
           "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
+
+
+def test_every_row_has_a_key_of_its_own():
+    """Of two equal keys YAML takes the last without a word."""
+    keys = re.findall(r'^"?([^\s"]+)"?:', (ROOT / "experiments.yaml").read_text(), re.M)
+    assert len(keys) == len(set(keys)) == len(TABLE) > 60
 
 
 def whole(exp, section):

@@ -282,15 +282,23 @@ def test_dry_run_prints_commands_and_runs_nothing(project):
     assert len(packing) == 1
 
 
-def test_the_name_of_a_row_may_hold_blanks(project):
+def test_the_name_of_a_row_may_hold_blanks(project, tmp_path):
     rows = project / "experiments.yaml"
     text, times = rows.read_text(), rows.stat()
-    rows.write_text(text + '"my row": {init: "exp:3.3"}\n')
+    rows.write_text(text + '"my row": {init: "exp:3.3", pretrain: {strategy: gmml}}\n"its child": {init: "exp:my row"}\n')
     lines = run_all(project, "--exp", "my row", "--only", "rows", "--dry-run").stdout.splitlines()
+    made = run_all(project, "--exp", "its child", "--slurm", tmp_path / "jobs")
     rows.write_text(text)
     os.utime(rows, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert [re.search(r"(\w+)\.py", line)[1] for line in lines] == ["gmml", "classify", "predict"]
+    assert [re.search(r"(\w+)\.py", line)[1] for line in lines] == ["gmml", "gmml", "classify", "predict"]
     assert "--exp my\\ row " in lines[1] and "--init runs/3.3/pretrain/backbone.pt" in lines[1]
+    assert made.returncode == 0, made.stderr
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nprintf "%s|" "$@" >&2\necho >&2\necho 7\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    env = {**ENV, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    jobs = subprocess.run(["bash", tmp_path / "jobs/submit.sh"], env=env, capture_output=True, text=True)
+    assert jobs.returncode == 0, jobs.stderr
+    assert "--job-name=its child|--kill-on-invalid-dep=yes|--dependency=afterok:7:7|job.sh|--only|rows|--exp|its child|" in jobs.stderr
 
 
 def test_results_alone_name_every_pack_that_the_rows_read(project):
