@@ -1,6 +1,6 @@
 """PadChest -> index.csv: the study's 1,861 manually reviewed PA and AP radiographs of archive 0, a test set.
 
-Bustos et al., arXiv:1901.07441. Registration with BIMCV, research use, no redistribution. 1 TB in 54
+Bustos et al., arXiv:1901.07441. Registration with BIMCV, research use, no redistribution. 1 TB in 55
 archives, of which the study needs 0.zip (some tens of GB) and the table:
     https://bimcv.cipf.es/bimcv-projects/padchest  ->  unzip 0.zip -d raw/padchest/0
 

@@ -63,7 +63,7 @@ def standin_weights(folder):
 
     vit = state("vit_small_patch16_224")
     torch.save(vit, folder / "vit_small_patch16_224.pth")
-    torch.save(vit, folder / "vit_base_patch16_224.pth")
+    torch.save(vit, folder / "vit_base_patch16_224.augreg_in21k_ft_in1k.pth")
     torch.save(vit, folder / "deit_small_patch16_224.fb_in1k.pth")
     torch.save({"teacher": {f"module.backbone.{k}": v for k, v in vit.items()}},
                folder / "SiT_Small_ImageNet.pth")

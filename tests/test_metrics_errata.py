@@ -67,7 +67,7 @@ def test_an_arm_without_one_of_its_runs():
 
 @pytest.mark.parametrize(
     "key, number, exp, place",
-    [("E2", 2, "1.2", 0), ("E3", 2, "1.1", 1), ("E4", 5, "3.1", None), ("E5", 5, "3.2", 1)],
+    [("E2", 2, "1.2", 0), ("E3", 2, "1.1", 1), ("C13", 5, "3.1", None), ("C14", 5, "3.2", 1)],
 )
 def test_means_and_spreads(key, number, exp, place):
     printed = table(number).query("exp == @exp").iloc[0]
@@ -211,6 +211,23 @@ def test_shares_of_women_and_atelectasis_from_the_metadata(shared):
         f"{(mentions > 0).sum()} of" in ERRATA.how["E14"]
         and f"; {mentions.sum():.0f} are" in ERRATA.how["E14"]
     )
+
+
+def test_women_of_table_10_and_boxes_of_nih_from_the_metadata(shared):
+    valid = pd.read_csv(shared / "fixtures/chexpert/valid.csv")
+    races = pd.read_csv(shared / "fixtures/chexpert/valid_metadata.csv")
+    for rows in (valid, races):
+        rows["patient"] = rows.Path.str.extract(r"(patient\d+)")[0]
+    race = valid.patient.map(races.groupby("patient").race.first()).fillna("")
+    images, patients = [], []
+    for group in ("", "White", "Black", "Asian"):
+        women = valid[race.str.contains(group)].set_index("patient").Sex == "Female"
+        images.append(f"{100 * women.mean():.0f}")
+        patients.append(f"{100 * women.groupby('patient').first().mean():.1f}")
+    assert re.findall(r"\d+", ERRATA.printed["E4"]) == images
+    assert re.findall(r"\d+\.\d", ERRATA.found["E4"]) == patients
+    boxes = pd.read_csv(shared / "fixtures/nih/BBox_List_2017.csv.gz")
+    assert ERRATA.found["E5"] == f"{len(boxes)} boxes on {boxes['Image Index'].nunique()} images"
 
 
 def test_quotations_are_the_papers(shared):
