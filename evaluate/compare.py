@@ -43,7 +43,8 @@ from scipy.special import nctdtrinc, stdtr, stdtrit
 
 REPORTED = Path(__file__).resolve().parent / "reported"
 SAW_TEST = re.compile(r"(3\.[12]b?|0\.1\.[567]b?|c\.8\.[567][ab])(-ensemble)?")      # as in report.yaml
-SAW_REMARK = "an arm may have seen NIH test images in pre-training, unlabelled (3.1, 3.2: 22,772 of 25,596)"
+SAW_REMARK = ("an arm saw NIH test images in pre-training, without labels (3.1 and 3.2 22,772 of 25,596; whether "
+              "the paper's 0.1.5-0.1.7 did is unknown)")
 FOUR_LABELS = "Atelectasis Cardiomegaly Consolidation Effusion".split()
 TESTS = "greater every not_every no_gain highest lowest no_winner most".split()
 KEY = ["labels", "metric", "label", "threshold"]

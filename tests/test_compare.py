@@ -429,7 +429,7 @@ def test_the_remark_on_seen_test_images_is_not_cut_off_and_its_arms_are_those_of
     assert compare.SAW_TEST.fullmatch("3.2-ensemble")
     arms = world(**{"3.1": (0.84, 0.84), "z": (0.82, 0.82)})
     row = verdict(arms, "every", "p|q|r|s|t|3.1", "z", sets="nih_test").loc["nih_test"]
-    assert row.remark.startswith("an arm may have seen NIH test images") and "no 5 auc_mean of p" in row.remark
+    assert row.remark.startswith("an arm saw NIH test images") and "no 5 auc_mean of p" in row.remark
 
 
 @pytest.mark.parametrize("testset, labels", [("chexpert_test", 5), ("vindr_test", 4)])
