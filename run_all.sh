@@ -7,7 +7,7 @@
 #   bash run_all.sh                      every row of the study (--exp '*': and the controls), resumable, over days
 #
 #   --raw DIR     raw downloads, a folder a dataset (raw)       --data DIR   packed data (data)
-#   --out DIR     where runs/ and results/ go (.)               --nproc N    processes of a training (the GPUs here)
+#   --out DIR     where runs/ and results/ go (.)               --nproc N    processes of a training (GPUs; demo: 2)
 #   --tests LIST  test sets, as nih_test,vindr_test (all)       --only PART  data, pretrain, rows (with it) or results
 #   --dry-run     print the commands, run nothing               --plan       cost and inputs of every row
 #   --rates FILE  for --plan: measured rates, a gpu.json        --slurm DIR  write job.sh and submit.sh there

@@ -8,8 +8,8 @@ Percentages and ages are over images, as in the study, also where it says "of pa
 Reads   index.csv files (or a pack's manifest.csv) with index.json beside them, evaluate/reported/*.csv, packs
 Writes  distributions.csv; figure1.png and figure1.svg if packs are given (images of MIMIC-CXR and VinDr-CXR
         must not be passed on); overlap.csv, a line a shared image, and overlaps.csv, a line a pair of packs
---check exits with 1 if an index misses its counts or a patient is in two splits. --overlap compares the
-first pack with the others, or all with --against. Equal: every pixel; near: thumbnails correlate by NEAR."""
+--check exits with 1 if an index misses its counts or a patient is in two splits (not OCT, CT). --overlap: the
+first pack against the others, or all with --against. Equal: every pixel; near: correlated by 0.995."""
 
 import argparse
 import hashlib
@@ -123,7 +123,7 @@ def compare(indexes):
             cell["agrees"] = "yes" if cell["printed"] == computed else "no"
         if cell["agrees"] == "yes":
             cell["why"] = ""
-    columns = "table part quantity group printed computed numerator denominator agrees why".split()
+    columns = "table part quantity group printed computed why numerator denominator agrees".split()
     return pd.DataFrame(cells, columns=columns, dtype=object)
 
 
@@ -162,7 +162,7 @@ def audit(indexes, out, check):
     cells.to_csv(out / "distributions.csv", index=False)
     printed = cells[cells.printed != ""]
     summary = pd.crosstab(printed.table, printed.agrees).rename(columns={"": "not computable"})
-    for table in (summary, cells[cells.agrees == "no"], sides):
+    for table in (summary, cells.loc[cells.agrees == "no", "table":"why"], sides):
         print(table.to_string(), end="\n\n")
     missed = misses(indexes)
     for dataset, n, _ in sides.itertuples(index=False):

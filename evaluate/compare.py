@@ -12,13 +12,13 @@ runs dominate; that of a single run is over patients.
 Reads   metrics.csv, draws.npz beside it and claims.csv; or reported/raw_runs_auc.csv and printed.csv
 Writes  verdicts.csv     a row per claim and test set, and one over all: verdict, the deciding comparison
         arms.csv         a row per arm and metric: mean, sd, interval, standard errors over runs and patients
-        comparisons.csv  a row per pair of arms and AUC; p_holm: adjusted over all pairs
-        detectable.csv   a row per test set: the smallest difference detected with 80 % power
+        comparisons.csv  a row per pair of arms and AUC; p_holm: over the pairs of one
+        detectable.csv   a row per test set, labels: the smallest difference detected with 80 % power
         two_arms.csv     with --arms, instead: a row per metric of both
 
 Claims: test, metric, test sets (blank-separated), left and right arms (separated by "|"), margin.
     greater, every   left > right everywhere         not_every  left clearly less somewhere
-    highest, lowest  left beats each right arm       most       left > right in more than half of the arms
+    highest, lowest  left above, below each right    most       left > right in more than half of the arms
     no_gain          left - right below the margin   no_winner  no arm beats all others on every test set
 Operands: arm 3.4, label 3.4:Edema, test set 3.4@nih_test, difference 2.2-2.1, offset 3.4:Edema+0.20, random
 referral 3.4:random, always_negative, sd over runs sd(ood). Metric auc_mean (5), auc_mean14, auc_meanall: the
@@ -43,13 +43,14 @@ from scipy.special import nctdtrinc, stdtr, stdtrit
 
 REPORTED = Path(__file__).resolve().parent / "reported"
 SAW_TEST = re.compile(r"(3\.[12]b?|0\.1\.[567]b?|c\.8\.[567][ab])(-ensemble)?")      # as in report.yaml
-SAW_REMARK = ("an arm saw NIH test images in pre-training, without labels (3.1 and 3.2 22,772 of 25,596; whether "
-              "the paper's 0.1.5-0.1.7 did is unknown)")
+SAW_REMARK = ("an arm saw NIH test images in pre-training, without labels (3.1 and 3.2 22,772 of 25,596; "
+              "whether the paper's 0.1.5-0.1.7 did is unknown)")
 FOUR_LABELS = "Atelectasis Cardiomegaly Consolidation Effusion".split()
 TESTS = "greater every not_every no_gain highest lowest no_winner most".split()
 KEY = ["labels", "metric", "label", "threshold"]
 ENDS = ["ci_low", "ci_high"]
 INTERVAL = ["effect", *ENDS, "p"]
+SHOWN = ["id", "statement", "verdict", "effect", *ENDS, "p_holm", "source"]         # on the terminal
 CLAIM = "id family place ours statement test metric testsets left right margin".split()
 VERDICT = """id family place ours statement test metric testset left right margin verdict effect ci_low
     ci_high p p_holm decided_by rank source remark""".split()
@@ -485,13 +486,15 @@ def main():
             tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": together,
                       "detectable": detectable(pairs[0], sizes)}
             last = decided.drop_duplicates("id", keep="last")                    # over all test sets
-            shown = last[["id", "statement", "verdict", "effect", *ENDS, "p_holm", "source"]]
+            shown = last.loc[last["verdict"] != "not run", SHOWN]
+            print(f"{len(shown)} of {len(last)} claims are about arms with numbers")
         for name, table in tables.items() if args.out else ():
             text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
             write(args.out / f"{name}.csv", lambda file: file.write(text))
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
-        print(shown.to_string(index=False, float_format="{:z.4f}".format, na_rep="", max_colwidth=60,
-                              formatters={"p": show_p, "p_holm": show_p}))
+        if len(shown):
+            print(shown.to_string(index=False, float_format="{:z.4f}".format, na_rep="", max_colwidth=60,
+                                  formatters={"p": show_p, "p_holm": show_p}))
         if args.out:
             print(f"wrote {', '.join(tables)} (.csv) to {args.out}")
     except InputError as mistake:

@@ -74,7 +74,7 @@ def options():
     what("--images", help="folder of image files of any kind that pack.py reads")
     what("--set", action="append", type=named_set,
          help="NAME=MANIFEST[:SPLIT]; may be repeated, --out is then the folder of <NAME>.csv")
-    add("--split", default="test", help="splits, comma-separated, or all (without a column split) [test]")
+    add("--split", default="test", help="splits, comma-separated, or all; no column split: all rows [test]")
     add("--out", required=True, help="the .csv to write; {seed} in it becomes that of the checkpoint")
     add("--mask", action="store_true", help="leave true_<label> of -1 and blank cells blank; else it is 0")
     add("--test-crops", type=int, choices=[1, 10], default=1, help="views averaged an image [1]")

@@ -572,7 +572,7 @@ def write_tables(tables, folder):
             for kind, text in (("csv", frame.to_csv(index=False)), ("tex", latex)):
                 write(folder / f"{name}.{kind}", lambda file: file.write(text.encode()))
             if spec["number"] == "2":
-                print(frame.to_string(index=False))
+                print(spec["title"], frame.to_string(index=False), sep="\n")
 
 
 def main():

@@ -1,6 +1,6 @@
 """Fine-tuning: a network from any initialisation learns the labels of radiographs by a recipe of the study.
 
-The loss is the binary cross-entropy of the known labels; the epoch that is best on the validation images is
+The loss is the binary cross-entropy of the labels; the epoch that is best on the validation images is
 kept. Recipes a and b: Ma et al., "Benchmarking and boosting transformers for medical image classification",
 2022; deit: Marikkar et al., "LT-ViT", 2023; resnet: Hosseinzadeh Taher et al., DART 2021.
 
@@ -50,7 +50,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     labels=1.0,                     # share of the training patients of each finding whose labels are used
     uncertain="zeros",              # zeros | ones | ignore; what -1 in a label column counts as
     blank="zero",                   # zero | ignore; what a blank label cell counts as
-    pos_weight=None,                # of positives in training, not in val_loss: one, one a label or balanced
+    pos_weight=None,                # of positives in training, not val_loss: a number, one a label, balanced
     recipe="deit",                  # a | b | deit | resnet; deit: these defaults, others change some of them
     optimizer="adamw",              # adamw | adam | sgd; sgd has Nesterov's momentum, 0.9
     lr=6.25e-5,                     # peak of the learning rate, whatever the batch
@@ -85,7 +85,7 @@ FLAGS = dict(                       # of the command line only, not of a row
     steps=0,                        # stop each seed after so many steps of the schedule; 0: all
     resume="auto",                  # auto | never; auto: resume from last.pt if there is one
     micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # steps between two lines of the log; 0: only one at the end
+    log_steps=50,                   # steps between two lines of the log; 0: only those of validation
     save_minutes=10.0,              # minutes between two writes of last.pt
     compile=False,                  # torch.compile the network; the first step takes minutes
     probe=False,                    # instead of fine-tuning, a linear probe of the frozen backbone
@@ -266,7 +266,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
     steps_an_epoch = len(chosen) // batch if batch else 0
     n_steps = config["epochs"] * steps_an_epoch
     if batch % world_size or not n_steps:
-        fail(f"--batch {batch}: give at most the {len(chosen)} images, a multiple of the processes, "
+        fail(f"--batch {batch} has to be at most the {len(chosen)} images and a multiple of the processes, "
              f"{world_size}; --epochs at least 1")
     last_step = min(n_steps, args.steps or n_steps)
 
@@ -444,7 +444,7 @@ def open_labelled(what, manifest, split, config, rank, device):
     _, certain = read_labels(manifest, rows, names, "ignore", "ignore")
     n_guessed = (known > certain).sum()
     if rank == 0 and n_guessed:
-        print(f"note: {n_guessed:,} uncertain or blank {what} labels count, as --uncertain and --blank say")
+        print(f"note: {n_guessed:,} uncertain or blank {what} labels count as 0 or 1 (--uncertain, --blank)")
     columns = zip(names, values.T, known.T)
     one_class = ", ".join(name for name, x, seen in columns if len(x[seen > 0].unique()) < 2)
     if rank == 0 and one_class:

@@ -57,7 +57,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     drop_path=0.1,                  # stochastic depth of the last block, linear from 0
     seed=0,                         # of all random numbers
     variant="corrected",            # corrected | paper; the same in this script, only stored with the weights
-    drop=0.75,                      # noise covers a fraction U(min(0.5, drop), drop) of it; at most 0.85
+    drop=0.75,                      # noise covers a share U(min(0.5, drop), drop) of an image; at most 0.85
     replace=0.3,                    # in half of the images (drop 0: all) another covers this share; 0: none
     align=1,                        # blocks begin and end at multiples of this many pixels
     recon_blocks=None,              # numbers of the blocks whose mean is decoded; none: 6, 8, 10, 12 of 12
@@ -334,7 +334,7 @@ def train(config, args, rank, world_size, device):
     steps_an_epoch = n_images // batch if batch else 0
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     if batch % world_size or not n_steps:
-        fail(f"--batch {batch}: give at most the {n_images} images, a multiple of the processes, "
+        fail(f"--batch {batch} has to be at most the {n_images} images and a multiple of the processes, "
              f"{world_size}; --epochs at least 1")
     if not 0 < max(config["drop"], config["replace"]) <= 0.85:
         fail(f"--drop {config['drop']} and --replace {config['replace']}: give shares up to 0.85, not both 0")

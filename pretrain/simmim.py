@@ -286,7 +286,7 @@ def train(config, args, rank, world_size, device):
     steps_an_epoch = n_images // batch if batch else 0
     n_steps = config["epochs"] * steps_an_epoch
     if batch % world_size or not n_steps:
-        fail(f"--batch {batch}: give at most the {n_images} images, a multiple of the processes, "
+        fail(f"--batch {batch} has to be at most the {n_images} images and a multiple of the processes, "
              f"{world_size}; --epochs at least 1")
     last_step = min(n_steps, args.steps or n_steps)
 

@@ -386,7 +386,7 @@ def train(config, args, rank, world_size, device):
     steps_an_epoch = n_images // batch if batch else 0
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     if batch % world_size or not n_steps:
-        fail(f"--batch {batch}: give at most the {n_images} images, a multiple of the processes, "
+        fail(f"--batch {batch} has to be at most the {n_images} images and a multiple of the processes, "
              f"{world_size}; --epochs at least 1")
     if not 0 < max(config["drop"], config["replace"]) <= 0.85:
         fail(f"--drop {config['drop']} and --replace {config['replace']}: give shares up to 0.85, not both 0")

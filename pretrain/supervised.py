@@ -7,7 +7,7 @@ the optimiser is that of its self-supervised arms, the augmentation that of its 
 
     torchrun --nproc_per_node=4 pretrain/supervised.py --exp 2.4      one row of experiments.yaml on 4 GPUs
     python pretrain/supervised.py --manifest my/manifest.csv --split all --out my/run    your own images
-    python pretrain/supervised.py --dataset imagenet --split train --arch resnet50 --in_chans 3
+    python pretrain/supervised.py --dataset imagenet --arch resnet50 --in_chans 3
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl.
@@ -47,7 +47,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="mimic_cxr",            # folder below --data with manifest.csv and images.npy
     samples=0,                      # use only this many images, the first of the split; 0: all
-    task="auto",                    # auto | multilabel | classes; auto: classes if each row has exactly one
+    task="auto",                    # auto | multilabel | classes; auto: classes in a column or one 1 a row
     epochs=1000,                    # passes over the images
     warmup_epochs=10,               # epochs of linear warm-up of the learning rate from 0
     batch=256,                      # images per optimiser step, all processes together
@@ -76,7 +76,7 @@ FLAGS = dict(                       # of the command line only, not of a row
     steps=0,                        # stop after this many steps of the schedule; 0: all steps
     resume="auto",                  # auto | never; auto: resume from last.pt if there is one
     micro_batch=0,                  # images per pass and process, gradients accumulate; 0: all at once
-    log_steps=50,                   # steps between two lines of the log; 0: only one at the end
+    log_steps=50,                   # steps between two lines of the log; 0: only validation's and the last
     save_minutes=10.0,              # minutes between two writes of last.pt
     compile=False,                  # torch.compile the network; the first step takes minutes
 )
@@ -271,7 +271,7 @@ def train(config, args, rank, world_size, device):
     steps_an_epoch = n_images // batch if batch else 0
     n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
     if batch % world_size or not n_steps:
-        fail(f"--batch {batch}: give at most the {n_images} images, a multiple of the processes, "
+        fail(f"--batch {batch} has to be at most the {n_images} images and a multiple of the processes, "
              f"{world_size}; --epochs at least 1")
     last_step = min(n_steps, args.steps or n_steps)
 

@@ -828,7 +828,7 @@ def test_a_batch_that_processes_or_images_do_not_allow_is_refused(pack, tmp_path
     assert "at most the 24 images" in mistake(monkeypatch, capsys, *flags, 25)
     assert "multiple" in mistake(monkeypatch, capsys, *flags, 0)
     monkeypatch.setattr(classify, "init_processes", lambda device: (0, 2, torch.device("cpu")))
-    assert "--batch 9: give at most the 24 images, a multiple of the processes, 2" in mistake(monkeypatch, capsys, *flags, 9)
+    assert "--batch 9 has to be at most the 24 images and a multiple of the processes, 2" in mistake(monkeypatch, capsys, *flags, 9)
     assert not (tmp_path / "seed0").exists()
 
 
