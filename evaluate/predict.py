@@ -259,10 +259,11 @@ def main():
     args, rejected = options(), 0
     if args.batch < 1:
         fail("--batch has to be 1 or more")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(args.device or ("cuda" if torch.cuda.device_count() else "cpu"))
     with or_fail(f"use {device} in {WORLD_SIZE} processes"):
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
         if WORLD_SIZE > 1:
             dist.init_process_group("gloo", timeout=timedelta(days=7))      # --images: one packs, others wait
     torch.backends.cudnn.allow_tf32 = False                                 # scores are not rounded to TF32
@@ -332,6 +333,13 @@ def read_manifest(manifest, split="all", samples=0):
 # --- end copy: manifest ---
 
 
+# --- begin copy: send ---
+def send(x, device):
+    """A tensor on the device; from pinned memory, as another copy waits until a GPU has done all before."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+# --- end copy: send ---
+
+
 # --- begin copy: images ---
 def open_images(manifest, paths, in_chans, device):
     """A function from places among the paths, int64 [B], to images, uint8 [B, C, H, W] on the device.
@@ -381,7 +389,7 @@ def open_images(manifest, paths, in_chans, device):
         numbers = np.array([number_of[path] for path in paths])
     packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)
     numbers_of = lambda places: numbers[np.asarray(places)]                 # places: array or tensor
-    read_all = lambda places: torch.from_numpy(packed[numbers_of(places)]).to(device, non_blocking=True)
+    read_all = lambda places: send(torch.from_numpy(packed[numbers_of(places)]), device)
     n_bytes = len(numbers) * packed[0].size
     if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:
         return read_all

@@ -13,6 +13,7 @@ cat > "$folder/job.sh" <<END
 #SBATCH --requeue --open-mode=append --signal=TERM@600 --output=%x-%j.log     # ten minutes to save
 cd ${PWD@Q}
 export PYTHON=${python@Q} SRUN_CPUS_PER_TASK=\$SLURM_CPUS_PER_TASK     # srun inherits them no more
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=500                               # torchrun's own patience is 30 s
 srun bash run_all.sh ${*@Q} "\$@"
 code=\$?
 [ \$code = 75 ] && scontrol requeue "\$SLURM_JOB_ID"

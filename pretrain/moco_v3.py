@@ -473,7 +473,7 @@ def feature_std(features, world_size):
 # --- begin copy: processes ---
 def init_processes(device):
     """Join the processes that torchrun started (plain python is one); returns rank, world size, device."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or ("cuda" if torch.cuda.device_count() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         with or_fail(f"use {device} of {torch.cuda.device_count()} GPUs (--nproc_per_node, --device)"):
@@ -487,7 +487,8 @@ def init_processes(device):
         # after a restart (torchrun --max-restarts) the store still holds the old addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        wait = timedelta(hours=12)                                          # for one that probes or saves
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
     return rank, world_size, device
 
 
@@ -515,7 +516,7 @@ def end_processes():
         time.sleep(0.1)                         # gloo's threads let go of tensors, or torch <= 2.10 may hang
         dist.destroy_process_group()
     elif dist.is_initialized():
-        if kind is not SystemExit and not re.search("gloo|NCCL", str(error)):       # a peer died
+        if kind is not SystemExit and not re.search("by peer|remote process", str(error)):      # one died
             sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(code)
@@ -559,6 +560,13 @@ def read_manifest(manifest, split="all", samples=0):
     kept = kept[:samples or None]
     return {name: [cells[place] for place in kept] for name, cells in columns.items()}
 # --- end copy: manifest ---
+
+
+# --- begin copy: send ---
+def send(x, device):
+    """A tensor on the device; from pinned memory, as another copy waits until a GPU has done all before."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+# --- end copy: send ---
 
 
 # --- begin copy: images ---
@@ -610,7 +618,7 @@ def open_images(manifest, paths, in_chans, device):
         numbers = np.array([number_of[path] for path in paths])
     packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)
     numbers_of = lambda places: numbers[np.asarray(places)]                 # places: array or tensor
-    read_all = lambda places: torch.from_numpy(packed[numbers_of(places)]).to(device, non_blocking=True)
+    read_all = lambda places: send(torch.from_numpy(packed[numbers_of(places)]), device)
     n_bytes = len(numbers) * packed[0].size
     if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:
         return read_all
@@ -1046,7 +1054,7 @@ def open_run(out, manifests, config, parts, resume, rank):
         for name, part in parts.items():
             if isinstance(part, torch.Tensor):
                 part.copy_(state[name])
-            else:
+            elif state[name]:                                               # a scaler in bf16 has none
                 part.load_state_dict(state[name])
         if rank == 0 and log.is_file():                                     # later lines will come again
             lines = [line for line in log.read_text().splitlines(True)

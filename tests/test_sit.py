@@ -95,7 +95,7 @@ def test_the_strong_view_is_torchvisions(double, channels, cubic):
 
 def test_fractions_of_the_corruption_are_those_of_the_released_code():
     config = {**sit.DEFAULTS, "batch": 100}
-    uniforms, _, masks, replaced = sit.draw_step(config, 3, torch.arange(101) % 100, 0, "cpu")
+    uniforms, _, masks, replaced = sit.draw_step(config, 3, torch.arange(101) % 100, 0, torch.device("cpu"))
     share = masks.double().mean((1, 2))                                 # within some 4 standard errors
     assert abs(share[~replaced].mean() - 0.511) < 0.004 and abs(share[replaced].mean() - 0.313) < 0.004
     assert uniforms.shape == (2, 101, sit.N_VIEW) and len(share) == 200 and 70 < replaced.sum() < 130

@@ -333,6 +333,55 @@ def test_a_new_beginning_is_a_new_run_and_another_configuration_is_not_resumed(n
         assert_same(tmp_path, found)
 
 
+def test_a_run_in_bf16_goes_on_where_losses_are_scaled(data, tmp_path, monkeypatch):
+    gmml = load_script("pretrain/gmml.py")
+    monkeypatch.chdir(ROOT)
+    assert run("gmml", data, tmp_path, "--steps", 3).returncode == 0        # its scaler is off and has no state
+    amp = torch.autocast("cpu", enabled=False)
+    monkeypatch.setattr(gmml, "mixed_precision", lambda device: (amp, torch.amp.GradScaler("cpu", 1.0)))
+    _, *args = command("gmml", data, tmp_path)
+    run_here(gmml, monkeypatch, *args)
+    assert [line["step"] for line in log_of(tmp_path)] == [*range(1, 9)]
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["scaler"]["scale"] == 1.0
+
+
+@pytest.mark.parametrize("words, shown", [
+    ("NCCL error: Error while creating shared memory segment /dev/shm/nccl-x", True),
+    ("[/gloo/transport/tcp/pair.cc:5] Timed out waiting 1800000ms for recv operation to complete", True),
+    ("[/gloo/transport/tcp/pair.cc:5] Connection closed by peer [127.0.0.1]:3", False),
+    ("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely", False)])
+def test_errors_of_the_network_are_shown_but_for_those_of_a_dead_peer(words, shown, monkeypatch, capsys):
+    gmml, codes = load_script("pretrain/gmml.py"), []
+    monkeypatch.setattr(gmml.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(gmml.os, "_exit", codes.append)
+    with pytest.raises(RuntimeError):
+        try:
+            raise RuntimeError(words)
+        finally:
+            gmml.end_processes()
+    assert codes == [1] and (words in capsys.readouterr().err) == shown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU that works")
+@pytest.mark.parametrize("script", ["pretrain/gmml.py", "evaluate/predict.py"])
+def test_a_gpu_that_its_driver_cannot_use_is_a_mistake_and_no_reason_for_the_cpu(script, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    flags = ["--manifest", "m.csv"] if "gmml" in script else ["--checkpoint", "c.pt", "--manifest", "m", "--out", "o.csv"]
+    with pytest.raises(SystemExit) as ended:
+        run_here(load_script(script), monkeypatch, *flags)
+    assert ended.value.code == 2 and "cannot use cuda" in capsys.readouterr().err
+
+
+def test_what_is_sent_to_a_gpu_is_pinned(monkeypatch):
+    sent = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: sent.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *where, **how: sent.append((where, how)) or x)
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        load_script("pretrain/gmml.py").send(torch.zeros(3), device)
+    there, here = [((device,), {"non_blocking": True}) for device in (torch.device("cuda", 1), torch.device("cpu"))]
+    assert sent == ["pinned", there, here]
+
+
 @pytest.mark.parametrize("name", ["gmml", "sit", "dino", "simmim", "supervised"])
 def test_a_clip_of_0_is_none(name, data, tmp_path):
     weights = {}

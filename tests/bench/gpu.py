@@ -266,7 +266,10 @@ def right(args, end):
             process.wait(max(1, end - time.time()))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)                              # pytest reports what it has done
-            process.wait(20)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+        finally:
+            process.kill()
     cases = list(ElementTree.parse(report).iter("testcase"))
     bad = {case.get("name"): child.get("message", "")[:500] for case in cases for child in case
            if child.tag in ("failure", "error")}
