@@ -46,7 +46,7 @@ trap 'exit 75' TERM INT HUP                 # until there is a step to stop
 . tests/setup_env.sh
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || usage "$PYTHON has no torch"
 if [ "$gpus" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
-nproc=${nproc:-$(( gpus > 1 ? gpus : demo > gpus ? 2 : 1 ))}    # small networks on CPUs: two processes of one thread beat one of two
+nproc=${nproc:-$(( gpus > 1 ? gpus : demo > gpus ? 2 : 1 ))}    # on CPUs: two processes of one thread beat one of two
 [ -z "$plan" ] || exec "$PYTHON" evaluate/plan.py --data "$data" ${exp:+--exp "$exp"} ${rates:+--rates "$rates"}
 train=("$PYTHON"); [ "$nproc" = 1 ] || train+=(-m torch.distributed.run --standalone "--nproc_per_node=$nproc")
 rows=$("$PYTHON" evaluate/plan.py --list --exp "${exp:-[0-9]*}" ${demo:+--miniature})   # exp strategy data parent seeds
@@ -74,17 +74,17 @@ step() {        # PART OUTPUT INPUT... -- COMMAND...: run the command unless it 
   echo "error: $output was not made (exit code $code); its log is $output.log" >&2; exit "$code"
 }
 
-prepare() {     # FOLDER: download -> index -> pack
-  local here="$data/$1" reader=$1 index="" pack=--require-files size=$size file="" sample=""     # the last two: --open
+prepare() {     # FOLDER: download -> index -> pack; samples have 100 images to spare: a few may be unreadable
+  local here="$data/$1" reader=$1 index="" pack=--require-files size=$size file="" sample="" n="--n-pretrain 100100"
   [[ " ${packs[*]} " != *" $here "* ]] || return 0; packs+=("$here")
   case "$1" in
-    nih) file=chestmnist ;; pneumonia) file=pneumoniamnist ;; mimic_cxr) index="--n-pretrain 250000" ;;
-    nih_pretrain) reader=nih index="--pretrain all" file=chestmnist sample="--pretrain train,val,test" ;;
+    nih) file=chestmnist ;; pneumonia) file=pneumoniamnist ;; mimic_cxr) index="--n-pretrain 250100" ;;
+    nih_pretrain) reader=nih index="--pretrain all $n" file=chestmnist sample="--pretrain train,val,test" ;;
     nih_*) reader=nih index="--pretrain trainval --n-pretrain all" file=chestmnist sample="--pretrain train,val" ;;
-    mimic_cxr_supervised) reader=mimic_cxr index="--n-pretrain 100000 --views frontal --labelled-only" ;;
+    mimic_cxr_supervised) reader=mimic_cxr index="$n --views frontal --labelled-only" ;;
     chexpert) pack+=" --splits val,test" ;; vindr_cxr) pack+=" --splits test" ;;
-    covidx_ct) pack+=" --splits pretrain" ;; imagenet) pack+=" --splits pretrain --channels 3" ;;
-    oct) pack+=" --splits pretrain" file=octmnist sample="--pretrain train,val,test" ;;
+    covidx_ct) index=$n pack+=" --splits pretrain" ;; imagenet) index=$n pack+=" --splits pretrain --channels 3" ;;
+    oct) index=$n pack+=" --splits pretrain" file=octmnist sample="--pretrain train,val,test" ;;
   esac
   [[ $1 != *_original ]] || size=original
   if [ "$open" ]; then

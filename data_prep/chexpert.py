@@ -87,7 +87,7 @@ def main():
 # --- begin copy: tables ---
 def find(raw, *names, required=True):
     """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
-    for depth in range(6):                          # 5: physionet.org/files/<dataset>/<version>/<folder>
+    for depth in range(6 if required else 3):       # 5: physionet.org/files/<dataset>/<version>/<folder>
         for name in names:
             for path in sorted(raw.glob("*/" * depth + name)):
                 return path

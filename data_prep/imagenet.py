@@ -46,8 +46,11 @@ def main():
         fail(f"{args.raw}: no train/<wnid>/*.JPEG at any depth; unpack the download (tar -xf it into train/, "
              "then each class's tar into train/<wnid>/) or change --raw")
     flat = table.wnid.isna()
-    if flat.any():
-        solution = find(args.raw, "LOC_val_solution.csv*")
+    solution = find(args.raw, "LOC_val_solution.csv*", required=False)
+    if flat.any() and not solution:
+        print(f"warning: {flat.sum():,} images of val/ left out, as there is no LOC_val_solution.csv")
+        table = table[~flat]
+    elif flat.any():
         rows = read_table(solution, ["ImageId", "PredictionString"])
         answers = dict(zip(rows.ImageId, rows.PredictionString.str.split(" ").str[0]))
         table.loc[flat, "wnid"] = [answers.get(name, "") for name in table.patient[flat]]
@@ -56,14 +59,19 @@ def main():
             fail(f"{solution}: no row for {unknown.iloc[0]!r}; download the file again")
     wnids = pd.Categorical(table.pop("wnid"))                               # in sorted order
     table["class"] = wnids.codes
-    drawn = sample(table[table.split == "train"], args.n_pretrain, args.seed)
+    train = table[table.split == "train"]
+    if 100_000 <= len(train) != 1_281_167:
+        print(f"warning: {len(train):,} training images, not 1,281,167: the sample is another one")
+    drawn = sample(train, args.n_pretrain, args.seed)
     rows = pd.concat([drawn, table[table.split == "val"].sort_values("path")])
     write_index(rows, args.out, dataset="imagenet", available=len(table), wnids=list(wnids.categories))
 
 # --- begin copy: scan ---
 def scan(raw, *endings):
     """Sorted paths, relative to `raw`, of all files that end so; macOS's ._* files are left out."""
-    found = [f"{folder}/{name}" for folder, _, names in os.walk(raw) for name in names
+    def stop(problem):
+        fail(f"{problem.filename} cannot be read ({problem.strerror}); check --raw")
+    found = [f"{folder}/{name}" for folder, _, names in os.walk(raw, onerror=stop) for name in names
              if name.lower().endswith(endings) and not name.startswith("._")]
     paths = sorted(os.path.relpath(path, raw) for path in found)
     fair = [path for path in paths if path.isprintable()]
@@ -75,7 +83,7 @@ def scan(raw, *endings):
 # --- begin copy: tables ---
 def find(raw, *names, required=True):
     """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
-    for depth in range(6):                          # 5: physionet.org/files/<dataset>/<version>/<folder>
+    for depth in range(6 if required else 3):       # 5: physionet.org/files/<dataset>/<version>/<folder>
         for name in names:
             for path in sorted(raw.glob("*/" * depth + name)):
                 return path

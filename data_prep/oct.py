@@ -59,6 +59,8 @@ def main():
     if args.n_pretrain.isdecimal() and int(args.n_pretrain) > len(table):
         fail(f"--n-pretrain {args.n_pretrain}: only {len(table):,} images here; the study's release is v3 "
              "(ZhangLabData.zip, 109,309); for v2 use --n-pretrain all")
+    if 100_000 <= len(table) != 109_309:
+        print(f"warning: {len(table):,} images, not 109,309: the sample is another one")
     middle = table.name.str.extract("^[A-Z]+-([^-]+)-")[0]
     table["patient"] = middle.fillna(table.name)                        # a name of another form: a patient
     for label in CLASSES:
@@ -73,7 +75,9 @@ def main():
 # --- begin copy: scan ---
 def scan(raw, *endings):
     """Sorted paths, relative to `raw`, of all files that end so; macOS's ._* files are left out."""
-    found = [f"{folder}/{name}" for folder, _, names in os.walk(raw) for name in names
+    def stop(problem):
+        fail(f"{problem.filename} cannot be read ({problem.strerror}); check --raw")
+    found = [f"{folder}/{name}" for folder, _, names in os.walk(raw, onerror=stop) for name in names
              if name.lower().endswith(endings) and not name.startswith("._")]
     paths = sorted(os.path.relpath(path, raw) for path in found)
     fair = [path for path in paths if path.isprintable()]

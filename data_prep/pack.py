@@ -376,7 +376,7 @@ def pack(args):
                 fail(f"{path!r} in {args.raw}: {reason}; complete the download or drop --require-files")
         folder.mkdir(exist_ok=True)
         for part in folder.iterdir():               # what was rejected may have been downloaded since
-            if b'"reason"' in part.open("rb").readline():
+            if part.suffix == ".tmp" or b'"reason"' in part.open("rb").readline():
                 part.unlink()
         shards = [(folder / f"{first // size:06}", first, paths[first:first + size])
                   for first in range(0, len(paths), size)]

@@ -13,7 +13,9 @@ Labels are blank are dropped. Writes split test and every label that occurs as a
 name; atelectasis and effusion have subcategories, whose grouping is left to evaluation.
 
 The original table gives 1,861 rows of 1,758 patients. The study's authors evaluated on a copy that lacks one
-row (effusion, a woman) and has ids rounded to six digits: 1,860 rows, 1,754 patients. Either is read."""
+row (effusion, a woman) and has ids rounded to six digits: 1,860 rows, 1,754 patients. Either is read. Other
+projects leave the image of this row out, 232387753838738339711526121280969069202_3kz4uc.png, as unreadable;
+if it is, packing rejects it."""
 
 import argparse
 import ast
@@ -81,7 +83,7 @@ def main():
 # --- begin copy: tables ---
 def find(raw, *names, required=True):
     """The first file of one of these names (patterns) in `raw` or, level by level, in folders below."""
-    for depth in range(6):                          # 5: physionet.org/files/<dataset>/<version>/<folder>
+    for depth in range(6 if required else 3):       # 5: physionet.org/files/<dataset>/<version>/<folder>
         for name in names:
             for path in sorted(raw.glob("*/" * depth + name)):
                 return path

@@ -354,7 +354,10 @@ def verdict_row(claim, testset, comparisons):
     if len(known) == 1 or test not in ("no_winner", "most"):
         shown = known.iloc[-1 if test in ("lowest", "no_gain") else 0]
         row |= shown[[*INTERVAL, "p_holm"]].to_dict()
-        row["decided_by"] = f"{shown['left']} - {shown['right']}, {shown['testset']}".replace(" - ,", ",")
+        right = shown["right"]
+        if re.search(r"[+-]", right):
+            right = f"({right})"
+        row["decided_by"] = f"{shown['left']} - {right}, {shown['testset']}".replace(" - ,", ",")
     sign = {"highest": -1, "lowest": 1}.get(test)
     if sign and testset != "all":
         better = sign * known["effect"] > 0
@@ -469,7 +472,7 @@ def main():
                 fail(f"no metric of both '{args.arms[0]}' and '{args.arms[1]}'; known: {', '.join(exps)}")
             tables = {"two_arms": pd.DataFrame(rows, columns=TWO)}
             shown = tables["two_arms"].query("metric in ('auc_mean', 'auc')")
-            print("effect: {} less {}; --out writes all {} metrics".format(*args.arms, len(rows)))
+            said = "effect: {} less {}; --out writes all {} metrics".format(*args.arms, len(rows))
         else:
             if not args.claims.is_file():
                 fail(f"{args.claims} does not exist: give --claims FILE, or --arms LEFT RIGHT for two models")
@@ -487,11 +490,12 @@ def main():
                       "detectable": detectable(pairs[0], sizes)}
             last = decided.drop_duplicates("id", keep="last")                    # over all test sets
             shown = last.loc[last["verdict"] != "not run", SHOWN]
-            print(f"{len(shown)} of {len(last)} claims are about arms with numbers")
+            said = f"{len(shown)} of {len(last)} claims are about arms with numbers"
         for name, table in tables.items() if args.out else ():
             text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
             write(args.out / f"{name}.csv", lambda file: file.write(text))
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
+        print(said)
         if len(shown):
             print(shown.to_string(index=False, float_format="{:z.4f}".format, na_rep="", max_colwidth=60,
                                   formatters={"p": show_p, "p_holm": show_p}))

@@ -57,7 +57,7 @@ BINS = 15                                            # of calibration errors and
 AGES = {"<=40": 40, "41-60": 60, "61-80": 80, ">80": np.inf}    # upper end of each band, years
 LEAST = 10                                           # images of a group of people that is scored
 RACES = {rf"(?i).*\b{race}.*": race for race in ("White", "Black", "Asian")}     # not Caucasian
-UNKNOWN = "(?i)^(|nan|none|na|n/a|<na>|null|unknown|patient refused)$"      # patient, sex, race
+UNKNOWN = "(?i)^(|nan|none|na|n/a|<na>|null|.*unknown|patient refused)$"      # patient, sex, race
 NORMAL = 1.959964                                    # half width of a 95 % interval in standard errors
 MEANS = {"auc": "auc_mean", "accuracy": "mean_accuracy"}        # names of means over labels
 UNREAD = re.compile("balanced_accuracy|.*_(f1|youden)$")        # whose resamples no script reads

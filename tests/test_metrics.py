@@ -1019,11 +1019,12 @@ def test_a_reader_that_leaves_costs_no_file(tmp_path):
     predictions(tmp_path / "b.csv", score_seed=1)
     here = ROOT / "evaluate"
     scored = [here / "metrics.py", tmp_path / "a.csv", tmp_path / "b.csv", "--out", tmp_path / "metrics.csv"]
-    for script in (scored, [here / "compare.py", "--metrics", tmp_path / "metrics.csv", "--out", tmp_path]):
+    compared = [here / "compare.py", "--metrics", tmp_path / "metrics.csv", "--out", tmp_path]
+    for script in (scored, compared, [*compared, "--arms", "a", "b"]):
         running = subprocess.Popen([sys.executable, *script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         running.stdout.close()                                          # as `| head` does
         assert running.stderr.read() == b"" and running.wait() == -signal.SIGPIPE
-    assert {"metrics.csv", "draws.npz", "verdicts.csv", "comparisons.csv"} <= {file.name for file in tmp_path.iterdir()}
+    assert {"metrics.csv", "draws.npz", "verdicts.csv", "two_arms.csv"} <= {file.name for file in tmp_path.iterdir()}
 
 
 def test_a_killed_worker_is_one_sentence(monkeypatch, tmp_path, capsys):

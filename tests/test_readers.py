@@ -1042,8 +1042,35 @@ def test_imagenet_tar_files_and_missing_answers_are_named(refused, tmp_path):
     assert "tar -xf" in refused("imagenet", write(tmp_path / "a", {"ILSVRC2012_img_train.tar": b""}))
     files = imagenet_files() | {"LOC_val_solution.csv": "ImageId,PredictionString\n"}
     assert "ILSVRC2012_val_00000001" in refused("imagenet", write(tmp_path / "b", files))
+
+
+def test_imagenet_without_answers_of_a_flat_validation_set_is_training_images_alone(read, tmp_path, capsys):
+    files = imagenet_files()
     del files["LOC_val_solution.csv"]
-    assert "LOC_val_solution.csv" in refused("imagenet", write(tmp_path / "c", files))
+    table, _ = read("imagenet", write(tmp_path / "raw", files), "--n-pretrain", "all")
+    assert set(table.split) == {"pretrain"} and "of val/ left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["imagenet", "oct"])
+def test_a_folder_that_cannot_be_listed_is_named(name, refused, tmp_path, monkeypatch):
+    """As on a network drive that has lost it."""
+    raw = write(tmp_path / "raw", {f"train/{folder}/{folder}-1-1.jpeg": b"" for folder in ("CNV", "n01000000")})
+    scandir = os.scandir
+
+    def lost(path):
+        if str(path).endswith(("CNV", "n01000000")):
+            raise OSError(116, "Stale file handle", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", lost)
+    assert "Stale file handle" in refused(name, raw)
+
+
+def test_a_download_with_files_missing_is_told_that_its_sample_is_another(read, tmp_path, monkeypatch, capsys):
+    script = load_script("data_prep/oct.py")
+    names = [f"train/CNV/CNV-{number}-1.jpeg" for number in range(100_001)]
+    monkeypatch.setattr(script, "scan", lambda raw, *endings: names)
+    read("oct", tmp_path)
+    assert "warning: 100,001 images, not 109,309" in capsys.readouterr().out
 
 
 @needs_shared

@@ -356,7 +356,7 @@ def test_the_first_screen_answers(folder, made):
     sentence = "GMML on chest X-rays (MIMIC, from ImageNet) beats ImageNet weights alone: "
     effect = f"NIH {float(verdict.effect):+.3f} [{float(verdict.ci_low):.3f}, {float(verdict.ci_high):.3f}]"
     assert sentence in first and effect in first
-    assert "; 95 % interval." in first and "over runs and patients" not in first        # not known of one run
+    assert "; 95 % intervals, each by itself." in first and "over runs and patients" not in first        # not known of one run
     sources = [dict(attributes) for tag, attributes in page.tags if tag == "img"]
     assert [image.get("class") for image in sources[:2]] == ["wide", "narrow"] and all(
         i["alt"] for i in sources
@@ -489,7 +489,7 @@ def test_an_answer_has_its_remark_and_the_colour_of_its_word():
     parts = report.jinja2.Environment(loader=loader).get_template("report.parts.html")
     parts = parts.make_module({"results": None, "set_names": {"nih_test": "NIH"}})
     row = {"statement": "s", "effect": "-0.0001", "ci_low": "-0.0002", "ci_high": "0.2", "verdict": "holds",
-           "test": "greater", "p_holm": "4e-107", "remark": "an arm has one run", "ours": "1", "place": "0.A.6",
+           "test": "greater", "p": "4e-108", "p_holm": "4e-107", "remark": "an arm has one run", "ours": "1", "place": "0.A.6",
            "left": "", "right": "", "metric": "auc"}
     claim = {"all": report.pd.Series({**row, "verdict": "undecided"}), "nih_test": row}
     answer = parts.answer(claim)

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import yaml
 from conftest import ROOT, fork_script
 from PIL import Image
 
@@ -280,6 +281,18 @@ def test_dry_run_prints_commands_and_runs_nothing(project):
     assert not any("classify.py --exp 0.1.6 " in line for line in lines)        # which was not asked for
     packing = [line for line in lines if "data_prep/pack.py" in line and "--out pa\\ cks/nih --size" in line]
     assert len(packing) == 1
+
+
+def test_a_sample_has_images_to_spare_for_files_that_cannot_be_read(project):
+    rows = yaml.safe_load((project / "experiments.yaml").read_text())
+    readers = [line for line in run_all(project, "--exp", "*", "--only", "data", "--dry-run").stdout.splitlines()
+               if "/index.csv" in line and "pack.py" not in line]
+    drawn = {re.search(r"--out data/(\w+)/index", line)[1]: re.findall(r"--n-pretrain (\w+)", line) for line in readers}
+    for exp, row in rows.items():
+        pretrain = row.get("pretrain", {}) if exp[0].isdigit() or exp.startswith("c.") else {}
+        if pretrain:
+            [size] = drawn[pretrain.get("dataset", "nih_pretrain")]
+            assert size == "all" or int(size) == pretrain.get("samples", 100_000) + 100 or int(size) == 250_100, exp
 
 
 def test_the_name_of_a_row_may_hold_blanks(project, tmp_path):
