@@ -449,7 +449,8 @@ def end_processes():
         time.sleep(0.1)                         # gloo's threads let go of tensors, or torch <= 2.10 may hang
         dist.destroy_process_group()
     elif dist.is_initialized():
-        if kind is not SystemExit and not re.search("by peer|remote process", str(error)):      # one died
+        dead = "by peer|Broken pipe|remote process"                         # another process has ended
+        if kind is not SystemExit and not re.search(dead, str(error)):
             sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(code)

@@ -349,6 +349,7 @@ def test_a_run_in_bf16_goes_on_where_losses_are_scaled(data, tmp_path, monkeypat
     ("NCCL error: Error while creating shared memory segment /dev/shm/nccl-x", True),
     ("[/gloo/transport/tcp/pair.cc:5] Timed out waiting 1800000ms for recv operation to complete", True),
     ("[/gloo/transport/tcp/pair.cc:5] Connection closed by peer [127.0.0.1]:3", False),
+    ("[/gloo/transport/tcp/pair.cc:5] writev [127.0.0.1]:3: Broken pipe", False),
     ("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely", False)])
 def test_errors_of_the_network_are_shown_but_for_those_of_a_dead_peer(words, shown, monkeypatch, capsys):
     gmml, codes = load_script("pretrain/gmml.py"), []
