@@ -396,7 +396,7 @@ def open_images(manifest, paths, in_chans, device):
         return read_all
     parts = torch.arange(len(numbers)).split(4096)                          # host memory for a part at a time
     held = torch.cat([read_all(part) for part in parts])
-    return lambda places: held[torch.as_tensor(places).to(device, non_blocking=True)]
+    return lambda places: held[send(torch.as_tensor(places), device)]
 # --- end copy: images ---
 
 

@@ -315,12 +315,12 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(chosen)
         places = order[number * batch:][:batch]
-        there = torch.from_numpy(places).to(device, non_blocking=True)
+        there = send(torch.from_numpy(places), device)
         n_known = known[there].sum().clamp_min(1)                           # of the global batch
         truth, counts = values[there[local]], known[there[local]]
         generator = step_generator(config["seed"], step)
         u = torch.rand(batch, N_CROP + 1 + len(drop_paths), generator=generator)[local]
-        u = u.to(device, non_blocking=True)
+        u = send(u, device)
         torch.manual_seed(generator.initial_seed() + rank)                  # for dropout, if any
         views = augment(data.images(places[local]), u, config)
 
@@ -741,7 +741,7 @@ def open_images(manifest, paths, in_chans, device):
         return read_all
     parts = torch.arange(len(numbers)).split(4096)                          # host memory for a part at a time
     held = torch.cat([read_all(part) for part in parts])
-    return lambda places: held[torch.as_tensor(places).to(device, non_blocking=True)]
+    return lambda places: held[send(torch.as_tensor(places), device)]
 # --- end copy: images ---
 
 
@@ -869,7 +869,7 @@ def fill_defaults(config):
 
 def normalise(x, config):
     """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey is repeated."""
-    stats = torch.tensor([config["mean"], config["std"]]).to(x.device, non_blocking=True)
+    stats = send(torch.tensor([config["mean"], config["std"]]), x.device)
     mean, std = stats[..., None, None]
     x = rgb_to_grayscale(x) if config["in_chans"] == 1 else x
     return (x / 255 - mean) / std

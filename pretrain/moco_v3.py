@@ -359,7 +359,7 @@ def train(config, args, rank, world_size, device):
         generator = step_generator(config["seed"], step)
         uniforms = torch.rand(2, batch, N_VIEW, generator=generator)[:, local]
         torch.manual_seed(generator.initial_seed())                         # for dropout, if any
-        views = make_views(chosen, uniforms.to(device, non_blocking=True), config)
+        views = make_views(chosen, send(uniforms, device), config)
 
         # The publication computes the queries first; as they do not depend on the momentum encoder, what
         # counts is that it averages the weights from before the optimiser's step.
@@ -626,7 +626,7 @@ def open_images(manifest, paths, in_chans, device):
         return read_all
     parts = torch.arange(len(numbers)).split(4096)                          # host memory for a part at a time
     held = torch.cat([read_all(part) for part in parts])
-    return lambda places: held[torch.as_tensor(places).to(device, non_blocking=True)]
+    return lambda places: held[send(torch.as_tensor(places), device)]
 # --- end copy: images ---
 
 
@@ -757,7 +757,7 @@ def fill_defaults(config):
 
 def normalise(x, config):
     """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey is repeated."""
-    stats = torch.tensor([config["mean"], config["std"]]).to(x.device, non_blocking=True)
+    stats = send(torch.tensor([config["mean"], config["std"]]), x.device)
     mean, std = stats[..., None, None]
     x = rgb_to_grayscale(x) if config["in_chans"] == 1 else x
     return (x / 255 - mean) / std

@@ -336,7 +336,7 @@ def train(config, args, rank, world_size, device):
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
         generator = step_generator(config["seed"], step)
-        draw = lambda n: torch.rand(batch, n, generator=generator)[local].to(device, non_blocking=True)
+        draw = lambda n: send(torch.rand(batch, n, generator=generator)[local], device)
         u, depth = draw(N_CROP + (size // unit) ** 2), draw(len(drop_paths))
         torch.manual_seed(generator.initial_seed())                         # for dropout, if any
         clean, masks = make_views(chosen, u, config)
@@ -575,7 +575,7 @@ def open_images(manifest, paths, in_chans, device):
         return read_all
     parts = torch.arange(len(numbers)).split(4096)                          # host memory for a part at a time
     held = torch.cat([read_all(part) for part in parts])
-    return lambda places: held[torch.as_tensor(places).to(device, non_blocking=True)]
+    return lambda places: held[send(torch.as_tensor(places), device)]
 # --- end copy: images ---
 
 
@@ -662,7 +662,7 @@ def fill_defaults(config):
 
 def normalise(x, config):
     """Pixels 0-255 [B, 1 or 3, H, W] to the network's input [B, in_chans, H, W]; grey is repeated."""
-    stats = torch.tensor([config["mean"], config["std"]]).to(x.device, non_blocking=True)
+    stats = send(torch.tensor([config["mean"], config["std"]]), x.device)
     mean, std = stats[..., None, None]
     x = rgb_to_grayscale(x) if config["in_chans"] == 1 else x
     return (x / 255 - mean) / std
