@@ -327,8 +327,8 @@ def read_manifest(manifest, split="all", samples=0):
             raise ValueError(f"no row is of split {name!r}; there are {', '.join(sorted({*splits}))}")
         kept = [place for place, name in enumerate(splits) if name in names]
         if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}, {samples or 1} are needed (rejected.csv "
-                             "names what packing left out; mend it, remove manifest.csv, pack again)")
+            raise ValueError(f"{len(kept)} rows of split {split}, {samples or 1} are needed (what "
+                             "packing left out is in rejected.csv beside it)")
     kept = kept[:samples or None]
     return {name: [cells[place] for place in kept] for name, cells in columns.items()}
 # --- end copy: manifest ---
