@@ -1135,7 +1135,7 @@ def test_validation_of_another_run_or_of_other_images_is_refused(monkeypatch, tm
 
 def test_people_who_are_unknown_or_few_are_no_group(monkeypatch, tmp_path):
     path = run_folder(tmp_path) / "padchest.csv"
-    races = ["White"] * 60 + ["Unknown"] * 20 + ["Patient Refused"] * 20 + ["Asian"] * 11 + ["Black"] * 9
+    races = ["White"] * 60 + ["Unknown"] * 9 + ["Race and Ethnicity Unknown"] * 11 + ["Patient Refused"] * 20 + ["Asian"] * 11 + ["Black"] * 9
     predictions(path, race=races)
     table = command(monkeypatch, tmp_path, path)
     groups = {name: set(table.metric[table.metric.str.startswith(f"{name}[race=")]) for name in ("images", "auc")}

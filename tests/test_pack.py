@@ -1171,6 +1171,19 @@ def test_what_was_rejected_before_a_kill_is_looked_at_again(tmp_path):
     assert finished_bytes(tmp_path, "out") == finished_bytes(tmp_path, "whole")
 
 
+def test_what_a_killed_join_left_is_gone_before_packing_goes_on(tmp_path):
+    many(tmp_path)
+    process = start(tmp_path, "out")
+    wait_for_parts(tmp_path, "out", 12, process)
+    process.kill()
+    process.wait()
+    [folder] = (tmp_path / "out").glob("parts-*")
+    (folder / "images.npy.1.tmp").write_bytes(b"half")              # as large as the pack
+    process = start(tmp_path, "out")
+    wait_for_parts(tmp_path, "out", parts(tmp_path, "out") + 2, process)
+    assert not (folder / "images.npy.1.tmp").exists() and process.wait() == 0
+
+
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
     many(tmp_path)
     assert start(tmp_path, "whole").wait() == 0
