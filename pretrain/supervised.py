@@ -61,7 +61,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     variant="corrected",            # corrected | paper; paper validates on the first training images
     crop_scale=[0.08, 1.0],         # area of the random resized crop, range of fractions
     rotation=7.0,                   # degrees, either way
-    val_samples=5000,               # validation images, the first of split val; none there: no validation
+    val_samples=5000,               # validation images, spread over split val; none there: no validation
     val_epochs=10,                  # validate every so many epochs; the last epoch's weights are exported
 )
 FLAGS = dict(                       # of the command line only, not of a row
@@ -207,15 +207,17 @@ def scores(logits, targets):
 def read_rows(manifest, split, config):
     """Rows to train on and, behind them, to validate on: {column: texts}; and how many the former are.
 
-    Validated are the first rows of split `val`; variant paper: of the training images, as in the released
-    loader.
+    Validated are rows spread over split `val`, as they may lie class by class; variant paper: the first of
+    the training images, as in the released loader.
     """
     rows = read_manifest(manifest, split, config["samples"])
     val = rows
     if config["variant"] != "paper":
         val = read_manifest(manifest)
         places = [place for place, name in enumerate(val.get("split", ())) if name == "val"]
-        val = {name: [cells[place] for place in places] for name, cells in val.items()}
+        n_val = min(len(places), config["val_samples"])
+        spread = [places[number * len(places) // n_val] for number in range(n_val)]
+        val = {name: [cells[place] for place in spread] for name, cells in val.items()}
     both = {name: cells + val[name][:config["val_samples"]] for name, cells in rows.items()}
     return both, len(rows["path"])
 

@@ -147,13 +147,14 @@ def test_loss_equals_a_loop_over_images_and_labels():
     assert abs(float(supervised.label_loss(logits, torch.tensor([2, 0, 1, 1]))) - total / 4) < 1e-6
 
 
-def test_validation_images_are_of_split_val_or_in_the_paper_face_the_first_trained_on(findings, tmp_path):
-    def numbers(**changes):
-        config = config_of(samples=40, val_samples=10, **changes)
+def test_validation_images_are_spread_over_split_val_or_in_the_paper_face_the_first_trained_on(findings, tmp_path):
+    def numbers(val_samples=10, **changes):
+        config = config_of(samples=40, val_samples=val_samples, **changes)
         rows, n_images = supervised.read_rows(findings, "pretrain", config)
         assert rows["row"][:n_images] == list(range(26, 66))
         return rows["row"][n_images:]
-    assert numbers() == list(range(2, 12)) and numbers(variant="paper") == list(range(26, 36))
+    assert numbers() == [2, 4, 6, 9, 11, 14, 16, 18, 21, 23] and numbers(variant="paper") == list(range(26, 36))
+    assert numbers(24) == numbers(25) == list(range(2, 26)) and numbers(0) == []
     (tmp_path / "m.csv").write_text("path,a\nx,1\n")
     rows, n_images = supervised.read_rows(tmp_path / "m.csv", "pretrain", config_of())
     assert rows["path"] == ["x"] and n_images == 1                          # none to validate
@@ -327,11 +328,12 @@ def test_a_run_is_the_definition_written_out(task, findings, classes, tmp_path, 
         numbers.append(rows)
         assert torch.equal(u, torch.rand(10, 24, generator=supervised.step_generator(11, step)))
         if step in (3, 7):
+            val = [24 * i // 22 for i in range(22)]
             with torch.no_grad():
-                logits = model((torch.from_numpy(packed[:22, None]) / 255 - 0.485) / 0.229)
-            score = mean_auc(logits.numpy(), truth[:22]) if task == "multilabel" else \
-                (logits.argmax(1).numpy() == truth[:22]).mean()
-            validated.append([written_out_loss(logits, torch.from_numpy(truth[:22])).item(), score])
+                logits = model((torch.from_numpy(packed[val, None]) / 255 - 0.485) / 0.229)
+            score = mean_auc(logits.numpy(), truth[val]) if task == "multilabel" else \
+                (logits.argmax(1).numpy() == truth[val]).mean()
+            validated.append([written_out_loss(logits, torch.from_numpy(truth[val])).item(), score])
 
     log, key = log_of(tmp_path), dict(multilabel="val_auc", classes="val_accuracy")[task]
     assert [(line["step"], line["epoch"]) for line in log] == [(3, 1), (4, 1), (6, 2), (8, 2)]
