@@ -162,6 +162,19 @@ def test_an_arm_of_one_run_has_the_interval_of_patients_and_says_so():
     assert remarks == ["an arm has one run, whose spread is unknown"]
 
 
+@pytest.mark.parametrize("left, right", [([0.81], [0.78]), ([0.8, 0.8], [0.7, 0.7]),
+                                         ([0.1 + 0.2, 0.3], [0.2, 0.2])])       # 0.30000000000000004: equal
+def test_arms_without_any_spread_tell_no_error_and_no_p(left, right):
+    found = estimate((1, arm(left)), (-1, arm(right)))
+    assert found.effect == pytest.approx(left[0] - right[0])
+    assert np.isnan([found.ci_low, found.ci_high, found.p]).all()
+
+
+@pytest.mark.parametrize("p, shown", [(9e-5, "< 0.0001"), (1e-4, "0.0001"), (0.04321, "0.0432"), (nan, "")])
+def test_a_p_on_the_terminal_has_four_digits(p, shown):
+    assert compare.show_p(p) == shown
+
+
 def test_holm_is_the_step_down_loop_and_absent_comparisons_count():
     p = [0.01, 0.04, 0.03, nan, 0.005]
     expected, running = {}, 0.0
