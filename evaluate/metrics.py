@@ -262,17 +262,13 @@ def draw_patients(patient, resamples, seed=0):
 def drawn_auc(weights, positives, negatives):
     """AUC of one label, [b], where patients have these weights, float32 [P, b]: exact up to 2^22 images.
 
-    positives: the patient of each, by score; negatives: a sparse matrix [> positives, P] in which each
+    positives: the patient of each, by score; negatives: a sparse matrix [positives + 1, P] in which each
     stands twice, at the first positive that is not below it and at the first above it. The sum of the rows up
-    to a positive is then twice the weight of the negatives below it, a tie 1/2. Blocks of 32 rows times a
-    triangle of ones are faster than np.cumsum.
+    to a positive is then twice the weight of the negatives below it, a tie 1/2.
     """
     drawn = weights[positives]
-    rows = negatives.shape[0]
-    below = np.tri(32, dtype=np.float32) @ (negatives @ weights).reshape(rows // 32, 32, -1)
-    below[1:] += np.cumsum(below[:-1, -1], 0)[:, None]                      # of the blocks before
-    below = below.reshape(rows, -1)
-    ordered = np.einsum("ij,ij->j", drawn, below[:len(drawn)], dtype=np.float64)
+    below = np.cumsum(negatives @ weights, 0)
+    ordered = np.einsum("ij,ij->j", drawn, below[:-1], dtype=np.float64)
     return ordered / (drawn.sum(0) * below[-1].astype(float))
 
 
@@ -286,8 +282,7 @@ def auc_draws(y, p, patient, counts, chunk=64):
         rows = [np.searchsorted(score[high], score[low], side) for side in ("left", "right")]
         cells = np.concatenate(rows), np.tile(patient[low], 2)
         ones = np.ones(len(cells[0]), np.float32)
-        shape = (len(high) // 32 + 1) * 32, counts.shape[1]
-        negatives = csr_matrix((ones, cells), shape)
+        negatives = csr_matrix((ones, cells), (len(high) + 1, counts.shape[1]))
         labels.append((patient[high], negatives))
     for block in np.array_split(counts, len(counts) // chunk + 1):      # few enough for weights to be cached
         weights = block.T.astype(np.float32, order="C")
