@@ -326,15 +326,10 @@ def mean_accuracy(y, p, threshold, variant="corrected"):
     return accuracy.mean()
 
 
-def all_right(y, p, threshold):
-    """share() of the images with every label right among those with every label known."""
-    right = is_right(y, p, threshold).all(1)
-    return share(right, is_known(y).all(1))
-
-
 def subset_accuracy(y, p, threshold):
     """Share of images with every label right at p > threshold, of those with every label known."""
-    return all_right(y, p, threshold)[0]
+    right = is_right(y, p, threshold).all(1)
+    return share(right, is_known(y).all(1))[0]
 
 
 def fnr(y, p, threshold):
@@ -359,9 +354,7 @@ def images_seen(n, fractions, variant="corrected"):
     add up (an answered image has u = 0.5 and is not asked about again).
     """
     seen = np.array([int(n * q) for q in fractions])
-    if variant == "paper":
-        seen = seen.cumsum()
-    return np.minimum(seen, n)
+    return seen.cumsum().clip(max=n) if variant == "paper" else seen
 
 
 def turns(u):
@@ -391,10 +384,10 @@ def oracle_auc(y, p, fractions, variant="corrected"):
     return np.array(values), images_seen(len(p), fractions, variant) / len(p)
 
 
-def risk_coverage_area(y, p, threshold=0.5):
+def risk_coverage_area(y, p):
     """Share of wrong labels among the 1, 2, ... n most certain images, averaged (Geifman et al. 2019)."""
     certain_first = np.argsort(-certainty(p)[:, 0], kind="stable")
-    accuracy, _ = share(is_right(y, p, threshold).T, is_known(y).T)     # NaN where nothing is known
+    accuracy, _ = share(is_right(y, p, 0.5).T, is_known(y).T)           # NaN where nothing is known
     accuracy = pd.Series(accuracy[certain_first]).dropna()
     return 1 - accuracy.expanding().mean().mean()
 
@@ -557,9 +550,10 @@ def group_metrics(people, places, y, p, level, patient, chosen):
     t, suffix = (chosen["youden"], "_youden{}") if chosen else (0.5, "{}@0.5")
     groups = {}
     for group, inside in pd.get_dummies(people, people.name, "=").items():
-        if inside.any():
-            yield WHOLE, f"images[{group}]", inside.sum()
-        if inside.sum() >= LEAST:
+        n = inside.sum()
+        if n:
+            yield WHOLE, f"images[{group}]", n
+        if n >= LEAST:
             theirs = np.where(np.c_[inside], y, -1)                         # of all others nothing is known
             rarer = class_patients(theirs, patient).min(0)
             missed, alarms, *_ = decisions(theirs, p, t, suffix)
@@ -593,8 +587,9 @@ def joint_metrics(y, p, level, rarer, answers):
     """
     yield "risk_coverage_area", risk_coverage_area(y, p)
     yield "always_negative_subset_accuracy", subset_accuracy(y, 0 * y, 0.5)
+    known = is_known(y).all(1)
     for t in THRESHOLDS:
-        yield f"subset_accuracy@{t:g}", *all_right(y, p, t)
+        yield f"subset_accuracy@{t:g}", *share(is_right(y, p, t).all(1), known)
     scored = [ranked(ranked_auc, y, referred, rarer) for referred in referrals(p, level, answers)]
     areas, influences = (mean_over_labels(np.array(part)) for part in zip(*scored))
     yield "auc_labels", np.isfinite(scored[0][0]).sum()
@@ -688,13 +683,10 @@ def read_cells(path, cells, allowed, expected):
 def read_predictions(path):
     """One predictions file, checked. Raises InputError that names file, row and what was expected."""
     frame = read_csv(path, ["path", "patient"], {"path": str, "patient": str})
-    columns = frame.filter(regex="^(true|prob)_").columns
-    for column in columns:
-        partner = ("prob" if column.startswith("true") else "true") + column[4:]
-        if partner not in columns:
-            raise InputError(f"{path} has a column {column} but no {partner}; add it or drop both")
     truths = frame.filter(regex="^true_").replace("", "-1")
     names = truths.columns.str[5:]
+    for name in names.symmetric_difference(frame.filter(regex="^prob_").columns.str[5:]):
+        raise InputError(f"{path} has only one of true_{name} and prob_{name}; add the other or drop it")
     labels = names.map(nih_name)
     for label in labels[labels.duplicated()]:
         raise InputError(f"{path} has label {label} under two spellings; keep one")
