@@ -1,5 +1,4 @@
 """Recomputes Tables 9-13 of the study from index.csv files, draws Figure 1, finds images that packs share.
-
 Percentages and ages are over images, as in the study, also where it says "of patients".
 
     python data_prep/describe.py --index data/*/index.csv --packs data/nih data/oct --out results/data --check
@@ -102,7 +101,8 @@ def measure(rows, facts, what):
         if age.empty:
             return None, None, 1
         n = int(age.agg(what.removeprefix("age ")))
-        return n, len(age) if what == "age sum" else None, 1
+        of = len(age) if what == "age sum" else None
+        return n, of, 1
     cells = rows.filter(regex=f"^{what}$")
     if cells.size and (cells == "").all(axis=None):
         return None, None, 1
@@ -128,8 +128,7 @@ def compare(indexes):
 
 
 def misses(indexes):
-    """A sentence for every exact count that an index does not have. Of two forms of a split (frontal or all
-    views; PadChest's original table or the authors' copy) that of the nearer number of images is meant."""
+    """A sentence for every exact count that an index misses; of two forms of a split the nearer in length."""
     said = []
     counts = read_table(REPORTED / "counts.csv").astype({"n": int})
     for (dataset, split), lines in counts.groupby(["dataset", "split"], sort=False):
@@ -240,7 +239,8 @@ def write_overlaps(packs, others, out):
             found = overlap(first, other)
             images += [[*row, pack, name] for row in found]
             equal = sum(kind == "equal" for _, _, kind, _ in found)
-            numbers.append([pack, name, len(first[0]), len(other[0]), equal, len(found) - equal])
+            near = len(found) - equal
+            numbers.append([pack, name, len(first[0]), len(other[0]), equal, near])
     columns = "path other_path kind correlation pack other".split()
     pd.DataFrame(images, columns=columns).to_csv(out / "overlap.csv", index=False)
     numbers = pd.DataFrame(numbers, columns="pack other images other_images equal near".split())
