@@ -620,10 +620,8 @@ def read_csv(path, columns=(), dtype=str):
     except (OSError, ValueError, csv.Error) as problem:           # pandas' errors are ValueErrors
         raise InputError(f"{path} is no CSV table with a header row ({problem}); make it again") from None
     for place, name in enumerate(header, 1):
-        if not name.strip():
-            raise InputError(f"{path}: column {place} has no name; name it or delete it")
-        if header.count(name) > 1:
-            raise InputError(f"{path} has two columns '{name}'; keep one")
+        if not name.strip() or header.count(name) > 1:
+            raise InputError(f"{path}: column {place}, '{name}', has no name of its own; name or delete it")
     for name in columns:
         if name not in header:
             raise InputError(f"{path} has no column '{name}'; expected {', '.join(columns)}")

@@ -1094,11 +1094,11 @@ BASE = "path,patient,true_Edema,prob_Edema\na,1,1,0.9\nb,2,0,0.2\n"
      ["Effusion", "two spellings"]),
     (BASE.replace("Edema", "Edema | left"), ["'Edema | left'", "without |"]),
     # as a spreadsheet or pandas saves a table
-    (BASE.replace("\n", ",\n"), ["column 5 has no name"]),
-    ("," + BASE.replace("\na", "\n0,a").replace("\nb", "\n1,b"), ["column 1 has no name"]),
+    (BASE.replace("\n", ",\n"), ["column 5, '', has no name"]),
+    ("," + BASE.replace("\na", "\n0,a").replace("\nb", "\n1,b"), ["column 1, '', has no name"]),
     (BASE.replace("0.9", "0.9,").replace("0.2", "0.2,"), ["line 2 has 5 cells, the header 4"]),
     (BASE.replace("0,0.2", "0"), ["line 3 has 3 cells, the header 4"]),
-    (BASE.replace("prob_Edema", "true_Edema"), ["two columns 'true_Edema'"])])
+    (BASE.replace("prob_Edema", "true_Edema"), ["column 3, 'true_Edema', has no name of its own"])])
 def test_a_mistake_in_the_file_is_one_sentence(text, said, monkeypatch, tmp_path, capsys):
     path = run_folder(tmp_path) / "a.csv"
     path.parent.mkdir(parents=True)
