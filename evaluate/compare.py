@@ -477,15 +477,15 @@ def main():
             claims = read_csv(args.claims, CLAIM)
             claims["margin"] = pd.to_numeric(claims["margin"], errors="coerce")
             decided = verdicts(claims.to_dict("records"), complete(arms, printed))
-            pairs = []
-            for ensemble in (False, True):                                      # each kind among themselves
-                family = [exp for exp in exps if exp.endswith("-ensemble") == ensemble]
-                table = pd.DataFrame(pairs_of(arms, family, "|auc"), columns=PAIRS)
-                table["p_holm"] = table.groupby(["dataset", *KEY])["p"].transform(holm)
-                pairs.append(table)
-            together = pd.concat([*filter(len, pairs)] or pairs)                # an empty one makes all text
-            tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": together,
-                      "detectable": detectable(pairs[0], sizes)}
+            rows = []
+            for kind in (False, True):                                          # each among themselves
+                family = [exp for exp in exps if exp.endswith("-ensemble") == kind]
+                rows += pairs_of(arms, family, "|auc")
+            pairs = pd.DataFrame(rows, columns=PAIRS)
+            ensemble = pairs["left"].str.endswith("-ensemble")
+            pairs["p_holm"] = pairs.groupby([ensemble, "dataset", *KEY])["p"].transform(holm)
+            tables = {"verdicts": decided, "arms": arms_table(arms), "comparisons": pairs,
+                      "detectable": detectable(pairs, sizes)}
             last = decided.drop_duplicates("id", keep="last")                    # over all test sets
             shown = last.loc[last["verdict"] != "not run", SHOWN]
             said = f"{len(shown)} of {len(last)} claims are about arms with numbers"
