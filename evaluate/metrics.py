@@ -942,6 +942,7 @@ def run(args):
             for lines, draws in scored:
                 rows += lines
                 resamples |= draws
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # `| head` ends it without a word (a dead worker may not)
     table = pd.DataFrame(rows, columns=COLUMNS)
     if args.out:
         draws = args.out.with_name(f"{args.out.stem}.draws.npz".removeprefix("metrics."))
@@ -974,7 +975,6 @@ def main():
     add("--manifest", nargs="+", type=Path, default=[], help="manifests with sex, age and race of the images")
     add("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
     parser.error = fail                 # one sentence, like every other mistake
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
     try:
         run(parser.parse_args())
     except InputError as mistake:

@@ -1029,11 +1029,13 @@ def test_a_reader_that_leaves_costs_no_file(tmp_path):
 
 def test_a_killed_worker_is_one_sentence(monkeypatch, tmp_path, capsys):
     predictions(tmp_path / "a.csv")
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)                 # as Python starts
     monkeypatch.setattr(m, "score_arm", die)                      # as the kernel does where memory is short
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, tmp_path, tmp_path / "a.csv", "--workers", "2")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: a worker was killed") and error.count("\n") == 1
+    assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN     # else the pipe to the worker ends the script, too
     assert not (tmp_path / "metrics.csv").exists()
 
 
