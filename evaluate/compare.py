@@ -490,8 +490,7 @@ def main():
             shown = last.loc[last["verdict"] != "not run", SHOWN]
             said = f"{len(shown)} of {len(last)} claims are about arms with numbers"
         for name, table in tables.items() if args.out else ():
-            text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
-            write(args.out / f"{name}.csv", lambda file: file.write(text))
+            write(args.out / f"{name}.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends it without a word
         print(said)
         if len(shown):
