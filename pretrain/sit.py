@@ -575,8 +575,16 @@ def init_processes(device):
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with or_fail("join the processes of torchrun"):
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # after a restart (torchrun --max-restarts) the store still holds the old addresses
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        # after a restart (torchrun --max-restarts) the store still holds old addresses, and nodes may count
+        # restarts differently: a prefix of new random words, on which all have to agree
+        store.set(str(rank), os.urandom(8).hex())
+        ranks, agreed = [*map(str, range(world_size))], False
+        while not agreed:
+            words = str(store.multi_get(ranks))
+            store.set(words + str(rank), "")
+            agreed = store.check([words + other for other in ranks])
+            time.sleep(0.1)
+        store = dist.PrefixStore(words, store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
         wait = timedelta(hours=12)                                          # for one that probes or saves
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
@@ -612,15 +620,17 @@ def end_processes():
             sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(code)
+# --- end copy: processes ---
 
 
+# --- begin copy: mixed precision ---
 def mixed_precision(device):
     """(autocast, loss scaler): on a GPU bf16, or fp16 and scaling where bf16 is not native; fp32 on a CPU."""
     cuda = device.type == "cuda"
     bf16 = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
     amp = torch.autocast(device.type, torch.bfloat16 if bf16 else torch.float16, enabled=cuda)
     return amp, torch.amp.GradScaler(device.type, enabled=not bf16)
-# --- end copy: processes ---
+# --- end copy: mixed precision ---
 
 
 # --- begin copy: manifest ---

@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -298,6 +299,21 @@ def test_torchrun_restarts_from_the_checkpoint_and_its_workers_end_with_it(data,
         agent.kill()
         agent.wait()
     assert run("gmml", data, tmp_path / "run", "--epochs", 5000, "--steps", len(seen) + 1).returncode == 0
+
+
+def test_nodes_that_count_restarts_differently_find_each_other(data, tmp_path):
+    """torchrun on another node restarts processes that are well without counting it: between the sums of a step."""
+    script, *args = command("gmml", data, tmp_path, "--steps", 1)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    nodes = [Run(script, args, WORLD_SIZE="2", RANK=rank, MASTER_ADDR="localhost", MASTER_PORT=str(port),
+                 TORCHELASTIC_RESTART_COUNT=rank) for rank in "01"]
+    try:
+        assert [node.result(40).returncode for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            node.kill()
 
 
 @every_script
