@@ -65,7 +65,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 REPORTED = HERE / "reported"
-SHOWN = yaml.safe_load((HERE / "report.yaml").read_text())
+SHOWN = yaml.safe_load((HERE / "report.yaml").read_bytes())
 KEY = "exp dataset labels metric variant label threshold".split()           # of a cell
 ENDS = ["ci_low", "ci_high"]
 TEST_SETS = SHOWN["test sets"]                  # {name: as it is shown}

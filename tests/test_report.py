@@ -833,3 +833,9 @@ def test_mistakes_are_one_sentence(tmp_path):
     result = run_script("evaluate/report.py", "--metrics", tmp_path / "none.csv", "--out", tmp_path / "out")
     assert_user_error(result, "none.csv does not exist")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_locale_of_another_encoding_changes_nothing(tmp_path):
+    flags = "--metrics", tmp_path / "none.csv", "--out", tmp_path / "out"
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert_user_error(run_script("evaluate/report.py", *flags, **ascii_locale), "none.csv does not exist")
