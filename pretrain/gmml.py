@@ -102,7 +102,6 @@ def typed(default):
         if default is not None and type(value) is not kind or kind in (int, float) and not value >= 0:
             raise ValueError
         if kind is list:                                                    # a range of fractions
-            value = [*map(float, value)]
             low, high = value
             if not 0 < low <= high <= 1:
                 raise ValueError
@@ -149,14 +148,13 @@ def options(section):
         parser.add_argument(f"--{key}", type=typed(default), default=default, choices=choices,
                             help=f"{helps[key]} [{default}]", **switch)
     parser.error = fail
-    underscored = lambda flag: "--" + flag[0][2:].replace("-", "_")
-    flags = [re.sub("^--[^=]+", underscored, word) for word in sys.argv[1:]]
+    underscored = lambda name: name[0].replace("-", "_")
+    flags = [re.sub("(?<=^--)[^=]+", underscored, word) for word in sys.argv[1:]]
     args, unknown = parser.parse_known_args(flags)
     if args.exp and not unknown:
         file = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml"
-        exp = args.exp
-        parser.error = lambda message: fail(f"{file} row {exp}: {message}")
-        args, unknown = parser.parse_known_args(read_row(file, exp, section, args.miniature) + flags)
+        parser.error = lambda message: fail(f"{file} row {args.exp}: {message}")
+        args, unknown = parser.parse_known_args(read_row(file, args.exp, section, args.miniature) + flags)
     for word in unknown:
         name = word[2:].split("=")[0]
         near = difflib.get_close_matches(name, vars(args), 1) or ["none"]
@@ -296,8 +294,8 @@ def draw_step(config, step, places, n_drop_paths, device):
     bool [2b, S, S] and whether the view is replaced, bool [2b].
     """
     sizes = [N_CROP, N_COLOUR, n_drop_paths, 2, 4 * N_BLOCKS]
-    generator = step_generator(config["seed"], step)
-    draws = torch.rand(2, config["batch"], sum(sizes), generator=generator)[:, places]
+    torch.manual_seed(step_seed(config["seed"], step))                      # of dropout, too, if any
+    draws = torch.rand(2, config["batch"], sum(sizes))[:, places]
     crop, colour, *others = send(draws, device).split(sizes, 2)
     depth, corruption, blocks = (u[:, :-1].flatten(0, 1) for u in others)
     blocks = blocks.unflatten(1, (N_BLOCKS, 4))
@@ -383,10 +381,9 @@ def train(config, args, rank, world_size, device):
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
         crop, colour, depth, masks, replaced = draw_step(config, step, local, len(drop_paths), device)
-        torch.manual_seed(step_generator(config["seed"], step).initial_seed())          # for dropout, if any
         shape = 2, config["in_chans"], *masks.shape[1:]
-        generators = [step_generator(config["seed"], step, 1 + place, device=device)
-                      for place in local[:-1].tolist()]                     # no other process needs these
+        seeds = [step_seed(config["seed"], step, 1 + place) for place in local[:-1].tolist()]
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         noise = torch.stack([torch.randn(shape, generator=g, device=device) for g in generators], 1)
         clean, corrupted = make_views(chosen, crop, colour, masks, replaced, noise.flatten(0, 1), config)
         n_masked = sum_over_processes(masks.sum()) * clean.shape[1]
@@ -636,10 +633,9 @@ def open_images(manifest, paths, in_chans, device):
 
 
 # --- begin copy: random ---
-def step_generator(*numbers, device="cpu"):
-    """A random generator made from (seed, step): any number of processes and any resume draw the same."""
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64).item()
-    return torch.Generator(device).manual_seed(seed)
+def step_seed(*numbers):
+    """A seed made from (seed, step): any number of processes and any resume draw the same numbers."""
+    return np.random.SeedSequence(numbers).generate_state(1, np.uint64).item()
 # --- end copy: random ---
 
 

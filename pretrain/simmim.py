@@ -109,7 +109,6 @@ def typed(default):
         if default is not None and type(value) is not kind or kind in (int, float) and not value >= 0:
             raise ValueError
         if kind is list:                                                    # a range of fractions
-            value = [*map(float, value)]
             low, high = value
             if not 0 < low <= high <= 1:
                 raise ValueError
@@ -156,14 +155,13 @@ def options(section):
         parser.add_argument(f"--{key}", type=typed(default), default=default, choices=choices,
                             help=f"{helps[key]} [{default}]", **switch)
     parser.error = fail
-    underscored = lambda flag: "--" + flag[0][2:].replace("-", "_")
-    flags = [re.sub("^--[^=]+", underscored, word) for word in sys.argv[1:]]
+    underscored = lambda name: name[0].replace("-", "_")
+    flags = [re.sub("(?<=^--)[^=]+", underscored, word) for word in sys.argv[1:]]
     args, unknown = parser.parse_known_args(flags)
     if args.exp and not unknown:
         file = args.experiments or Path(__file__).resolve().parents[1] / "experiments.yaml"
-        exp = args.exp
-        parser.error = lambda message: fail(f"{file} row {exp}: {message}")
-        args, unknown = parser.parse_known_args(read_row(file, exp, section, args.miniature) + flags)
+        parser.error = lambda message: fail(f"{file} row {args.exp}: {message}")
+        args, unknown = parser.parse_known_args(read_row(file, args.exp, section, args.miniature) + flags)
     for word in unknown:
         name = word[2:].split("=")[0]
         near = difflib.get_close_matches(name, vars(args), 1) or ["none"]
@@ -335,10 +333,9 @@ def train(config, args, rank, world_size, device):
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
-        generator = step_generator(config["seed"], step)
-        draw = lambda n: send(torch.rand(batch, n, generator=generator)[local], device)
+        torch.manual_seed(step_seed(config["seed"], step))                  # of dropout, too, if any
+        draw = lambda n: send(torch.rand(batch, n)[local], device)
         u, depth = draw(N_CROP + (size // unit) ** 2), draw(len(drop_paths))
-        torch.manual_seed(generator.initial_seed())                         # for dropout, if any
         clean, masks = make_views(chosen, u, config)
 
         loss = 0
@@ -590,10 +587,9 @@ def open_images(manifest, paths, in_chans, device):
 
 
 # --- begin copy: random ---
-def step_generator(*numbers, device="cpu"):
-    """A random generator made from (seed, step): any number of processes and any resume draw the same."""
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64).item()
-    return torch.Generator(device).manual_seed(seed)
+def step_seed(*numbers):
+    """A seed made from (seed, step): any number of processes and any resume draw the same numbers."""
+    return np.random.SeedSequence(numbers).generate_state(1, np.uint64).item()
 # --- end copy: random ---
 
 

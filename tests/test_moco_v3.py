@@ -138,7 +138,7 @@ def written_out(images, config, temperature):
     rates = np.concatenate([np.array([0, 0.25, 0.5, 0.75]) * 0.05, falling(0.05, 0.01, 4)]) * 10 / 256
     for step, (rate, momentum) in enumerate(zip(rates, falling(0.5, 1, 8))):
         order = np.random.default_rng([11, step // 4]).permutation(43)[step % 4 * 10:][:10]
-        u = torch.rand(2, 10, moco.N_VIEW, generator=moco.step_generator(11, step))
+        u = torch.rand(2, 10, moco.N_VIEW, generator=torch.Generator().manual_seed(moco.step_seed(11, step)))
         view = lambda image, row, *shares: moco.strong_view(
             image[None, None], row[None], (0.08, 1.0), 32, *shares, config, cubic=False)
         views = [torch.cat([view(*pair, 1.0, 0.0) for pair in zip(images[order], u[0])]),

@@ -372,7 +372,7 @@ def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch):
     assert len(set(first)) == len(set(second)) == 40 and max(first + second) < 42 and first != second
     assert first == list(np.random.default_rng([11, 0]).permutation(42)[:40])
     for step, (_, u, _, _) in enumerate(seen):
-        assert torch.equal(u, torch.rand(10, 23 + 16, generator=simmim.step_generator(11, step)))
+        assert torch.equal(u, uniform(simmim.step_seed(11, step), 10, 23 + 16))
 
     picture = np.array(Image.open(tmp_path / "run/recon_0002.png").convert("RGB")).astype(float)
     _, _, clean, masks = (part[:8] for part in seen[-1])

@@ -164,7 +164,7 @@ def written_out(images, config):
     rates = np.concatenate([np.linspace(0, 0.05, 4), falling(0.05, 0.01, 4)]) * 10 / 256
     for step, (rate, decay, momentum) in enumerate(zip(rates, falling(4, 20, 8), falling(0.5, 1, 8))):
         order = np.random.default_rng([11, step // 4]).permutation(43)[step % 4 * 10:][:10]
-        generator = sit.step_generator(11, step)
+        generator = torch.Generator().manual_seed(sit.step_seed(11, step))
         clean, corrupted, masks, scales = written_out_views(images[order], generator, config)
         with torch.no_grad():
             features, keys, _ = forward(teacher, clean.flatten(0, 1), torch.ones(4, 2, 20))

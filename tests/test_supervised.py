@@ -326,7 +326,7 @@ def test_a_run_is_the_definition_written_out(task, findings, classes, tmp_path, 
         optimizer.step()
         losses.append(loss.item())
         numbers.append(rows)
-        assert torch.equal(u, torch.rand(10, 24, generator=supervised.step_generator(11, step)))
+        assert torch.equal(u, uniform(supervised.step_seed(11, step), 10, 24))
         if step in (3, 7):
             val = [24 * i // 22 for i in range(22)]
             with torch.no_grad():
