@@ -222,10 +222,8 @@ def predict(model, facts, manifest, split, file, args, device):
     if own:                                             # .json and .npy get the same stem
         fail(f"--out {file}: give a name other than {manifest}, images, manifest or pack")
     rows, labels = read_manifest(manifest, split), facts["labels"]
-    known, pack = truth(manifest, rows, labels), Path(manifest).with_name("pack.json")
-    with or_fail(f"read {pack}"):
-        data = json.loads(pack.read_text()) if pack.is_file() else {}
-        marks = {data.get("stand_in"), facts.get("stand_in")} - {None}
+    known = truth(manifest, rows, labels)
+    marks = {read_pack(manifest).get("stand_in"), facts.get("stand_in")} - {None}
     images, n = open_images(manifest, rows["path"], facts["in_chans"], device), len(rows["path"])
     outputs = forward_all(model, images, n, facts, args.batch, args.test_crops, device).numpy()
     for place in np.flatnonzero(~np.isfinite(outputs).all(1))[:1]:
@@ -331,6 +329,13 @@ def read_manifest(manifest, split="all", samples=0):
                              "packing left out is in rejected.csv beside it)")
     kept = kept[:samples or None]
     return {name: [cells[place] for place in kept] for name, cells in columns.items()}
+
+
+def read_pack(manifest):
+    """What the pack.json beside a manifest says, {} where there is none."""
+    file = Path(manifest).with_name("pack.json")
+    with or_fail(f"read {file}"):
+        return {**json.loads(file.read_text())} if file.is_file() else {}
 # --- end copy: manifest ---
 
 
@@ -349,12 +354,10 @@ def open_images(manifest, paths, in_chans, device):
     memory if they fit. Without images.npy the 8-bit PNG and JPEG files themselves are decoded, into a list as
     they may differ in size.
     """
-    folder = Path(manifest).parent
-    file, own, pack = folder / "images.npy", folder / "manifest.csv", folder / "pack.json"
-    with or_fail(f"read {pack}"):
-        facts = json.loads(pack.read_text()) if pack.is_file() else {}
-        root = Path(facts.get("raw", folder))
+    folder, facts = Path(manifest).parent, read_pack(manifest)
+    file, own = folder / "images.npy", folder / "manifest.csv"
     if not file.is_file():
+        root = Path(facts.get("raw", folder))
         absent = [path for path in paths if not Path(root, path).is_file()]
         if absent:
             fail(f"{len(absent):,} of {len(paths):,} images of {manifest} are not there, the first is "

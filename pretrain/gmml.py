@@ -563,6 +563,13 @@ def read_manifest(manifest, split="all", samples=0):
                              "packing left out is in rejected.csv beside it)")
     kept = kept[:samples or None]
     return {name: [cells[place] for place in kept] for name, cells in columns.items()}
+
+
+def read_pack(manifest):
+    """What the pack.json beside a manifest says, {} where there is none."""
+    file = Path(manifest).with_name("pack.json")
+    with or_fail(f"read {file}"):
+        return {**json.loads(file.read_text())} if file.is_file() else {}
 # --- end copy: manifest ---
 
 
@@ -581,12 +588,10 @@ def open_images(manifest, paths, in_chans, device):
     memory if they fit. Without images.npy the 8-bit PNG and JPEG files themselves are decoded, into a list as
     they may differ in size.
     """
-    folder = Path(manifest).parent
-    file, own, pack = folder / "images.npy", folder / "manifest.csv", folder / "pack.json"
-    with or_fail(f"read {pack}"):
-        facts = json.loads(pack.read_text()) if pack.is_file() else {}
-        root = Path(facts.get("raw", folder))
+    folder, facts = Path(manifest).parent, read_pack(manifest)
+    file, own = folder / "images.npy", folder / "manifest.csv"
     if not file.is_file():
+        root = Path(facts.get("raw", folder))
         absent = [path for path in paths if not Path(root, path).is_file()]
         if absent:
             fail(f"{len(absent):,} of {len(paths):,} images of {manifest} are not there, the first is "
@@ -997,16 +1002,13 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    A last.pt of another config is refused. Part of the config become the hashes of manifests and pack.json,
-    and the mark of drawn images, which a pack or the initial weights carry.
+    A last.pt of another config is refused. Part of the config become the hash of manifests and pack.json, and
+    the mark of drawn images, which a pack or the initial weights carry.
     """
-    packs = [Path(manifest).with_name("pack.json") for manifest in manifests]
-    files = [*map(Path, manifests), *packs]
-    contents = [file.read_bytes() for file in files if file.is_file()]
-    config["data"] = [hashlib.sha256(content).hexdigest() for content in contents]
-    with or_fail(f"read {' or '.join(map(str, packs))}"):
-        facts = [json.loads(content) for content in contents[len(manifests):]]
-        marks = {config.get("stand_in"), *(pack.get("stand_in") for pack in facts)} - {None}
+    packs = [read_pack(manifest) for manifest in manifests]
+    contents = [Path(manifest).read_bytes() for manifest in manifests]
+    config["data"] = hashlib.sha256(repr([contents, packs]).encode()).hexdigest()
+    marks = {config.get("stand_in"), *(pack.get("stand_in") for pack in packs)} - {None}
     config["stand_in"] = "; ".join(sorted(marks)) or None
     last, log = Path(out, "last.pt"), Path(out, "log.jsonl")
     if rank == 0:
