@@ -343,7 +343,8 @@ def train(config, args, rank, world_size, device):
     micro = 2 * args.micro_batch                                            # two views an image; 0: all
     local = np.split(np.arange(batch), world_size)[rank]                    # places in the batch
     positives = torch.from_numpy(local).to(device)
-    stop_asked, started, saved = catch_sigterm(), time.monotonic(), time.monotonic()
+    stop_asked = catch_sigterm()
+    started = saved = time.monotonic()
 
     for step in range(first_step, last_step):
         epoch, number = divmod(step, steps_an_epoch)
@@ -514,15 +515,15 @@ def catch_sigterm():
 
 def end_processes():
     """In a `finally`: leave the process group; after an error at once, or NCCL would wait for the others."""
-    kind, error, _ = sys.exc_info()
-    code = 0 if kind is None else getattr(error, "code", 1)
+    error = sys.exception()
+    code = getattr(error, "code", 1) if error else 0
     if dist.is_initialized() and code in (0, 75):
         sum_over_processes(torch.zeros(1))      # wait for the one that saves: an exit code 75 ends them all
         time.sleep(0.1)                         # gloo's threads let go of tensors, or torch <= 2.10 may hang
         dist.destroy_process_group()
     elif dist.is_initialized():
         dead = "by peer|Broken pipe|remote process"                         # another process has ended
-        if kind is not SystemExit and not re.search(dead, str(error)):
+        if not (isinstance(error, SystemExit) or re.search(dead, str(error))):
             sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(code)
@@ -756,8 +757,8 @@ def fill_defaults(config):
     """The config with one mean and sd a channel; an image size among model_args replaces img_size."""
     n, size = config["in_chans"], config["model_args"].get("img_size", config["img_size"])
     config = {**config, "img_size": size}
-    imagenet = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
-    for key, default in imagenet.items():
+    imagenet = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+    for key, default in zip(("mean", "std"), imagenet):
         with or_fail(f"use {key} {config[key]}, one number or {n} of pixels in 0..1"):
             given = default[:n] if config[key] is None else config[key]
             config[key] = np.broadcast_to(given, n).astype(float).tolist()
@@ -801,9 +802,9 @@ def make_model(config, num_classes, drop_path=0.0):
     arch = config["arch"]
     with or_fail(f"make {arch} with {config['model_args']}"):
         fixed = getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False)
-        size = {"img_size": config["img_size"]} if fixed else {}
-        model = timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes,
-                                  **{"drop_path_rate": drop_path, **size, **config["model_args"]})
+        args = {"drop_path_rate": drop_path, "img_size": config["img_size"] if fixed else None}
+        args |= config["model_args"]                                        # timm leaves out what is None
+        model = timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes, **args)
         patches = getattr(model, "patch_embed", None)
         if isinstance(patches, timm.layers.PatchEmbed) and config["img_size"] % patches.patch_size[0]:
             raise ValueError(f"img_size {config['img_size']} is no multiple of the patches, "
