@@ -1058,15 +1058,12 @@ def fit_positions(value, shape):
 
     Other rows stay as they are: the class token's in front, BEiT's three further biases at the table's end.
     """
-    table = value.ndim == 2
-    rows = value if table else value[0].flip(0)                             # the grid first, then the others
-    side, new_side = math.isqrt(len(rows)), math.isqrt(shape[-2])
-    grid, others = rows[:side ** 2], rows[side ** 2:]
-    if len(others) != shape[-2] - new_side ** 2:
-        return value                                    # of no square grid, or other tokens: does not fit
-    maps = F.interpolate(grid.T.reshape(1, -1, side, side), (new_side, new_side), mode="bicubic")
-    rows = torch.cat([maps[0].flatten(1).T, others])
-    return rows if table else rows.flip(0)[None]
+    side = math.isqrt(shape[-2])
+    if value.ndim == 2:
+        window = (side + 1) // 2
+        return timm.layers.resize_rel_pos_bias_table_simple(value, (window, window), shape)
+    return timm.layers.resample_abs_pos_embed(
+        value, [side, side], num_prefix_tokens=shape[1] - side ** 2, antialias=False)
 # --- end copy: positions ---
 
 
@@ -1112,16 +1109,15 @@ def load_backbone(model, config):
         others = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()}
         found = {name: given[other] for name, other in others.items() if other in given}
         given = {name: x for name, x in given.items() if name not in others.values()} | found
-    loaded = {}
-    for name in [name for name in wanted if name in given]:
-        x, shape = given[name].detach().float(), wanted[name]
-        if name.startswith(first) and x.ndim == 4:
-            x = fit_channels(x, shape[1], config["channel_adapt"])
-        if name.endswith(("pos_embed", "bias_table")) and x.shape != shape and x.ndim in (2, 3):
-            x = fit_positions(x, shape)
-        loaded[name] = x
-    has = ", ".join(list(named)[:3]) or "no tensors"
+    loaded, has = {}, ", ".join(list(named)[:3]) or "no tensors"
     with or_fail(f"fill {arch} (--arch, --model_args) from {init}, which has {has}"):
+        for name in [name for name in wanted if name in given]:
+            x, shape = given[name].detach().float(), wanted[name]
+            if name.startswith(first) and x.ndim == 4:
+                x = fit_channels(x, shape[1], config["channel_adapt"])
+            if name.endswith(("pos_embed", "bias_table")) and x.shape != shape:
+                x = fit_positions(x, shape)
+            loaded[name] = x
         model.load_state_dict(of_network(given, wanted) | head | loaded)    # strict
     config["stand_in"] = content.get("stand_in")
     numbers = b"".join(x.numpy().tobytes() for x in loaded.values())
