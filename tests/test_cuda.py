@@ -54,7 +54,11 @@ def manifest(tmp_path_factory):
 def same_numbers(monkeypatch):
     """Convolutions without TF32, and normal deviates of the CPU: its generator and a GPU's differ."""
     drawn = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *shape, device=None, **how: drawn(*shape, **how).to(device))
+    def on_cpu(*shape, generator=None, device=None):
+        if generator is not None:
+            generator = torch.Generator().manual_seed(generator.initial_seed())
+        return drawn(*shape, generator=generator).to(device)
+    monkeypatch.setattr(torch, "randn", on_cpu)
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield
