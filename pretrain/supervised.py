@@ -279,7 +279,7 @@ def train(config, args, rank, world_size, device):
         return normalise(resize(images(places + n_images), config["img_size"]), config)
 
     torch.manual_seed(config["seed"])
-    model = make_model(config, len(labels), config["drop_path"])
+    model = make_model(config, len(labels))
     drop_paths, note = replace_drop_path(model), load_backbone(model, config)
     model.to(device, memory_format=torch.channels_last)
     if world_size > 1 and device.type == "cuda":    # on CPUs each process normalises by its own share
@@ -708,13 +708,13 @@ def normalise(x, config):
 
 
 # --- begin copy: model ---
-def make_model(config, num_classes, drop_path=0.0):
+def make_model(config, num_classes):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
     arch = config["arch"]
     with or_fail(f"make {arch} with {config['model_args']}"):
         fixed = getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False)
-        args = {"drop_path_rate": drop_path, "img_size": config["img_size"] if fixed else None}
-        args |= config["model_args"]                                        # timm leaves out what is None
+        args = {"drop_path_rate": config.get("drop_path"), "img_size": config["img_size"] if fixed else None,
+                **config["model_args"]}                                     # timm leaves out what is None
         model = timm.create_model(arch, in_chans=config["in_chans"], num_classes=num_classes, **args)
         patches = getattr(model, "patch_embed", None)
         if isinstance(patches, timm.layers.PatchEmbed) and config["img_size"] % patches.patch_size[0]:
@@ -789,12 +789,12 @@ def read_weights(init, arch):
 
 # --- begin copy: timm names ---
 def flatten(content, path=""):
-    """{dotted path: tensor} of nested dicts, without quantised numbers."""
+    """{dotted path: tensor} of nested dicts: of floating-point numbers, no counts, nothing quantised."""
     flat = {}
     for name, value in content.items() if isinstance(content, dict) else ():
         if not isinstance(value, torch.Tensor):
             flat |= flatten(value, f"{path}{name}.")
-        elif value.is_floating_point() or value.dtype == torch.int64:
+        elif value.is_floating_point():
             flat[f"{path}{name}"] = value
     return flat
 
@@ -857,7 +857,7 @@ def loading_note(content, prefix, given, loaded, config, n_heads):
     has taken, adapted where need be; n_heads: of the model, as weights do not show them.
     """
     adapted = [name for name, x in loaded.items() if x.shape != given[name].shape]
-    left_out = [name for name in given if name not in loaded and not name.endswith("num_batches_tracked")]
+    left_out = [name for name in given if name not in loaded]
     notes = [f"{len(loaded)} tensors of {config['init']} ({prefix}*)"]
     notes += [f"{len(names)} {what}: {', '.join(names[:3])}"
               for what, names in (("adapted", adapted), ("left out", left_out)) if names]
@@ -905,7 +905,7 @@ def load_backbone(model, config):
     content = read_weights(init, arch)
     named = {name: x for name, x in flatten(content).items() if config["init_key"] in name}
     head = {name: x for name, x in model.state_dict().items()
-            if name.startswith(prefixes(model, "classifier")) or name.endswith("num_batches_tracked")}
+            if name.startswith(prefixes(model, "classifier")) or not x.is_floating_point()}
     wanted = {name: x.shape for name, x in model.state_dict().items() if name not in head}
     ours = sorted(wanted, key=lambda name: not name.startswith("fc_norm"))
     # a ResNet's children in a Sequential, as RadImageNet's and lightly's

@@ -108,7 +108,7 @@ def test_hidden_pixels_leave_no_trace_and_shown_ones_do(kind, in_chans):
 def test_parameter_counts_at_default_size(arch, model_args, size, encoder, decoder):
     with torch.device("meta"):
         facts = config_of(arch=arch, model_args=model_args, img_size=size, in_chans=3)
-        model = simmim.SimMIM(simmim.make_model(facts, 0, 0.0), 3, size)
+        model = simmim.SimMIM(simmim.make_model(facts, 0), 3, size)
     assert sum(p.numel() for p in model.decoder.parameters()) == decoder
     assert sum(p.numel() for p in model.encoder.parameters()) + model.mask_token.numel() == encoder
     assert not any(isinstance(module, timm.layers.DropPath) for module in model.modules())  # 0 means none

@@ -32,7 +32,7 @@ def double(monkeypatch):
 def test_parameters_at_default_size_and_the_start_of_both_heads(in_chans, total):
     config = {**sit.DEFAULTS, "in_chans": in_chans}
     torch.manual_seed(0)
-    student = sit.SiT(sit.make_model(config, 0, 0.1), in_chans, config["hidden_dim"], config["out_dim"])
+    student = sit.SiT(sit.make_model(config, 0), in_chans, config["hidden_dim"], config["out_dim"])
     assert sum(p.numel() for p in student.parameters()) == total
     assert sum(p.numel() for p in student.cls_head.parameters()) == 19_423_488
     for head in (student.cls_head, student.rec_head.mlp):

@@ -428,5 +428,5 @@ def test_unusable_labels_are_refused(tmp_path, monkeypatch, capsys, content, fla
 
 def test_parameter_count_at_default_size():
     with torch.device("meta"):
-        model = supervised.make_model(config_of(), 14, 0.1)
+        model = supervised.make_model(config_of(), 14)
     assert sum(p.numel() for p in model.parameters()) == 21_469_056 + 14 * 385
