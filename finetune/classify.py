@@ -149,7 +149,7 @@ def options(section):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False,
                                      usage="%(prog)s [--KEY VALUE]...")
     helps = dict(re.findall(r"^    (\w+)=.*?# (.*)$", Path(__file__).read_text(), re.M))
-    for key, default in {**FLAGS, **DEFAULTS}.items():
+    for key, default in (FLAGS | DEFAULTS).items():
         listed = re.match(r"\w+( \| \w+)+(?=;|$)", helps[key])              # a comment may begin with choices
         choices = [typed(default)(word) for word in listed[0].split(" | ")] if listed else None
         if key == "strategy":
@@ -350,9 +350,9 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
             scheduler.step(scores["val_loss"] if by_loss else epoch + 1)
         ending = ended(done)
         if args.log_steps and done % args.log_steps == 0 or scores or ending:
-            rate = (done - first_step) * batch / (time.monotonic() - started)
-            log_line(out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
-                     loss=(meter[0] / meter[1]).item(), lr=lr, img_per_s=round(rate, 1), **scores)
+            seconds = (time.monotonic() - started) / (done - first_step)        # a step
+            log_line(out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1,
+                     loss=(meter[0] / meter[1]).item(), lr=lr, img_per_s=round(batch / seconds, 1), **scores)
             meter.zero_()
         best = (scores or ending) and curve[:, 1].argmin() == epoch         # 0 within the first epoch
         if rank == 0 and (stopping or ending or best or time.monotonic() - saved > 60 * args.save_minutes):

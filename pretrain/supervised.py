@@ -139,7 +139,7 @@ def options(section):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False,
                                      usage="%(prog)s [--KEY VALUE]...")
     helps = dict(re.findall(r"^    (\w+)=.*?# (.*)$", Path(__file__).read_text(), re.M))
-    for key, default in {**FLAGS, **DEFAULTS}.items():
+    for key, default in (FLAGS | DEFAULTS).items():
         listed = re.match(r"\w+( \| \w+)+(?=;|$)", helps[key])              # a comment may begin with choices
         choices = [typed(default)(word) for word in listed[0].split(" | ")] if listed else None
         if key == "strategy":
@@ -352,9 +352,10 @@ def train(config, args, rank, world_size, device):
             stop_if_nan([outputs], done, args.out)
             scored = scores(outputs, val_targets)
         if args.log_steps and done % args.log_steps == 0 or ending or scored:
-            rate = (done - first_step) * batch / (time.monotonic() - started)
-            log_line(args.out, rank, (last_step - done) * batch / rate, step=done, epoch=epoch + 1,
-                     loss=(meter[0] / meter[1]).item(), lr=lr, wd=wd, **scored, img_per_s=round(rate, 1))
+            seconds = (time.monotonic() - started) / (done - first_step)        # a step
+            log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1,
+                     loss=(meter[0] / meter[1]).item(), lr=lr, wd=wd, **scored,
+                     img_per_s=round(batch / seconds, 1))
             meter.zero_()
         if rank == 0 and (stopping or time.monotonic() - saved > 60 * args.save_minutes):
             save_run(args.out, done, config, state, epoch=done // steps_an_epoch)
