@@ -1094,23 +1094,21 @@ def load_backbone(model, config):
         child = re.compile(r"^(|.*?\.)([014567])\.(?=\d+\.\w+\.|weight|bias|running)")
         named = {child.sub(lambda found: f"{found[1]}{children[found[2]]}.", name): x
                  for name, x in named.items()}
-    with or_fail(f"find the names of {arch} in {init}"):
-        given, prefix = timm_names(named, ours)
-    if "layers.0.downsample.reduction.weight" in given:                     # Swin's release: a stage earlier
-        given = {re.sub(r"(?<=^layers\.)\d(?=\.downsample)", lambda stage: str(int(stage[0]) + 1), name): x
-                 for name, x in given.items()}
-    rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if rename and wanted.keys() - given.keys() and not any("pos" in name for name in wanted):
-        with or_fail(f"rename the tensors of {init} for {arch}"):       # it would resample positions
-            if any("downsample_layers" in name for name in named):          # ConvNeXt's release
-                content = timm_names(named, ["downsample_layers.0.0.weight"])[0]
-            given = rename(content, model)
-    for old, new in STAND_INS.items():
-        others = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()}
-        found = {name: given[other] for name, other in others.items() if other in given}
-        given = {name: x for name, x in given.items() if name not in others.values()} | found
     loaded, has = {}, ", ".join(list(named)[:3]) or "no tensors"
     with or_fail(f"fill {arch} (--arch, --model_args) from {init}, which has {has}"):
+        given, prefix = timm_names(named, ours)
+        if "layers.0.downsample.reduction.weight" in given:                 # Swin's release: a stage earlier
+            later = lambda stage: str(int(stage[0]) + 1)
+            given = {re.sub(r"(?<=^layers\.)\d(?=\.downsample)", later, name): x for name, x in given.items()}
+        rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        if rename and wanted.keys() - given.keys() and not any("pos" in name for name in wanted):
+            if any("downsample_layers" in name for name in named):          # ConvNeXt's release
+                content = timm_names(named, ["downsample_layers.0.0.weight"])[0]
+            given = rename(content, model)                                  # it would resample positions
+        for old, new in STAND_INS.items():
+            others = {name: re.sub(old, new, name) for name in wanted.keys() - given.keys()}
+            found = {name: given[other] for name, other in others.items() if other in given}
+            given = {name: x for name, x in given.items() if name not in others.values()} | found
         for name in [name for name in wanted if name in given]:
             x, shape = given[name].detach().float(), wanted[name]
             if name.startswith(first) and x.ndim == 4:
