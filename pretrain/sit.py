@@ -679,7 +679,7 @@ def send(x, device):
 
 # --- begin copy: images ---
 def open_images(manifest, paths, in_chans, device):
-    """A function from places among the paths, int64 [B], to images, uint8 [B, C, H, W] on the device.
+    """A function from an array of places among the paths [B] to images, uint8 [B, C, H, W] on the device.
 
     They come from images.npy beside the manifest, whose rows are those of manifest.csv there, held in GPU
     memory if they fit. Without images.npy the 8-bit PNG and JPEG files themselves are decoded, into a list as
@@ -723,14 +723,13 @@ def open_images(manifest, paths, in_chans, device):
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = np.array([number_of[path] for path in paths])
     packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)
-    numbers_of = lambda places: numbers[np.asarray(places)]                 # places: array or tensor
-    read_all = lambda places: send(torch.from_numpy(packed[numbers_of(places)]), device)
+    read_all = lambda places: send(torch.from_numpy(packed[numbers[places]]), device)
     n_bytes = len(numbers) * packed[0].size
     if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:
         return read_all
-    parts = torch.arange(len(numbers)).split(4096)                          # host memory for a part at a time
-    held = torch.cat([read_all(part) for part in parts])
-    return lambda places: held[send(torch.as_tensor(places), device)]
+    held = torch.cat([read_all(slice(begin, begin + 4096))                  # host memory for a part at a time
+                      for begin in range(0, len(numbers), 4096)])
+    return lambda places: held[send(torch.from_numpy(places), device)]
 # --- end copy: images ---
 
 
