@@ -316,16 +316,18 @@ def test_the_first_layer_answers_to_grey_input_as_stated(
 
 
 @pytest.mark.parametrize("script", [GMML, SUPERVISED])
-def test_positions_on_another_grid_are_timms_and_the_cls_row_stays(script, manifest, tmp_path):
-    source = network()
+@pytest.mark.parametrize("args, n_other", [({}, 1), ({"no_embed_class": True}, 0), ({"reg_tokens": 2}, 3)])
+def test_positions_on_another_grid_are_timms_and_the_other_tokens_rows_stay(script, args, n_other, manifest, tmp_path):
+    source = network(VIT, {**MODEL, **args})
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    result = start(script, manifest, tmp_path, "w.pth", model_args={**MODEL, "img_size": 48})
+    result = start(script, manifest, tmp_path, "w.pth", model_args={**MODEL, **args, "img_size": 48})
     assert result.returncode == 0 and "pos_embed" in result.stdout, result.stderr
     got, old = backbone(tmp_path).pos_embed, source.pos_embed
-    wanted = timm.layers.resample_abs_pos_embed(old, [6, 6], interpolation="bicubic", antialias=False)
-    by_hand = F.interpolate(old[:, 1:].mT.unflatten(2, (4, 4)), (6, 6), mode="bicubic").flatten(2).mT
-    assert torch.equal(got[:, :1], old[:, :1]) and torch.allclose(got, wanted, atol=1e-6)
-    assert torch.allclose(got[:, 1:], by_hand, atol=1e-6)
+    wanted = timm.layers.resample_abs_pos_embed(
+        old, [6, 6], num_prefix_tokens=n_other, interpolation="bicubic", antialias=False)
+    by_hand = F.interpolate(old[:, n_other:].mT.unflatten(2, (4, 4)), (6, 6), mode="bicubic").flatten(2).mT
+    assert torch.equal(got[:, :n_other], old[:, :n_other]) and torch.allclose(got, wanted, atol=1e-6)
+    assert torch.allclose(got[:, n_other:], by_hand, atol=1e-6)
 
 
 def test_bias_tables_on_another_grid_are_bicubic_and_beits_cls_biases_stay(manifest, tmp_path):
