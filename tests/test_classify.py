@@ -213,6 +213,12 @@ def test_stochastic_depth_is_of_images_in_networks_with_several_rows_an_image(pa
     assert len(log_of(tmp_path / "seed0")) == 1
 
 
+@pytest.mark.parametrize("arch", ["vit_small_patch16_224", "resnet18"])
+def test_a_network_takes_images_of_the_rows_size(arch):
+    model, _ = classify.start(config_of(arch=arch, model_args={}, img_size=64))
+    assert model(torch.zeros(1, 1, 64, 64)).shape == (1, len(model.get_classifier().bias))
+
+
 def test_the_new_head_is_small_and_depends_on_the_seed_alone():
     heads = [classify.start(config_of(seed=seed))[0].get_classifier() for seed in (0, 0, 11)]
     assert torch.equal(heads[0].weight, heads[1].weight) and not torch.equal(heads[0].weight, heads[2].weight)
