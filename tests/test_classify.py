@@ -281,6 +281,16 @@ def test_flags_beat_the_row_and_the_row_beats_recipe_and_checkpoint(tmp_path, mo
     assert row("z", "--label_names", "C,A")[0]["label_names"] == ["C", "A"]
 
 
+@pytest.mark.parametrize("way", ["finetune", "probe"])
+def test_a_row_has_its_own_folder_for_each_way_of_learning(way, pack, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"defaults": {}, "3.4": {"arch": "vit_small_patch16_224", "model_args": VIT, "in_chans": 1}}
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(row))
+    run(monkeypatch, "--experiments", "rows.yaml", "--exp", "3.4", f"--probe={way == 'probe'}", "--train", pack,
+        "--batch", 12, "--epochs", 1, "--steps", 1, "--seeds", 5, "--device", "cpu")
+    assert [*tmp_path.glob("runs/**/classifier.pt")] == [tmp_path / "runs/3.4" / way / "seed5/classifier.pt"]
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_network_of_simmim_is_read_out_by_the_mean_of_its_patch_tokens(shared, pack, tmp_path, monkeypatch):
     """As row 0.1.2 asks for by model_args: mean, then its norm; drop path 0.1 over the recipe's 0.

@@ -465,6 +465,16 @@ def test_a_folder_gives_what_its_pixels_give(folder, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "out")) == ["p.csv", "p.csv.rejected.csv", "p.json", "p.npy"]
 
 
+@pytest.mark.parametrize("columns, noted", [
+    ({"Edema": "1"}, False), ({"Cardiomegaly": "1"}, True), ({"Cardiomegaly": "1", "patient": "7"}, False)])
+def test_images_stand_for_patients_aloud_where_there_is_truth_of_them(columns, noted, model_file, tmp_path,
+                                                                      monkeypatch, capsys):
+    manifest = write_pack(tmp_path, blobs(2), path=["a", "b"], **columns)
+    run(monkeypatch, "--checkpoint", model_file[0], "--manifest", manifest, "--split", "all",
+        "--out", tmp_path / "p.csv")
+    assert ("no column patient" in capsys.readouterr().out) == noted
+
+
 def test_bad_files_are_listed_and_the_rest_is_predicted(folder, tmp_path, monkeypatch, capsys):
     images = tmp_path / "images"
     shutil.copytree(folder, images)
