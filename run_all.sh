@@ -13,7 +13,7 @@
 #   --rates FILE  for --plan: measured rates, a gpu.json        --slurm DIR  write job.sh and submit.sh there
 #
 # Relative paths begin at this file's folder. A step is skipped if its command has run since its inputs changed. Stopped
-# or killed, the same command goes on (SIGTERM: exit 75). In tmux: nohup does not hold torchrun. PYTHON=python: your own
+# or killed, the same command goes on (SIGTERM: exit 75). tmux, not nohup, keeps torchrun. PYTHON=python uses your own.
 set -euo pipefail; cd "$(dirname "$0")"
 usage() { echo "error: $1; bash run_all.sh --help lists the options" >&2; exit 2; }
 demo="" open="" dry_run="" plan="" exp="" raw="" data="" out="" nproc="" tests="" only="" scale="" slurm="" rates=""

@@ -711,7 +711,7 @@ def open_images(manifest, paths, in_chans, device):
     folder, facts = Path(manifest).parent, read_pack(manifest)
     file, own = folder / "images.npy", folder / "manifest.csv"
     if not file.is_file():
-        root = Path(facts.get("raw", folder))
+        root = Path(facts.get("raw") or folder)
         absent = [path for path in paths if not Path(root, path).is_file()]
         if absent:
             fail(f"{len(absent):,} of {len(paths):,} images of {manifest} are not there, the first is "
