@@ -282,7 +282,8 @@ def auc_draws(y, p, patient, counts, chunk=64):
         rows = [np.searchsorted(score[high], score[low], side) for side in ("left", "right")]
         cells = np.concatenate(rows), np.tile(patient[low], 2)
         ones = np.ones(len(cells[0]), np.float32)
-        negatives = csr_matrix((ones, cells), (len(high) + 1, counts.shape[1]))
+        shape = len(high) + 1, counts.shape[1]
+        negatives = csr_matrix((ones, cells), shape)
         labels.append((patient[high], negatives))
     for block in np.array_split(counts, len(counts) // chunk + 1):      # few enough for weights to be cached
         weights = block.T.astype(np.float32, order="C")
@@ -682,8 +683,9 @@ def read_predictions(path):
     """One predictions file, checked. Raises InputError that names file, row and what was expected."""
     frame = read_csv(path, ["path", "patient"], {"path": str, "patient": str})
     truths = frame.filter(regex="^true_").replace("", "-1")
+    scores = frame.filter(regex="^prob_")
     names = truths.columns.str[5:]
-    for name in names.symmetric_difference(frame.filter(regex="^prob_").columns.str[5:]):
+    for name in names.symmetric_difference(scores.columns.str[5:]):
         raise InputError(f"{path} has only one of true_{name} and prob_{name}; add the other or drop it")
     labels = names.map(nih_name)
     for label in labels[labels.duplicated()]:
@@ -693,7 +695,7 @@ def read_predictions(path):
     for row in np.flatnonzero(frame["path"].duplicated()):
         raise InputError(f"{path} row {row + 2}: image '{frame['path'][row]}' is there twice; keep one row")
     y = read_cells(path, truths, lambda cells: np.isin(cells, (-1, 0, 1)), "1, 0 or blank (unknown)")
-    p = read_cells(path, frame["prob_" + names], lambda cells: (cells >= 0) & (cells <= 1),
+    p = read_cells(path, scores["prob_" + names], lambda cells: (cells >= 0) & (cells <= 1),
                    "a probability from 0 to 1")
     if not any({0, 1} <= set(truth) for truth in y.T):
         raise InputError(f"{path} has no column true_<label> with both positives and negatives, so nothing "
@@ -709,10 +711,12 @@ def read_predictions(path):
 
 def people_of(frame):
     """Sex, age band and race, those that there are, NaN if unknown; "White, non-Hispanic" is White."""
-    people = frame.filter(["sex", "age", "race"]).astype(str).replace(UNKNOWN, pd.NA, regex=True)
+    people = frame.filter(["sex", "age", "race"]).astype(str)
+    people = people.replace(UNKNOWN, pd.NA, regex=True)
     if "age" in people:
         ages = pd.to_numeric(people["age"].str.rstrip("Y"), errors="coerce")        # 061Y, in DICOM
-        people["age"] = pd.cut(ages, [-np.inf, *AGES.values()], labels=list(AGES))
+        ends = [-np.inf, *AGES.values()]
+        people["age"] = pd.cut(ages, ends, labels=list(AGES))
     return people.replace({"race": RACES}, regex=True)
 
 
