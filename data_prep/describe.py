@@ -1,4 +1,5 @@
 """Recomputes Tables 9-13 of the study from index.csv files, draws Figure 1, finds images that packs share.
+
 Percentages and ages are over images, as in the study, also where it says "of patients".
 
     python data_prep/describe.py --index data/*/index.csv --packs data/nih data/oct --out results/data --check
@@ -239,8 +240,7 @@ def write_overlaps(packs, others, out):
             found = overlap(first, other)
             images += [[*row, pack, name] for row in found]
             equal = sum(kind == "equal" for _, _, kind, _ in found)
-            near = len(found) - equal
-            numbers.append([pack, name, len(first[0]), len(other[0]), equal, near])
+            numbers.append([pack, name, len(first[0]), len(other[0]), equal, len(found) - equal])
     columns = "path other_path kind correlation pack other".split()
     pd.DataFrame(images, columns=columns).to_csv(out / "overlap.csv", index=False)
     numbers = pd.DataFrame(numbers, columns="pack other images other_images equal near".split())

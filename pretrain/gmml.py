@@ -570,7 +570,7 @@ def read_pack(manifest):
     """What the pack.json beside a manifest says, {} where there is none."""
     file = Path(manifest).with_name("pack.json")
     with or_fail(f"read {file}"):
-        return {**json.loads(file.read_text())} if file.is_file() else {}
+        return {**json.loads(file.read_text())} if file.is_file() else {}      # of a list: an error
 # --- end copy: manifest ---
 
 
