@@ -808,6 +808,11 @@ def test_a_long_name_is_broken_and_not_written_over_the_numbers_beside_it():
     assert re.search(r"\nbody\{[^}]*overflow-wrap:break-word", css)
 
 
+def test_the_note_of_a_wide_table_ends_at_the_edge_of_a_telephone():
+    css = (ROOT / "evaluate/report.css").read_text()
+    assert re.search(r"\ncaption\{[^}]*max-width:[^}]*100vw", css)
+
+
 def luminance(colour):
     """Relative luminance of #rgb or #rrggbb (WCAG 2.2)."""
     digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
