@@ -21,8 +21,8 @@ Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, thresho
         <exp>-ensemble, no seed: mean probability of its runs.
         draws.npz beside it (NAME.draws.npz of NAME.csv): for "exp/seed/dataset" float32 [rows, resamples],
         the values of a metric when patients are drawn with replacement, the same ones for every run;
-        "exp/seed/dataset/rows": which, as labels|metric|label|threshold: AUCs, and for labels 5, else 14,
-        else all, the other means.
+        "exp/seed/dataset/rows": which, as labels|metric|label|threshold: AUCs, and for labels 5, else all,
+        the other means.
 Cells that are unknown are left out of every metric; a label that no image knows is not scored.
 """
 
