@@ -38,9 +38,10 @@ def test_the_device_refuses_to_mix_and_notices_waits():
 
 @pytest.mark.slow
 def test_scripts_run_on_the_device_without_waits_in_a_step():
-    # "from the CPU and back" does what "whole" and "resumed" do; the blocks that map are the same in all scripts
+    # "from the CPU and back" does what "whole" and "resumed" do, a share of two processes has micro-batches; the
+    # blocks that map are the same in all scripts
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py",
-               "-k", "not whole and not resumed and (not mapped or gmml)"]
+               "-k", "not whole and not resumed and not micro and (not mapped or gmml)"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500,
                           env={**os.environ, "CUDA_TESTS_ON": "emulated", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "31 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "24 passed" in done.stdout, done.stdout
