@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, load_script, run_here
+from conftest import ROOT, fork_script, load_script, run_here
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
@@ -102,6 +102,8 @@ def test_real_images_of_one_kind_from_packs_to_the_table(tmp_path, monkeypatch, 
     monkeypatch.setattr(starts, "MODEL", SMALL)
     monkeypatch.setattr(starts, "PRETRAIN", ["--epochs", 2, "--warmup_epochs", 1])
     monkeypatch.setattr(starts, "WAYS", {"probe-all": ["--probe"]})
+    # without the seconds of importing
+    monkeypatch.setattr(starts.subprocess, "run", lambda command, **_: fork_script(*command[1:]))
     draw_pack(tmp_path / "raw/natural", dict(pretrain=9, val=3), 20)
     draw_pack(tmp_path / "raw/pneumonia", dict(train=20, val=10, test=12), 12, ["Pneumonia"])
     out = tmp_path / "out"
