@@ -9,7 +9,7 @@ runs dominate; that of a single run is over patients.
     python evaluate/compare.py --metrics results/metrics.csv --out results     all arms, the study's claims
     python evaluate/compare.py --reported --out results/published              claims on the published numbers
 
-Reads   metrics.csv and draws.npz beside it, or reported/raw_runs_auc.csv and printed.csv; claims.csv
+Reads   metrics.csv and draws.npz beside it, or reported/raw_runs_auc.csv, printed.csv; claims.csv, table2.csv
 Writes  verdicts.csv     a row per claim and test set, and one over all: verdict, the deciding comparison
         arms.csv         a row per arm and metric: mean, sd, interval, standard errors over runs and patients
         comparisons.csv  a row per pair of arms and AUC; p_holm: over the pairs of one
