@@ -627,6 +627,19 @@ def test_the_copied_file_alone_trains_on_image_files_of_any_size(name, files, tm
     assert result.returncode == 0 and exported(name, tmp_path / "run").exists(), result.stderr
 
 
+def test_colour_files_train_as_their_pack_does(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    manifest, weights = write_pack(tmp_path, images), []
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    for out in (tmp_path / "packed", tmp_path / "files"):
+        result = run("gmml", manifest.parent, out, "--in_chans", 3, "--steps", 1, "--warmup_epochs", 0)
+        assert result.returncode == 0, result.stderr
+        weights.append(torch.load(out / "backbone.pt", weights_only=True)["model"])
+        (tmp_path / "images.npy").unlink(missing_ok=True)                   # for the second run
+    assert all(torch.equal(x, weights[1][key]) for key, x in weights[0].items())
+
+
 @every_script
 def test_help_comes_at_once_and_explains_every_key(name):
     script, before = ROOT / SCRIPTS[name][0], os.times()
