@@ -15,8 +15,9 @@ if [ -z "${PYTHON:-}" ]; then
     mkdir .venv
     touch "$installed"                          # first of all: a set-up that was stopped is begun anew
     python3 -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+    .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt ||
       { echo "error: pip could not install requirements.txt into .venv (its message is above)" >&2; exit 2; }
+    .venv/bin/python -m compileall -q -j 0 .venv >/dev/null || true        # on all cores; some files are templates
     cp requirements.txt "$installed"
   fi
   PYTHON=.venv/bin/python
