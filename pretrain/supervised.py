@@ -171,6 +171,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.optim import param_groups_weight_decay
 from torch import distributed as dist, nn
 from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
@@ -957,9 +958,8 @@ def cosine(step, n_steps, start, end, n_warm=0):
 
 def decay_groups(model):
     """Two parameter groups: tensors of two or more dimensions (weight decay), biases and norms (none)."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    spared = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    return [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
+    spared, decayed = param_groups_weight_decay(model)
+    return [dict(params=decayed["params"]), spared]
 
 
 def clip_each(parameters, largest):
