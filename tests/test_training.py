@@ -627,6 +627,11 @@ def test_the_copied_file_alone_trains_on_image_files_of_any_size(name, files, tm
     assert result.returncode == 0 and exported(name, tmp_path / "run").exists(), result.stderr
 
 
+def test_blank_lines_of_a_manifest_are_no_rows(tmp_path):
+    (tmp_path / "manifest.csv").write_text("path,split\n\na.png,pretrain\n\n")
+    assert load_script("pretrain/gmml.py").read_manifest(tmp_path / "manifest.csv")["path"] == ["a.png"]
+
+
 def test_colour_files_train_as_their_pack_does(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     manifest, weights = write_pack(tmp_path, images), []
