@@ -571,27 +571,26 @@ def read_manifest(manifest, split="all", samples=0):
     """
     with or_fail(f"read the manifest {manifest}"):
         with open(manifest, newline="", encoding="utf-8-sig") as file:
-            header, *rows = [row for row in csv.reader(file) if row] or [[]]
-        for number, row in enumerate(rows, 2):
-            if len(row) != len(header):
-                raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
+            reader = csv.DictReader(file)
+            header = reader.fieldnames or []
+            rows = list(reader)
         if "path" not in header or "" in header or len({*header}) < len(header):
             raise ValueError("it needs columns with different names, one of them path, and commas between "
                              f"them; it has {', '.join(header)}")
-        columns = dict(zip(header, zip(*rows)))
-        columns["row"] = range(2, 2 + len(rows))
-        splits = columns.get("split", ["all"] * len(rows))
+        for number, row in enumerate(rows, 2):
+            if None in row or None in row.values():
+                raise ValueError(f"row {number} has another number of cells than the header, {len(header)}")
+            row["row"] = number
         names = {*split.split(",")}
-        if "all" in names or "split" not in columns:
-            names = {*splits}
-        for name in names - {*splits}:
-            raise ValueError(f"no row is of split {name!r}; there are {', '.join(sorted({*splits}))}")
-        kept = [place for place, name in enumerate(splits) if name in names]
-        if len(kept) < (samples or 1):
-            raise ValueError(f"{len(kept)} rows of split {split}, {samples or 1} are needed (what "
+        if "all" not in names and "split" in header:
+            splits = {row["split"] for row in rows}
+            for name in names - splits:
+                raise ValueError(f"no row is of split {name!r}; there are {', '.join(sorted(splits))}")
+            rows = [row for row in rows if row["split"] in names]
+        if len(rows) < (samples or 1):
+            raise ValueError(f"{len(rows)} rows of split {split}, {samples or 1} are needed (what "
                              "packing left out is in rejected.csv beside it)")
-    kept = kept[:samples or None]
-    return {name: [cells[place] for place in kept] for name, cells in columns.items()}
+    return {name: [row[name] for row in rows[:samples or None]] for name in rows[0]}
 
 
 def read_pack(manifest):
