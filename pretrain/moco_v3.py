@@ -1066,9 +1066,9 @@ def open_run(out, manifests, config, parts, resume, rank):
             elif state[name]:                                               # a scaler in bf16 has none
                 part.load_state_dict(state[name])
         if rank == 0 and log.is_file():                                     # later lines will come again
-            lines = [line for line in log.read_text().splitlines(True)
-                     if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
-            write_atomic(log, lambda file: file.write("".join(lines).encode()))
+            lines = [line for line in log.read_bytes().splitlines(True)
+                     if line.endswith(b"}\n") and json.loads(line)["step"] <= state["step"]]
+            write_atomic(log, lambda file: file.writelines(lines))
     return state["step"]
 # --- end copy: run folder ---
 

@@ -1157,9 +1157,9 @@ def open_run(out, manifests, config, parts, resume, rank):
             elif state[name]:                                               # a scaler in bf16 has none
                 part.load_state_dict(state[name])
         if rank == 0 and log.is_file():                                     # later lines will come again
-            lines = [line for line in log.read_text().splitlines(True)
-                     if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
-            write_atomic(log, lambda file: file.write("".join(lines).encode()))
+            lines = [line for line in log.read_bytes().splitlines(True)
+                     if line.endswith(b"}\n") and json.loads(line)["step"] <= state["step"]]
+            write_atomic(log, lambda file: file.writelines(lines))
     return state["step"]
 # --- end copy: run folder ---
 
@@ -1203,8 +1203,7 @@ def log_line(out, rank, left, **values):
 def picture(path, config, *rows):
     """Rows of images, each normalised [B, C, S, S], as one PNG."""
     from torchvision.utils import save_image
-    stats = torch.tensor([config["mean"], config["std"]])
-    mean, std = stats[..., None, None]
+    mean, std = torch.tensor([config["mean"], config["std"]])[..., None, None]
     images = torch.cat(rows).float().cpu() * std + mean
     write_atomic(path, lambda file: save_image(images, file, format="png", nrow=len(rows[0]), padding=0))
 # --- end copy: picture ---
