@@ -333,7 +333,8 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
             loss += part_loss.detach()
         scaler.step(optimizer)
         scaler.update()
-        meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])
+        meter[0] += sum_over_processes(loss)
+        meter[1] += 1
 
         done, stopping, scores = step + 1, args.stop_asked(), {}
         lr = optimizer.param_groups[0]["lr"]

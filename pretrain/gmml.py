@@ -367,7 +367,7 @@ def train(config, args, rank, world_size, device):
     local_batch = batch // world_size
     micro = 2 * (args.micro_batch or local_batch)                           # two views an image
     # places of this process's images in the batch, and of the next, which only replaces pixels of the last
-    local = torch.arange(rank * local_batch, (rank + 1) * local_batch + 1) % batch
+    local = (rank * local_batch + torch.arange(local_batch + 1)) % batch
     stop_asked = catch_sigterm()
     started = saved = time.monotonic()
 
@@ -404,7 +404,8 @@ def train(config, args, rank, world_size, device):
         clip_each(model.parameters(), config["clip"])
         scaler.step(optimizer)
         scaler.update()
-        meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])
+        meter[0] += sum_over_processes(loss)
+        meter[1] += 1
 
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:

@@ -354,7 +354,8 @@ def train(config, args, rank, world_size, device):
         nn.utils.clip_grad_norm_(model.parameters(), config["clip"] or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])
+        meter[0] += sum_over_processes(loss)
+        meter[1] += 1
 
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:

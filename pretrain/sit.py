@@ -421,7 +421,7 @@ def train(config, args, rank, world_size, device):
     local_batch = batch // world_size
     micro = 2 * args.micro_batch                                            # two views an image; 0: all
     # places of this process's images in the batch, and of the next, which only replaces pixels of the last
-    local = torch.arange(rank * local_batch, (rank + 1) * local_batch + 1) % batch
+    local = (rank * local_batch + torch.arange(local_batch + 1)) % batch
     positives = local[:-1].to(device)
     stop_asked = catch_sigterm()
     started = saved = time.monotonic()

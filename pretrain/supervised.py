@@ -342,7 +342,8 @@ def train(config, args, rank, world_size, device):
         clip_each(model.parameters(), config["clip"])
         scaler.step(optimizer)
         scaler.update()
-        meter += torch.stack([sum_over_processes(loss), torch.ones_like(loss)])
+        meter[0] += sum_over_processes(loss)
+        meter[1] += 1
 
         done, stopping, scored = step + 1, stop_asked(), {}
         ending, val_steps = done == last_step, config["val_epochs"] * steps_an_epoch
