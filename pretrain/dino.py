@@ -75,7 +75,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     ema=0.996,                      # momentum of the teacher, by a cosine to 1
 )
 FLAGS = dict(                       # of the command line only, not of a row
-    exp="",                         # row of experiments.yaml, as in 3.4; none: the defaults
+    exp="",                         # row of experiments.yaml, as in 4.1.1-100k; none: the defaults
     experiments="",                 # file of the rows; none: the experiments.yaml above this script
     miniature=False,                # override the row by the block `miniature` of that file
     data="data",                    # folder of the packed datasets

@@ -170,6 +170,13 @@ def test_a_row_of_another_strategy_is_refused(strategy, monkeypatch, capsys):
     assert all(part in said for part in (f"row {exp}:", "strategy", f"'{other}'", f"'{strategy}'"))
 
 
+@pytest.mark.parametrize("strategy", ["gmml", "sit", "dino", "moco_v3", "simmim", "supervised"])
+def test_the_rows_that_a_script_names_are_of_its_strategy(strategy):
+    text = (ROOT / f"pretrain/{strategy}.py").read_text()
+    rows = re.findall(r"(?:[.]py --exp|row of experiments.yaml, as in) ([\w.-]+)", text)
+    assert len(rows) > 1 and {TABLE[exp]["pretrain"]["strategy"] for exp in rows} == {strategy}
+
+
 def test_every_row_of_the_study_is_there():
     wanted = [f"{a}.{b}" for a, n in ((1, 2), (2, 4), (3, 8)) for b in range(1, n + 1)]
     wanted += [f"0.1.{i}{b}" for i in range(1, 8) for b in ("", "b")] + [f"0.2.{i}" for i in (2, 3, 4, 5, 7)]
