@@ -287,7 +287,7 @@ def train(config, args, rank, world_size, device):
         model = timm.layers.convert_sync_batchnorm(model)
     if args.compile:
         model.compile()
-    optimizer = torch.optim.AdamW(decay_groups(model), lr=config["lr"], weight_decay=config["wd"], fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(model), fused=True)          # rates: set in each step
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
