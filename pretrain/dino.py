@@ -200,7 +200,7 @@ class DINO(nn.Module):
         if backbone.pos_embed.shape[1] != 1 + backbone.patch_embed.num_patches:
             raise ValueError("its positions are not those of the patches and a class token")
         if isinstance(backbone.norm, nn.Identity):
-            raise ValueError("it has no final norm")
+            raise ValueError("it has no final norm; try fc_norm false in model_args")
         backbone.patch_embed.strict_img_size = False                        # local crops are smaller
         self.backbone, self.by_scale = backbone, by_scale
         self.drop_paths = replace_drop_path(backbone)

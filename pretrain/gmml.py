@@ -189,7 +189,8 @@ class GMML(nn.Module):
         depth, shares = len(backbone.blocks), (1 / 2, 2 / 3, 5 / 6, 1)
         numbers = recon_blocks or {round(share * depth) for share in shares}
         if not {*numbers} <= {*range(1, 1 + depth)} or isinstance(backbone.norm, nn.Identity):
-            raise ValueError(f"recon_blocks {numbers} of {depth} and a final norm are needed")
+            raise ValueError(f"recon_blocks {numbers} of {depth} and a final norm are needed "
+                             "(try fc_norm false in model_args)")
         self.recon_blocks = sorted(number - 1 for number in numbers)
         for block in backbone.blocks[max(numbers):]:
             block.requires_grad_(False)                     # their output is not decoded

@@ -248,7 +248,7 @@ def make_backbone(config):
         if vit.cls_token is None or vit.pos_embed.shape != positions.shape:
             raise ValueError("it needs a position for the class token and each patch")
         if isinstance(vit.norm, nn.Identity):
-            raise ValueError("it has no final norm")
+            raise ValueError("it has no final norm; try fc_norm false in model_args")
     vit.init_weights("moco")                        # Xavier, with q, k and v as three layers
     projection = vit.patch_embed.proj
     # the formula has three channels whatever in_chans is, as in the released code

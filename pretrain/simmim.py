@@ -187,7 +187,7 @@ class SimMIM(nn.Module):
     def __init__(self, encoder, in_chans, img_size):
         super().__init__()
         if isinstance(encoder.norm, nn.Identity):           # as BEiT's is by default
-            raise ValueError('no norm of the tokens; try model_args {"global_pool": "token"}')
+            raise ValueError('no norm of the tokens; try global_pool "token" or fc_norm false in model_args')
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)

@@ -205,7 +205,7 @@ class SiT(nn.Module):
     def __init__(self, backbone, in_chans, hidden_dim=4096, out_dim=256):
         super().__init__()
         if backbone.cls_token is None or isinstance(backbone.norm, nn.Identity):
-            raise ValueError("it needs a class token and a final norm")
+            raise ValueError("it needs a class token and a final norm (fc_norm false in model_args)")
         self.backbone = backbone
         self.cls_head = ContrastiveHead(backbone.embed_dim, hidden_dim, out_dim)
         self.rec_head = ReconstructionHead(backbone.embed_dim, in_chans, backbone.patch_embed.patch_size[0])

@@ -388,6 +388,7 @@ def test_a_run_is_the_definition_written_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     (["--arch", "resnet10t"], ["resnet10t", "ViT, Swin or BEiT"]),
     (["--arch", "beit_base_patch16_224"], ["global_pool"]),
+    (["--model_args", '{"global_pool": "avg"}'], ["fc_norm false"]),
     (["--img_size", 48], ["48", "32"]),
     (["--img_size", 48, "--mask_unit", 16, "--arch", SMALL["swin"][0], "--model_args", json.dumps(SMALL["swin"][1])],
      ["48", "16", "of 32"]),
