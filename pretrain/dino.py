@@ -37,7 +37,7 @@ import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
     strategy="dino",                # the method of this script; a row of another strategy is refused
-    arch="vit_small_patch16_224",   # any VisionTransformer of timm with a class token
+    arch="vit_small_patch16_224",   # any VisionTransformer of timm with a position for its class token
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # pixels of a global crop; a local one is 96 / 224 of it, in whole patches
@@ -102,7 +102,7 @@ def fail(message):
 
 # --- begin copy: flags ---
 def typed(default):
-    """A type for argparse from a flag's default value: numbers are 0 or more, the rest is read as YAML."""
+    """A type for argparse from a flag's default value: text, a number of 0 or more, or what YAML reads."""
     kind = type(default)
 
     def read(text):

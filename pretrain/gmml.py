@@ -35,7 +35,7 @@ import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
     strategy="gmml",                # the method of this script; a row of another strategy is refused
-    arch="vit_small_patch16_224",   # any VisionTransformer of timm
+    arch="vit_small_patch16_224",   # any VisionTransformer of timm, but no hybrid with a ResNet
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # side of the network's input in pixels
@@ -91,7 +91,7 @@ def fail(message):
 
 # --- begin copy: flags ---
 def typed(default):
-    """A type for argparse from a flag's default value: numbers are 0 or more, the rest is read as YAML."""
+    """A type for argparse from a flag's default value: text, a number of 0 or more, or what YAML reads."""
     kind = type(default)
 
     def read(text):
@@ -178,9 +178,9 @@ from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 class GMML(nn.Module):
     """A timm vision transformer whose patch tokens, the mean over some blocks, are decoded to pixels.
 
-    The model needs `blocks`, each with `attn`, a final `norm` of the tokens, `embed_dim`, `patch_embed` with
-    `patch_size` and `grid_size`, and `forward_intermediates`; for initial weights also `pos_embed` and
-    `num_prefix_tokens`. timm's VisionTransformer, with any size and global_pool="token", has them.
+    The model needs `blocks`, a final `norm` of the tokens, `embed_dim`, `patch_embed` with `patch_size` and
+    `grid_size`, and `forward_intermediates`. timm's VisionTransformer, with any size and
+    global_pool="token", has them.
     """
 
     def __init__(self, backbone, in_chans, recon_blocks=None):
@@ -272,7 +272,7 @@ def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
 
 
 def corrupt(clean, fill, masks):
-    """Overwrite masked pixels by those of the same place in `fill`, noise or another image's view.
+    """Overwrite masked pixels by those of the same place in `fill`: noise, zeros or another image's view.
 
     Args: clean, fill float [B, C, S, S]; masks bool [B, S, S].
     """

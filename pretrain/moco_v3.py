@@ -35,7 +35,7 @@ import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
     strategy="moco_v3",             # the method of this script; a row of another strategy is refused
-    arch="vit_small_patch16_224",   # any VisionTransformer of timm with a class token
+    arch="vit_small_patch16_224",   # any VisionTransformer of timm with a position for its class token
     model_args={"num_heads": 12},   # of timm.create_model; the publication's ViT-S has 12 heads, timm's 6
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # side of the network's input in pixels
@@ -88,7 +88,7 @@ def fail(message):
 
 # --- begin copy: flags ---
 def typed(default):
-    """A type for argparse from a flag's default value: numbers are 0 or more, the rest is read as YAML."""
+    """A type for argparse from a flag's default value: text, a number of 0 or more, or what YAML reads."""
     kind = type(default)
 
     def read(text):

@@ -36,7 +36,7 @@ import yaml
 
 DEFAULTS = dict(                    # keys of a row; the comments are the help
     strategy="sit",                 # the method of this script; a row of another strategy is refused
-    arch="vit_small_patch16_224",   # any VisionTransformer of timm with a class token
+    arch="vit_small_patch16_224",   # any VisionTransformer of timm with a class token, but no hybrid
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
     in_chans=1,                     # 1 | 3; channels of the input; grey images are repeated to 3
     img_size=224,                   # side of the network's input in pixels
@@ -65,7 +65,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     hidden_dim=4096,                # width of the contrastive head
     out_dim=256,                    # length of an embedding
     temperature=0.2,                # of the contrastive softmax
-    recon_weight=5.0,               # lambda: loss = contrast + lambda * recon; first publication: 1
+    recon_weight=5.0,               # lambda: loss = contrast + lambda * recon; SiT's own code: 1
     ema=0.996,                      # momentum of the teacher, by a cosine to 1
 )
 FLAGS = dict(                       # of the command line only, not of a row
@@ -96,7 +96,7 @@ def fail(message):
 
 # --- begin copy: flags ---
 def typed(default):
-    """A type for argparse from a flag's default value: numbers are 0 or more, the rest is read as YAML."""
+    """A type for argparse from a flag's default value: text, a number of 0 or more, or what YAML reads."""
     kind = type(default)
 
     def read(text):
@@ -198,8 +198,8 @@ class ContrastiveHead(nn.Sequential):
 class SiT(nn.Module):
     """Student or teacher: a timm vision transformer, a head on the class token, one on the patch tokens.
 
-    The model needs `cls_token`, `embed_dim`, `num_prefix_tokens`, `forward_features` to normalised tokens,
-    and `patch_embed` with `patch_size` and `grid_size`.
+    The model needs `cls_token`, `embed_dim`, `num_prefix_tokens`, a final `norm`, `forward_features` to
+    normalised tokens, and `patch_embed` with `patch_size` and `grid_size`.
     """
 
     def __init__(self, backbone, in_chans, hidden_dim=4096, out_dim=256):
@@ -330,7 +330,7 @@ def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
 
 
 def corrupt(clean, fill, masks):
-    """Overwrite masked pixels by those of the same place in `fill`, noise or another image's view.
+    """Overwrite masked pixels by those of the same place in `fill`: noise, zeros or another image's view.
 
     Args: clean, fill float [B, C, S, S]; masks bool [B, S, S].
     """

@@ -91,7 +91,7 @@ def fail(message):
 
 # --- begin copy: flags ---
 def typed(default):
-    """A type for argparse from a flag's default value: numbers are 0 or more, the rest is read as YAML."""
+    """A type for argparse from a flag's default value: text, a number of 0 or more, or what YAML reads."""
     kind = type(default)
 
     def read(text):
