@@ -245,7 +245,7 @@ def learning_rate(step, config, steps_an_epoch):
     if config["schedule"] == "step":
         return lr * 0.1 ** (step >= config["step_epoch"] * steps_an_epoch)
     begin = 0 if paper else n_warm
-    share = (step - begin) / max(1, n_steps - begin)
+    share = (step - begin) / (n_steps - begin)
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
