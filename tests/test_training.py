@@ -579,6 +579,17 @@ def test_the_log_the_terminal_and_the_pictures_of_a_run(name, whole):
         assert image.shape[0] >= 128 and image.std() > 10
 
 
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_drawn_without_stochastic_depth(name, data, tmp_path):
+    """A step of rate 0, of blocks skipped with two probabilities; a large deviation shows small differences."""
+    rate = ["--warmup_lr", 0] if name == "simmim" else []
+    for share in (0.5, 0.9):
+        result = run(name, data, tmp_path / str(share), "--drop_path", share, "--std", 1, "--steps", 1, *rate)
+        assert result.returncode == 0, result.stderr
+    one, two = ((tmp_path / share / f"{PICTURES[name]}_0001.png").read_bytes() for share in ("0.5", "0.9"))
+    assert one == two
+
+
 @every_script
 def test_a_sparse_log_has_means_and_the_last_line(name, whole):
     every = [line for line in log_of(folder(name, whole(name)[0])) if "lr" in line]
