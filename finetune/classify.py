@@ -890,7 +890,7 @@ def normalise(x, config):
 def make_model(config, num_classes):
     """The timm model that a row or a checkpoint describes; transformers are made for its image size."""
     arch = config["arch"]
-    with or_fail(f"make {arch} with {config['model_args']}"):
+    with or_fail(f"make {arch} with model_args {config['model_args']} (null leaves one out)"):
         fixed = getattr(timm.get_pretrained_cfg(arch), "fixed_input_size", False)
         args = {"drop_path_rate": config.get("drop_path"), "img_size": config["img_size"] if fixed else None,
                 **config["model_args"]}                                     # timm leaves out what is None

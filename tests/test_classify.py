@@ -875,6 +875,7 @@ def test_mistakes_are_named_in_one_sentence(pack, tmp_path, monkeypatch, capsys)
             (["--init", tmp_path / "text.pt"], ["text.pt"]),
             (["--init", "exp:nope"], ["runs/nope/pretrain/backbone.pt"]),
             (["--init", tmp_path / "misfit.pt"], ["misfit.pt"]),
+            (["--arch", "densenet121", "--model_args", "{}"], ["drop_path_rate", "model_args {} (null leaves"]),
             (["--arch", "vit_giant_ant"], ["vit_giant_ant"])):
         error = mistake(monkeypatch, capsys, *flags, *argv)
         assert all(part in error for part in parts), error
