@@ -266,6 +266,8 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
     if batch % world_size or not n_steps:
         fail(f"--batch {batch} has to be at most the {len(chosen)} images and a multiple of the processes, "
              f"{world_size}; --epochs at least 1")
+    if config["select"] == "auc" and "val_auc" not in scores_of(val.values, val.values, val.known, labels):
+        fail("no label has both classes among the validation images, hence no AUC; use --select loss")
     last_step = min(n_steps, args.steps or n_steps)
 
     model, note = start(config)
@@ -280,6 +282,8 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
     slipped = config["variant"] == "paper" and config["recipe"] in ("a", "b")
     by_loss = slipped or config["schedule"] == "plateau"
     amp, scaler = mixed_precision(device)
+    values, known = data.values.to(device), data.known.to(device)
+    pos_weight = positive_weight(config["pos_weight"], values[chosen], known[chosen])
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
     # validation loss of each epoch, and what is lowest in the best one; 1e9: not there yet
     curve = torch.full((config["epochs"], 2), 1e9).double()
@@ -296,8 +300,6 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
         print(f"{out}: {note}; {sum(p.numel() for p in model.parameters()):,} parameters; "
               f"{len(labels)} labels; {len(chosen):,} images, {len(val.values):,} to validate; "
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
-    values, known = data.values.to(device), data.known.to(device)
-    pos_weight = positive_weight(config["pos_weight"], values[chosen], known[chosen])
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -344,8 +346,6 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
             model.train()
             stop_if_nan([logits], done, out)
             scores = scores_of(logits, val.values, val.known, labels)
-            if config["select"] == "auc" and "val_auc" not in scores:
-                fail("no label has both classes among the validation images, hence no AUC; use --select loss")
             curve[epoch, 0] = scores["val_loss"]
             curve[epoch, 1] = -scores["val_auc"] if config["select"] == "auc" else scores["val_loss"]
             scheduler.step(scores["val_loss"] if by_loss else epoch + 1)
