@@ -390,7 +390,7 @@ def open_images(manifest, paths, in_chans, device):
                              f"{len(packed_paths)} rows of {len(number_of)} paths")
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = np.array([number_of[path] for path in paths])
-    packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)
+    packed = packed.reshape(*packed.shape[:3], -1).transpose(0, 3, 1, 2)
     read_all = lambda places: send(torch.from_numpy(packed[numbers[places]]), device)
     n_bytes = len(numbers) * packed[0].size
     if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:

@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -567,7 +568,7 @@ def open_images(manifest, paths, in_chans, device):
                              f"{len(packed_paths)} rows of {len(number_of)} paths")
     with or_fail(f"find an image of {manifest} in {own}, whose images {file} holds"):
         numbers = np.array([number_of[path] for path in paths])
-    packed = packed.reshape(n, 1, *sides) if len(sides) == 2 else packed.transpose(0, 3, 1, 2)
+    packed = packed.reshape(*packed.shape[:3], -1).transpose(0, 3, 1, 2)
     read_all = lambda places: send(torch.from_numpy(packed[numbers[places]]), device)
     n_bytes = len(numbers) * packed[0].size
     if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:
@@ -814,13 +815,10 @@ def timm_names(state, wanted):
             q, v = state.pop(name), state.pop(name.replace("query", "value"))
             k = state.pop(name.replace("query", "key"), torch.zeros_like(q))        # SimMIM: no bias of keys
             state[name.replace("query", "qkv")] = torch.cat([q, k, v])
-    last, preferred = list(wanted)[-1], r"\b(\w*_)?(ema|swa|teacher|(base|target)_encoder|encoder_q)"
-    prefixes = [name.removesuffix(last) for name in state if f".{name}".endswith(f".{last}")]
-
-    def rank(prefix):
-        n_found = sum(prefix + name in state for name in wanted)
-        return n_found, bool(re.search(preferred, prefix))
-    best = max(prefixes, default="", key=rank)
+    found = Counter(name.removesuffix(key) for name in state for key in wanted
+                    if f".{name}".endswith(f".{key}"))
+    preferred = r"\b(\w*_)?(ema|swa|teacher|(base|target)_encoder|encoder_q)"
+    best = max(found, default="", key=lambda prefix: (found[prefix], bool(re.search(preferred, prefix))))
     return {name.removeprefix(best): x for name, x in state.items() if name.startswith(best)}, best
 # --- end copy: timm names ---
 
@@ -908,7 +906,6 @@ def load_backbone(model, config):
     head = {name: x for name, x in model.state_dict().items()
             if name.startswith(prefixes(model, "classifier")) or not x.is_floating_point()}
     wanted = {name: x.shape for name, x in model.state_dict().items() if name not in head}
-    ours = sorted(wanted, key=lambda name: not name.startswith("fc_norm"))
     # a ResNet's children in a Sequential, as RadImageNet's and lightly's
     if "layer1.0.conv1.weight" in wanted and not any("layer1." in name for name in named):
         children = dict(zip("014567", "conv1 bn1 layer1 layer2 layer3 layer4".split()))
@@ -917,7 +914,7 @@ def load_backbone(model, config):
                  for name, x in named.items()}
     loaded, has = {}, ", ".join(list(named)[:3]) or "no tensors"
     with or_fail(f"fill {arch} (--arch, --model_args) from {init}, which has {has}"):
-        given, prefix = timm_names(named, ours)
+        given, prefix = timm_names(named, wanted)
         if "layers.0.downsample.reduction.weight" in given:                 # Swin's release: a stage earlier
             later = lambda stage: str(int(stage[0]) + 1)
             given = {re.sub(r"(?<=^layers\.)\d(?=\.downsample)", later, name): x for name, x in given.items()}
