@@ -988,6 +988,7 @@ def save_run(out, step, config, parts, weights=None, name="backbone", **values):
     if weights:
         model = {key: value.cpu() for key, value in weights.items()}
         write_atomic(f"{out}/{name}.pt", lambda file: torch.save({**values, "model": model}, file))
+        print(f"wrote {out}/{name}.pt", flush=True)
     write_atomic(f"{out}/last.pt", lambda file: torch.save({**values, **state}, file))
 # --- end copy: save ---
 

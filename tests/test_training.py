@@ -572,6 +572,7 @@ def test_the_log_the_terminal_and_the_pictures_of_a_run(name, whole):
     line_of_terminal = re.compile(r"step.*loss.*lr.*eta (\d+ d )?\d+:\d\d:\d\d")
     assert len(said) == 8 and all(line_of_terminal.search(line) for line in said)
     assert all("img" in line for line in said) and "\r" not in result.stdout
+    assert f"wrote {exported(name, out)}" in result.stdout.splitlines()
     pictures = sorted(path.name for path in out.glob("*.png"))
     if name in PICTURES:
         assert pictures == [f"{PICTURES[name]}_{epoch:04}.png" for epoch in (2, 4)]
