@@ -29,7 +29,7 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -267,6 +267,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
     if batch % world_size or not n_steps:
         fail(f"--batch {batch} has to be at most the {len(chosen)} images and a multiple of the processes, "
              f"{world_size}; --epochs at least 1")
+    # the truth as its own scores: is there a label with an AUC?
     if config["select"] == "auc" and "val_auc" not in scores_of(val.values, val.values, val.known, labels):
         fail("no label has both classes among the validation images, hence no AUC; use --select loss")
     last_step = min(n_steps, args.steps or n_steps)
@@ -942,7 +943,6 @@ RENAMED = {r"blocks\.\d+\.(\d+\.(norm|attn|ls|mlp))": r"blocks.\1",          # D
 
 def read_weights(init, arch):
     """The content of the checkpoint that `init` names; timm's with the mean and sd of its model card."""
-    from collections import OrderedDict
     from safetensors.torch import load_file
     source, _, name = init.partition(":")
     name = name or arch

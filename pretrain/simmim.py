@@ -34,7 +34,7 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -735,7 +735,6 @@ RENAMED = {r"blocks\.\d+\.(\d+\.(norm|attn|ls|mlp))": r"blocks.\1",          # D
 
 def read_weights(init, arch):
     """The content of the checkpoint that `init` names; timm's with the mean and sd of its model card."""
-    from collections import OrderedDict
     from safetensors.torch import load_file
     source, _, name = init.partition(":")
     name = name or arch
