@@ -8,9 +8,10 @@ import signal
 import time
 
 import numpy as np
+import pytest
 import timm
 import torch
-from conftest import Run, blobs, fork_script, write_pack
+from conftest import Run, blobs, fork_script, load_script, write_pack
 
 KILLS = int(os.environ.get("KILLS", 2))
 MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -45,3 +46,28 @@ def test_predictions_killed_at_random_moments_are_whole_or_absent_and_end_in_the
         assert written().items() <= expected.items()
     assert fork_script("evaluate/predict.py", *command, tmp_path / "cut").returncode == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()} == expected
+
+
+@pytest.mark.parametrize("script, name", [
+    ("data_prep/pack.py", "replacing"), ("pretrain/gmml.py", "write_atomic"),
+    ("evaluate/predict.py", "write_atomic"), ("evaluate/metrics.py", "write")])
+def test_a_file_is_on_disk_in_full_before_it_takes_its_name(script, name, tmp_path, monkeypatch):
+    """After a power cut a file renamed earlier could be empty, and pass for whole."""
+    sync, rename, synced, renamed = os.fsync, os.replace, {}, []
+
+    def fsync(number):
+        sync(number)
+        synced[os.fstat(number).st_ino] = os.fstat(number).st_size
+
+    def replace(source, target):
+        renamed.append((target, synced.get(os.stat(source).st_ino)))
+        rename(source, target)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write, path = getattr(load_script(script), name), tmp_path / "file"
+    if name == "replacing":
+        with write(path, tmp_path, mode="wb") as file:
+            file.write(b"nine byte")
+    else:
+        write(path, lambda file: file.write(b"nine byte"))
+    assert renamed == [(path, 9)] and path.read_bytes() == b"nine byte"

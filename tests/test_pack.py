@@ -166,6 +166,8 @@ def test_16_bit_png_is_scaled_where_pillow_would_clip(tmp_path):
     assert grey(path).tolist() == [[0, 0, 1], [117, 253, 255]]
     assert grey(path, variant="paper").tolist() == [[0, 0, 1], [116, 252, 255]]
     assert grey(save(tmp_path / "x.tif", values)).tolist() == [[0, 0, 1], [117, 253, 255]]
+    (tmp_path / "x.pgm").write_bytes(b"P5 3 2 65535 " + values.astype(">u2").tobytes())     # of mode I
+    assert grey(tmp_path / "x.pgm").tolist() == [[0, 0, 1], [117, 253, 255]]
     _, facts = pack.read_image(path)
     assert facts == {"sixteen_bit": True, "sixteen_bit_below_4096": False, "monochrome1": False, "person": {}}
 
@@ -915,7 +917,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     said = attempt(b"path\nx.png\n", "--raw", tmp_path / "no", run=run_pack)
     assert_user_error(said, f"{tmp_path / 'no'}: No such file")
     assert_user_error(attempt(b"path\nx.png\n", "--out", "/proc/pack"), "/proc/pack")
-    assert_user_error(run_script("data_prep/pack.py"), "--index")
+    assert_user_error(run_script("data_prep/pack.py"), "--index", "--raw", "--out")
     other = tmp_path / "other"
     other.mkdir()
     write_index(other / "manifest.csv", ["x.png"])
