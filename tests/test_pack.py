@@ -570,6 +570,7 @@ BAD = {     # name: (how to make it, what the reason starts with)
     "signed.tif": (lambda path: save(path, noise(9, 9, 99, np.int32) - 50), "wrong type: floating-point"),
     "flat.png": (lambda path: save(path, np.full((90, 80), 7, np.uint8)), "all-constant"),
     "flat.dcm": (lambda path: dicom(path, np.full((9, 8), 7, np.uint8)), "all-constant"),
+    "padding.dcm": (lambda path: dicom(path, np.full((9, 8), 7, np.uint8), PixelPaddingValue=7), "all-const"),
     "dark.png": (lambda path: save(path, noise(40, 40, 100, np.uint16)), "all-constant"),     # 0 in 8 bits
     "colour.png": (lambda path: save(path, np.full((90, 80, 3), (1, 2, 3), np.uint8)), "all-constant"),
     "film.gif": (frames, "multi-frame: 3 frames"),
