@@ -413,7 +413,7 @@ def main():
     option("--channels", type=int, default=1, choices=(1, 3), help="1: grey; 3: colour (default 1)")
     option("--variant", default="corrected", choices=DICOM, help="16 bits, DICOM: corrected or as released")
     option("--dicom", choices=DICOM.values(), help="paper: raw / maximum (default: as --variant says)")
-    option("--splits", default="", metavar="A,B", help="pack the rows of these splits only (default: all)")
+    option("--splits", metavar="A,B", help="pack the rows of these splits only (default: all)")
     option("--require-files", action="store_true", help="stop if an image is missing, not reject it")
     option("--workers", type=int, default=len(cores), help="processes (default: all cores)")
     args = parser.parse_args()
