@@ -374,10 +374,16 @@ def test_header_elements_without_a_value_are_as_good_as_none(tmp_path):
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_padding_is_black_and_outside_the_percentiles(tmp_path, photometric):
+@pytest.mark.parametrize("padding", [
+    {"PixelPaddingValue": -2000}, {"PixelPaddingValue": -2000, "PixelPaddingRangeLimit": -1990},
+    {"PixelPaddingValue": -1990, "PixelPaddingRangeLimit": -2000}])
+def test_padding_is_black_and_outside_the_percentiles(tmp_path, photometric, padding):
     inside = noise(40, 30, 500, np.int16) + np.int16(300)
+    inside[:5] = -1989                                  # next to the padding, and none
     pixels = np.pad(inside, 10, constant_values=-2000)
-    path = dicom(tmp_path / "x.dcm", pixels, photometric, PixelPaddingValue=-2000)
+    if "PixelPaddingRangeLimit" in padding:
+        pixels[:10] = np.linspace(-2000, -1990, 50).round()             # Source: DICOM PS3.3, C.7.5.1.1.2
+    path = dicom(tmp_path / "x.dcm", pixels, photometric, **padding)
     bare = grey(dicom(tmp_path / "y.dcm", inside, photometric))
     assert (grey(path) == np.pad(bare, 10, constant_values=0)).all()
 
