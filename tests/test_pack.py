@@ -822,6 +822,21 @@ def test_a_pack_of_drawings_gives_way_to_one_of_other_drawings(tmp_path):
         assert len(np.load(tmp_path / "out/images.npy")) == len(paths)
 
 
+def test_the_conversion_of_dicom_is_chosen_apart_from_that_of_16_bits(tmp_path):
+    files = [save(tmp_path / "raw/deep.png", noise(30, 20, 65536, np.uint16)),
+             dicom(tmp_path / "raw/x.dcm", noise(25, 31, 4096, np.uint16), "MONOCHROME1", 12)]
+    write_index(tmp_path / "index.csv", [file.name for file in files])
+    for variant, conversion, flags in (("corrected", "paper", ["--dicom", "paper"]), ("paper", "paper", []),
+                                       ("paper", "display", ["--dicom", "display"])):
+        assert fork_pack(tmp_path, f"{variant} {conversion}", "--variant", variant, *flags) == 0
+        out = tmp_path / f"{variant} {conversion}"
+        for file, packed in zip(files, np.load(out / "images.npy"), strict=True):
+            whole = Image.fromarray(grey(file, variant=variant, dicom=conversion))
+            assert (np.asarray(whole.resize((16, 16), Image.Resampling.BICUBIC)) == packed).all(), flags
+        facts = json.loads((out / "pack.json").read_text())
+        assert (facts["variant"], facts["dicom"]) == (variant, conversion)
+
+
 def test_the_number_of_workers_changes_no_byte_and_running_again_does_nothing(tmp_path):
     mixed(tmp_path)
     for out, workers in (("one", 1), ("two", 2), ("three", 3)):

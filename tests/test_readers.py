@@ -156,7 +156,7 @@ def vindr_files(header=VINDR):
     def cells(*positive):
         return [str(int(label in positive)) for label in header]
 
-    test = [[image(1), *cells("Cardiomegaly")], [image(2), *cells("No finding")]]
+    test = [[image(2), *cells("No finding")], [image(1), *cells("Cardiomegaly")]]      # not sorted
     train = [[image(3), f"R{r}", *cells(*(["Nodule/Mass"] * (r < 3) + ["COPD"] * (r == 1)))]
              for r in (1, 2, 3)]
     return {"annotations/image_labels_test.csv": [["image_id", *header], *test],
@@ -859,9 +859,10 @@ def test_vindr_columns_go_by_name_and_a_missing_one_is_blank(read, tmp_path):
     assert facts["blank_labels"] == ["Edema"] and set(table["Other diseases"]) == {"0"}
 
 
-@pytest.mark.parametrize("rule, nodule, copd", [("majority", "1", "0"), ("any", "1", "1")])
+@pytest.mark.parametrize("rule, nodule, copd", [([], "1", "0"), (["--train-vote", "majority"], "1", "0"),
+                                                (["--train-vote", "any"], "1", "1")])
 def test_vindr_training_labels_are_votes(read, tmp_path, rule, nodule, copd):
-    table, _ = read("vindr_cxr", write(tmp_path / "raw", vindr_files()), "--with-train", "--train-vote", rule)
+    table, _ = read("vindr_cxr", write(tmp_path / "raw", vindr_files()), "--with-train", *rule)
     row = table[table.split == "train"].iloc[0]
     assert (row["Nodule/Mass"], row.COPD, row.ILD) == (nodule, copd, "0")
 
@@ -1121,6 +1122,8 @@ def test_help_tells_source_terms_size_and_command(dataset, monkeypatch, capsys):
     assert exit.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
     assert f"python data_prep/{dataset}.py" in words and ("https://" in words or "kaggle" in words)
+    assert f"(raw/{dataset})" in words and f"(data/{dataset}/index.csv)" in words       # the defaults
+    assert "--n-pretrain" not in words or "(100000)" in words and "(42)" in words       # the study's
     assert re.search(r"(\d|Tens of) [GT]B", words)
     assert any(term in words for term in ("Free use", "credentialed", "agreement", "research use", "CC BY",
                                           "Creative Commons", "non-commercial"))
