@@ -54,7 +54,6 @@ def main():
     if table.empty:
         fail(f"{args.raw}: no train/CNV/*.jpeg at any depth; unpack ZhangLabData.zip there or change --raw")
     found = len(table)
-    table = table.sort_values("path", key=lambda paths: paths.str.len(), kind="stable")
     table = table.drop_duplicates(["split", "class", "name"])          # Kaggle's copy holds the tree twice
     if args.n_pretrain.isdecimal() and int(args.n_pretrain) > len(table):
         fail(f"--n-pretrain {args.n_pretrain}: only {len(table):,} images here; the study's release is v3 "

@@ -980,6 +980,7 @@ def test_oct_passes_over_companions_and_childrens_radiographs(read, tmp_path):
     raw = write(tmp_path / "raw", oct_files() | {
         "CellData/OCT/train/CNV/._CNV-101-1.jpeg": b"", "CellData/OCT/train/CNV/.DS_Store": b"",
         "CellData/chest_xray/train/NORMAL/NORMAL-28501-0001.jpeg": b"",
+        "ChestXRay2017/Chest_XRay/test/NORMAL/NORMAL-28502-0001.jpeg": b"",
         "__MACOSX/OCT/train/CNV/._CNV-101-2.jpeg": b""})
     assert sorted(read("oct", raw, "--n-pretrain", "all")[0].path) == sorted(oct_files())
 
