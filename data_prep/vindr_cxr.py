@@ -79,7 +79,7 @@ def main():
     table = read_labels(source).assign(split="test")
     if args.with_train:
         readings = read_labels(find(source.parent, "image_labels_train.csv*"))
-        table = pd.concat([table, vote(readings, args.train_vote).assign(split="train")], ignore_index=True)
+        table = pd.concat([table, vote(readings, args.train_vote).assign(split="train")])
     home = source.parent.parent if source.parent.name == "annotations" else source.parent
     where = {path.stem: path for ending in ("dicom", "dcm") for path in args.raw.rglob(f"*.{ending}")}
     paths = [where.get(image, home / split / f"{image}.dicom")
