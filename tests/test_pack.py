@@ -261,6 +261,19 @@ def test_a_colour_pack_keeps_colour_and_repeats_grey(tmp_path):
     assert (grey(deep, channels=3) == grey(deep)[..., None]).all()
 
 
+def test_colour_is_constant_where_all_channels_are_and_counts_in_every_channel(tmp_path):
+    rgb = np.full((8, 8, 3), (1, 2, 3), np.uint8)
+    save(tmp_path / "flat.png", rgb)
+    rgb[..., 1] = noise(8, 8)
+    save(tmp_path / "green.png", rgb)
+    config = {**CONFIG, "raw": str(tmp_path), "channels": 3}
+    assert pack.pack_row("flat.png", config)[0] == {"reason": "all-constant"}
+    record, data = pack.pack_row("green.png", config)
+    assert data == rgb.tobytes()
+    sums = {"pixels": 192, "sum": rgb.sum(dtype=int), "square": (rgb.astype(int) ** 2).sum()}
+    assert record["facts"] == {**record["facts"], **sums}
+
+
 @QUICK
 @given(pixels=st.lists(st.tuples(st.integers(0, 255), st.integers(1, 60)), min_size=1, max_size=30),
        slope=st.sampled_from([1, -2, 0.37]))
