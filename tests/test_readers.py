@@ -1067,12 +1067,15 @@ def test_a_folder_that_cannot_be_listed_is_named(name, refused, tmp_path, monkey
     assert "Stale file handle" in refused(name, raw)
 
 
-def test_a_download_with_files_missing_is_told_that_its_sample_is_another(read, tmp_path, monkeypatch, capsys):
-    script = load_script("data_prep/oct.py")
-    names = [f"train/CNV/CNV-{number}-1.jpeg" for number in range(100_001)]
-    monkeypatch.setattr(script, "scan", lambda raw, *endings: names)
-    read("oct", tmp_path)
-    assert "warning: 100,001 images, not 109,309" in capsys.readouterr().out
+@pytest.mark.parametrize("dataset, name, said", [
+    ("oct", "train/CNV/CNV-{}-1.jpeg", "100,001 images, not 109,309"),
+    ("imagenet", "train/n01000000/{}.JPEG", "100,001 training images, not 1,281,167")])
+def test_a_download_with_files_missing_is_told_that_its_sample_is_another(
+        read, tmp_path, monkeypatch, capsys, dataset, name, said):
+    names = [name.format(number) for number in range(100_001)]
+    monkeypatch.setattr(load_script(f"data_prep/{dataset}.py"), "scan", lambda raw, *endings: names)
+    read(dataset, tmp_path)
+    assert f"warning: {said}" in capsys.readouterr().out
 
 
 @needs_shared
@@ -1109,8 +1112,9 @@ def test_images_that_are_absent_stay_in_the_index_at_the_place_of_the_download(r
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_missing_folder_and_unwritable_output_are_said_in_a_sentence(refused, tmp_path, dataset):
+def test_missing_folder_unknown_flag_and_unwritable_output_are_said_in_a_sentence(refused, tmp_path, dataset):
     assert "nowhere" in refused(dataset, tmp_path / "nowhere")
+    assert "--odd" in refused(dataset, tmp_path, "--odd")
     write(tmp_path, {"out": b"a file where the folder should be"})
     assert "--out" in refused(dataset, write(tmp_path / "raw", FILES[dataset]()), *ALL.get(dataset, []))
 
