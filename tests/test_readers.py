@@ -632,6 +632,7 @@ def test_mimic_paper_sample_takes_rows_in_file_order(read, tmp_path):
     train = [row[0] for row in split[:0:-1] if row[3] == "train"]
     chosen = np.random.RandomState(42).choice(300, 20, replace=False)
     assert [path[-48:-4] for path in table.path[:20]] == [train[i] for i in chosen]
+    assert list(table.split) == ["pretrain"] * 20 + ["val"] * 3 + ["test"] * 3
 
 
 def test_mimic_views_and_splits_restrict_the_sample(read, refused, tmp_path):
