@@ -75,7 +75,7 @@ def main():
                           "patient": table.PatientID, "study": table.StudyID, "split": "test",
                           "view": table.Projection, "sex": table.PatientSex_DICOM,
                           "age": age.where(age.between(0, 120)).round().astype("Int64")}, table.index)
-    rounded = table.PatientID.str.contains("e+", case=False, regex=False).any()
+    rounded = table.PatientID.str.contains("[eE][+]").any()
     release = "the authors' copy, ids rounded" if rounded else "the original table"
     write_index(index.join(findings).sort_values("path"), args.out, dataset="padchest", available=len(images),
                 without_labels=int(blank.sum()), release=release)

@@ -834,9 +834,10 @@ def test_padchest_images_may_lie_in_one_flat_folder(read, tmp_path):
 
 def test_padchest_age_is_year_of_study_less_year_of_birth(read, tmp_path):
     raw = padchest(tmp_path, padchest_row(1), padchest_row(2, PatientBirth=""),
-                   padchest_row(3, PatientBirth="1800.0"), padchest_row(4, PatientSex_DICOM="O"))
+                   padchest_row(3, PatientBirth="1800.0"), padchest_row(4, PatientSex_DICOM="O"),
+                   padchest_row(5, StudyDate_DICOM="unknown"))
     table, _ = read("padchest", raw)
-    assert list(table.age) == ["64", "", "", "64"] and list(table.sex) == ["F", "F", "F", "O"]
+    assert list(table.age) == ["64", "", "", "64", ""] and list(table.sex) == ["F", "F", "F", "O", "F"]
 
 
 # ---- VinDr-CXR ----
