@@ -68,7 +68,7 @@ def main():
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()
     source = find(args.raw, "valid.csv*")
-    table = pd.concat([read_rows(source).assign(split="val"), read_test(args.raw)], ignore_index=True)
+    table = pd.concat([read_rows(source).assign(split="val"), read_test(args.raw)])
     table = table[(table.view != "Lateral") | (args.views == "all")]
     path = find(args.raw, "CHEXPERT?DEMO*.csv*", "CHEXPERT?DEMO*.xlsx", required=False)
     if path and path.suffix == ".xlsx":
