@@ -117,10 +117,11 @@ def test_a_single_column_holds_the_class_numbers_in_numeric_order(classes):
     assert names == ["8", "9", "10", "11"] and values.tolist() == (pd.read_csv(classes)["class"] - 8).tolist()
 
 
-def test_a_single_column_with_uncertain_cells_is_a_label(tmp_path):
-    for cells in (["1", "0", "-1"], ["1.0", "0.0", "-1.0"]):
+def test_a_single_column_with_uncertain_cells_or_said_to_be_a_label_is_one():
+    for cells, task in ((["1", "0", "-1"], "auto"), (["1.0", "0.0", "-1.0"], "auto"),
+                        (["1", "0", "0"], "multilabel"), (["1", "0", ""], "multilabel")):
         rows = {"A": cells, "row": [2, 3, 4]}
-        values, labels = supervised.read_targets("m.csv", rows, "auto")
+        values, labels = supervised.read_targets("m.csv", rows, task)
         assert labels == ["A"] and values.tolist() == [[1], [0], [0]]
 
 
