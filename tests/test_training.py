@@ -530,6 +530,20 @@ def run_inside(name, data, out, monkeypatch, *flags):
 
 
 @every_script
+def test_a_batch_that_the_images_or_the_processes_do_not_allow_is_refused(
+        name, data, tmp_path, monkeypatch, capsys):
+    """With no step to make, the initial weights would be exported as if trained."""
+    script = load_script(SCRIPTS[name][0])
+    for processes, *flags in ((1, "--batch", 25), (1, "--batch", 0), (1, "--epochs", 0), (5, "--batch", 12)):
+        monkeypatch.setattr(script, "init_processes", lambda device: (0, processes, torch.device("cpu")))
+        assert run_inside(name, data, tmp_path / "run", monkeypatch, *flags) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        batch = 12 if "--epochs" in flags else flags[1]
+        assert f"--batch {batch}" in error and "24 images" in error and f", {processes};" in error, flags
+    assert not [*(tmp_path / "run").rglob("*.pt")]
+
+
+@every_script
 def test_a_full_disk_is_one_sentence_with_the_path_and_loses_nothing(
         name, data, whole, tmp_path, monkeypatch, capsys):
     assert run(name, data, tmp_path, "--steps", 4).returncode == 0
