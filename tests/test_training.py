@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -570,6 +571,21 @@ def test_a_gpu_that_is_too_small_is_told_the_micro_batch_that_may_fit(
 
 
 # What is written
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "classify"])
+def test_the_state_is_saved_after_so_many_minutes_and_not_at_every_step(name, data, tmp_path, monkeypatch):
+    script, minutes, steps = load_script(SCRIPTS[name][0]), [0], []
+
+    def a_minute_later():
+        minutes[0] += 1
+        return False                                                        # nobody asks to stop
+    monkeypatch.setattr(script, "catch_sigterm", lambda: a_minute_later)
+    clock = SimpleNamespace(monotonic=lambda: 60 * minutes[0], time=time.time)
+    monkeypatch.setattr(script, "time", clock)
+    monkeypatch.setattr(script, "save_run", lambda out, step, *_, **__: steps.append(step))
+    assert run_inside(name, data, tmp_path, monkeypatch, "--steps", 5, "--save-minutes", 2.5) == 0
+    assert steps == [3, 5]
+
 
 @every_script
 def test_the_log_the_terminal_and_the_pictures_of_a_run(name, whole):
