@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from conftest import (
     ROOT, Run, assert_user_error, blobs, fork_script, load_script, log_of, run_here, write_pack)
 from PIL import Image
@@ -571,6 +572,21 @@ def test_a_gpu_that_is_too_small_is_told_the_micro_batch_that_may_fit(
 
 
 # What is written
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "classify"])
+def test_without_paths_a_run_reads_its_rows_dataset_and_writes_into_its_rows_folder(name, monkeypatch):
+    script, seen = load_script(SCRIPTS[name][0]), []
+    monkeypatch.setattr(script, "train", lambda config, args, *_: seen.append((args.manifest, args.out)))
+    run_here(script, monkeypatch, "--data", "packs", "--dataset", "mine")
+    table = yaml.safe_load((ROOT / "experiments.yaml").read_text())
+    rows = {exp: row["pretrain"]["dataset"] for exp, row in table.items()
+            if row.get("pretrain", {}).get("strategy") == name and "dataset" in row["pretrain"]}
+    for exp in rows:
+        run_here(script, monkeypatch, "--exp", exp)
+    assert seen == [("packs/mine/manifest.csv", f"runs/{name}"),
+                    *((f"data/{dataset}/manifest.csv", f"runs/{exp}/pretrain") for exp, dataset in rows.items())]
+    assert len(seen) > 1
+
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "classify"])
 def test_the_state_is_saved_after_so_many_minutes_and_not_at_every_step(name, data, tmp_path, monkeypatch):
