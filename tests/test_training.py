@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 import yaml
 from conftest import (
@@ -460,6 +461,14 @@ def test_processes_and_micro_batches_do_not_change_the_weights(name, data, tmp_p
         for line, other in zip(one, two):
             for key in line.keys() - {"time", "img_per_s"}:
                 assert math.isclose(line[key], other[key], rel_tol=1e-4, abs_tol=1e-6), (place, key)
+
+
+@every_script
+def test_the_network_sees_a_micro_batch_at_a_time(name, data, tmp_path, monkeypatch):
+    embed, sizes = timm.layers.PatchEmbed.forward, []
+    monkeypatch.setattr(timm.layers.PatchEmbed, "forward", lambda self, x: sizes.append(len(x)) or embed(self, x))
+    assert run_inside(name, data, tmp_path, monkeypatch, "--steps", 1, "--micro-batch", 3) == 0
+    assert sizes[0] in (3, 6)           # one view of each image, or two at once; of the whole batch: 12, 24
 
 
 @every_script
