@@ -464,6 +464,18 @@ def test_processes_and_micro_batches_do_not_change_the_weights(name, data, tmp_p
 
 
 @every_script
+def test_a_scaled_loss_makes_the_same_steps(name, data, whole, tmp_path, monkeypatch):
+    """As in fp16; a power of two is taken back to the bit, before gradients are clipped."""
+    scaler = torch.amp.GradScaler("cpu", 1024.0)
+    script, amp = load_script(SCRIPTS[name][0]), torch.autocast("cpu", enabled=False)
+    monkeypatch.setattr(script, "mixed_precision", lambda device: (amp, scaler))
+    assert run_inside(name, data, tmp_path, monkeypatch, "--steps", 4) == 0
+    losses, wanted = ([line["loss"] for line in log_of(folder(name, out)) if "lr" in line][:4]
+                      for out in (tmp_path, whole(name)[0]))
+    assert losses == wanted and len(losses) == 4
+
+
+@every_script
 def test_the_network_sees_a_micro_batch_at_a_time(name, data, tmp_path, monkeypatch):
     embed, sizes = timm.layers.PatchEmbed.forward, []
     monkeypatch.setattr(timm.layers.PatchEmbed, "forward", lambda self, x: sizes.append(len(x)) or embed(self, x))
