@@ -1,5 +1,6 @@
-"""Predictions under attack: killed at random moments they end in the same bytes. Training: test_training.py.
+"""Predictions killed at random moments end in the same bytes; what any script writes outlasts a power cut.
 
+Training is killed in test_training.py.
 KILLS (default 2): how often the script is killed, as in KILLS=20 bash tests/run.sh tests/test_faults.py
 """
 
