@@ -950,7 +950,11 @@ def run(args):
     table = pd.DataFrame(rows, columns=COLUMNS)
     if args.out:
         draws = args.out.with_name(f"{args.out.stem}.draws.npz".removeprefix("metrics."))
-        write(draws, lambda file: np.savez(file, **resamples))
+
+        def save(file):
+            np.savez(file, **resamples)
+            args.out.unlink(missing_ok=True)        # after a kill there is no table that has others' draws
+        write(draws, save)
         write(args.out, lambda file: table.to_csv(file, index=False, float_format="%.10g"))
         print(f"{args.out}: {len(rows):,} rows of {len(args.predictions)} files; {draws.name} beside it")
     names = ["auc_mean"] if len(args.predictions) > 2 else ["auc", "auc_mean"]      # two at most: each label

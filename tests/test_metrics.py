@@ -687,6 +687,27 @@ def test_draws_are_the_same_patients_for_every_run_and_make_the_intervals(monkey
     assert {key.split("|")[1] for key in draws} >= {"auprc", "ece", "fnr", "subset_accuracy", "oracle_auc"}
 
 
+def test_a_table_never_stands_beside_the_draws_of_another_call(monkeypatch, tmp_path):
+    path, table, replace = run_folder(tmp_path) / "padchest.csv", tmp_path / "metrics.csv", os.replace
+    predictions(path)
+    command(monkeypatch, tmp_path, path)
+    before, draws = table.read_bytes(), read_draws(tmp_path, "3.4/0/padchest")["5|auc_mean||"]
+    predictions(path, score_seed=1)
+
+    def killed_before_the_table(source, target):
+        if target == table:
+            raise KeyboardInterrupt
+        replace(source, target)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(np, "savez", lambda *args, **resamples: os.close(-1))             # as on a full disk
+        command(monkeypatch, tmp_path, path)
+    assert table.read_bytes() == before and (draws == read_draws(tmp_path, "3.4/0/padchest")["5|auc_mean||"]).all()
+    monkeypatch.setattr(os, "replace", killed_before_the_table)
+    with pytest.raises(KeyboardInterrupt):
+        command(monkeypatch, tmp_path, path)
+    assert (draws != read_draws(tmp_path, "3.4/0/padchest")["5|auc_mean||"]).any() and not table.exists()
+
+
 def test_an_unknown_label_counts_nowhere(monkeypatch, tmp_path):
     """A label that is blank (or -1) in every row leaves what a file without its columns gives."""
     path = run_folder(tmp_path) / "vindr_test.csv"
