@@ -283,7 +283,10 @@ def terms_of(claim, left, right, testset, pattern):
 
 
 def compare(arms, terms, offset=0.0):
-    """The estimate of sum(sign * cell) less an offset; cells, remarks, sources. Arms are paired by run."""
+    """The estimate of sum(sign * cell) less an offset; cells, remarks, sources. Arms are paired by run.
+
+    The interval ends where the sum can, which for two arms is -1 and 1.
+    """
     cells = frozenset(cell for _, cell in terms)
     same = cells, abs(offset)                           # equal for one comparison, also turned round
     by_exp = defaultdict(list)
@@ -304,7 +307,11 @@ def compare(arms, terms, offset=0.0):
     if any(np.isnan(arm.run_variance) for _, arm in used):
         remarks.append("an arm has one run, whose spread is unknown")
     sources = {arms[cell].source for cell in cells}
-    return estimate(used, offset) | {"cells": same, "remarks": remarks, "sources": sources}
+    found = estimate(used, offset)
+    lowest, highest = (sum(sign for sign, _ in terms if sign == kind) - offset for kind in (-1, 1))
+    for end in ENDS:                                    # as all these metrics lie in 0 to 1
+        found[end] = np.clip(found[end], lowest, highest)
+    return found | {"cells": same, "remarks": remarks, "sources": sources}
 
 
 def compare_spreads(arms, testset):

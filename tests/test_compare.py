@@ -75,6 +75,17 @@ def test_cells_of_one_experiment_without_a_common_run_are_two_samples():
     assert found["sources"] == {"our runs", "stand-ins"}
 
 
+def test_intervals_end_where_differences_of_areas_can():
+    cells = [(exp, "s", "k") for exp in "abc"]
+    arms = dict(zip(cells, (arm([0.2, 0.9]), arm([0.1, 0.6]), arm([0.3, 0.5]))))
+    pair, three = [(1, cells[0]), (-1, cells[1])], [(1, cells[0]), (-1, cells[1]), (-1, cells[2])]
+    for terms, offset, ends in ((pair, 0, [-1, 1]), (pair, 0.2, [-1.2, 0.8]), (three, 0, [-2, 1])):
+        free = compare.estimate([(sign, arms[cell]) for sign, cell in terms], offset)
+        assert free["ci_low"] < ends[0] and free["ci_high"] > ends[1]
+        found = compare.compare(arms, terms, offset)
+        assert [found["ci_low"], found["ci_high"]] == pytest.approx(ends) and found["p"] == free["p"]
+
+
 def test_the_parts_of_the_error_are_those_of_runs_and_patients():
     """Scores = run + patient + run x patient: with many of both, the two parts are the known variances."""
     rng = np.random.default_rng(0)
