@@ -2,8 +2,9 @@
 
 Variant "paper" repeats what printed the tables of "From pre-training to downstream performance: does
 domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819) where that differs from the usual
-definition, "corrected". To import: auc, auc_interval, delong, oracle_auc, mean_accuracy, subset_accuracy,
-fnr, calibration_error, ece. Comparing arms (intervals over runs, verdicts) is compare.py's.
+definition, "corrected". To import: of y [n, K], 1, 0, else unknown, and p float [n, K], 0 to 1, arrays: auc,
+oracle_auc, mean_accuracy, subset_accuracy, fnr, calibration_error, ece; of one label, [n]: auc, auc_interval,
+delong. Comparing arms (intervals over runs, verdicts) is compare.py's.
 
     python evaluate/metrics.py a.csv b.csv                     two models of yours, a table on the terminal
     python evaluate/metrics.py runs/*/predictions/seed*/*.csv --out results/metrics.csv
@@ -22,7 +23,7 @@ Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, thresho
         draws.npz beside it (NAME.draws.npz of NAME.csv): for "exp/seed/dataset" float32 [rows, resamples],
         the values of a metric when patients are drawn with replacement, the same ones for every run;
         "exp/seed/dataset/rows": which, as labels|metric|label|threshold: AUCs, and for labels 5, else all,
-        the other means.
+        most other means.
 Cells that are unknown are left out of every metric; a label that no image knows is not scored.
 """
 
@@ -208,10 +209,10 @@ def clustered_error(y, influence, patient=None):
 
 
 def auc_interval(y, p, patient=None):
-    """(AUC, lower, upper end of its 95 % interval) of one label; 1-D y and p in scikit-learn's order.
+    """(AUC, lower, upper end of its 95 % interval) of one label, NaN if undefined.
 
-    AUC +- 1.96 standard errors (DeLong), clustered by `patient` if given, within 0 and 1; NaN if undefined
-    or without any spread.
+    y [n]: 1, 0, else unknown; p [n]: any scores, no NaN; patient [n]: that of each image, if not all differ.
+    AUC +- 1.96 standard errors (clustered_error) within 0 and 1; no interval without any spread.
     """
     y = np.asarray(y)
     area, influence = ranked_auc(y, ranks(p))
@@ -220,7 +221,7 @@ def auc_interval(y, p, patient=None):
 
 
 def delong(y, p_left, p_right, patient=None):
-    """DeLong's test of equal AUC of two models on the same images, one label, all arguments 1-D.
+    """DeLong's test of equal AUC of two models on the same images, one label; arguments as of auc_interval.
 
     Returns: {difference, se, z, p}; se as clustered_error, z and p NaN where it tells nothing.
     Raises: ValueError without both classes.
@@ -444,7 +445,7 @@ def ece(y, p, adaptive=False):
 
 @undefined_is_nan
 def reliability(y, p):
-    """Reliability curve of one label: images, mean p, share of positives in each bin, float [BINS] each."""
+    """Reliability curve of one label: images, mean p, share of positives in each bin, [BINS] each."""
     y, p = y[is_known(y)], p[is_known(y)]
     bins = probability_bins(p)
     count = np.bincount(bins, minlength=BINS)
@@ -810,11 +811,11 @@ def all_metrics(test, validation, patient, rarer, undefined):
 def score_file(run, test, validation, resamples):
     """Rows and resamples of the predictions of a run (exp, seed, dataset), with its validation or None.
 
-    A row is the mean of the values that are defined, +- 1.96 standard errors from influences. AUCs have
-    resamples by ranks; of everything else the means over the main label set have linear ones. A mean's
-    resamples are its value plus the mean change of the labels that are defined there. A label with fewer than
-    two patients in a class has no resamples of its AUC; its share of a mean's error is taken to be like the
-    others', which is too little.
+    A row is the mean of the values that are defined, +- 1.96 standard errors: of AUCs those of resamples by
+    ranks, elsewhere from influences, and there the means over the main label set have linear resamples. Those
+    of a mean AUC are its value plus the mean change of the labels that are defined there. A label with fewer
+    than two patients in a class has no resamples of its AUC; its share of a mean's error is taken to be like
+    the others', which is too little.
     """
     seed = zlib.crc32(run[-1].encode())                 # of the test set's name
     patient, counts = draw_patients(test.patient, resamples, seed)
@@ -978,7 +979,7 @@ def main():
     add("--exp", help="experiment, in place of the path's")
     add("--seed", help="seed of the run, in place of the path's")
     add("--dataset", help="name of the test set, in place of the path's")
-    add("--bootstrap", type=int, default=2000, help="resamples of patients (2000); 0: none")
+    add("--bootstrap", type=int, default=2000, help="resamples of patients (2000); 0: no intervals of AUC")
     add("--validation", type=Path, help="validation predictions (default: nih_val.csv beside a file)")
     add("--manifest", nargs="+", type=Path, default=[], help="manifests with sex, age and race of the images")
     add("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
