@@ -5,7 +5,7 @@ what it meets (tissue, bone, air) gives the grey value. Every finding moves a bo
 pattern of its own, visible at 64 pixels. Patients keep their anatomy from film to film; each site has a look,
 a case mix and labelling errors of its own. CT, OCT and natural images are drawn in the same way.
 
-    python data_prep/demo.py --out data/demo/raw                     # half a minute on 2 cores, 160 MB
+    python data_prep/demo.py --out data/demo/raw                     # a minute on 2 cores, 160 MB
     python data_prep/demo.py --out raw --keep --scale 0.05 --seed 1  # beside real downloads, which stay
 
 Writes: <out>/<dataset>/ for nih, mimic_cxr, chexpert, padchest, vindr_cxr, covidx_ct, oct and imagenet: the
@@ -55,7 +55,7 @@ class Site:
     share: float = 1.0              # prevalence relative to FINDINGS
     absent: tuple = ()              # findings this site never has
     lateral: float = 0.0            # share of studies with a lateral film beside the frontal one
-    studies: float = 0.5            # a patient has 1 / studies of them on average
+    studies: float = 0.5            # a patient has about 1 / studies of them, 5 at most
 
 
 SITES = {   # labels are mined from reports at NIH, MIMIC and CheXpert, given by physicians at the other two
@@ -105,7 +105,7 @@ def waves(distance, period, phase=0.0):
 
 
 def clouds(rng, shape, cells):
-    """Smooth noise of mean 0 and deviation about 0.7, with `cells` lumps along the height."""
+    """Smooth noise of mean 0 and deviation about 0.8, with `cells` lumps along the height."""
     coarse = rng.standard_normal((cells, max(2, cells * shape[1] // shape[0])), np.float32)
     return np.asarray(Image.fromarray(coarse).resize(shape[::-1], Image.BICUBIC))
 
@@ -654,7 +654,7 @@ def generate(out, settings):
             place, partly = out / name, out / f"{name}.partial"
             shutil.rmtree(partly, ignore_errors=True)           # from an interrupted run
             if place.exists():
-                place.rename(partly)                            # half of it in its place would seem a download
+                place.rename(partly)                            # half of it would seem a download
                 shutil.rmtree(partly)
             partly.mkdir(parents=True)
             tasks = dataset(partly, (settings["seed"], number), lambda n: max(6, round(n * scale)))

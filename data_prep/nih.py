@@ -9,7 +9,7 @@ without them the official train_val list is cut by a seeded draw of patients (fa
     python data_prep/nih.py --raw raw/nih --out data/nih/index.csv
     python data_prep/nih.py --raw raw/nih --out data/nih_pretrain/index.csv --pretrain all
 
-Reads Data_Entry_2017*.csv and the lists; images lie anywhere below --raw. Labels: as the study has them."""
+Reads Data_Entry_2017*.csv and the lists; images lie anywhere below --raw. Labels are 1 or 0."""
 
 import argparse
 import json

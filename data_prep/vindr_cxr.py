@@ -56,7 +56,7 @@ def read_labels(path):
 
 
 def vote(readings, rule):
-    """Labels of each image by its readers. rule: majority, or any (one is enough). Blank stays blank."""
+    """Labels of each image by its readers. rule: majority, or any: one is enough. Empty columns stay so."""
     marks = readings[LABELS].apply(pd.to_numeric) > 0
     share = marks.groupby(readings.patient).mean()
     labels = (share > (0.5 if rule == "majority" else 0)).astype(int).astype(object)

@@ -100,7 +100,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--exp", default="*", help="rows or patterns, comma-separated (default: every row of the file)")
-    add("--data", default="data", help="folder of the packed datasets")
+    add("--data", default="data", help="folder of the packed datasets (data)")
     add("--rates", help="a gpu.json of tests/bench/gpu.py")
     add("--list", action="store_true", help="a row after the row it starts from, which is added; no cost")
     add("--miniature", action="store_true", help="with --list: starts and seeds of the miniature")

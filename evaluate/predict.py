@@ -10,8 +10,8 @@ Reads   classifier.pt of finetune/classify.py; manifest.csv and images.npy besid
 Writes  --out: path, patient, true_<label> (1, 0, blank: unknown) and prob_<label> of the labels that the
         manifest has under any of their spellings ("Pleural Effusion" is Effusion), if not blank in every row,
         in the order of the classifier; prob_<label> of all where it has none. Beside it, under its name,
-        .json: checkpoint, exp, seed, manifest (or folder), split, n, test_crops, and stand_in: which program
-            drew the images of this set or of training, null if they are real;
+        .json: checkpoint, exp, seed, manifest (or folder), split, n, test_crops, and stand_in: the mark of
+            stand-ins among the images of this set or of training, else null;
         .npy (--features): float32 [n, D], the last layer's input, timm's forward_head(pre_logits=True);
         .csv.rejected.csv (--images): path and reason of every file that pack.py could not read.
 Computed in fp32; any number of processes writes the same bytes. Exit code 3: some files of --images were

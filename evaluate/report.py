@@ -45,12 +45,12 @@ def options():
     add("--overlaps", type=Path, nargs="+", default=[], help="overlaps.csv of describe.py --overlap")
     add("--runs", type=Path, help="learning curves and pictures: <exp>/**/log.jsonl and <exp>/pretrain/*.png")
     add("--predictions", type=Path, help="curves: <exp>/predictions/seed<k>/<test set>.csv")
-    add("--data", type=Path, help="packs: whose images are drawn and may be shown, whose splits are drawn")
+    add("--data", type=Path, help="packs: which are drawings, that may be shown; which have a fallback split")
     add("--baseline", help="arm that the first figure subtracts (2.2, else the first)")
     add("--arm", help="arm of the ROC, precision-recall and decision curves (3.4, else the last)")
     add("--with-pictures", action="store_true", help="embed them all; do not pass the page on")
     add("--experiments", type=Path, help="experiments.yaml, for what each arm is (default: this project's)")
-    add("--title", default="Does domain-specific pre-training make sense?")
+    add("--title", default="Does domain-specific pre-training make sense?", help="of the page")
     parser.error = fail                 # one sentence, like every other mistake
     return parser.parse_args()
 
