@@ -233,15 +233,19 @@ def predict(model, facts, manifest, split, file, args, device):
     card = {"checkpoint": facts["file"], "exp": facts.get("exp"), "seed": facts.get("seed"),
             "manifest": args.images or manifest, "split": split, "n": n, "test_crops": args.test_crops,
             "stand_in": "; ".join(sorted(marks)) or None}
-    write_atomic(file.with_suffix(".json"), lambda stream: stream.write(json.dumps(card).encode()))
-    if args.features:
-        write_atomic(file.with_suffix(".npy"), lambda stream: np.save(stream, outputs[:, len(labels):]))
     columns = pd.DataFrame({"path": rows["path"], "patient": rows.get("patient", "")})
     scores = pd.DataFrame(outputs[:, :len(labels)], columns=labels)[list(known) or labels]
     true = known if args.mask else known.fillna(0)
     table = pd.concat([columns, true.add_prefix("true_"), scores.add_prefix("prob_")], axis=1)
-    write_atomic(file, lambda stream: table.to_csv(                         # last: if it is there, all is
-        stream, mode="wb", index=False, float_format="%.8g", lineterminator="\n"))
+
+    def save(stream):
+        table.to_csv(stream, mode="wb", index=False, float_format="%.8g", lineterminator="\n")
+        stream.flush()
+        file.unlink(missing_ok=True)            # after a kill no older table stands beside what follows
+        write_atomic(file.with_suffix(".json"), lambda stream: stream.write(json.dumps(card).encode()))
+        if args.features:
+            write_atomic(file.with_suffix(".npy"), lambda stream: np.save(stream, outputs[:, len(labels):]))
+    write_atomic(file, save)                    # last: if it is there, all is
     said = f"{file}: {n:,} images, {known.shape[1]} of {len(labels)} labels with truth"
     if known.isna().any(axis=None):
         counted = "are left out" if args.mask else "count as 0, with --mask they are left out"

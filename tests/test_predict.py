@@ -582,19 +582,35 @@ def test_outputs_that_are_not_finite_are_refused(value, place, packed, tmp_path,
     assert str(tmp_path / "diverged.pt") in said and os.listdir(tmp_path) == ["diverged.pt"]
 
 
-@pytest.mark.parametrize("size", [0, 100, 600])         # the first two stop the facts, the last the table
+@pytest.mark.parametrize("size", [0, 100, 600])         # too small for the table
 def test_a_full_disk_leaves_what_was_there(size, model_file, packed, tmp_path, monkeypatch, capsys):
     flags = ["--checkpoint", model_file[0], "--manifest", packed, "--out", tmp_path / "p.csv"]
     run(monkeypatch, *flags)
-    before = (tmp_path / "p.csv").read_bytes()
+    before = [(tmp_path / name).read_bytes() for name in ("p.csv", "p.json")]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))            # no file can grow larger
     try:
         said = refused(monkeypatch, capsys, *flags, "--test-crops", 10)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(tmp_path) in said and (tmp_path / "p.csv").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["p.csv", "p.json"]
+    assert str(tmp_path) in said and sorted(os.listdir(tmp_path)) == ["p.csv", "p.json"]
+    assert [(tmp_path / name).read_bytes() for name in ("p.csv", "p.json")] == before
+
+
+def test_a_kill_leaves_no_table_beside_the_facts_of_another_call(model_file, packed, tmp_path, monkeypatch):
+    flags = ["--checkpoint", model_file[0], "--manifest", packed, "--out", tmp_path / "p.csv"]
+    run(monkeypatch, *flags)
+    replace = os.replace
+
+    def killed_before_the_table(source, target):
+        if target == tmp_path / "p.csv":
+            raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", killed_before_the_table)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *flags, "--test-crops", 10)
+    assert json.loads((tmp_path / "p.json").read_text())["test_crops"] == 10
+    assert os.listdir(tmp_path) == ["p.json"]
 
 
 def test_mistakes_are_named_in_one_sentence(model_file, packed, tmp_path, monkeypatch, capsys):
