@@ -464,7 +464,7 @@ def main():
     given.add_argument("--metrics", type=Path, help="metrics.csv of evaluate/metrics.py, draws.npz beside it")
     given.add_argument("--reported", action="store_true", help="use the published runs and printed tables")
     add("--arms", nargs=2, metavar=("LEFT", "RIGHT"), help="compare these two, without claims")
-    add("--claims", type=Path, default=REPORTED / "claims.csv", help="the claims to decide")
+    add("--claims", type=Path, default=REPORTED / "claims.csv", help="the claims to decide (the study's)")
     add("--out", type=Path, help="folder for the CSVs (default: the terminal alone)")
     parser.error = fail                 # one sentence, like every other mistake
     args = parser.parse_args()

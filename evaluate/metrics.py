@@ -919,7 +919,7 @@ def arms_of(args):
         exp, seed, dataset = args.exp or exp, args.seed or seed, args.dataset or dataset
         if exp.endswith("-ensemble"):
             raise InputError(f"exp {exp} of {path} is named as the mean of runs is; give another --exp")
-        val = args.validation or path.with_name("nih_val.csv")
+        val = args.validation or path.parent / "nih_val.csv"
         if models.setdefault(val, (exp, seed)) != (exp, seed) and val.is_file():
             raise InputError(f"{val} belongs to one run and would choose thresholds for others, as {path}; "
                              "give each run a folder of its own, with its nih_val.csv")

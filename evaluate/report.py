@@ -441,7 +441,7 @@ def learning_figure(logs, arms, path):
         for exp in exps:
             own = logs.query("exp == @exp and part == @part").dropna(subset=column)
             means = own.groupby(["run", "epoch"])[column].mean()
-            y = means.unstack().dropna(axis="columns")              # [runs, epochs], as long as the first run
+            y = means.unstack().dropna(axis="columns")              # [runs, epochs], as long as the shortest
             if part == "pretrain":
                 y /= y.mean().head(1).sum()
             line, = axis.plot(y.mean(), label=exp, markevery=.1)

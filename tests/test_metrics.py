@@ -1187,7 +1187,7 @@ def test_a_mistake_in_the_call_is_one_sentence(monkeypatch, tmp_path, capsys):
     (tmp_path / "marked.csv").write_text(BASE)
     (tmp_path / "marked.json").write_text("[]")
     for args, said in [
-            ([tmp_path / "absent.csv"], "does not exist"),
+            ([tmp_path / "absent.csv"], "does not exist"), (["."], ". is no CSV table"),
             ([here, here], "is a second file of exp 3.4, seed 0, padchest"),
             ([here, there, "--validation", here], "belongs to one run"),
             ([here, "--manifest", tmp_path / "blank.csv"], "knows no sex, age or race"),
