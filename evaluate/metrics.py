@@ -13,7 +13,7 @@ Reads   predictions: path, patient, true_<label> (1, 0, blank if unknown), prob_
         image; sex, age, race if there, or from --manifest. A blank patient has no other image. "Pleural
         Effusion" and other spellings become NIH's. Experiment, seed and test set: from
         runs/<exp>/predictions/seed<k>/<test set>.csv, else the file's name, 0 and "test". nih_val.csv beside
-        a file chooses thresholds and a temperature; <test set>.json beside it may hold the mark "stand_in".
+        a file chooses thresholds and a temperature; NAME.json beside NAME.csv holds the mark "stand_in".
 Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, threshold, value, ci_low, ci_high,
         stand_in. labels: what a mean is over: 5 (at least four of the study's), 14 (NIH's), all (if others).
         label: of one label; both blank: of whole images. threshold: of p > threshold, the share referred, or
@@ -275,7 +275,7 @@ def drawn_auc(weights, positives, negatives):
 
 @undefined_is_nan
 def auc_draws(y, p, patient, counts, chunk=64):
-    """AUC per label of every resample, float [B, K], by weighted ranks; the last two of draw_patients."""
+    """AUC per label of every resample, float [B, K], by weighted ranks; patient, counts: of draw_patients."""
     labels, draws = [], []
     for truth, score in zip(y.T, p.T):
         high, low = (np.flatnonzero(truth == kind) for kind in (1, 0))
@@ -460,7 +460,6 @@ def logits(p):
 
 
 def temper(p, temperature):
-    """sigmoid(logit(p) / temperature)."""
     return expit(logits(p) / temperature)
 
 
@@ -743,7 +742,7 @@ def read_mark(path):
     try:
         return json.loads(facts.read_text())["stand_in"] or ""
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{facts} holds no facts of predictions with 'stand_in'; predict again") from None
+        raise InputError(f"{facts} is not predict.py's, with 'stand_in'; move it or predict again") from None
 
 
 # --------------------------------------------------------------------------------------------- scoring a file

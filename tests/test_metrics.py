@@ -1194,7 +1194,7 @@ def test_a_mistake_in_the_call_is_one_sentence(monkeypatch, tmp_path, capsys):
             ([here, "--manifest", tmp_path / "manifest.csv"], "image 'images/0000.png' is in no manifest"),
             ([here, "--bootstrap", "-1"], "--bootstrap must be 0 or more"),
             ([here, "--manifest", tmp_path / "none.csv"], "none.csv does not exist"),
-            ([tmp_path / "marked.csv"], "marked.json holds no facts"),
+            ([tmp_path / "marked.csv"], "marked.json is not predict.py's"),
             ([here, "--out", "."], "--out . "), ([here, "--out", tmp_path / "results"], "name of a .csv"),
             ([here, "--out", tmp_path / "file" / "m.csv"], "cannot be written")]:
         monkeypatch.setattr(sys, "argv", ["metrics.py", "--out", str(tmp_path / "m.csv"), "--bootstrap", "9",
