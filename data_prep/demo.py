@@ -605,7 +605,7 @@ def covidx_ct(root, key, count):
                 "age": rng.integers(20, 90), "finding": finding, "view": "Axial"})
             for z in range(min(8, size - len(lines))):
                 name = slice_name.format(id=owner, q=1000 + p, z=20 + 3 * z) + ".png"
-                lines.append(f"{name} {disease} 2 15 142 129")  # a box that holds every body
+                lines.append(f"{name} {disease} 2 15 142 129")  # a box that holds most bodies
                 slice_ = partial(ct_slice, (*key, p), disease, (z + rng.random()) / 8, (*key, p, z))
                 tasks.append((root / "3A_images" / name, slice_, save_picture))
         write_lines(root / f"{split}_COVIDx_CT-3A.txt", lines)

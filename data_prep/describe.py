@@ -9,7 +9,7 @@ Reads   index.csv files (or a pack's manifest.csv) with index.json beside them, 
 Writes  distributions.csv; figure1.png and figure1.svg if packs are given (images of MIMIC-CXR and VinDr-CXR
         must not be passed on); overlap.csv, a line a shared image, and overlaps.csv, a line a pair of packs
 --check exits with 1 if an index misses its counts or a patient is in two splits (not OCT, CT). --overlap: the
-first pack against the others, or all with --against. Equal: every pixel; near: correlated by 0.995."""
+first pack against the others, or all with --against. Equal: every pixel; near: r 0.995 at 16 x 16 pixels."""
 
 import argparse
 import hashlib

@@ -30,7 +30,7 @@ def fail(message):
 # --- end copy: error ---
 
 def draw_validation(patients, n, seed):
-    """Patients with n images in all: shuffled, each is taken if it fits, so the last close the gap."""
+    """Patients with n images in all, or nearly: shuffled, each is taken if it fits; the last close a gap."""
     images, chosen = patients.value_counts().sort_index(), set()
     for patient in np.random.default_rng(seed).permutation(images.index):
         if images[patient] <= n:

@@ -5,7 +5,7 @@ Parts are joined at the end, in twice the space: killed at any time, the same co
 
     python data_prep/pack.py --index data/nih/index.csv --raw raw/nih --out data/nih
 
-Reads   the index (its column path is relative to --raw; nothing outside --raw is opened) and the images
+Reads   the index (its column path is relative to --raw; no image outside --raw is opened) and the images
 Writes  images.npy      uint8 [N, S, S] or [N, S, S, 3]; none with --size original
         manifest.csv    the packed rows; row i describes images.npy[i]; blank sex and age as in DICOM headers
         rejected.csv    path, reason; and pack.json: settings, counts, mean and deviation (0..1), stand-in"""

@@ -1,9 +1,9 @@
 """Compare arms: differences with 95 % intervals over runs and patients, and verdicts on the study's claims.
 
-An interval is effect +- t * error; error^2 is the variance from the choice of runs (seeds) plus that from the
-choice of patients; of published and printed numbers only the runs are known: "seeds only". In simulations it
-covered the truth in 95 to 97 % for pairs of arms with 2, 3 or 5 runs, in 88, 92 and 94 % for one arm where
-runs dominate; that of a single run is over patients.
+An interval is effect +- t * error, of a difference within -1 and 1; error^2 is the variance from the choice
+of runs (seeds) plus that from the choice of patients; of published and printed numbers only the runs are
+known: "seeds only". In simulations it covered the truth in 95 to 97 % for pairs of arms with 2, 3 or 5 runs,
+in 88, 92 and 94 % for one arm where runs dominate; that of a single run is over patients.
 
     python evaluate/compare.py --metrics metrics.csv --arms a b                two models of yours
     python evaluate/compare.py --metrics results/metrics.csv --out results     all arms, the study's claims
