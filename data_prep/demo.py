@@ -47,7 +47,7 @@ FINDINGS = {
 class Site:
     """What makes one hospital's films look, and its labels read, unlike another's."""
     size: tuple = (160, 160)        # width, height of the film in pixels
-    ap: float = 0.0                 # share of bedside (AP) films: larger heart, high diaphragm
+    ap: float = 0.0                 # share of bedside (AP) films at mean health: larger heart, high diaphragm
     window: tuple = (0.12, 1.05)    # attenuation shown as black and as white
     gamma: float = 1.0              # below 1 lifts the dark parts
     noise: float = 0.008            # grain, in grey values 0–1

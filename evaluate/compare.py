@@ -11,7 +11,7 @@ in 88, 92 and 94 % for one arm where runs dominate; that of a single run is over
 
 Reads   metrics.csv and draws.npz beside it, or reported/raw_runs_auc.csv, printed.csv; claims.csv, table2.csv
 Writes  verdicts.csv     a row per claim and test set, and one over all: verdict, the deciding comparison
-        arms.csv         a row per arm and metric: mean, sd, interval, standard errors over runs and patients
+        arms.csv         a row per arm, metric in draws.npz: mean, sd, interval, standard errors
         comparisons.csv  a row per pair of arms and AUC; p_holm: over the pairs of one
         detectable.csv   a row per test set, labels: the smallest difference detected with 80 % power
         two_arms.csv     with --arms, instead: a row per metric of both

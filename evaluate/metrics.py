@@ -1,4 +1,4 @@
-"""Score prediction files: every metric of the study, its 95 % interval and its patient resamples.
+"""Score prediction files: every metric of the study, most with a 95 % interval and patient resamples.
 
 Variant "paper" repeats what printed the tables of "From pre-training to downstream performance: does
 domain-specific pre-training make sense?" (Krones 2026, arXiv:2605.08819) where that differs from the usual
