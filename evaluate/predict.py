@@ -354,8 +354,8 @@ def open_images(manifest, paths, in_chans, device):
     """A function from an array of places among the paths [B] to images, uint8 [B, C, H, W] on the device.
 
     They come from images.npy beside the manifest, whose rows are those of manifest.csv there, held in GPU
-    memory if they fit. Without images.npy the 8-bit PNG and JPEG files themselves are decoded, into a list as
-    they may differ in size.
+    memory if they fit a third of it. Without images.npy the 8-bit PNG and JPEG files themselves are decoded,
+    into a list as they may differ in size.
     """
     folder, facts = Path(manifest).parent, read_pack(manifest)
     file, own = folder / "images.npy", folder / "manifest.csv"
