@@ -13,7 +13,7 @@ Reads   predictions: path, patient, true_<label> (1, 0, blank if unknown), prob_
         image; sex, age, race if there, or from --manifest. A blank patient has no other image. "Pleural
         Effusion" and other spellings become NIH's. Experiment, seed and test set: from
         runs/<exp>/predictions/seed<k>/<test set>.csv, else the file's name, 0 and "test". nih_val.csv beside
-        a file chooses thresholds and a temperature; NAME.json beside NAME.csv holds the mark "stand_in".
+        a file chooses thresholds and a temperature; any NAME.json beside NAME.csv holds the mark "stand_in".
 Writes  metrics.csv: exp, seed, dataset, labels, metric, variant, label, threshold, value, ci_low, ci_high,
         stand_in. labels: what a mean is over: 5 (at least four of the study's), 14 (NIH's), all (if others).
         label: of one label; both blank: of whole images. threshold: of p > threshold, the share referred, or
