@@ -101,8 +101,11 @@ def each_label(metric, *tables):
 
 
 def ranks(p):
-    """Rank of each score, int [n], equal scores sharing one."""
-    return np.unique(p, return_inverse=True)[1]
+    """Rank of each score, int [n], equal scores sharing one. Raises: ValueError if one is NaN."""
+    scores, rank = np.unique(p, return_inverse=True)
+    if scores[-1] != scores[-1]:                        # NaN, which sorts last
+        raise ValueError("a score or a patient is NaN")
+    return rank
 
 
 def levels(y, p):
@@ -211,7 +214,7 @@ def clustered_error(y, influence, patient=None):
 def auc_interval(y, p, patient=None):
     """(AUC, lower, upper end of its 95 % interval) of one label, NaN if undefined.
 
-    y [n]: 1, 0, else unknown; p [n]: any scores, no NaN; patient [n]: that of each image, if not all differ.
+    y [n]: 1, 0, else unknown; p [n]: any scores; patient [n]: that of each image, if not all differ.
     AUC +- 1.96 standard errors (clustered_error) within 0 and 1; no interval without any spread.
     """
     y = np.asarray(y)

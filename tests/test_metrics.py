@@ -57,6 +57,16 @@ def test_auc_by_hand():
     assert np.isnan(m.auc(np.ones(3), np.arange(3) / 3, "paper"))          # no negatives: skipped, not 0
 
 
+def test_a_score_that_is_nan_has_no_auc():
+    y, p = np.array([0, 1, 1, 0]), np.array([0.1, np.nan, 0.3, 0.4])
+    for call in (m.auc, m.auc_interval, lambda y, p: m.delong(y, np.ones(4), p)):
+        with pytest.raises(ValueError, match="NaN"):
+            call(y, p)
+    for call in (m.auc, lambda y, p: m.oracle_auc(y, p, (0.5,))):
+        with pytest.raises(ValueError, match="NaN"):
+            call(np.c_[y, y], np.c_[y, p])
+
+
 def test_paper_mean_leaves_out_a_truly_inverted_label_and_corrected_keeps_it():
     y, p = np.array([[1, 1, 0], [0, 0, 0]]), np.array([[0.9, 0.1, 0.5], [0.1, 0.9, 0.5]])
     assert m.mean_over_labels(m.auc(y, p, "paper"), "paper") == 1
