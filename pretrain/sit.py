@@ -306,13 +306,11 @@ def block_masks(u, fraction, side, align=1):
     # block k gives its pixels 2^(126 - k): the exponent of a pixel's sum tells the first block that covers it
     powers = 2.0 ** (126 - torch.arange(u.shape[1], device=u.device).float())
     total = (rows * powers[:, None]).mT @ columns + powers[-1] / 2
-    first = 127 - torch.frexp(total).exponent                               # [B, side, side]; K: none does
-    needed = fraction[:, None, None] * side * side
-    last = torch.zeros_like(needed, dtype=torch.int)                        # the block that reaches it
-    for bit in reversed(range(u.shape[1].bit_length())):
-        more = last + 2 ** bit
-        last = torch.where((first < more).sum((1, 2), keepdim=True) < needed, more, last)
-    return (first <= last.clamp_max(u.shape[1] - 1)) & (needed > 0)         # out of reach: all blocks
+    first = 127 - torch.frexp(total).exponent.flatten(1).long()             # [B, side * side]; K: none does
+    added = first.new_zeros(len(u), u.shape[1] + 1).scatter_add(1, first, torch.ones_like(first))
+    needed = fraction[:, None] * side * side
+    last = (added.cumsum(1)[:, :-2] < needed).sum(1, keepdim=True)          # reaches it, or is the last of all
+    return ((first <= last) & (needed > 0)).unflatten(1, (side, side))
 
 
 def draw_masks(u, blocks, side, drop=0.75, replace=0.3, align=1):
