@@ -89,7 +89,7 @@ FLAGS = dict(                       # of the command line only, not of a row
     log_steps=50,                   # steps between two lines of the log; 0: only those of validation
     save_minutes=10.0,              # minutes between two writes of last.pt
     compile=False,                  # torch.compile the network; the first step takes minutes
-    probe=False,                    # instead of fine-tuning, a linear probe of the frozen backbone
+    probe=False,                    # a linear probe of the frozen backbone instead, without pos_weight
 )
 
 # --- begin copy: error ---
