@@ -959,11 +959,12 @@ def open_run(out, manifests, config, parts, resume, rank):
         for file in (last, log, *exported) if rank == 0 else ():            # first what a resume would read
             file.unlink(missing_ok=True)
         return 0
-    with or_fail(f"resume from {last} (--resume never begins a new run, another --out keeps both)"):
+    with or_fail(f"resume from {last} (with --resume never the run begins anew, another --out keeps both)"):
         state = torch.load(last, map_location="cpu", weights_only=True)
-        for key, value in state["config"].items():
-            if config.get(key) != value:
-                raise ValueError(f"it was made with {key}={value!r}, now it is {config.get(key)!r}")
+        made = state["config"]
+        for key in config | made:                                           # a key may be new in the script
+            if config.get(key) != made.get(key):
+                raise ValueError(f"it was made with {key}={made.get(key)!r}, now it is {config.get(key)!r}")
         for name, part in parts.items():
             if isinstance(part, torch.Tensor):
                 part.copy_(state[name])

@@ -352,6 +352,17 @@ def test_a_new_beginning_is_a_new_run_and_another_configuration_is_not_resumed(n
         assert_same(tmp_path, found)
 
 
+def test_a_key_that_a_script_has_got_since_is_another_configuration(data, tmp_path):
+    """A run of before must not go on, or be exported again, as one of the changed method."""
+    assert run("gmml", data, tmp_path, "--steps", 2).returncode == 0
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    del last["config"]["clip"]
+    torch.save(last, tmp_path / "last.pt")
+    before = content(tmp_path)
+    assert_user_error(run("gmml", data, tmp_path), "last.pt", "clip=None", "3.0")
+    assert_same(tmp_path, before)
+
+
 def test_a_run_in_bf16_goes_on_where_losses_are_scaled(data, tmp_path, monkeypatch):
     gmml = load_script("pretrain/gmml.py")
     monkeypatch.chdir(ROOT)
