@@ -149,7 +149,7 @@ def options(section):
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False,
                                      usage="%(prog)s [--KEY VALUE]...")
-    helps = dict(re.findall(r"^    (\w+)=.*?# (.*)$", Path(__file__).read_text(), re.M))
+    helps = dict(re.findall(r"^    (\w+)=[^#\n]*#? ?(.*)$", Path(__file__).read_text(), re.M))
     for key, default in (FLAGS | DEFAULTS).items():
         listed = re.match(r"\w+( \| \w+)+(?=;|$)", helps[key])              # a comment may begin with choices
         choices = [typed(default)(word) for word in listed[0].split(" | ")] if listed else None

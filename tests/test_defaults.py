@@ -4,6 +4,7 @@ Keys on which the sections say nothing, or two things (how DINO's weight decay e
 """
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,3 +81,11 @@ def test_a_value_that_is_none_of_a_keys_choices_is_refused(name, monkeypatch, ca
         with pytest.raises(SystemExit):
             module.options("pretrain")
         assert f"--{key}: invalid choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, flag", [("new=0.5,", "--new NEW"), ("new=0.5,  # a weight", "a weight [0.5]")])
+def test_a_key_added_to_a_copy_of_a_script_is_a_flag_with_or_without_a_comment(line, flag, tmp_path):
+    text = Path(SCRIPTS["gmml"].__file__).read_text()
+    (tmp_path / "mine.py").write_text(text.replace("    clip=3.0,", f"    {line}\n    clip=3.0,"))
+    result = subprocess.run([sys.executable, tmp_path / "mine.py", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and flag in result.stdout, result.stderr
