@@ -316,7 +316,7 @@ def make_crops(images, uniforms, patch_size, config):
     whole = config["global_crop_scale"], config["img_size"]
     kinds = [(*whole, 1.0, 0.0), (*whole, 0.1, 0.2)]                        # shares of blur and solarise
     kinds += [(config["local_crop_scale"], local_size, 0.5, 0.0)] * config["n_local_crops"]
-    views = [strong_view(images, u, *kind, config) for u, kind in zip(uniforms, kinds)]
+    views = [strong_view(images, u, *kind, config) for u, kind in zip(uniforms, kinds, strict=True)]
     return [torch.stack(part) for part in (views[:2], views[2:]) if part]
 
 
@@ -385,7 +385,7 @@ def train(config, args, rank, world_size, device):
     net = student
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
-    local = np.split(np.arange(batch), world_size)[rank]                    # places in the batch
+    local = np.split(np.arange(batch), world_size)[rank]                    # own places in the batch
     micro = args.micro_batch or len(local)
     sizes = [N_VIEW, len(student.drop_paths)]                               # numbers drawn for a crop
     stop_asked = catch_sigterm()

@@ -265,8 +265,8 @@ def make_backbone(config):
 
 
 def symmetric_loss(queries, keys, positives, temperature):
-    """Queries [2, b, D] of view 1 against keys [2, B, D] of view 2, and the reverse; see info_nce."""
-    return sum(info_nce(q, k, positives, temperature) for q, k in zip(queries, keys.flip(0)))
+    """Queries [2, b, D] of each view against the other's keys [2, B, D] (of three: the previous one's)."""
+    return sum(info_nce(q, k, positives, temperature) for q, k in zip(queries, keys.roll(1, 0)))
 
 
 # --- begin copy: contrastive loss ---
@@ -300,11 +300,14 @@ def learning_rate(step, n_steps, peak, end, n_warm):
     return cosine(step - n_warm, n_steps - n_warm, peak, end)
 
 
+VIEWS = [(1.0, 0.0), (0.1, 0.2)]        # of each view: the share blurred, the share solarised
+
+
 def make_views(images, uniforms, config):
-    """Two views [2, b, C, S, S]: the first always blurred; the second rarely blurred, sometimes solarised."""
+    """A view of each image for each of VIEWS, [2, b, C, S, S], from uniforms [2, b, N_VIEW]."""
     return torch.stack([
-        strong_view(images, u, config["crop_scale"], config["img_size"], blur, solarise, config, cubic=False)
-        for u, blur, solarise in zip(uniforms, (1.0, 0.1), (0.0, 0.2))])
+        strong_view(images, u, config["crop_scale"], config["img_size"], *shares, config, cubic=False)
+        for u, shares in zip(uniforms, VIEWS)])
 
 
 def train(config, args, rank, world_size, device):
@@ -342,8 +345,8 @@ def train(config, args, rank, world_size, device):
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    micro = 2 * args.micro_batch                                            # two views an image; 0: all
-    local = np.split(np.arange(batch), world_size)[rank]                    # places in the batch
+    micro = len(VIEWS) * args.micro_batch                                   # views a pass; 0: all
+    local = np.split(np.arange(batch), world_size)[rank]                    # own places in the batch
     positives = torch.from_numpy(local).to(device)
     stop_asked = catch_sigterm()
     started = saved = time.monotonic()
@@ -358,7 +361,7 @@ def train(config, args, rank, world_size, device):
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
         torch.manual_seed(step_seed(config["seed"], step))                  # of dropout, too, if any
-        uniforms = torch.rand(2, batch, N_VIEW)[:, local]
+        uniforms = torch.rand(len(VIEWS), batch, N_VIEW)[:, local]
         views = make_views(chosen, send(uniforms, device), config)
 
         # The publication computes the queries first; as they do not depend on the momentum encoder, what
@@ -381,8 +384,8 @@ def train(config, args, rank, world_size, device):
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
             seconds = (time.monotonic() - started) / (done - first_step)        # a step
-            terms = dict(zip(("loss", "entropy", "accuracy", "feature_std"), (meter[:4] / meter[4]).tolist()))
-            log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1, **terms,
+            terms = zip(["loss", "entropy", "accuracy", "feature_std"], (meter[:-1] / meter[-1]).tolist())
+            log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1, **dict(terms),
                      lr=lr, ema=ema, img_per_s=round(batch / seconds, 1))
             meter.zero_()
         if rank == 0 and (stopping or time.monotonic() - saved > 60 * args.save_minutes):

@@ -320,7 +320,7 @@ def train(config, args, rank, world_size, device):
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    local = np.split(np.arange(batch), world_size)[rank]                    # places in the batch
+    local = np.split(np.arange(batch), world_size)[rank]                    # own places in the batch
     micro = args.micro_batch or len(local)
     stop_asked = catch_sigterm()
     started = saved = time.monotonic()
@@ -348,7 +348,7 @@ def train(config, args, rank, world_size, device):
             with amp:
                 recon = net(clean[part], masks[part])
             # all images have equally many hidden pixels: the mean over images is the mean over pixels
-            part_loss = masked_l1(recon.float(), clean[part], masks[part]) * len(recon) / batch
+            part_loss = masked_l1(recon, clean[part], masks[part]) * len(recon) / batch
             scaler.scale(part_loss * world_size).backward()                 # DDP averages over processes
             loss += part_loss.detach()
         scaler.unscale_(optimizer)

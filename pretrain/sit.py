@@ -354,7 +354,7 @@ def draw_step(config, step, places, n_drop_paths, device):
     """
     sizes = [N_VIEW, n_drop_paths, 2, 4 * N_BLOCKS]
     torch.manual_seed(step_seed(config["seed"], step))                      # of dropout, too, if any
-    draws = torch.rand(2, config["batch"], sum(sizes))[:, places]
+    draws = torch.rand(len(VIEWS), config["batch"], sum(sizes))[:, places]
     uniforms, *draws = send(draws, device).split(sizes, 2)
     depth, corruption, blocks = (part[:, :-1].flatten(0, 1) for part in draws)
     masks, replaced = draw_masks(corruption, blocks.unflatten(1, (N_BLOCKS, 4)), config["img_size"],
@@ -362,16 +362,19 @@ def draw_step(config, step, places, n_drop_paths, device):
     return uniforms, depth, masks, replaced
 
 
+VIEWS = [(1.0, 0.0), (0.1, 0.2)]        # of its two views: the share blurred, the share solarised
+
+
 def make_views(images, uniforms, masks, replaced, config):
     """Two views of b images, clean and corrupted, float [2b, C, S, S], from b + 1 images.
 
-    The first view is always blurred; the second rarely, but sometimes solarised. Masked pixels, masks bool
-    [2b, S, S], become 0, the mean grey, or, in replaced views, bool [2b], those of the next image of the
-    batch; as the order is random, it may be any other image.
+    Uniforms [2, b + 1, N_VIEW]. Masked pixels, masks bool [2b, S, S], become 0, the mean grey, or, in
+    replaced views, bool [2b], those of the next image of the batch; as the order is random, it may be any
+    other image.
     """
     views = torch.stack([
-        strong_view(images, u, config["crop_scale"], config["img_size"], blur, solarise, config)
-        for u, blur, solarise in zip(uniforms, (1.0, 0.1), (0.0, 0.2))])
+        strong_view(images, u, config["crop_scale"], config["img_size"], *shares, config)
+        for u, shares in zip(uniforms, VIEWS)])
     clean, donors = views[:, :-1].flatten(0, 1), views[:, 1:].flatten(0, 1)
     return clean, corrupt(clean, donors * replaced[:, None, None, None], masks)
 
@@ -418,7 +421,7 @@ def train(config, args, rank, world_size, device):
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     local_batch = batch // world_size
-    micro = 2 * args.micro_batch                                            # two views an image; 0: all
+    micro = len(VIEWS) * args.micro_batch                                   # views a pass; 0: all
     # places of this process's images in the batch, and of the next, which only replaces pixels of the last
     local = (rank * local_batch + torch.arange(local_batch + 1)) % batch
     positives = local[:-1].to(device)
@@ -461,7 +464,7 @@ def train(config, args, rank, world_size, device):
         done, stopping = step + 1, stop_asked()
         if args.log_steps and done % args.log_steps == 0 or done == last_step:
             seconds = (time.monotonic() - started) / (done - first_step)        # a step
-            contrast_mean, recon_mean, spread = (meter[:3] / meter[3]).tolist()
+            contrast_mean, recon_mean, spread = (meter[:-1] / meter[-1]).tolist()
             log_line(args.out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1,
                      loss=contrast_mean + config["recon_weight"] * recon_mean, contrast=contrast_mean,
                      recon=recon_mean, feature_std=spread, lr=lr, wd=wd, img_per_s=round(batch / seconds, 1))

@@ -465,6 +465,8 @@ def test_local_crops_are_in_proportion_and_whole_patches(size, patch, expected):
     images, config = torch.zeros(1, 1, 40, 40, dtype=torch.uint8), config_of(img_size=size, n_local_crops=1)
     crops = dino.make_crops(images, torch.zeros(3, 1, dino.N_VIEW), patch, config)
     assert [tuple(views.shape) for views in crops] == [(2, 1, 1, size, size), (1, 1, 1, expected, expected)]
+    with pytest.raises(ValueError):                     # numbers drawn for a crop that nothing makes
+        dino.make_crops(images, torch.zeros(4, 1, dino.N_VIEW), patch, config)
 
 
 # Learning

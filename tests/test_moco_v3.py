@@ -47,6 +47,23 @@ def test_loss_equals_a_loop_over_queries_both_ways(temperature):
     assert abs(float(moco.symmetric_loss(queries, keys, own, temperature)) - total) < 1e-6
 
 
+def test_of_three_views_each_is_compared_with_another_never_with_itself():
+    generator = torch.Generator().manual_seed(1)
+    queries, keys = torch.randn(3, 4, 5, generator=generator), torch.randn(3, 4, 5, generator=generator)
+    own = torch.arange(4)
+    total = sum(float(moco.info_nce(queries[view], keys[other], own, 0.2)) for view, other in ((0, 2), (1, 0), (2, 1)))
+    assert abs(float(moco.symmetric_loss(queries, keys, own, 0.2)) - total) < 1e-6
+
+
+def test_a_third_view_in_a_copy_of_the_script_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(moco, "VIEWS", [*moco.VIEWS, (0.5, 0.0)])
+    seen, loss = [], moco.symmetric_loss
+    monkeypatch.setattr(moco, "symmetric_loss", lambda *args: seen.append(args[0].shape[:2]) or loss(*args))
+    run_here(moco, monkeypatch, "--manifest", write_pack(tmp_path, blobs(8)), "--out", tmp_path, "--device", "cpu",
+             "--model_args", json.dumps(VIT), "--hidden_dim", 64, "--out_dim", 16, "--batch", 8, "--epochs", 1)
+    assert seen == [(3, 8)]
+
+
 def test_the_rate_rises_in_equal_steps_that_begin_at_zero_and_then_falls():
     rates = [moco.learning_rate(step, 12, 1.0, 0.2, 4) for step in range(13)]
     assert np.allclose(rates[:5], [0, 0.25, 0.5, 0.75, 1], rtol=0, atol=1e-15)
