@@ -292,7 +292,7 @@ def draw_step(config, step, places, n_drop_paths, device):
 
     They are drawn for the whole batch: any number of processes draws the same. Returns: uniforms of crop and
     colour of two views [2, b + 1, n]; of the 2b views uniforms of stochastic depth [2b, n], masks
-    bool [2b, S, S] and whether the view is replaced, bool [2b].
+    bool [2b, S, S], whether pixels are replaced, bool [2b], and noise, normal [2b, C, S, S].
     """
     sizes = [N_CROP, N_COLOUR, n_drop_paths, 2, 4 * N_BLOCKS]
     torch.manual_seed(step_seed(config["seed"], step))                      # of dropout, too, if any
@@ -302,7 +302,12 @@ def draw_step(config, step, places, n_drop_paths, device):
     blocks = blocks.unflatten(1, (N_BLOCKS, 4))
     masks, replaced = draw_masks(corruption, blocks, config["img_size"], config["drop"], config["replace"],
                                  config["align"])
-    return crop, colour, depth, masks, replaced
+    # noise has a generator an image: a process draws only that of its own images, on the device
+    shape = 2, config["in_chans"], *masks.shape[1:]
+    seeds = [step_seed(config["seed"], step, 1 + place) for place in places[:-1].tolist()]
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(shape, generator=g, device=device) for g in generators], 1)
+    return crop, colour, depth, masks, replaced, noise.flatten(0, 1)
 
 
 def augment(images, crop, colour, config):
@@ -382,12 +387,8 @@ def train(config, args, rank, world_size, device):
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
-        crop, colour, depth, masks, replaced = draw_step(config, step, local, len(drop_paths), device)
-        shape = 2, config["in_chans"], *masks.shape[1:]
-        seeds = [step_seed(config["seed"], step, 1 + place) for place in local[:-1].tolist()]
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        noise = torch.stack([torch.randn(shape, generator=g, device=device) for g in generators], 1)
-        clean, corrupted = make_views(chosen, crop, colour, masks, replaced, noise.flatten(0, 1), config)
+        crop, colour, depth, masks, replaced, noise = draw_step(config, step, local, len(drop_paths), device)
+        clean, corrupted = make_views(chosen, crop, colour, masks, replaced, noise, config)
         n_masked = sum_over_processes(masks.sum()) * clean.shape[1]
 
         loss = 0

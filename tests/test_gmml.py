@@ -110,11 +110,11 @@ def test_masked_l1_equals_a_loop_over_pixels():
 def test_masked_pixels_show_noise_or_the_next_image_whichever_process_has_it(world_size):
     config = {**gmml.DEFAULTS, "batch": 6, "img_size": 40, "mean": [0.485], "std": [0.229]}
     images, noise, n_own = torch.from_numpy(blobs(6))[:, None], uniform(6, 2, 6, 1, 40, 40), 6 // world_size
-    crop, colour, _, _, _ = gmml.draw_step(config, 0, torch.arange(6), 0, torch.device("cpu"))
+    crop, colour, *_ = gmml.draw_step(config, 0, torch.arange(6), 0, torch.device("cpu"))
     whole = torch.stack([gmml.augment(images, *u, config) for u in zip(crop, colour)])             # [2, 6, ...]
     for rank in range(world_size):
         own = torch.arange(rank * n_own, (rank + 1) * n_own + 1) % 6
-        crop, colour, _, masks, replaced = gmml.draw_step(config, 0, own, 0, torch.device("cpu"))
+        crop, colour, _, masks, replaced, _ = gmml.draw_step(config, 0, own, 0, torch.device("cpu"))
         own_noise = noise[:, own[:-1]].flatten(0, 1)
         clean, corrupted = gmml.make_views(images[own], crop, colour, masks, replaced, own_noise, config)
         assert 0 < replaced.sum() + (world_size > 1)
