@@ -344,7 +344,7 @@ def read_pack(manifest):
 
 # --- begin copy: send ---
 def send(x, device):
-    """A tensor on the device; from pinned memory, as another copy waits until a GPU has done all before."""
+    """A tensor on the device, from pinned memory: other copies wait for all the work a GPU has queued."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 # --- end copy: send ---
 

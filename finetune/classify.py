@@ -44,7 +44,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
     std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key="",                    # part of the names to load, as in student; none: of several the average
+    init_key="",                    # load only names with this in them, as student; none: of several the EMA
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih",                  # folder below --data with manifest.csv and images.npy
     label_names="",                 # columns to learn, in this order, as in A,C; none: all the manifest has
@@ -112,7 +112,7 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and not value >= 0:
             raise ValueError
-        if kind is list:                                                    # a range of fractions
+        if kind is list:                                                    # all are ranges of fractions
             low, high = value
             if not 0 < low <= high <= 1:
                 raise ValueError
@@ -243,7 +243,7 @@ def make_optimizer(model, config):
                                         warmup_t=config["warmup_epochs"], warmup_lr_init=config["warmup_lr"])
 
 
-def start(config):
+def initial_model(config):
     """The network of a seed with a new head, and a line on its initial weights."""
     torch.manual_seed(config["seed"])
     model = make_model(config, len(config["label_names"]))
@@ -272,7 +272,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
         fail("no label has both classes among the validation images, hence no AUC; use --select loss")
     last_step = min(n_steps, args.steps or n_steps)
 
-    model, note = start(config)
+    model, note = initial_model(config)
     drop_paths = replace_drop_path(model)
     model.to(device, memory_format=torch.channels_last)                     # faster for convolutions
     if device.type == "cuda" and world_size > 1:
@@ -294,7 +294,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
     first_step = open_run(out, [args.train, args.val], config, state, args.resume, rank)
 
     def ended(step):
-        """After so many steps: are all done, or have more than `patience` epochs not brought a lower loss?"""
+        """Whether a run ends: after all steps, or more than `patience` epochs without a lower loss."""
         n_stale = step // steps_an_epoch - 1 - curve[:, 0].argmin()
         return step == last_step or n_stale > config["patience"]
 
@@ -317,9 +317,9 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(chosen)
         places = order[number * batch:][:batch]
-        there = send(torch.from_numpy(places), device)
+        there = send(torch.from_numpy(places), device)                      # the same on the device
         n_known = known[there].sum().clamp_min(1)                           # of the global batch
-        truth, counts = values[there[local]], known[there[local]]
+        truth, seen = values[there[local]], known[there[local]]
         torch.manual_seed(step_seed(config["seed"], step))
         u = send(torch.rand(batch, N_CROP + 1 + len(drop_paths))[local], device)
         torch.manual_seed(torch.initial_seed() + rank)                      # for dropout, if any
@@ -332,7 +332,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
             set_drop_path(drop_paths, u[part, N_CROP + 1:])
             net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: only after the last pass
             with amp:
-                part_loss = label_loss(net(views[part]), truth[part], counts[part], pos_weight) / n_known
+                part_loss = label_loss(net(views[part]), truth[part], seen[part], pos_weight) / n_known
             scaler.scale(part_loss * world_size).backward()             # DDP averages over processes
             loss += part_loss.detach()
         scaler.step(optimizer)
@@ -357,7 +357,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
             log_line(out, rank, (last_step - done) * seconds, step=done, epoch=epoch + 1,
                      loss=(meter[0] / meter[1]).item(), lr=lr, img_per_s=round(batch / seconds, 1), **scores)
             meter.zero_()
-        best = (scores or ending) and curve[:, 1].argmin() == epoch         # 0 within the first epoch
+        best = (scores or ending) and curve[:, 1].argmin() == epoch         # without a validation: the first
         if rank == 0 and (stopping or ending or best or time.monotonic() - saved > 60 * args.save_minutes):
             weights = model.state_dict() if best else None
             save_run(out, done, config, state, weights, "classifier", labels=labels, epoch=epoch + 1)
@@ -378,7 +378,7 @@ def probe(out, config, chosen, data, val, args, rank, world_size, device):
     """Linear probe: logistic regressions on the frozen backbone's standardised features become the head."""
     from sklearn.linear_model import LogisticRegression
     labels = config["label_names"]
-    model, note = start(config)
+    model, note = initial_model(config)
     head = model.to(device).eval().get_classifier()
     if open_run(out, [args.train, args.val], config, {}, args.resume, rank):
         return
@@ -455,7 +455,7 @@ def open_labelled(what, manifest, split, config, rank, device):
 
 
 def check_apart(args, data, val):
-    """Refuse to validate on the training images, save by --val_split all; warn of paths, patients in both."""
+    """Refuse to validate on the training images without --val_split all; warn of paths, patients in both."""
     if Path(args.train).samefile(args.val) and "split" not in data.rows and args.val_split != "all":
         fail(f"{args.train} has no column split: give --val another manifest, or validate on the images of "
              "training by --val_split all")
@@ -499,7 +499,7 @@ def checkpoint_facts(config):
 
 
 def resolve(args, config):
-    """The config of a run and its seeds: flags, row and miniature, then checkpoint, recipe, DEFAULTS."""
+    """The config of a run and its seeds: flags, row and miniature beat checkpoint, recipe and DEFAULTS."""
     flags = [word[2:].split("=")[0] for word in sys.argv if word.startswith("--")]
     stated = {flag.replace("-", "_") for flag in flags}
     if args.exp:
@@ -697,7 +697,7 @@ def read_pack(manifest):
 
 # --- begin copy: send ---
 def send(x, device):
-    """A tensor on the device; from pinned memory, as another copy waits until a GPU has done all before."""
+    """A tensor on the device, from pinned memory: other copies wait for all the work a GPU has queued."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 # --- end copy: send ---
 
@@ -1019,7 +1019,7 @@ def of_network(given, wanted):
 
 
 def fit_channels(kernel, in_chans, how):
-    """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
+    """First layer [D, C, h, w] for other channels: average | sum of 3, duplicate | duplicate_mean of 1."""
     if kernel.shape[1] == in_chans:
         return kernel
     divisors = {"average": kernel.shape[1], "duplicate_mean": in_chans}
@@ -1157,8 +1157,8 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    A last.pt of another config is refused. Part of the config become the hash of manifests and pack.json, and
-    the mark of drawn images, which a pack or the initial weights carry.
+    A last.pt of another config is refused. The config gets two more keys: the hash of manifests and pack.json
+    and the mark of drawn images, which a pack or the initial weights carry.
     """
     packs = [read_pack(manifest) for manifest in manifests]
     contents = [Path(manifest).read_bytes() for manifest in manifests]
@@ -1169,7 +1169,7 @@ def open_run(out, manifests, config, parts, resume, rank):
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
             Path(out).mkdir(parents=True, exist_ok=True)
-            open_run.lock = open(Path(out, ".lock"), "w")                   # ends with the process
+            open_run.lock = open(Path(out, ".lock"), "w")    # held until the process ends
             try:
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

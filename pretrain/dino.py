@@ -45,7 +45,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
     std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | exp:KEY | a checkpoint file
-    init_key="",                    # part of the names to load, as in student; none: of several the average
+    init_key="",                    # load only names with this in them, as student; none: of several the EMA
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="mimic_cxr",            # folder below --data with manifest.csv and images.npy
     samples=0,                      # use only this many images, the first of the split; 0: all
@@ -113,7 +113,7 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and not value >= 0:
             raise ValueError
-        if kind is list:                                                    # a range of fractions
+        if kind is list:                                                    # all are ranges of fractions
             low, high = value
             if not 0 < low <= high <= 1:
                 raise ValueError
@@ -370,7 +370,7 @@ def train(config, args, rank, world_size, device):
         for block in [*backbone.blocks, *teacher.backbone.blocks]:
             block.compile()                                                 # compiled once for all blocks
     centre = torch.zeros(config["out_dim"], device=device)                  # mean teacher output
-    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # rates: set in each step
+    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # lr, wd: in each step
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(5, device=device)                                   # sums of the logged terms, steps
     state = dict(student=student, teacher=teacher, centre=centre, optimizer=optimizer, scaler=scaler,
@@ -403,12 +403,12 @@ def train(config, args, rank, world_size, device):
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
-        torch.manual_seed(step_seed(config["seed"], step))                  # of dropout, too, if any
+        torch.manual_seed(step_seed(config["seed"], step))                  # dropout's seed, too
         draws = torch.rand(2 + config["n_local_crops"], batch, sum(sizes))[:, local]
         uniforms, depth = send(draws, device).split(sizes, 2)
         crops = make_crops(chosen, uniforms, backbone.patch_embed.patch_size[0], config)
 
-        sums, features = 0, []
+        sums, features = 0, []          # sums: loss, entropy, mean target, mean teacher logits: [2 + 2K]
         optimizer.zero_grad()
         for begin in range(0, len(local), micro):
             part = [views[:, begin:begin + micro] for views in crops]
@@ -419,7 +419,7 @@ def train(config, args, rank, world_size, device):
                 logits, _ = net(part, depth[:, begin:begin + micro])
             targets = teacher_targets(teacher_logits, centre, teacher_temp)
             loss = dino_loss(logits, targets, config["student_temp"])
-            share = part[0].shape[1] / batch
+            share = part[0].shape[1] / batch                                # of these images in the batch
             scaler.scale(loss * share * world_size).backward()              # DDP averages over processes
             entropy = torch.special.entr(targets).sum(-1).mean()
             means = targets.mean((0, 1)), teacher_logits.mean((0, 1), dtype=centre.dtype)
@@ -604,7 +604,7 @@ def read_pack(manifest):
 
 # --- begin copy: send ---
 def send(x, device):
-    """A tensor on the device; from pinned memory, as another copy waits until a GPU has done all before."""
+    """A tensor on the device, from pinned memory: other copies wait for all the work a GPU has queued."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 # --- end copy: send ---
 
@@ -949,7 +949,7 @@ def of_network(given, wanted):
 
 
 def fit_channels(kernel, in_chans, how):
-    """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
+    """First layer [D, C, h, w] for other channels: average | sum of 3, duplicate | duplicate_mean of 1."""
     if kernel.shape[1] == in_chans:
         return kernel
     divisors = {"average": kernel.shape[1], "duplicate_mean": in_chans}
@@ -1045,8 +1045,8 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    A last.pt of another config is refused. Part of the config become the hash of manifests and pack.json, and
-    the mark of drawn images, which a pack or the initial weights carry.
+    A last.pt of another config is refused. The config gets two more keys: the hash of manifests and pack.json
+    and the mark of drawn images, which a pack or the initial weights carry.
     """
     packs = [read_pack(manifest) for manifest in manifests]
     contents = [Path(manifest).read_bytes() for manifest in manifests]
@@ -1057,7 +1057,7 @@ def open_run(out, manifests, config, parts, resume, rank):
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
             Path(out).mkdir(parents=True, exist_ok=True)
-            open_run.lock = open(Path(out, ".lock"), "w")                   # ends with the process
+            open_run.lock = open(Path(out, ".lock"), "w")    # held until the process ends
             try:
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -43,7 +43,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
     std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | exp:KEY | a checkpoint file
-    init_key="",                    # part of the names to load, as in student; none: of several the average
+    init_key="",                    # load only names with this in them, as student; none: of several the EMA
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih_pretrain",         # folder below --data with manifest.csv and images.npy
     samples=0,                      # use only this many images, the first of the split; 0: all
@@ -56,7 +56,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     seed=0,                         # of all random numbers
     variant="corrected",            # corrected | paper; paper: temperature 1, the released fork's default
     temperature=0.0,                # of the softmax; 0: 0.2 as published, 1 in the paper variant
-    ema=0.99,                       # momentum of the key encoder, by a cosine to 1
+    ema=0.99,                       # momentum of the momentum encoder, by a cosine to 1
     hidden_dim=4096,                # width of projector and predictor
     out_dim=256,                    # length of queries and keys
     stop_grad_conv1=True,           # the patch projection stays as it was initialised
@@ -99,7 +99,7 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and not value >= 0:
             raise ValueError
-        if kind is list:                                                    # a range of fractions
+        if kind is list:                                                    # all are ranges of fractions
             low, high = value
             if not 0 < low <= high <= 1:
                 raise ValueError
@@ -192,9 +192,9 @@ class Encoder(nn.Module):
         self.projector = mlp(backbone.embed_dim, hidden_dim, hidden_dim, out_dim)
 
     def forward(self, views, micro=None):
-        """views [V, B, C, S, S] -> projections [V, B, out_dim], class tokens [V, B, D]; batch norm by view.
+        """views [V, B, C, S, S] -> projections [V, B, out_dim], class tokens [V, B, D].
 
-        micro: see in_passes.
+        Batch norm sees one view at a time. micro: see in_passes.
         """
         tokens = in_passes(self.backbone, views.flatten(0, 1), micro)
         features = tokens[:, 0].unflatten(0, views.shape[:2])
@@ -238,8 +238,8 @@ def in_passes(backbone, x, micro=None, drop_paths=(), u=None):
 def make_backbone(config):
     """The vision transformer of MoCo-v3: fixed sine-cosine positions, frozen random patch projection.
 
-    The row is in the first half of the channels, the column in the second, each as sines, then cosines. With
-    `init` both come from the checkpoint and stay fixed as well. Returns: backbone, a line on them.
+    A position's row is in the first half of the channels, its column in the second, each as sines, then
+    cosines. A checkpoint's positions and projection stay fixed too. Returns: backbone, a line on its weights.
     """
     vit = make_model(config, 0)
     with or_fail(f"use {config['arch']}, which has to be a vision transformer with a class token"):
@@ -278,7 +278,7 @@ def similarities(queries, keys, temperature):
 def info_nce(queries, keys, positives, temperature):
     """Mean over queries of -log softmax(q . k / temperature) at the query's own key, times 2 temperature.
 
-    Args: queries [b, D] and keys [B, D], of any length; positives: row of each query's key, int64 [b].
+    Args: queries [b, D] and keys [B, D], not normalised; positives: row of each query's key, int64 [b].
     Source: MoCo v3 (arXiv:2104.02057), algorithm 1.
     """
     return 2 * temperature * F.cross_entropy(similarities(queries, keys, temperature), positives)
@@ -360,7 +360,7 @@ def train(config, args, rank, world_size, device):
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
-        torch.manual_seed(step_seed(config["seed"], step))                  # of dropout, too, if any
+        torch.manual_seed(step_seed(config["seed"], step))                  # dropout's seed, too
         uniforms = torch.rand(len(VIEWS), batch, N_VIEW)[:, local]
         views = make_views(chosen, send(uniforms, device), config)
 
@@ -585,7 +585,7 @@ def read_pack(manifest):
 
 # --- begin copy: send ---
 def send(x, device):
-    """A tensor on the device; from pinned memory, as another copy waits until a GPU has done all before."""
+    """A tensor on the device, from pinned memory: other copies wait for all the work a GPU has queued."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 # --- end copy: send ---
 
@@ -930,7 +930,7 @@ def of_network(given, wanted):
 
 
 def fit_channels(kernel, in_chans, how):
-    """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
+    """First layer [D, C, h, w] for other channels: average | sum of 3, duplicate | duplicate_mean of 1."""
     if kernel.shape[1] == in_chans:
         return kernel
     divisors = {"average": kernel.shape[1], "duplicate_mean": in_chans}
@@ -1026,8 +1026,8 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    A last.pt of another config is refused. Part of the config become the hash of manifests and pack.json, and
-    the mark of drawn images, which a pack or the initial weights carry.
+    A last.pt of another config is refused. The config gets two more keys: the hash of manifests and pack.json
+    and the mark of drawn images, which a pack or the initial weights carry.
     """
     packs = [read_pack(manifest) for manifest in manifests]
     contents = [Path(manifest).read_bytes() for manifest in manifests]
@@ -1038,7 +1038,7 @@ def open_run(out, manifests, config, parts, resume, rank):
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
             Path(out).mkdir(parents=True, exist_ok=True)
-            open_run.lock = open(Path(out, ".lock"), "w")                   # ends with the process
+            open_run.lock = open(Path(out, ".lock"), "w")    # held until the process ends
             try:
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -6,7 +6,7 @@ mean absolute error over the hidden pixels (masked_l1).
 
     torchrun --nproc_per_node=4 pretrain/simmim.py --exp 0.1.5        one row of experiments.yaml on 4 GPUs
     python pretrain/simmim.py --manifest my/manifest.csv --split all --out my/run    your own images
-    python pretrain/simmim.py --schedule step --lr 1e-4 --warmup_lr 5e-7 --epochs 800    as published, longer
+    python pretrain/simmim.py --schedule step --lr 1e-4 --warmup_lr 5e-7 --epochs 800    the long schedule
 
 Reads   manifest.csv and images.npy beside it (without it the 8-bit PNG and JPEG files named in `path`).
 Writes  --out: backbone.pt (weights for timm), last.pt (to resume), log.jsonl, recon_<epoch>.png.
@@ -50,12 +50,12 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
     std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key="",                    # part of the names to load, as in student; none: of several the average
+    init_key="",                    # load only names with this in them, as student; none: of several the EMA
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="nih_pretrain",         # folder below --data with manifest.csv and images.npy
     samples=0,                      # use only this many images, the first of the split; 0: all
     epochs=100,                     # passes over the images
-    warmup_epochs=10,               # of the learning rate, linear from warmup_lr
+    warmup_epochs=10,               # epochs of linear warm-up of the learning rate from warmup_lr
     batch=256,                      # images per optimiser step, all processes together
     lr=2e-4,                        # peak; this and the next two for a batch of 512, scaled by batch / 512
     warmup_lr=1e-6,                 # learning rate at the start of the warm-up
@@ -109,7 +109,7 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and not value >= 0:
             raise ValueError
-        if kind is list:                                                    # a range of fractions
+        if kind is list:                                                    # all are ranges of fractions
             low, high = value
             if not 0 < low <= high <= 1:
                 raise ValueError
@@ -269,7 +269,7 @@ def decay_groups(model, variant):
 
 
 def make_views(images, u, config):
-    """The view (crop of area 0.67-1, bilinear, flip, normalised) and its mask, [B, C, S, S] and [B, S, S]."""
+    """Views (bilinear crop, flip, normalised) [B, C, S, S], masks [B, S, S] from u [B, N_CROP + squares]."""
     x = random_resized_crop(images, u, config["crop_scale"], config["img_size"], cubic=False)
     side = config["img_size"] // config["mask_unit"]
     units = u[:, N_CROP:].unflatten(1, (side, side))
@@ -334,7 +334,7 @@ def train(config, args, rank, world_size, device):
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
         chosen = images(order[number * batch + local])
-        torch.manual_seed(step_seed(config["seed"], step))                  # of dropout, too, if any
+        torch.manual_seed(step_seed(config["seed"], step))                  # dropout's seed, too
         draw = lambda n: send(torch.rand(batch, n)[local], device)
         u, depth = draw(N_CROP + (size // unit) ** 2), draw(len(drop_paths))
         clean, masks = make_views(chosen, u, config)
@@ -530,7 +530,7 @@ def read_pack(manifest):
 
 # --- begin copy: send ---
 def send(x, device):
-    """A tensor on the device; from pinned memory, as another copy waits until a GPU has done all before."""
+    """A tensor on the device, from pinned memory: other copies wait for all the work a GPU has queued."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 # --- end copy: send ---
 
@@ -811,7 +811,7 @@ def of_network(given, wanted):
 
 
 def fit_channels(kernel, in_chans, how):
-    """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
+    """First layer [D, C, h, w] for other channels: average | sum of 3, duplicate | duplicate_mean of 1."""
     if kernel.shape[1] == in_chans:
         return kernel
     divisors = {"average": kernel.shape[1], "duplicate_mean": in_chans}
@@ -930,8 +930,8 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    A last.pt of another config is refused. Part of the config become the hash of manifests and pack.json, and
-    the mark of drawn images, which a pack or the initial weights carry.
+    A last.pt of another config is refused. The config gets two more keys: the hash of manifests and pack.json
+    and the mark of drawn images, which a pack or the initial weights carry.
     """
     packs = [read_pack(manifest) for manifest in manifests]
     contents = [Path(manifest).read_bytes() for manifest in manifests]
@@ -942,7 +942,7 @@ def open_run(out, manifests, config, parts, resume, rank):
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
             Path(out).mkdir(parents=True, exist_ok=True)
-            open_run.lock = open(Path(out, ".lock"), "w")                   # ends with the process
+            open_run.lock = open(Path(out, ".lock"), "w")    # held until the process ends
             try:
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

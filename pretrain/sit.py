@@ -44,7 +44,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
     std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | exp:KEY | a checkpoint file
-    init_key="",                    # part of the names to load, as in student; none: of several the average
+    init_key="",                    # load only names with this in them, as student; none: of several the EMA
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="mimic_cxr",            # folder below --data with manifest.csv and images.npy
     samples=0,                      # use only this many images, the first of the split; 0: all
@@ -107,7 +107,7 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and not value >= 0:
             raise ValueError
-        if kind is list:                                                    # a range of fractions
+        if kind is list:                                                    # all are ranges of fractions
             low, high = value
             if not 0 < low <= high <= 1:
                 raise ValueError
@@ -278,7 +278,7 @@ def similarities(queries, keys, temperature):
 def info_nce(queries, keys, positives, temperature):
     """Mean over queries of -log softmax(q . k / temperature) at the query's own key, times 2 temperature.
 
-    Args: queries [b, D] and keys [B, D], of any length; positives: row of each query's key, int64 [b].
+    Args: queries [b, D] and keys [B, D], not normalised; positives: row of each query's key, int64 [b].
     Source: MoCo v3 (arXiv:2104.02057), algorithm 1.
     """
     return 2 * temperature * F.cross_entropy(similarities(queries, keys, temperature), positives)
@@ -337,7 +337,7 @@ def corrupt(clean, fill, masks):
 
 
 def masked_l1(recon, clean, masks):
-    """Sum of absolute differences over masked pixels and channels: the loss times their number.
+    """Sum of absolute differences over masked pixels and channels; the loss is this over their number.
 
     Args: recon, clean float [B, C, S, S]; masks bool [B, S, S].
     """
@@ -353,7 +353,7 @@ def draw_step(config, step, places, n_drop_paths, device):
     [2b, n], masks bool [2b, S, S] and whether the pixels are replaced, bool [2b].
     """
     sizes = [N_VIEW, n_drop_paths, 2, 4 * N_BLOCKS]
-    torch.manual_seed(step_seed(config["seed"], step))                      # of dropout, too, if any
+    torch.manual_seed(step_seed(config["seed"], step))                      # dropout's seed, too
     draws = torch.rand(len(VIEWS), config["batch"], sum(sizes))[:, places]
     uniforms, *draws = send(draws, device).split(sizes, 2)
     depth, corruption, blocks = (part[:, :-1].flatten(0, 1) for part in draws)
@@ -406,7 +406,7 @@ def train(config, args, rank, world_size, device):
     if args.compile:
         for block in [*backbone.blocks, *teacher.backbone.blocks]:
             block.compile()                                                 # compiled once for all blocks
-    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # rates: set in each step
+    optimizer = torch.optim.AdamW(decay_groups(student), fused=True)        # lr, wd: in each step
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(4, device=device)               # sums of contrast, recon and feature_std; steps
     state = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler, meter=meter)
@@ -674,7 +674,7 @@ def read_pack(manifest):
 
 # --- begin copy: send ---
 def send(x, device):
-    """A tensor on the device; from pinned memory, as another copy waits until a GPU has done all before."""
+    """A tensor on the device, from pinned memory: other copies wait for all the work a GPU has queued."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 # --- end copy: send ---
 
@@ -1019,7 +1019,7 @@ def of_network(given, wanted):
 
 
 def fit_channels(kernel, in_chans, how):
-    """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
+    """First layer [D, C, h, w] for other channels: average | sum of 3, duplicate | duplicate_mean of 1."""
     if kernel.shape[1] == in_chans:
         return kernel
     divisors = {"average": kernel.shape[1], "duplicate_mean": in_chans}
@@ -1115,8 +1115,8 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    A last.pt of another config is refused. Part of the config become the hash of manifests and pack.json, and
-    the mark of drawn images, which a pack or the initial weights carry.
+    A last.pt of another config is refused. The config gets two more keys: the hash of manifests and pack.json
+    and the mark of drawn images, which a pack or the initial weights carry.
     """
     packs = [read_pack(manifest) for manifest in manifests]
     contents = [Path(manifest).read_bytes() for manifest in manifests]
@@ -1127,7 +1127,7 @@ def open_run(out, manifests, config, parts, resume, rank):
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
             Path(out).mkdir(parents=True, exist_ok=True)
-            open_run.lock = open(Path(out, ".lock"), "w")                   # ends with the process
+            open_run.lock = open(Path(out, ".lock"), "w")    # held until the process ends
             try:
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

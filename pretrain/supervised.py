@@ -44,7 +44,7 @@ DEFAULTS = dict(                    # keys of a row; the comments are the help
     mean=None,                      # mean of pixels in 0..1, one or one a channel; none: ImageNet, grey 0.485
     std=None,                       # standard deviation, likewise; none: ImageNet, grey 0.229
     init="random",                  # random | timm[:NAME] | torchvision[:NAME] | exp:KEY | a checkpoint file
-    init_key="",                    # part of the names to load, as in student; none: of several the average
+    init_key="",                    # load only names with this in them, as student; none: of several the EMA
     channel_adapt="average",        # average | sum | duplicate | duplicate_mean; first layer 3 to 1, 1 to 3
     dataset="mimic_cxr",            # folder below --data with manifest.csv and images.npy
     samples=0,                      # use only this many images, the first of the split; 0: all
@@ -102,7 +102,7 @@ def typed(default):
             raise ValueError from problem                                   # argparse expects it
         if default is not None and type(value) is not kind or kind in (int, float) and not value >= 0:
             raise ValueError
-        if kind is list:                                                    # a range of fractions
+        if kind is list:                                                    # all are ranges of fractions
             low, high = value
             if not 0 < low <= high <= 1:
                 raise ValueError
@@ -178,7 +178,7 @@ from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 
 def augment(images, u, config):
-    """The views of fine-tuning: bilinear crop of area 0.08-1, flip, rotation within 7 degrees, normalised.
+    """The views of fine-tuning: bilinear crop of area crop_scale, flip, rotation, normalised.
 
     images uint8 [B, C, H, W] or a list of [C, H, W]; u uniform [B, >= N_CROP + 1].
     """
@@ -243,7 +243,7 @@ def read_targets(manifest, rows, task):
         numbers = {name: number for number, name in enumerate(names)}
         return torch.tensor([numbers[cell] for cell in cells]), names
     values, _ = read_labels(manifest, rows, labels)
-    odd = (values.sum(1) != 1).nonzero()[:1, 0]                             # the first without a single 1
+    odd = (values.sum(1) != 1).nonzero()[:1, 0]                             # up to one row without a single 1
     if task == "multilabel" or task == "auto" and len(odd):
         return values, labels
     for place in odd:
@@ -288,7 +288,7 @@ def train(config, args, rank, world_size, device):
         model = timm.layers.convert_sync_batchnorm(model)
     if args.compile:
         model.compile()
-    optimizer = torch.optim.AdamW(decay_groups(model), fused=True)          # rates: set in each step
+    optimizer = torch.optim.AdamW(decay_groups(model), fused=True)          # lr, wd: in each step
     amp, scaler = mixed_precision(device)
     meter = torch.zeros(2, device=device)                                   # sum of the losses, steps
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
@@ -305,9 +305,8 @@ def train(config, args, rank, world_size, device):
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    local_batch = batch // world_size
-    micro = args.micro_batch or local_batch
-    local = slice(rank * local_batch, (rank + 1) * local_batch)             # places in the global batch
+    local = np.split(np.arange(batch), world_size)[rank]                    # own places in the batch
+    micro = args.micro_batch or len(local)
     stop_asked = catch_sigterm()
     started = saved = time.monotonic()
 
@@ -321,8 +320,8 @@ def train(config, args, rank, world_size, device):
 
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
-        chosen = order[number * batch:][local]
-        torch.manual_seed(step_seed(config["seed"], step))                  # of dropout, too, if any
+        chosen = order[number * batch + local]
+        torch.manual_seed(step_seed(config["seed"], step))                  # dropout's seed, too
         draw = lambda n: send(torch.rand(batch, n)[local], device)
         u, depth = draw(N_CROP + 1), draw(len(drop_paths))
         views = augment(images(chosen), u, config)
@@ -330,10 +329,10 @@ def train(config, args, rank, world_size, device):
 
         loss = 0
         optimizer.zero_grad()
-        for begin in range(0, local_batch, micro):
+        for begin in range(0, len(local), micro):
             part = slice(begin, begin + micro)
             set_drop_path(drop_paths, depth[part])
-            net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: only after the last pass
+            net.require_backward_grad_sync = begin + micro >= len(local)    # DDP: only after the last pass
             with amp:
                 logits = net(views[part])
             part_loss = label_loss(logits.float(), truth[part]) * len(logits) / batch       # its share
@@ -518,7 +517,7 @@ def read_pack(manifest):
 
 # --- begin copy: send ---
 def send(x, device):
-    """A tensor on the device; from pinned memory, as another copy waits until a GPU has done all before."""
+    """A tensor on the device, from pinned memory: other copies wait for all the work a GPU has queued."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 # --- end copy: send ---
 
@@ -840,7 +839,7 @@ def of_network(given, wanted):
 
 
 def fit_channels(kernel, in_chans, how):
-    """First layer [D, C, h, w] for other input channels: average | sum, duplicate | duplicate_mean."""
+    """First layer [D, C, h, w] for other channels: average | sum of 3, duplicate | duplicate_mean of 1."""
     if kernel.shape[1] == in_chans:
         return kernel
     divisors = {"average": kernel.shape[1], "duplicate_mean": in_chans}
@@ -1002,8 +1001,8 @@ def write_atomic(path, write):
 def open_run(out, manifests, config, parts, resume, rank):
     """Make and lock the run folder, load its last.pt into the parts of the state; returns the steps done.
 
-    A last.pt of another config is refused. Part of the config become the hash of manifests and pack.json, and
-    the mark of drawn images, which a pack or the initial weights carry.
+    A last.pt of another config is refused. The config gets two more keys: the hash of manifests and pack.json
+    and the mark of drawn images, which a pack or the initial weights carry.
     """
     packs = [read_pack(manifest) for manifest in manifests]
     contents = [Path(manifest).read_bytes() for manifest in manifests]
@@ -1014,7 +1013,7 @@ def open_run(out, manifests, config, parts, resume, rank):
     if rank == 0:
         with or_fail(f"write into {out} (--out)"):
             Path(out).mkdir(parents=True, exist_ok=True)
-            open_run.lock = open(Path(out, ".lock"), "w")                   # ends with the process
+            open_run.lock = open(Path(out, ".lock"), "w")    # held until the process ends
             try:
                 fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

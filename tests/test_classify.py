@@ -215,19 +215,19 @@ def test_stochastic_depth_is_of_images_in_networks_with_several_rows_an_image(pa
 
 @pytest.mark.parametrize("arch", ["vit_small_patch16_224", "resnet18"])
 def test_a_network_takes_images_of_the_rows_size(arch):
-    model, _ = classify.start(config_of(arch=arch, model_args={}, img_size=64))
+    model, _ = classify.initial_model(config_of(arch=arch, model_args={}, img_size=64))
     assert model(torch.zeros(1, 1, 64, 64)).shape == (1, len(model.get_classifier().bias))
 
 
 def test_the_new_head_is_small_and_depends_on_the_seed_alone():
-    heads = [classify.start(config_of(seed=seed))[0].get_classifier() for seed in (0, 0, 11)]
+    heads = [classify.initial_model(config_of(seed=seed))[0].get_classifier() for seed in (0, 0, 11)]
     assert torch.equal(heads[0].weight, heads[1].weight) and not torch.equal(heads[0].weight, heads[2].weight)
     assert heads[0].weight.std().item() == pytest.approx(0.01, rel=0.2) and not heads[0].bias.any()
 
 
 @pytest.mark.parametrize("zeroed", [True, False])
 def test_last_norms_of_a_resnet_start_at_zero_or_not_as_the_row_says(zeroed):
-    model, _ = classify.start(config_of("resnet", arch="resnet18", model_args={"zero_init_last": zeroed}))
+    model, _ = classify.initial_model(config_of("resnet", arch="resnet18", model_args={"zero_init_last": zeroed}))
     assert all((block.bn2.weight == 1 - zeroed).all() for block in (*model.layer1, *model.layer4))
 
 
@@ -539,9 +539,9 @@ def draws(seed, step, batch, n):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adam"])
 def test_eight_steps_in_double_precision_are_those_of_a_plain_loop(optimizer, pack, tmp_path, monkeypatch):
-    start, augment, views = classify.start, classify.augment, []
+    start, augment, views = classify.initial_model, classify.augment, []
     args = {**VIT, "depth": 2}                      # whose last block is left out with 1/2: exact in fp32
-    monkeypatch.setattr(classify, "start", lambda config: (start(config)[0].double(), ""))
+    monkeypatch.setattr(classify, "initial_model", lambda config: (start(config)[0].double(), ""))
     monkeypatch.setattr(classify, "augment", lambda *args: views.append(augment(*args).double()) or views[-1])
     monkeypatch.setattr(classify, "forward_all", lambda *_: torch.randn(24, 3))      # not in double precision
     run(monkeypatch, "--train", pack, "--out", tmp_path, *SMALL, "--seeds", 0, "--epochs", 4, "--batch", 12,
