@@ -299,9 +299,8 @@ def draw_step(config, step, places, n_drop_paths, device):
     draws = torch.rand(2, config["batch"], sum(sizes))[:, places]
     crop, colour, *others = send(draws, device).split(sizes, 2)
     depth, corruption, blocks = (u[:, :-1].flatten(0, 1) for u in others)
-    blocks = blocks.unflatten(1, (N_BLOCKS, 4))
-    masks, replaced = draw_masks(corruption, blocks, config["img_size"], config["drop"], config["replace"],
-                                 config["align"])
+    masks, replaced = draw_masks(corruption, blocks.unflatten(1, (N_BLOCKS, 4)), config["img_size"],
+                                 config["drop"], config["replace"], config["align"])
     # noise has a generator an image: a process draws only that of its own images, on the device
     shape = 2, config["in_chans"], *masks.shape[1:]
     seeds = [step_seed(config["seed"], step, 1 + place) for place in places[:-1].tolist()]
@@ -336,7 +335,7 @@ def train(config, args, rank, world_size, device):
     images = open_images(args.manifest, rows["path"], config["in_chans"], device)
     n_images, batch = len(rows["row"]), config["batch"]
     steps_an_epoch = n_images // batch if batch else 0
-    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    n_steps, n_warm = config["epochs"] * steps_an_epoch, config["warmup_epochs"] * steps_an_epoch
     if batch % world_size or not n_steps:
         fail(f"--batch {batch} has to be at most the {n_images} images and a multiple of the processes, "
              f"{world_size}; --epochs at least 1")

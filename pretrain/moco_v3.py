@@ -297,7 +297,7 @@ def learning_rate(step, n_steps, peak, end, n_warm):
     """Linear from 0, reaching `peak` at step n_warm, one later than by `cosine`; then a cosine to `end`."""
     if step < n_warm:
         return peak * step / n_warm
-    return cosine(step - n_warm, n_steps - n_warm, peak, end)
+    return cosine(step, n_steps, peak, end, n_warm)
 
 
 VIEWS = [(1.0, 0.0), (0.1, 0.2)]        # of each view: the share blurred, the share solarised
@@ -316,7 +316,7 @@ def train(config, args, rank, world_size, device):
     images = open_images(args.manifest, rows["path"], config["in_chans"], device)
     n_images, batch = len(rows["row"]), config["batch"]
     steps_an_epoch = n_images // batch if batch else 0
-    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    n_steps, n_warm = config["epochs"] * steps_an_epoch, config["warmup_epochs"] * steps_an_epoch
     if batch % world_size or batch < 2 or not n_steps:
         fail(f"--batch {batch}: give 2 to the {n_images} images, a multiple of the processes, "
              f"{world_size}; --epochs at least 1")

@@ -239,7 +239,7 @@ def learning_rate(step, config, steps_an_epoch):
     """
     paper = config["variant"] == "paper"
     step = max(0, step - paper)
-    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    n_steps, n_warm = config["epochs"] * steps_an_epoch, config["warmup_epochs"] * steps_an_epoch
     lr, warmup_lr, min_lr = (config[key] * config["batch"] / 512 for key in ("lr", "warmup_lr", "min_lr"))
     if step < n_warm:
         return warmup_lr + (lr - warmup_lr) * step / n_warm

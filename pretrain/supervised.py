@@ -271,7 +271,7 @@ def train(config, args, rank, world_size, device):
     n_val, batch = len(targets) - n_images, config["batch"]
     val_targets, targets = targets[n_images:], targets[:n_images].to(device)
     steps_an_epoch = n_images // batch if batch else 0
-    n_steps, n_warm = (config[key] * steps_an_epoch for key in ("epochs", "warmup_epochs"))
+    n_steps, n_warm = config["epochs"] * steps_an_epoch, config["warmup_epochs"] * steps_an_epoch
     if batch % world_size or not n_steps:
         fail(f"--batch {batch} has to be at most the {n_images} images and a multiple of the processes, "
              f"{world_size}; --epochs at least 1")
