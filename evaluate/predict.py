@@ -397,7 +397,7 @@ def open_images(manifest, paths, in_chans, device):
     packed = packed.reshape(*packed.shape[:3], -1).transpose(0, 3, 1, 2)
     read_all = lambda places: send(torch.from_numpy(packed[numbers[places]]), device)
     n_bytes = len(numbers) * packed[0].size
-    if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:
+    if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:     # the rest is to train
         return read_all
     held = torch.cat([read_all(slice(begin, begin + 4096))                  # host memory for a part at a time
                       for begin in range(0, len(numbers), 4096)])

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import yaml
 
-DEFAULTS = dict(                    # keys of a row; the comments are the help
+DEFAULTS = dict(                    # keys of a row; comments are the help, with a | b in front the choices
     strategy="sit",                 # the method of this script; a row of another strategy is refused
     arch="vit_small_patch16_224",   # any VisionTransformer of timm with a class token, but no hybrid
     model_args={},                  # further arguments of timm.create_model, as in {"depth": 4}
@@ -417,7 +417,7 @@ def train(config, args, rank, world_size, device):
               f"steps {first_step} to {last_step} of {n_steps} on {world_size} x {device}", flush=True)
         if n_warm >= n_steps:
             print("warning: the run ends within its warm-up (--warmup_epochs)", file=sys.stderr)
-    net = student
+    net = student                   # what the loop calls; of several processes DDP, which averages gradients
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     local_batch = batch // world_size
@@ -587,7 +587,7 @@ def init_processes(device):
             time.sleep(0.1)
         store = dist.PrefixStore(words, store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"        # gloo: no wait for GPUs
-        wait = timedelta(hours=12)                                          # for one that probes or saves
+        wait = timedelta(hours=12)                                          # while one probes or saves
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
     return rank, world_size, device
 
@@ -727,7 +727,7 @@ def open_images(manifest, paths, in_chans, device):
     packed = packed.reshape(*packed.shape[:3], -1).transpose(0, 3, 1, 2)
     read_all = lambda places: send(torch.from_numpy(packed[numbers[places]]), device)
     n_bytes = len(numbers) * packed[0].size
-    if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:
+    if device.type == "cpu" or n_bytes > torch.cuda.mem_get_info()[0] // 3:     # the rest is to train
         return read_all
     held = torch.cat([read_all(slice(begin, begin + 4096))                  # host memory for a part at a time
                       for begin in range(0, len(numbers), 4096)])
@@ -969,7 +969,7 @@ def read_weights(init, arch):
 
 # --- begin copy: timm names ---
 def flatten(content, path=""):
-    """{dotted path: tensor} of nested dicts: of floating-point numbers, no counts, nothing quantised."""
+    """{dotted path: tensor} of nested dicts; only floating-point tensors: no counts, nothing quantised."""
     flat = {}
     for name, value in content.items() if isinstance(content, dict) else ():
         if not isinstance(value, torch.Tensor):
@@ -1002,16 +1002,16 @@ def timm_names(state, wanted):
 
 
 # --- begin copy: adapt ---
-# In any file: what no backbone needs (a classifier, the mask token, what is computed), and what its own does
+# Names in a checkpoint: what no backbone needs (classifier, mask token, computed tables), what its own does
 SPARE = r"^head\.|mask_token|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask"
 NEEDED = (r"gamma|bias_table|reg\w*_token|^(blocks|layers?\d?|stages|norm|norm_pre|fc_norm|pos_embed"
           r"|absolute_pos_embed|cls_token|dist_token)\b")
 
 
 def of_network(given, wanted):
-    """Those of the given tensors that their network needs: of a part that has wanted names, and NEEDED.
+    """The given tensors that the checkpoint's network needs: of all parts with wanted names, and NEEDED.
 
-    With one that is not wanted, as of a further block or norm, it is another network than the model.
+    One that the model lacks, as of a further block or norm, shows that it is another network.
     """
     parts = {name.partition(".")[0] for name in wanted}
     needed = lambda name: name.partition(".")[0] in parts or re.search(NEEDED, name)
