@@ -321,7 +321,8 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
         n_known = known[there].sum().clamp_min(1)                           # of the global batch
         truth, seen = values[there[local]], known[there[local]]
         torch.manual_seed(step_seed(config["seed"], step))
-        u = send(torch.rand(batch, N_CROP + 1 + len(drop_paths))[local], device)
+        sizes = [N_CROP + 1, len(drop_paths)]                               # numbers drawn for an image
+        u, depth = send(torch.rand(batch, sum(sizes))[local], device).split(sizes, 1)
         torch.manual_seed(torch.initial_seed() + rank)                      # for dropout, if any
         views = augment(data.images(places[local]), u, config)
 
@@ -329,7 +330,7 @@ def train(out, config, chosen, data, val, args, rank, world_size, device):
         optimizer.zero_grad()
         for begin in range(0, local_batch, micro):
             part = slice(begin, begin + micro)
-            set_drop_path(drop_paths, u[part, N_CROP + 1:])
+            set_drop_path(drop_paths, depth[part])
             net.require_backward_grad_sync = begin + micro >= local_batch  # DDP: only after the last pass
             with amp:
                 part_loss = label_loss(net(views[part]), truth[part], seen[part], pos_weight) / n_known

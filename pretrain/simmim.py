@@ -336,7 +336,7 @@ def train(config, args, rank, world_size, device):
         chosen = images(order[number * batch + local])
         torch.manual_seed(step_seed(config["seed"], step))                  # dropout's seed, too
         draw = lambda n: send(torch.rand(batch, n)[local], device)
-        u, depth = draw(N_CROP + (size // unit) ** 2), draw(len(drop_paths))
+        u, depth = draw(N_CROP + n_units), draw(len(drop_paths))
         clean, masks = make_views(chosen, u, config)
 
         loss = 0                    # parts of the batch's mean, to be added over passes and processes

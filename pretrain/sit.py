@@ -450,7 +450,7 @@ def train(config, args, rank, world_size, device):
         with amp:
             embedding, recon = net(corrupted, micro, drop_paths, depth)
         contrast_loss = contrast(embedding, keys, positives, config["temperature"]) / world_size
-        recon_loss = masked_l1(recon, clean, masks) / n_masked
+        recon_loss = masked_l1(recon, clean, masks) / n_masked              # both: shares of global means
         loss = contrast_loss + config["recon_weight"] * recon_loss
         scaler.scale(loss * world_size).backward()                          # DDP averages over processes
         scaler.unscale_(optimizer)

@@ -320,12 +320,12 @@ def train(config, args, rank, world_size, device):
 
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
-        chosen = order[number * batch + local]
+        places = order[number * batch + local]
         torch.manual_seed(step_seed(config["seed"], step))                  # dropout's seed, too
         draw = lambda n: send(torch.rand(batch, n)[local], device)
         u, depth = draw(N_CROP + 1), draw(len(drop_paths))
-        views = augment(images(chosen), u, config)
-        truth = targets[send(torch.from_numpy(chosen), device)]
+        views = augment(images(places), u, config)
+        truth = targets[send(torch.from_numpy(places), device)]
 
         loss = 0                    # parts of the batch's mean, to be added over passes and processes
         optimizer.zero_grad()

@@ -539,10 +539,11 @@ def draws(seed, step, batch, n):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adam"])
 def test_eight_steps_in_double_precision_are_those_of_a_plain_loop(optimizer, pack, tmp_path, monkeypatch):
-    start, augment, views = classify.initial_model, classify.augment, []
+    start, augment, views, widths = classify.initial_model, classify.augment, [], set()
     args = {**VIT, "depth": 2}                      # whose last block is left out with 1/2: exact in fp32
     monkeypatch.setattr(classify, "initial_model", lambda config: (start(config)[0].double(), ""))
-    monkeypatch.setattr(classify, "augment", lambda *args: views.append(augment(*args).double()) or views[-1])
+    monkeypatch.setattr(classify, "augment", lambda images, u, config: views.append(
+        augment(images, u, config).double()) or widths.add(u.shape[1]) or views[-1])
     monkeypatch.setattr(classify, "forward_all", lambda *_: torch.randn(24, 3))      # not in double precision
     run(monkeypatch, "--train", pack, "--out", tmp_path, *SMALL, "--seeds", 0, "--epochs", 4, "--batch", 12,
         "--model_args", json.dumps(args), "--optimizer", optimizer, "--lr", 1e-3, "--warmup_lr", 1e-4,
@@ -553,7 +554,7 @@ def test_eight_steps_in_double_precision_are_those_of_a_plain_loop(optimizer, pa
                 adam=torch.optim.Adam)[optimizer]
     trained, labels = kind(plain_groups(model, 0.3), lr=1), pd.read_csv(pack)[LABELS].to_numpy()[:24]
     rates = rates_of(config_of(epochs=4, lr=1e-3, warmup_lr=1e-4, warmup_epochs=1), [1, 2, 3])
-    assert len(views) == 8
+    assert len(views) == 8 and widths == {classify.N_CROP + 1}              # none that skip a block
     for step, view in enumerate(views):
         order = np.random.default_rng([0, step // 2]).permutation(24)[step % 2 * 12:][:12]
         for skip, column in zip(skips, draws(0, step, 12, 24 + len(skips))[:, 24:].T):
