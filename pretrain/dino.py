@@ -397,7 +397,7 @@ def train(config, args, rank, world_size, device):
         wd = cosine(step, n_steps, config["wd"], config["wd_end"])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.param_groups[0]["weight_decay"] = wd
+        optimizer.param_groups[0]["weight_decay"] = wd                      # group 1: 0, see decay_groups
         teacher_temp = teacher_temperature(config, epoch)
 
         if number == 0 or step == first_step:

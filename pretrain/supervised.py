@@ -316,7 +316,7 @@ def train(config, args, rank, world_size, device):
         wd = cosine(step, n_steps, config["wd"], config["wd_end"])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.param_groups[0]["weight_decay"] = wd
+        optimizer.param_groups[0]["weight_decay"] = wd                      # group 1: 0, see decay_groups
 
         if number == 0 or step == first_step:
             order = np.random.default_rng([config["seed"], epoch]).permutation(n_images)
