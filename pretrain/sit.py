@@ -309,7 +309,7 @@ def block_masks(u, fraction, side, align=1):
     first = 127 - torch.frexp(total).exponent.flatten(1).long()             # [B, side * side]; K: none does
     added = first.new_zeros(len(u), u.shape[1] + 1).scatter_add(1, first, torch.ones_like(first))
     needed = fraction[:, None] * side * side
-    last = (added.cumsum(1)[:, :-2] < needed).sum(1, keepdim=True)          # reaches it, or is the last of all
+    last = (added.cumsum(1)[:, :-2] < needed).sum(1, keepdim=True)    # the block that reaches it, or the last
     return ((first <= last) & (needed > 0)).unflatten(1, (side, side))
 
 
