@@ -7,7 +7,7 @@
 #   bash run_all.sh                      every row of the study (--exp '*': and the controls), resumable, over days
 #
 #   --raw DIR     raw downloads, a folder a dataset (raw)       --data DIR   packed data (data)
-#   --out DIR     where runs/ and results/ go (.)               --nproc N    processes of a training (GPUs; demo: 2)
+#   --out DIR     where runs/ and results/ go (.)               --nproc N    processes of a training (the GPUs)
 #   --tests LIST  test sets, as nih_test,vindr_test (all)       --only PART  data, pretrain, rows (with it) or results
 #   --dry-run     print the commands, run nothing               --plan       cost and inputs of every row
 #   --rates FILE  for --plan: measured rates, a gpu.json        --slurm DIR  write job.sh and submit.sh there
@@ -45,8 +45,8 @@ for test in ${tests//,/ }; do [[ ,$all, = *",$test,"* ]] || usage "--tests has n
 trap 'exit 75' TERM INT HUP                 # until there is a step to stop
 . tests/setup_env.sh
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || usage "$PYTHON has no torch"
-if [ "$gpus" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
-nproc=${nproc:-$(( gpus > 1 ? gpus : demo > gpus ? 2 : 1 ))}    # on CPUs: two processes of one thread beat one of two
+if [ "$gpus" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}; fi     # however many cores: the same rounding
+nproc=${nproc:-$(( gpus > 1 ? gpus : 1 ))}
 [ -z "$plan" ] || exec "$PYTHON" evaluate/plan.py --data "$data" ${exp:+--exp "$exp"} ${rates:+--rates "$rates"}
 train=("$PYTHON"); [ "$nproc" = 1 ] || train+=(-m torch.distributed.run --standalone "--nproc_per_node=$nproc")
 rows=$("$PYTHON" evaluate/plan.py --list --exp "${exp:-[0-9]*}" ${demo:+--miniature})   # exp strategy data parent seeds
