@@ -308,9 +308,9 @@ def compare(arms, terms, offset=0.0):
         remarks.append("an arm has one run, whose spread is unknown")
     sources = {arms[cell].source for cell in cells}
     found = estimate(used, offset)
-    lowest, highest = (sum(sign for sign, _ in terms if sign == kind) - offset for kind in (-1, 1))
-    for end in ENDS:                                    # as all these metrics lie in 0 to 1
-        found[end] = np.clip(found[end], lowest, highest)
+    signs = [sign for sign, _ in terms]                 # of metrics that lie in 0 to 1
+    found["ci_low"] = max(found["ci_low"], -signs.count(-1) - offset)
+    found["ci_high"] = min(found["ci_high"], signs.count(1) - offset)
     return found | {"cells": same, "remarks": remarks, "sources": sources}
 
 
