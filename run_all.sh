@@ -45,8 +45,8 @@ for test in ${tests//,/ }; do [[ ,$all, = *",$test,"* ]] || usage "--tests has n
 trap 'exit 75' TERM INT HUP                 # until there is a step to stop
 . tests/setup_env.sh
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || usage "$PYTHON has no torch"
-if [ "$gpus" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}; fi     # however many cores: the same rounding
 nproc=${nproc:-$(( gpus > 1 ? gpus : 1 ))}
+if [ "$gpus" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( nproc > 1 ? 1 : 2 ))}; fi    # whatever the cores
 [ -z "$plan" ] || exec "$PYTHON" evaluate/plan.py --data "$data" ${exp:+--exp "$exp"} ${rates:+--rates "$rates"}
 train=("$PYTHON"); [ "$nproc" = 1 ] || train+=(-m torch.distributed.run --standalone "--nproc_per_node=$nproc")
 rows=$("$PYTHON" evaluate/plan.py --list --exp "${exp:-[0-9]*}" ${demo:+--miniature})   # exp strategy data parent seeds
